@@ -1,0 +1,27 @@
+//! The fuse backend.
+use super::{Backend, Detach, Health, Journal, Support, Traces};
+use crate::error::{Error, Kind, Result};
+use crate::host::Host;
+use crate::plan::{BackendKind, Plan};
+
+/// The fuse backend.
+#[derive(Debug)]
+pub struct Fuse;
+
+impl Backend for Fuse {
+    fn kind(&self) -> BackendKind {
+        BackendKind::Fuse
+    }
+    fn support(&self, _: &Host, _: &Plan) -> Support {
+        Support::no("this build has no fuse backend", "")
+    }
+    fn provision(&self, _: &Host, plan: &Plan, _: &mut dyn Journal) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "provision", &plan.id, "this build has no fuse backend"))
+    }
+    fn destroy(&self, _: &Host, _: &Plan, _: &Traces, _: Detach) -> Result<bool> {
+        Ok(false)
+    }
+    fn health(&self, _: &Plan, _: &Traces) -> Health {
+        Health::Gone
+    }
+}

@@ -1,0 +1,123 @@
+//! The backend interface: how a plan becomes a rootfs, and how it goes away again.
+//!
+//! A backend knows mounts, trees and servers. It must not know the store, nor records: what it has to remember it hands to
+//! the [`Journal`], before it depends on it.
+
+pub mod bind;
+pub mod copy;
+pub mod fuse;
+pub mod overlay;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+use crate::host::Host;
+use crate::plan::{BackendKind, Plan};
+
+/// Can a backend serve this plan on this host?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Support {
+    /// It can.
+    Yes,
+    /// It cannot.
+    No {
+        /// Why not.
+        reason: String,
+        /// What the user can do about it; empty where nothing can be done.
+        remedy: String,
+    },
+}
+
+impl Support {
+    /// A refusal.
+    pub fn no(reason: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Support::No { reason: reason.into(), remedy: remedy.into() }
+    }
+}
+
+/// A process, told apart from a later one with the same pid by its start time (field 22 of /proc/PID/stat, clock ticks).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The pid, as the recording process saw it.
+    pub pid: i32,
+    /// Clock ticks after boot.
+    pub start_time: u64,
+}
+
+/// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Traces {
+    /// Id of the rootfs's mount (statx stx_mnt_id, or the first column of mountinfo).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mount_id: Option<u64>,
+    /// The process that holds the FUSE connection.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub supervisor: Option<ProcessId>,
+    /// The process that answers FUSE requests (the same one, where nothing supervises it).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub worker: Option<ProcessId>,
+    /// The minor number of the FUSE superblock's device: names the connection below /sys/fs/fuse/connections.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fuse_connection: Option<u32>,
+}
+
+/// Where a backend writes down its [`Traces`]; durable when the call returns.
+pub trait Journal {
+    /// Replace what was written before.
+    fn note(&mut self, traces: &Traces) -> Result<()>;
+}
+
+/// How a rootfs fares, from mountinfo and the processes, not from its record.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Health {
+    /// Mounted and answering.
+    Ready,
+    /// Mounted, but its server is dead (ENOTCONN): `unmount` cleans it.
+    Dead,
+    /// Not mounted (any more) in this mount namespace.
+    Gone,
+}
+
+/// How hard to take a rootfs away.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Detach {
+    /// Fail with [`crate::error::Kind::Busy`] while a process uses it.
+    IfIdle,
+    /// Take it out of sight at once; it ends when its last user does (umount2(2) MNT_DETACH).
+    Lazy,
+}
+
+/// One way to make a rootfs. Synchronous; a call returns when the rootfs answers, or when nothing of it is left.
+pub trait Backend {
+    /// Which one it is.
+    fn kind(&self) -> BackendKind;
+
+    /// Can it serve this plan on this host? Decided without changing anything.
+    fn support(&self, host: &Host, plan: &Plan) -> Support;
+
+    /// Make the rootfs. On an error everything done so far is undone; an undo that fails is attached to the error.
+    fn provision(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()>;
+
+    /// Take the rootfs away: every mount of ours on it (none that others put there), its server, and what `traces` names.
+    /// `false`: there was nothing. Safe to call again after a failure, and after success.
+    fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
+
+    /// How it fares. Never blocks on a server that does not answer.
+    fn health(&self, plan: &Plan, traces: &Traces) -> Health;
+}
+
+/// The backend of this kind.
+pub fn of(kind: BackendKind) -> &'static dyn Backend {
+    match kind {
+        BackendKind::Bind => &bind::Bind,
+        BackendKind::Fuse => &fuse::Fuse,
+        BackendKind::Overlay => &overlay::Overlay,
+        BackendKind::Copy => &copy::Copy,
+    }
+}
+
+/// In the order in which `auto` tries them: the cheapest for its user first.
+pub const AUTO_ORDER: [BackendKind; 4] =
+    [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse, BackendKind::Copy];

@@ -1,0 +1,1 @@
+//! The command line. Must not know system calls.

@@ -1,0 +1,1 @@
+//! The FUSE server as a process. Must not know images.

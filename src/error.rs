@@ -1,0 +1,232 @@
+//! The one error type: what was done, to what, why it failed, and what to do next.
+//!
+//! Only [`Kind`] decides an exit code or an errno; texts are for people. An undo that fails is attached to the first error
+//! ([`Error::with_undo`]), it never takes its place.
+
+use std::borrow::Cow;
+use std::fmt;
+use std::path::Path;
+
+/// Result with this crate's [`Error`].
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What sort of failure it was. Decides the exit code ([`Kind::exit_code`]).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Kind {
+    /// The request itself is wrong: an argument, a volume, a combination of options.
+    Usage,
+    /// Something named does not exist.
+    NotFound,
+    /// Something to be made is there already.
+    Exists,
+    /// In use: a mount held by a process, an image held by a rootfs, a lock.
+    Busy,
+    /// This host or this user cannot do it.
+    Unsupported,
+    /// The kernel refused for want of permission.
+    Permission,
+    /// Data from outside breaks its format's rules: an archive, a manifest, an index, a record.
+    Invalid,
+    /// Data from outside exceeds one of our limits.
+    Limit,
+    /// Bytes are not what their digest says.
+    Integrity,
+    /// A system call failed for a reason not named above.
+    Io,
+    /// A helper process (`fusermount3`, our own server) failed.
+    Helper,
+}
+
+impl Kind {
+    /// The process exit code: 1 failed, 2 usage, 3 not found, 4 busy, 5 not possible on this host.
+    pub fn exit_code(self) -> u8 {
+        match self {
+            Kind::Usage => 2,
+            Kind::NotFound => 3,
+            Kind::Busy => 4,
+            Kind::Unsupported => 5,
+            Kind::Exists
+            | Kind::Permission
+            | Kind::Invalid
+            | Kind::Limit
+            | Kind::Integrity
+            | Kind::Io
+            | Kind::Helper => 1,
+        }
+    }
+
+    /// The kind that an errno from a system call stands for, where nothing better is known.
+    pub fn of_errno(errno: rustix::io::Errno) -> Self {
+        use rustix::io::Errno;
+        match errno {
+            Errno::NOENT | Errno::NOTDIR => Kind::NotFound,
+            Errno::EXIST => Kind::Exists,
+            Errno::BUSY | Errno::TXTBSY | Errno::AGAIN => Kind::Busy,
+            Errno::PERM | Errno::ACCESS => Kind::Permission,
+            Errno::NOSYS | Errno::OPNOTSUPP => Kind::Unsupported,
+            _ => Kind::Io,
+        }
+    }
+}
+
+type Source = Box<dyn std::error::Error + Send + Sync + 'static>;
+
+/// An operation on a subject that failed, with its cause and, where there is one, the remedy.
+pub struct Error(Box<Inner>);
+
+struct Inner {
+    kind: Kind,
+    op: Cow<'static, str>,
+    subject: String,
+    source: Source,
+    hint: Option<Cow<'static, str>>,
+    undo: Vec<Error>,
+}
+
+impl Error {
+    /// `op` is a verb phrase ("mount volume"), `subject` what it was done to ("/data"), `cause` an error or a plain text.
+    pub fn new(
+        kind: Kind,
+        op: impl Into<Cow<'static, str>>,
+        subject: impl fmt::Display,
+        cause: impl Into<Source>,
+    ) -> Self {
+        Error(Box::new(Inner {
+            kind,
+            op: op.into(),
+            subject: subject.to_string(),
+            source: cause.into(),
+            hint: None,
+            undo: Vec::new(),
+        }))
+    }
+
+    /// A failed system call: the kind follows from the errno.
+    pub fn sys(op: impl Into<Cow<'static, str>>, subject: impl fmt::Display, errno: rustix::io::Errno) -> Self {
+        Self::new(Kind::of_errno(errno), op, subject, std::io::Error::from(errno))
+    }
+
+    /// A failed I/O operation: the kind follows from its errno, where it has one.
+    pub fn io(op: impl Into<Cow<'static, str>>, subject: impl fmt::Display, cause: std::io::Error) -> Self {
+        let kind = rustix::io::Errno::from_io_error(&cause).map_or(Kind::Io, Kind::of_errno);
+        Self::new(kind, op, subject, cause)
+    }
+
+    /// What the user can do about it.
+    #[must_use]
+    pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
+        self.0.hint = Some(hint.into());
+        self
+    }
+
+    /// The same error with another kind.
+    #[must_use]
+    pub fn with_kind(mut self, kind: Kind) -> Self {
+        self.0.kind = kind;
+        self
+    }
+
+    /// Attach the failure of an undo step. The first error stays the error.
+    #[must_use]
+    pub fn with_undo(mut self, undo: Result<()>) -> Self {
+        if let Err(error) = undo {
+            self.0.undo.push(error);
+        }
+        self
+    }
+
+    /// What sort of failure it was.
+    pub fn kind(&self) -> Kind {
+        self.0.kind
+    }
+
+    /// The subject of the failed operation, as text.
+    pub fn subject(&self) -> &str {
+        &self.0.subject
+    }
+
+    /// The errno at the bottom of it, where there is one.
+    pub fn errno(&self) -> Option<rustix::io::Errno> {
+        let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&*self.0.source);
+        while let Some(error) = next {
+            if let Some(io) = error.downcast_ref::<std::io::Error>() {
+                return rustix::io::Errno::from_io_error(io);
+            }
+            next = error.source();
+        }
+        None
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let inner = &*self.0;
+        write!(f, "{}", inner.op)?;
+        if !inner.subject.is_empty() {
+            write!(f, " {}", inner.subject)?;
+        }
+        write!(f, ": {}", inner.source)?;
+        if let Some(hint) = &inner.hint {
+            write!(f, "; {hint}")?;
+        }
+        for undo in &inner.undo {
+            write!(f, " (and undoing failed: {undo})")?;
+        }
+        Ok(())
+    }
+}
+
+impl fmt::Debug for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Error({:?}: {self})", self.0.kind)
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        // The cause is part of our own text already: what stands below it is next.
+        self.0.source.source()
+    }
+}
+
+/// A path as text for messages: quoted only where it holds something that would not show, control bytes escaped.
+pub fn show(path: impl AsRef<Path>) -> String {
+    let path = path.as_ref();
+    match path.to_str() {
+        Some(text) if !text.is_empty() && !text.chars().any(|c| c.is_control() || c == '"') => text.to_owned(),
+        _ => format!("{path:?}"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn text_names_operation_subject_cause_remedy_and_failed_undo() {
+        let undo = Err(Error::sys("unmount", "/r", rustix::io::Errno::BUSY));
+        let error = Error::new(Kind::Usage, "mount volume", "/data", "the image has no such directory")
+            .hint("create it in the image, or use --backend fuse")
+            .with_undo(undo);
+        assert_eq!(
+            error.to_string(),
+            "mount volume /data: the image has no such directory; create it in the image, or use --backend fuse \
+             (and undoing failed: unmount /r: Device or resource busy (os error 16))"
+        );
+        assert_eq!(error.kind().exit_code(), 2);
+    }
+
+    #[test]
+    fn errno_is_found_below_an_io_error() {
+        let error = Error::io("open", "/x", std::io::Error::from_raw_os_error(libc::ENOTCONN));
+        assert_eq!(error.errno(), Some(rustix::io::Errno::NOTCONN));
+        assert_eq!(error.kind(), Kind::Io);
+    }
+
+    #[test]
+    fn show_quotes_only_what_would_not_show() {
+        assert_eq!(show("/a b,c"), "/a b,c");
+        assert_eq!(show("/a\nb"), "\"/a\\nb\"");
+    }
+}

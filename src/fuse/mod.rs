@@ -1,0 +1,1 @@
+//! The only importers of fuser. Must not know the store.

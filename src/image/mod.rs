@@ -1,0 +1,1 @@
+//! Manifests: parse and validate. Must not know the disk layout.

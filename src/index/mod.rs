@@ -1,0 +1,1 @@
+//! The layer index. Must not know fuse.

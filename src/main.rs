@@ -1,0 +1,3 @@
+//! Dispatch and exit code. Must not know the domain.
+
+fn main() {}

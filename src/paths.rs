@@ -1,0 +1,115 @@
+//! The only joiner of state paths.
+//!
+//! ```text
+//! <root>/                          0700, `--root` or FSPROV_ROOT
+//! ├── store.lock                   flock: shared while using images, exclusive for gc
+//! ├── images/<image id>/           complete or absent (renamed here from staging)
+//! │   ├── manifest                 the image's manifest, as it came
+//! │   ├── meta.json                names, source, sizes, layers: written by us
+//! │   ├── rootfs/                  the tree
+//! │   └── index                    the layer index
+//! ├── staging/<boot id>-…/         half-made images; its maker holds a flock on it
+//! ├── cache/index/<key>            indexes of images that are not in the store
+//! └── containers/<container id>/   one provisioned rootfs
+//!     ├── lock                     flock: whoever changes this rootfs
+//!     ├── record.json              the record
+//!     ├── server.log               what the FUSE server said
+//!     ├── control.sock             its control socket
+//!     └── backend/                 what the backend keeps
+//! ```
+
+use std::path::{Path, PathBuf};
+
+use crate::id::{ContainerId, ImageId};
+
+/// The state root and the paths below it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct StatePaths {
+    root: PathBuf,
+}
+
+impl StatePaths {
+    /// `root` must be absolute: servers run with another working directory.
+    pub fn new(root: PathBuf) -> Self {
+        debug_assert!(root.is_absolute(), "{root:?}");
+        StatePaths { root }
+    }
+
+    /// The state root.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+    /// The store's lock file.
+    pub fn store_lock(&self) -> PathBuf {
+        self.root.join("store.lock")
+    }
+    /// The directory of images.
+    pub fn images(&self) -> PathBuf {
+        self.root.join("images")
+    }
+    /// One image.
+    pub fn image(&self, id: &ImageId) -> PathBuf {
+        self.images().join(id.as_str())
+    }
+    /// The directory where images are made.
+    pub fn staging(&self) -> PathBuf {
+        self.root.join("staging")
+    }
+    /// Indexes of images that are not in the store.
+    pub fn index_cache(&self) -> PathBuf {
+        self.root.join("cache").join("index")
+    }
+    /// The directory of provisioned rootfses.
+    pub fn containers(&self) -> PathBuf {
+        self.root.join("containers")
+    }
+    /// One provisioned rootfs.
+    pub fn container(&self, id: &ContainerId) -> ContainerPaths {
+        ContainerPaths { dir: self.containers().join(id.as_str()) }
+    }
+}
+
+/// Names inside one image's directory, in the store and in staging (and in a Mesos store).
+pub mod image {
+    /// The manifest.
+    pub const MANIFEST: &str = "manifest";
+    /// What we know about the image beside its manifest.
+    pub const META: &str = "meta.json";
+    /// The tree.
+    pub const ROOTFS: &str = "rootfs";
+    /// The layer index.
+    pub const INDEX: &str = "index";
+}
+
+/// The paths of one provisioned rootfs.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ContainerPaths {
+    dir: PathBuf,
+}
+
+impl ContainerPaths {
+    /// Its directory.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+    /// Its lock file.
+    pub fn lock(&self) -> PathBuf {
+        self.dir.join("lock")
+    }
+    /// Its record.
+    pub fn record(&self) -> PathBuf {
+        self.dir.join("record.json")
+    }
+    /// The log of its FUSE server.
+    pub fn server_log(&self) -> PathBuf {
+        self.dir.join("server.log")
+    }
+    /// The control socket of its FUSE server.
+    pub fn control_socket(&self) -> PathBuf {
+        self.dir.join("control.sock")
+    }
+    /// What its backend keeps.
+    pub fn backend(&self) -> PathBuf {
+        self.dir.join("backend")
+    }
+}

@@ -1,0 +1,176 @@
+//! The plan: all that a backend is told about one rootfs. Pure data; making one touches no mount and no disk.
+
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ContainerId;
+use crate::volume::Volume;
+
+/// The ways to make a rootfs out of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum BackendKind {
+    /// Kernel bind mount of one layer, read-only.
+    Bind,
+    /// Our FUSE server, read-only.
+    Fuse,
+    /// Kernel overlayfs over the layers.
+    Overlay,
+    /// A copy of the layers' files.
+    Copy,
+}
+
+impl BackendKind {
+    /// The word for it on the command line and in records.
+    pub fn name(self) -> &'static str {
+        match self {
+            BackendKind::Bind => "bind",
+            BackendKind::Fuse => "fuse",
+            BackendKind::Overlay => "overlay",
+            BackendKind::Copy => "copy",
+        }
+    }
+}
+
+impl std::fmt::Display for BackendKind {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+/// One run of ids: container ids `inside..inside+count` are host ids `outside..outside+count`
+/// (the columns of user_namespaces(7)).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IdRange {
+    /// First id in the image.
+    pub inside: u32,
+    /// First id presented on the host.
+    pub outside: u32,
+    /// How many; at least 1.
+    pub count: u32,
+}
+
+/// How ownership in the image is presented. Empty lists: as it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ownership {
+    /// User ids; an id outside every range is presented as [`OVERFLOW_ID`].
+    pub uids: Vec<IdRange>,
+    /// Group ids, likewise.
+    pub gids: Vec<IdRange>,
+    /// Everything belongs to this one user and group (fuse only).
+    pub squash: Option<(u32, u32)>,
+}
+
+/// The kernel's id for "not mapped" (/proc/sys/kernel/overflowuid).
+pub const OVERFLOW_ID: u32 = 65534;
+
+impl Ownership {
+    /// True where ids are presented as they are in the image.
+    pub fn is_identity(&self) -> bool {
+        self.uids.is_empty() && self.gids.is_empty() && self.squash.is_none()
+    }
+
+    /// The presented id of an id in the image.
+    pub fn map(ranges: &[IdRange], id: u32) -> u32 {
+        if ranges.is_empty() {
+            return id;
+        }
+        ranges
+            .iter()
+            .find_map(|r| id.checked_sub(r.inside).filter(|d| *d < r.count).and_then(|d| r.outside.checked_add(d)))
+            .unwrap_or(OVERFLOW_ID)
+    }
+}
+
+/// One directory tree of the image.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Layer {
+    /// Absolute host path of the layer's root directory.
+    #[serde(with = "crate::pathtext")]
+    pub root: PathBuf,
+}
+
+/// All that a backend is told.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Plan {
+    /// The rootfs's id.
+    pub id: ContainerId,
+    /// Absolute host path where the rootfs appears; an existing directory.
+    #[serde(with = "crate::pathtext")]
+    pub rootfs: PathBuf,
+    /// Layers, bottom first.
+    pub layers: Vec<Layer>,
+    /// The image's index, where it has one: it covers all the layers, merged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub index: Option<IndexFile>,
+    /// Volumes, outer before inner (see [`crate::volume::order`]).
+    pub volumes: Vec<Volume>,
+    /// Presented ownership.
+    #[serde(default)]
+    pub ownership: Ownership,
+    /// A directory of its own for what the backend must keep (below the state root, mode 0700, exists).
+    #[serde(with = "crate::pathtext")]
+    pub state_dir: PathBuf,
+}
+
+/// Where the index lies.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct IndexFile(#[serde(with = "crate::pathtext")] pub PathBuf);
+
+impl Plan {
+    /// The error of every backend for an image without a layer.
+    pub fn require_layers(&self) -> Result<()> {
+        if self.layers.is_empty() {
+            return Err(Error::new(
+                Kind::Invalid,
+                "provision",
+                show(&self.rootfs),
+                "the image has no filesystem layer",
+            ));
+        }
+        Ok(())
+    }
+
+    /// The one layer of a single-layer image; `backend` words the error for more.
+    pub fn single_layer(&self, backend: BackendKind) -> Result<&Path> {
+        self.require_layers()?;
+        match self.layers.as_slice() {
+            [layer] => Ok(&layer.root),
+            _ => Err(Error::new(
+                Kind::Unsupported,
+                "provision",
+                show(&self.rootfs),
+                format!("multiple layers are not supported by the {backend} backend"),
+            )
+            .hint("use --backend fuse, or flatten the image")),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids_map_by_range_and_overflow_outside() {
+        let ranges = [
+            IdRange { inside: 0, outside: 1000, count: 1 },
+            IdRange { inside: 1, outside: 100_000, count: 65_535 },
+            IdRange { inside: 70_000, outside: u32::MAX, count: 2 },
+        ];
+        for (id, want) in [
+            (0, 1000),
+            (1, 100_000),
+            (65_535, 165_534),
+            (65_536, OVERFLOW_ID),
+            (70_000, u32::MAX),
+            (70_001, OVERFLOW_ID),
+        ] {
+            assert_eq!(Ownership::map(&ranges, id), want, "{id}");
+        }
+        assert_eq!(Ownership::map(&[], 77), 77);
+    }
+}

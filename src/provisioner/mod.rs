@@ -1,0 +1,1 @@
+//! Provision, destroy, list. Must not make mounts itself.

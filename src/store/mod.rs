@@ -1,0 +1,1 @@
+//! The local images. Must not know backends.
