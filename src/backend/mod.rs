@@ -36,14 +36,7 @@ impl Support {
     }
 }
 
-/// A process, told apart from a later one with the same pid by its start time (field 22 of /proc/PID/stat, clock ticks).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// The pid, as the recording process saw it.
-    pub pid: i32,
-    /// Clock ticks after boot.
-    pub start_time: u64,
-}
+pub use crate::sys::process::ProcessId;
 
 /// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
