@@ -5,3 +5,4 @@ pub mod mount;
 pub mod mountinfo;
 pub mod process;
 pub mod raw;
+mod walk;
