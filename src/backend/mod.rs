@@ -11,7 +11,7 @@ pub mod overlay;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::host::Host;
+use crate::host::{Finding, Host};
 use crate::plan::{BackendKind, Plan};
 
 /// Can a backend serve this plan on this host?
@@ -37,6 +37,15 @@ impl Support {
 }
 
 pub use crate::sys::process::ProcessId;
+
+impl From<&Finding> for Support {
+    fn from(finding: &Finding) -> Self {
+        match finding {
+            Finding::Yes => Support::Yes,
+            Finding::No { reason, remedy } => Support::no(reason, remedy),
+        }
+    }
+}
 
 /// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -87,7 +96,10 @@ pub trait Backend {
     /// Which one it is.
     fn kind(&self) -> BackendKind;
 
-    /// Can it serve this plan on this host? Decided without changing anything.
+    /// Can it serve anything at all on this host? The plan-independent part of [`Backend::support`], for `probe`.
+    fn host_support(&self, host: &Host) -> Support;
+
+    /// Can it serve this plan on this host? Decided without changing anything. Includes [`Backend::host_support`].
     fn support(&self, host: &Host, plan: &Plan) -> Support;
 
     /// Make the rootfs. On an error everything done so far is undone; an undo that fails is attached to the error.

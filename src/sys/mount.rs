@@ -151,6 +151,22 @@ pub fn unmount(point: &Path, how: Unmount) -> rustix::io::Result<()> {
     mount::unmount(point, flags)
 }
 
+/// Which of the mount calls of Linux 5.12 this kernel, or a seccomp filter, answers with ENOSYS.
+pub fn missing_calls() -> Vec<&'static str> {
+    // Each call's own refusal of the arguments shows that it is there; none can do anything.
+    let root = fs::openat(fs::CWD, "/", fs::OFlags::PATH | fs::OFlags::CLOEXEC, fs::Mode::empty());
+    let Ok(root) = root else { return Vec::new() };
+    let nothing = AttrSet::default().raw();
+    [
+        ("open_tree", mount::open_tree(&root, "", OpenTreeFlags::all()).err()),
+        ("move_mount", mount::move_mount(&root, "", &root, "", MoveMountFlags::all()).err()),
+        ("mount_setattr", raw::mount_setattr(&root, false, &nothing).err()),
+    ]
+    .into_iter()
+    .filter_map(|(name, errno)| (errno == Some(Errno::NOSYS)).then_some(name))
+    .collect()
+}
+
 static NEW_CALLS_MISSING: AtomicBool = AtomicBool::new(false);
 
 /// Say once that this kernel has not the calls, and that there is a moment in which a bind mount is writable.

@@ -329,6 +329,43 @@ impl Drop for UserNamespace {
     }
 }
 
+/// Where making a user namespace and mounting in it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserNamespaceStep {
+    /// It could not be made.
+    Create,
+    /// It was made, but gave no right to mount.
+    Mount,
+}
+
+/// Why [`try_mounting_in_user_namespace`] failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserNamespaceError {
+    /// At which step.
+    pub step: UserNamespaceStep,
+    /// With which errno.
+    pub errno: Errno,
+}
+
+/// Make a user and a mount namespace in a child process, change a mount's propagation there, and let both go.
+pub fn try_mounting_in_user_namespace() -> std::result::Result<(), UserNamespaceError> {
+    let fail = |step| move |errno| UserNamespaceError { step, errno };
+    let child = raw::fork_and_mount_in_user_namespace().map_err(fail(UserNamespaceStep::Create))?;
+    loop {
+        match rustix::process::waitpid(Some(child), WaitOptions::empty()) {
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(fail(UserNamespaceStep::Create)(e)),
+            Ok(status) => {
+                let code = status.and_then(|(_, status)| status.exit_status()).unwrap_or(libc::EINTR);
+                return match code {
+                    0 => Ok(()),
+                    code => Err(fail(UserNamespaceStep::Mount)(Errno::from_raw_os_error(code))),
+                };
+            }
+        }
+    }
+}
+
 /// Poll whether `fd` can be read now. For tests of pipes and pidfds.
 #[cfg(test)]
 fn is_readable(fd: impl std::os::fd::AsFd) -> bool {

@@ -31,20 +31,39 @@ pub(crate) fn mount_setattr(tree: impl AsFd, recursive: bool, attr: &libc::mount
 
 // ---- process.rs ----
 
+/// fork(2) into new namespaces. `Ok(None)` is the child: it may call nothing but async-signal-safe system calls.
+fn fork_into(namespaces: libc::c_int) -> Result<Option<rustix::process::Pid>, Errno> {
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of memory and a stack of its own (null: the same
+    // address in the copy). The callers below, in this file, let it make system calls and _exit, nothing else.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, namespaces | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(last_errno());
+    }
+    Ok(rustix::process::Pid::from_raw(pid as i32))
+}
+
 /// fork(2) into a new user namespace; the child does nothing but wait until `hold` (the read end of a pipe of which the
 /// parent keeps the only write end) ends, with every other descriptor closed.
 pub(crate) fn fork_in_user_namespace(hold: &OwnedFd, writer: &OwnedFd) -> Result<rustix::process::Pid, Errno> {
     let (hold, writer) = (hold.as_raw_fd(), writer.as_raw_fd());
-    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of memory and a stack of its own (null: the same
-    // address in the copy). It calls nothing but async-signal-safe system calls below.
-    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
-    if pid < 0 {
-        return Err(last_errno());
-    }
-    if pid == 0 {
-        wait_for_end_and_exit(hold, writer);
-    }
-    rustix::process::Pid::from_raw(pid as i32).ok_or(Errno::SRCH)
+    fork_into(libc::CLONE_NEWUSER)?.map_or_else(|| wait_for_end_and_exit(hold, writer), Ok)
+}
+
+/// fork(2) into a new user and mount namespace; the child makes `/` private there and ends with the errno of that, 0 if it
+/// was allowed.
+pub(crate) fn fork_and_mount_in_user_namespace() -> Result<rustix::process::Pid, Errno> {
+    fork_into(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?.map_or_else(|| make_root_private_and_exit(), Ok)
+}
+
+fn make_root_private_and_exit() -> ! {
+    let none = std::ptr::null();
+    let flags = libc::MS_REC | libc::MS_PRIVATE;
+    // SAFETY: strings are static or null, which this operation allows (mount(2)); it happens in a namespace of its own.
+    let done = unsafe { libc::mount(none, c"/".as_ptr(), none, flags, std::ptr::null()) };
+    // SAFETY: the address of this thread's errno is always valid.
+    let errno = if done == 0 { 0 } else { unsafe { *libc::__errno_location() } };
+    // SAFETY: _exit(2) ends the process without running anything of the parent's.
+    unsafe { libc::_exit(errno) }
 }
 
 fn wait_for_end_and_exit(hold: i32, writer: i32) -> ! {
