@@ -45,7 +45,7 @@ struct Global {
     #[arg(long, global = true, value_name = "DIR", env = "FSPROV_ROOT", hide_env_values = true)]
     root: Option<PathBuf>,
     /// Say more on stderr: once what was chosen and why, twice every step (FSPROV_LOG sets a filter instead)
-    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    #[arg(long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
