@@ -13,7 +13,7 @@ impl Backend for Fuse {
         BackendKind::Fuse
     }
     fn host_support(&self, _: &Host) -> Support {
-        Support::no("this build has no fuse backend", "")
+        Support::no("this build has none", "")
     }
     fn support(&self, _: &Host, _: &Plan) -> Support {
         Support::no("this build has no fuse backend", "")

@@ -123,6 +123,6 @@ pub fn of(kind: BackendKind) -> &'static dyn Backend {
     }
 }
 
-/// In the order in which `auto` tries them: the cheapest for its user first.
-pub const AUTO_ORDER: [BackendKind; 4] =
-    [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse, BackendKind::Copy];
+/// In the order in which `auto` tries them: the cheapest for its user first. `copy` is not among them: its rootfs is writable and
+/// costs the bytes of the image, so it is made only when asked for by name.
+pub const AUTO_ORDER: [BackendKind; 3] = [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse];

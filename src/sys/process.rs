@@ -267,6 +267,27 @@ fn is_whole_map(text: &str) -> bool {
     text.split_ascii_whitespace().eq(["0", "0", "4294967295"])
 }
 
+/// Is this process root of the machine itself, not of a user namespace?
+pub fn is_root_of_host() -> Result<bool> {
+    Ok(rustix::process::geteuid().is_root() && in_initial_user_namespace()?)
+}
+
+/// A process that we can see in this mount namespace, if there is one.
+pub fn in_mount_namespace(wanted: Namespace) -> Result<Option<i32>> {
+    let processes = std::fs::read_dir("/proc").map_err(|e| Error::io("list", "/proc", e))?;
+    Ok(processes
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        // A process that has ended, or that we may not look at, is not one we can point to.
+        .find(|&pid| mount_namespace_of(pid).is_ok_and(|ns| ns == wanted)))
+}
+
+/// The id of this boot (proc(5)): what was mounted or running under another one is gone.
+pub fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e).hint("mount /proc"))?;
+    Ok(text.trim_end().to_owned())
+}
+
 /// The capabilities that this thread may use in its user namespace.
 pub fn effective_caps() -> Result<CapabilitySet> {
     Ok(rustix::thread::capabilities(None).map_err(|e| Error::sys("read capabilities", "", e))?.effective)
