@@ -12,6 +12,7 @@ pub mod fault;
 pub mod fuse;
 pub mod host;
 pub mod id;
+pub mod idmap;
 pub mod image;
 pub mod index;
 pub mod paths;

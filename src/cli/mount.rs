@@ -9,7 +9,7 @@ use super::{BackendChoice, Format, Global, output};
 use crate::backend::Detach;
 use crate::error::{Result, show};
 use crate::id::{ContainerId, ImageRef};
-use crate::plan::Ownership;
+use crate::idmap::{self, MapArg};
 use crate::provisioner::{Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 use crate::volume::VolumeSpec;
@@ -39,6 +39,15 @@ pub(super) struct Mount {
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
     id: Option<ContainerId>,
+    /// Present user ids CONTAINER.. as HOST.. (repeatable), or `auto`: root is you, the rest are your subordinate ids
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    uid_map: Vec<MapArg>,
+    /// Likewise for group ids
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    gid_map: Vec<MapArg>,
+    /// Present everything as belonging to this user and group (fuse)
+    #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
+    squash: Option<(u32, u32)>,
     /// Stay, and unmount on SIGINT or SIGTERM
     #[arg(long)]
     foreground: bool,
@@ -74,7 +83,13 @@ impl Mount {
             sandbox: self.sandbox.clone(),
             volumes: self.volumes.iter().map(|v| VolumeSpec::parse(v)).collect::<Result<_>>()?,
             id: self.id.clone(),
-            ownership: Ownership::default(),
+            ownership: idmap::ownership(
+                &self.uid_map,
+                &self.gid_map,
+                self.squash,
+                crate::sys::process::own_ids(),
+                idmap::Files::of_host(),
+            )?,
         })
     }
 
