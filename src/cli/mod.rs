@@ -9,6 +9,7 @@ mod list;
 mod mount;
 mod output;
 mod probe;
+mod recover;
 mod unmount;
 
 use std::ffi::OsString;
@@ -61,6 +62,8 @@ enum Verb {
     List(list::List),
     /// Show all about one rootfs
     Inspect(inspect::Inspect),
+    /// Bring every rootfs back into order after a crash or a reboot
+    Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
     Probe(probe::Probe),
     /// Print shell completions
@@ -175,6 +178,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Unmount(verb) => verb.run(global),
         Verb::List(verb) => verb.run(global),
         Verb::Inspect(verb) => verb.run(global),
+        Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
