@@ -70,6 +70,14 @@ impl Outcome {
         self
     }
 
+    /// It must have failed with one of our own exit codes, and said each of `texts` on stderr.
+    #[track_caller]
+    pub(crate) fn fails_saying(self, texts: &[&str]) -> Self {
+        let code = self.code().filter(|code| (1..=5).contains(code));
+        let Some(code) = code else { panic!("this should have failed with exit code 1 to 5:\n{}", self.describe()) };
+        self.fails(code, texts)
+    }
+
     /// stdout as JSON.
     #[track_caller]
     pub(crate) fn json(&self) -> serde_json::Value {
