@@ -195,7 +195,7 @@ pub fn show(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();
     match path.to_str() {
         Some(text) if !text.is_empty() && !text.chars().any(|c| c.is_control() || c == '"') => text.to_owned(),
-        _ => format!("{path:?}"),
+        _ => format!("\"{}\"", path.as_os_str().as_encoded_bytes().escape_ascii()),
     }
 }
 

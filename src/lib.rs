@@ -23,4 +23,5 @@ pub mod sys;
 pub mod tree;
 pub mod volume;
 
+pub use cli::main;
 pub use error::{Error, Kind, Result};

@@ -1,3 +1,7 @@
 //! Dispatch and exit code. Must not know the domain.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    fsprov::main(std::env::args_os())
+}

@@ -31,7 +31,7 @@ pub struct StatePaths {
 impl StatePaths {
     /// `root` must be absolute: servers run with another working directory.
     pub fn new(root: PathBuf) -> Self {
-        debug_assert!(root.is_absolute(), "{root:?}");
+        debug_assert!(root.is_absolute(), "{}", root.display());
         StatePaths { root }
     }
 

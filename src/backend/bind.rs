@@ -12,6 +12,9 @@ impl Backend for Bind {
     fn kind(&self) -> BackendKind {
         BackendKind::Bind
     }
+    fn host_support(&self, _: &Host) -> Support {
+        Support::no("this build has none", "")
+    }
     fn support(&self, _: &Host, _: &Plan) -> Support {
         Support::no("this build has no bind backend", "")
     }

@@ -36,14 +36,7 @@ impl Support {
     }
 }
 
-/// A process, told apart from a later one with the same pid by its start time (field 22 of /proc/PID/stat, clock ticks).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// The pid, as the recording process saw it.
-    pub pid: i32,
-    /// Clock ticks after boot.
-    pub start_time: u64,
-}
+pub use crate::sys::process::ProcessId;
 
 /// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -94,6 +87,9 @@ pub trait Backend {
     /// Which one it is.
     fn kind(&self) -> BackendKind;
 
+    /// Can it serve anything at all on this host?
+    fn host_support(&self, host: &Host) -> Support;
+
     /// Can it serve this plan on this host? Decided without changing anything.
     fn support(&self, host: &Host, plan: &Plan) -> Support;
 
@@ -118,6 +114,6 @@ pub fn of(kind: BackendKind) -> &'static dyn Backend {
     }
 }
 
-/// In the order in which `auto` tries them: the cheapest for its user first.
-pub const AUTO_ORDER: [BackendKind; 4] =
-    [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse, BackendKind::Copy];
+/// In the order in which `auto` tries them: the cheapest for its user first. `copy` is not among them: its rootfs is writable and
+/// costs the bytes of the image, so it is made only when asked for by name.
+pub const AUTO_ORDER: [BackendKind; 3] = [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse];

@@ -1,2 +1,73 @@
 //! The only place with `unsafe`: one call a block, its SAFETY line says why it is sound.
 #![allow(unsafe_code)]
+
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+
+use rustix::io::Errno;
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+// ---- mount.rs ----
+
+/// mount_setattr(2) (Linux 5.12) on the mount that `tree` refers to, and with `recursive` on all below it.
+pub(crate) fn mount_setattr(tree: impl AsFd, recursive: bool, attr: &libc::mount_attr) -> Result<(), Errno> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a static C string, `attr` is a live `mount_attr` and its size is passed with it; the kernel only
+    // reads both.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attr),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+// ---- process.rs ----
+
+/// fork(2) into a new user namespace; the child does nothing but wait until `hold` (the read end of a pipe of which the
+/// parent keeps the only write end) ends, with every other descriptor closed.
+pub(crate) fn fork_in_user_namespace(hold: &OwnedFd, writer: &OwnedFd) -> Result<rustix::process::Pid, Errno> {
+    let (hold, writer) = (hold.as_raw_fd(), writer.as_raw_fd());
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of memory and a stack of its own (null: the same
+    // address in the copy). It calls nothing but async-signal-safe system calls below.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, libc::CLONE_NEWUSER | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(last_errno());
+    }
+    if pid == 0 {
+        wait_for_end_and_exit(hold, writer);
+    }
+    rustix::process::Pid::from_raw(pid as i32).ok_or(Errno::SRCH)
+}
+
+fn wait_for_end_and_exit(hold: i32, writer: i32) -> ! {
+    // SAFETY: close(2) of a descriptor of this process's own table; nothing else runs here.
+    unsafe { libc::close(writer) };
+    // Other descriptors (locks, /dev/fuse) must not live on in this child should the parent die. Linux 5.9; without it they
+    // last as long as the child does.
+    for (first, last) in [(0, hold - 1), (hold + 1, i32::MAX)] {
+        if first <= last {
+            // SAFETY: close_range(2) touches this process's own table only.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
+    let mut byte = 0_u8;
+    loop {
+        // SAFETY: reads at most one byte into a live one.
+        let got = unsafe { libc::read(hold, (&raw mut byte).cast(), 1) };
+        // SAFETY: the address of this thread's errno is always valid.
+        let interrupted = got < 0 && unsafe { *libc::__errno_location() } == libc::EINTR;
+        if !interrupted {
+            break;
+        }
+    }
+    // SAFETY: _exit(2) ends the process without running anything of the parent's.
+    unsafe { libc::_exit(0) }
+}
