@@ -62,9 +62,6 @@ pub(crate) mod on {
     pub(crate) fn user(lane: &Lane) -> bool {
         lane.backend.is_empty() && lane.enter == Enter::User
     }
-    pub(crate) fn root(lane: &Lane) -> bool {
-        lane.backend.is_empty() && lane.enter == Enter::Root
-    }
 }
 
 /// Names the one case that this process is to run: `LANE/CASE`.

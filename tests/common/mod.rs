@@ -13,5 +13,4 @@ pub(crate) mod walk;
 pub(crate) use harness::Case;
 pub(crate) use lane::{Enter, Lane};
 pub(crate) use needs::Need;
-pub(crate) use run::Outcome;
 pub(crate) use stage::Stage;

@@ -46,7 +46,9 @@ const ATTEMPTS: &[Attempt] = &[
         let (uid, gid) = (rustix::process::geteuid(), rustix::process::getegid());
         rustix::fs::chownat(CWD, r.join("etc/passwd"), Some(uid), Some(gid), AtFlags::empty())
     }),
-    ("truncate", |r| std::fs::File::options().write(true).open(r.join("home/u/notes")).map(drop).map_err(|e| errno(&e))),
+    ("truncate", |r| {
+        std::fs::File::options().write(true).open(r.join("home/u/notes")).map(drop).map_err(|e| errno(&e))
+    }),
     ("utimens", |r| rustix::fs::utimensat(CWD, r.join("etc/passwd"), &times(), AtFlags::empty())),
     ("utimens of a symlink", |r| rustix::fs::utimensat(CWD, r.join("var/run"), &times(), AtFlags::SYMLINK_NOFOLLOW)),
     ("setxattr", |r| rustix::fs::setxattr(r.join("etc/passwd"), "user.x", b"1", XattrFlags::empty())),
@@ -69,21 +71,22 @@ pub(crate) fn assert_read_only(rootfs: &Path, when: &str) {
     assert!(wrong.is_empty(), "{when}: these should all have been EROFS:\n  {}", wrong.join("\n  "));
 }
 
-pub(crate) const EVERY_CHANGE_IS_EROFS: Case = Case::new("every_change_is_erofs", on::every_backend, |stage: &Stage| {
-    let image = stage.small_image();
-    rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
-    let before = picture(&image, &[], Owners::Compare);
-    let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
-    assert_read_only(&rootfs, "without volumes");
-    stage.unmount(&rootfs);
-    // A writable volume means that the superblock of a FUSE rootfs cannot be read-only: the server itself must refuse.
-    stage.mkdir("sandbox");
-    let sandbox = stage.path("sandbox").into_os_string();
-    let rootfs = stage.mount(&image, "rootfs", ["--sandbox".into(), sandbox, "-v".into(), "work:/data".into()]);
-    assert_read_only(&rootfs, "beside a writable volume");
-    stage.unmount(&rootfs);
-    assert_same(&before, &picture(&image, &[], Owners::Compare), "the image after all attempts");
-});
+pub(crate) const EVERY_CHANGE_IS_EROFS: Case =
+    Case::new("every_change_is_erofs", on::every_backend, |stage: &Stage| {
+        let image = stage.small_image();
+        rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
+        let before = picture(&image, &[], Owners::Compare);
+        let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
+        assert_read_only(&rootfs, "without volumes");
+        stage.unmount(&rootfs);
+        // A writable volume means that the superblock of a FUSE rootfs cannot be read-only: the server itself must refuse.
+        stage.mkdir("sandbox");
+        let sandbox = stage.path("sandbox").into_os_string();
+        let rootfs = stage.mount(&image, "rootfs", ["--sandbox".into(), sandbox, "-v".into(), "work:/data".into()]);
+        assert_read_only(&rootfs, "beside a writable volume");
+        stage.unmount(&rootfs);
+        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image after all attempts");
+    });
 
 pub(crate) const PROGRAMS_SAY_READ_ONLY: Case =
     Case::new("programs_say_read_only_file_system", on::every_backend, |stage: &Stage| {
@@ -132,7 +135,11 @@ pub(crate) const READ_ONLY_IN_SLAVES: Case = Case::needing(
         let _ = slave.wait();
         stage.tool("umount", ["-l"]).arg(&shared).run().ok();
         assert!(!image_touched, "the slave namespace could write to the image");
-        assert!(seen.err().contains("Read-only file system") || seen.err().contains("No such file"), "{}", seen.describe());
+        assert!(
+            seen.err().contains("Read-only file system") || seen.err().contains("No such file"),
+            "{}",
+            seen.describe()
+        );
     },
 );
 

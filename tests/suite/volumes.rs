@@ -177,7 +177,10 @@ pub(crate) const NESTED: Case = Case::new("nested_volumes_in_any_order", on::eve
             ("rmdir", rustix::fs::rmdir(rootfs.join("data/inner"))),
             ("rename", rustix::fs::rename(rootfs.join("data/inner"), rootfs.join("data/elsewhere"))),
         ] {
-            assert!(matches!(result, Err(Errno::BUSY | Errno::XDEV | Errno::ROFS)), "{name} of a mount point: {result:?}");
+            assert!(
+                matches!(result, Err(Errno::BUSY | Errno::XDEV | Errno::ROFS)),
+                "{name} of a mount point: {result:?}"
+            );
         }
         stage.unmount(&rootfs);
         assert_eq!(read(stage.path("outer/inner/hidden")), "hidden");
@@ -194,7 +197,10 @@ pub(crate) const THROUGH_SYMLINKS: Case =
         stage.mkdir("lock");
         stage.write("lock/l", "lock");
         // /var/run -> /run and /var/lock -> ../run/lock: absolute and relative, as Debian has them.
-        let args = options(&[&volume(stage.path("run"), "/var/run/lock", "rw"), &volume(stage.path("lock"), "/var/lib", "ro")]);
+        let args = options(&[
+            &volume(stage.path("run"), "/var/run/lock", "rw"),
+            &volume(stage.path("lock"), "/var/lib", "ro"),
+        ]);
         let rootfs = stage.mount(&image, "rootfs", args);
         write(rootfs.join("run/lock/x"), "through");
         assert_eq!(read(stage.path("run/x")), "through");
@@ -268,46 +274,51 @@ pub(crate) const SANDBOX_ESCAPE: Case =
         assert_eq!(read(stage.path("sandbox/inside/new/x")), "x");
     });
 
-pub(crate) const MISSING_POINT_MADE_UP: Case = Case::new("missing_mount_points_are_made_up", on::fuse, |stage: &Stage| {
-    let image = stage.small_image();
-    let before = picture(&image, &[], Owners::Compare);
-    stage.mkdir("vol");
-    stage.write("vol/mark", "volume");
-    let file = stage.write("one", "file volume");
-    let args = options(&[
-        &volume(stage.path("vol"), "/opt/made/up", "rw"),
-        &volume(stage.path("vol"), "/etc/conf.d", "ro"),
-        &volume(&file, "/etc/resolv.conf", "rw"),
-        &volume(&file, "/opt/made/file", "ro"),
-    ]);
-    let rootfs = stage.mount(&image, "rootfs", args);
-    assert_eq!(read(rootfs.join("opt/made/up/mark")), "volume");
-    assert_eq!(read(rootfs.join("etc/conf.d/mark")), "volume");
-    assert_eq!(read(rootfs.join("etc/resolv.conf")), "file volume");
-    assert_eq!(read(rootfs.join("opt/made/file")), "file volume");
-    // They are listed, beside what the image has there.
-    let names = |dir: &str| {
-        let mut names: Vec<String> = fs::read_dir(rootfs.join(dir))
-            .expect("read dir")
-            .map(|e| e.expect("entry").file_name().to_string_lossy().into_owned())
-            .collect();
-        names.sort();
-        names
-    };
-    assert_eq!(names("opt"), ["made"]);
-    assert_eq!(names("opt/made"), ["file", "up"]);
-    assert_eq!(names("etc"), ["conf.d", "hosts", "passwd", "resolv.conf"]);
-    assert!(names("").contains(&"opt".to_owned()));
-    let mode = fs::metadata(rootfs.join("opt/made")).expect("stat").permissions().mode() & 0o7777;
-    assert_eq!(mode, 0o755, "made-up directories are 0755, this is {mode:o}");
-    write(rootfs.join("opt/made/up/w"), "w");
-    assert_eq!(read(stage.path("vol/w")), "w");
-    refuses(fs::write(rootfs.join("opt/made/w"), "w"), Errno::ROFS);
-    refuses(fs::write(rootfs.join("etc/conf.d/w"), "w"), Errno::ROFS);
-    refuses(fs::remove_dir(rootfs.join("opt/made")), Errno::ROFS);
-    stage.unmount(&rootfs);
-    assert_same(&before, &picture(&image, &[], Owners::Compare), "the image: made up means in the tree, not on disk");
-});
+pub(crate) const MISSING_POINT_MADE_UP: Case =
+    Case::new("missing_mount_points_are_made_up", on::fuse, |stage: &Stage| {
+        let image = stage.small_image();
+        let before = picture(&image, &[], Owners::Compare);
+        stage.mkdir("vol");
+        stage.write("vol/mark", "volume");
+        let file = stage.write("one", "file volume");
+        let args = options(&[
+            &volume(stage.path("vol"), "/opt/made/up", "rw"),
+            &volume(stage.path("vol"), "/etc/conf.d", "ro"),
+            &volume(&file, "/etc/resolv.conf", "rw"),
+            &volume(&file, "/opt/made/file", "ro"),
+        ]);
+        let rootfs = stage.mount(&image, "rootfs", args);
+        assert_eq!(read(rootfs.join("opt/made/up/mark")), "volume");
+        assert_eq!(read(rootfs.join("etc/conf.d/mark")), "volume");
+        assert_eq!(read(rootfs.join("etc/resolv.conf")), "file volume");
+        assert_eq!(read(rootfs.join("opt/made/file")), "file volume");
+        // They are listed, beside what the image has there.
+        let names = |dir: &str| {
+            let mut names: Vec<String> = fs::read_dir(rootfs.join(dir))
+                .expect("read dir")
+                .map(|e| e.expect("entry").file_name().to_string_lossy().into_owned())
+                .collect();
+            names.sort();
+            names
+        };
+        assert_eq!(names("opt"), ["made"]);
+        assert_eq!(names("opt/made"), ["file", "up"]);
+        assert_eq!(names("etc"), ["conf.d", "hosts", "passwd", "resolv.conf"]);
+        assert!(names("").contains(&"opt".to_owned()));
+        let mode = fs::metadata(rootfs.join("opt/made")).expect("stat").permissions().mode() & 0o7777;
+        assert_eq!(mode, 0o755, "made-up directories are 0755, this is {mode:o}");
+        write(rootfs.join("opt/made/up/w"), "w");
+        assert_eq!(read(stage.path("vol/w")), "w");
+        refuses(fs::write(rootfs.join("opt/made/w"), "w"), Errno::ROFS);
+        refuses(fs::write(rootfs.join("etc/conf.d/w"), "w"), Errno::ROFS);
+        refuses(fs::remove_dir(rootfs.join("opt/made")), Errno::ROFS);
+        stage.unmount(&rootfs);
+        assert_same(
+            &before,
+            &picture(&image, &[], Owners::Compare),
+            "the image: made up means in the tree, not on disk",
+        );
+    });
 
 pub(crate) const MISSING_POINT_REFUSED: Case =
     Case::new("a_missing_mount_point_is_named_with_who_could", on::bind, |stage: &Stage| {
@@ -347,7 +358,11 @@ pub(crate) const WRONG_REQUESTS: Case =
             (raw(format!("{f}:/data")), 2, &["/data", "directory"]),
             ([raw(format!("{d}:/data")), raw(format!("{d}:/data/:ro"))].concat(), 2, &["/data", "two volumes"]),
             ([raw(format!("{f}:/etc/hosts")), raw(format!("{d}:/etc/hosts/x"))].concat(), 2, &["/etc/hosts"]),
-            (vec!["--sandbox".into(), "/nonexistent-sandbox".into(), "-v".into(), "x:/data".into()], 3, &["nonexistent-sandbox"]),
+            (
+                vec!["--sandbox".into(), "/nonexistent-sandbox".into(), "-v".into(), "x:/data".into()],
+                3,
+                &["nonexistent-sandbox"],
+            ),
         ];
         for (args, code, texts) in table {
             stage.mount_call(&image, "rootfs", args.clone()).run().fails(*code, texts);
@@ -437,10 +452,9 @@ pub(crate) const ACROSS: Case = Case::new("rename_and_link_across_trees", on::ev
     let args = options(&[&volume(stage.path("a"), "/data", "rw"), &volume(stage.path("b"), "/home", "rw")]);
     let rootfs = stage.mount(&image, "rootfs", args);
     let (a, b, i) = (rootfs.join("data/f"), rootfs.join("home/g"), rootfs.join("etc/hosts"));
-    for (name, result) in [
-        ("rename volume to volume", rustix::fs::rename(&a, &b)),
-        ("link volume to volume", rustix::fs::link(&a, &b)),
-    ] {
+    for (name, result) in
+        [("rename volume to volume", rustix::fs::rename(&a, &b)), ("link volume to volume", rustix::fs::link(&a, &b))]
+    {
         assert_eq!(result, Err(Errno::XDEV), "{name}");
     }
     for (name, result) in [
