@@ -152,6 +152,7 @@ fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result
 
 /// Parse, run, and say what went wrong: the whole program but for its hidden verbs.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    crate::fault::start();
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
