@@ -10,6 +10,7 @@ mod destroy;
 mod faults;
 mod posix;
 mod readonly;
+mod recover;
 mod store;
 mod tree;
 mod volumes;
@@ -53,6 +54,10 @@ pub(crate) const CASES: &[Case] = &[
     readonly::LOCKED_FLAGS_STAY,
     readonly::PROGRAMS_SAY_READ_ONLY,
     readonly::READ_ONLY_IN_SLAVES,
+    recover::AFTER_A_CRASH,
+    recover::DEAD_SERVER,
+    recover::HEALS,
+    recover::REBOOT,
     store::AT_ONCE,
     store::BROKEN_IMAGES,
     store::DIRECTORIES,
