@@ -1,1 +1,6 @@
-//! The only importers of fuser. Must not know the store.
+//! The FUSE side: mounting, and running a session of fuser. The only importer of fuser. Must not know the store.
+
+pub mod adapter;
+mod fusermount;
+pub mod mount;
+pub mod session;
