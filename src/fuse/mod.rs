@@ -1,4 +1,5 @@
-//! The FUSE side: mounting, and running a session of fuser. The only importer of fuser. Must not know the store.
+//! The FUSE side: a tree's answers to the kernel, mounting, and running a session. The only importer of fuser. Must not know
+//! the store.
 
 pub mod adapter;
 mod fusermount;
