@@ -15,7 +15,7 @@ use super::sources::Sources;
 use super::supervise::take_stdin;
 use super::{Job, TARGET, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
-use crate::fuse::adapter::FuseAdapter;
+use crate::fuse::adapter::{AdapterOptions, FuseAdapter};
 use crate::fuse::session::{self, Start};
 use crate::plan::BackendKind;
 use crate::tree::Tree;
@@ -62,7 +62,9 @@ fn prepare(channel: &Channel) -> Result<(FuseAdapter, Job)> {
     raise_open_files();
     let (job, sources) = take_job(channel)?;
     let tree = build(&job, sources)?;
-    Ok((FuseAdapter::new(tree), job))
+    // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
+    let options = AdapterOptions { kills_privileges: true, ..AdapterOptions::default() };
+    Ok((FuseAdapter::new(tree, options), job))
 }
 
 fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::Ready<FuseAdapter>> {
@@ -161,7 +163,7 @@ fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
     let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
     for (volume, source) in plan.volumes.iter().zip(volumes) {
         let tree = DirTree::open(source, DirOptions::volume(volume.access), Arc::clone(&pool))?;
-        routed.push((volume.target.clone(), Arc::new(tree) as Arc<dyn Tree>));
+        routed.push((volume.target.clone(), volume.form, volume.access, Arc::new(tree) as Arc<dyn Tree>));
     }
     Ok(Arc::new(RouteTree::build(image, routed)?))
 }

@@ -238,6 +238,7 @@ impl Supervisor {
             supervisor: Some(self.me),
             worker: self.worker.as_ref().map(|w| w.id),
             fuse_connection: Some(self.info().dev.1),
+            ..Traces::default()
         }
     }
 
