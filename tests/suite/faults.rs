@@ -30,7 +30,7 @@ fn unmount(stage: &Stage) -> Call<'_> {
 }
 
 /// The steps that a command passes, in order of first passing. The server's own log counts too: it passes steps of its own.
-fn steps(stage: &Stage, call: Call<'_>) -> Vec<String> {
+pub(crate) fn steps(stage: &Stage, call: Call<'_>) -> Vec<String> {
     let outcome = call.env("FSPROV_LOG", LOG).run().ok();
     let mut text = outcome.err();
     for record in stage.records() {

@@ -5,10 +5,13 @@ use std::path::Path;
 use crate::common::Case;
 
 mod cli;
+mod clients;
 mod destroy;
 mod faults;
 mod posix;
 mod readonly;
+mod recover;
+mod store;
 mod tree;
 mod volumes;
 
@@ -24,6 +27,8 @@ pub(crate) const CASES: &[Case] = &[
     cli::PROBE,
     cli::STATE_ROOT,
     cli::USAGE,
+    clients::BWRAP,
+    clients::CHROOT,
     destroy::AT_ONCE,
     destroy::BUSY,
     destroy::DETACHED,
@@ -49,6 +54,24 @@ pub(crate) const CASES: &[Case] = &[
     readonly::LOCKED_FLAGS_STAY,
     readonly::PROGRAMS_SAY_READ_ONLY,
     readonly::READ_ONLY_IN_SLAVES,
+    recover::AFTER_A_CRASH,
+    recover::DEAD_SERVER,
+    recover::HEALS,
+    recover::REBOOT,
+    store::AT_ONCE,
+    store::BROKEN_IMAGES,
+    store::DIRECTORIES,
+    store::EVERY_COMPRESSION,
+    store::EXPECTED_ID,
+    store::HOSTILE_ARCHIVES,
+    store::IMPORT_BREAKS,
+    store::IN_USE,
+    store::LIST_AND_SHOW,
+    store::NAMES,
+    store::ODD_NAMES,
+    store::SAME_TREE,
+    store::SHAPES,
+    store::TRUE_OWNERS,
     tree::SAME_TREE,
     volumes::ACROSS,
     volumes::ALIASES,
