@@ -296,9 +296,12 @@ mod tests {
 
     #[test]
     fn an_error_told_by_another_process_is_the_same() {
-        let first = Error::sys("mount", "/r", rustix::io::Errno::PERM)
-            .hint("run as root")
-            .with_undo(Err(Error::new(Kind::Helper, "stop", "7", "it will not")));
+        let first = Error::sys("mount", "/r", rustix::io::Errno::PERM).hint("run as root").with_undo(Err(Error::new(
+            Kind::Helper,
+            "stop",
+            "7",
+            "it will not",
+        )));
         let json = serde_json::to_string(&Told::from(&first)).unwrap();
         let second = Error::from(serde_json::from_str::<Told>(&json).unwrap());
         assert_eq!(second.to_string(), first.to_string());

@@ -51,7 +51,10 @@ impl Backend for Fuse {
         }
         if let Some(volume) = plan.volumes.iter().find(|v| v.form == Form::Special) {
             return Support::no(
-                format!("the source of volume {} is a socket, FIFO or device, which the FUSE server does not open", volume.target),
+                format!(
+                    "the source of volume {} is a socket, FIFO or device, which the FUSE server does not open",
+                    volume.target
+                ),
                 "use --backend bind, or make the directory that holds it the volume",
             );
         }
@@ -105,13 +108,7 @@ impl Backend for Fuse {
 
 impl Fuse {
     /// [`Backend::provision`] with a server that is run as `options` say.
-    pub fn provision_with(
-        &self,
-        host: &Host,
-        plan: &Plan,
-        journal: &mut dyn Journal,
-        options: &Options,
-    ) -> Result<()> {
+    pub fn provision_with(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal, options: &Options) -> Result<()> {
         plan.require_layers()?;
         if let Support::No { reason, remedy } = self.support(host, plan) {
             return Err(Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), reason).hint(remedy));

@@ -121,10 +121,11 @@ impl Channel {
         }
         if got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
             // A descriptor limit that is reached shows as a truncated control message (recvmsg(2), unix(7)).
-            return Err(Error::new(Kind::Limit, OP, "", "it did not arrive whole").hint("raise the limit of open files"));
+            return Err(
+                Error::new(Kind::Limit, OP, "", "it did not arrive whole").hint("raise the limit of open files")
+            );
         }
-        let message =
-            serde_json::from_slice(&bytes[..got.bytes]).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
+        let message = serde_json::from_slice(&bytes[..got.bytes]).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
         Ok(Some((message, fds)))
     }
 }

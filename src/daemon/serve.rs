@@ -156,10 +156,9 @@ fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
         Arc::new(image_tree(job, &index, layers)?)
     } else {
         plan.single_layer(BackendKind::Fuse)?;
-        let layer = layers
-            .into_iter()
-            .next()
-            .ok_or_else(|| Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer"))?;
+        let layer = layers.into_iter().next().ok_or_else(|| {
+            Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer")
+        })?;
         Arc::new(DirTree::open(layer, DirOptions::image(plan.ownership.clone()), Arc::clone(&pool))?)
     };
     let mut routed: Vec<_> = Vec::with_capacity(volumes.len());

@@ -64,13 +64,8 @@ pub fn start(
     note: &mut dyn FnMut(&Traces) -> Result<()>,
 ) -> Result<Traces> {
     fault::point("fuse.spawn")?;
-    let job = Job {
-        plan: plan.clone(),
-        method,
-        others: options.others,
-        threads: options.threads,
-        resend: options.resend,
-    };
+    let job =
+        Job { plan: plan.clone(), method, others: options.others, threads: options.threads, resend: options.resend };
     let log_path = plan.state_dir.join(names::LOG);
     let mut link = Link::open(&job, options, &log_path)?;
     let mut traces = Traces::default();
@@ -87,8 +82,9 @@ pub fn start(
 fn wait_for_end(traces: &Traces) -> Result<()> {
     for process in [traces.supervisor, traces.worker].into_iter().flatten() {
         if !process.wait_gone(UNDO_PATIENCE)? {
-            return Err(Error::new(Kind::Helper, "stop server", process, "it does not end")
-                .hint(format!("kill -9 {process}")));
+            return Err(
+                Error::new(Kind::Helper, "stop server", process, "it does not end").hint(format!("kill -9 {process}"))
+            );
         }
     }
     Ok(())
@@ -230,8 +226,13 @@ fn program(options: &Options) -> Result<PathBuf> {
         .map(|dir| dir.join("fsprov"))
         .find(|p| rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok() && p.is_file())
         .ok_or_else(|| {
-            Error::new(Kind::Unsupported, "start server", "", "this program cannot be one and there is no fsprov on PATH")
-                .hint("install fsprov, name it in Options::program, or call fsprov::daemon::dispatch() first in main")
+            Error::new(
+                Kind::Unsupported,
+                "start server",
+                "",
+                "this program cannot be one and there is no fsprov on PATH",
+            )
+            .hint("install fsprov, name it in Options::program, or call fsprov::daemon::dispatch() first in main")
         })
 }
 

@@ -279,8 +279,7 @@ impl Supervisor {
         const OP: &str = "watch the worker";
         let worker = self.worker.as_mut().ok_or_else(|| Error::new(Kind::Helper, OP, "", "there is none"))?;
         loop {
-            let mut fds =
-                [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+            let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(Error::sys(OP, worker.id, e)),
@@ -413,12 +412,8 @@ enum Event {
 fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
     fault::point("server.mount")?;
     let source = job.source();
-    let request = Request {
-        point: &job.plan.rootfs,
-        source: &source,
-        read_only: job.is_read_only(),
-        others: job.others,
-    };
+    let request =
+        Request { point: &job.plan.rootfs, source: &source, read_only: job.is_read_only(), others: job.others };
     let mounted = mount::mount(&job.method, &request)?;
     let begun = fault::point("server.mounted").and_then(|()| {
         let init = session::read_init(&mounted.connection)?;

@@ -83,8 +83,10 @@ fn start(program: &Path, args: &[&OsStr], stdin: Stdio) -> Result<Child> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => Error::new(Kind::Unsupported, "run", show(program), "there is no such program")
-                .hint("as root: install the package fuse3"),
+            std::io::ErrorKind::NotFound => {
+                Error::new(Kind::Unsupported, "run", show(program), "there is no such program")
+                    .hint("as root: install the package fuse3")
+            }
             _ => Error::io("run", show(program), e),
         })
 }
@@ -131,7 +133,11 @@ const MEANINGS: [(&str, Kind, &str); 13] = [
     ("not owned by user", Kind::Permission, "mount on a directory that you own"),
     ("mounting over filesystem type", Kind::Unsupported, "mount on a directory of another file system"),
     ("bad mount point", Kind::NotFound, "the mount point must be a directory that exists and that you may reach"),
-    ("failed to access mountpoint", Kind::NotFound, "the mount point must be a directory that exists and that you may reach"),
+    (
+        "failed to access mountpoint",
+        Kind::NotFound,
+        "the mount point must be a directory that exists and that you may reach",
+    ),
     ("resource busy", Kind::Busy, "end the processes that use it, or unmount with --lazy"),
     ("not found in /etc/mtab", Kind::NotFound, ""),
     ("not found in /proc/mounts", Kind::NotFound, ""),
@@ -171,7 +177,11 @@ mod tests {
     fn what_it_complains_of_becomes_a_kind_and_a_remedy() {
         let dir = tempfile::tempdir().unwrap();
         for (said, kind, hint) in [
-            ("fusermount3: option allow_other only allowed if 'user_allow_other' is set in /etc/fuse.conf", Kind::Unsupported, "user_allow_other >>"),
+            (
+                "fusermount3: option allow_other only allowed if 'user_allow_other' is set in /etc/fuse.conf",
+                Kind::Unsupported,
+                "user_allow_other >>",
+            ),
             ("fusermount3: mount failed: Operation not permitted", Kind::Unsupported, "setuid root"),
             ("fusermount3: user has no write access to mountpoint /x", Kind::Permission, "you own"),
             ("fusermount3: too many FUSE filesystems mounted; mount_max=N can be set", Kind::Limit, "mount_max"),

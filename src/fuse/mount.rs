@@ -61,7 +61,8 @@ impl Method {
         match (&host.fusermount_path, refuse(&host.fusermount)) {
             (Some(path), None) => Ok(Method::Helper(path.clone())),
             (_, error) => Err(error.unwrap_or_else(|| {
-                Error::new(Kind::Unsupported, OP, "", "there is no fusermount3").hint("as root: install the package fuse3")
+                Error::new(Kind::Unsupported, OP, "", "there is no fusermount3")
+                    .hint("as root: install the package fuse3")
             })),
         }
     }
@@ -148,8 +149,9 @@ fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let target = fs::openat(CWD, request.point, flags, Mode::empty()).map_err(|e| Error::sys(OP, name(), e))?;
     let explain = |e: Errno| match e {
-        Errno::PERM => Error::sys(OP, name(), e)
-            .hint("this user namespace, or a seccomp filter, does not let FUSE be mounted: leave it and use fusermount3"),
+        Errno::PERM => Error::sys(OP, name(), e).hint(
+            "this user namespace, or a seccomp filter, does not let FUSE be mounted: leave it and use fusermount3",
+        ),
         e => Error::sys(OP, name(), e),
     };
     match attach_new(request, &connection, &target, initial) {
@@ -181,12 +183,7 @@ fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static 
 
 /// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
 /// that was opened.
-fn attach_new(
-    request: &Request<'_>,
-    connection: &OwnedFd,
-    target: &OwnedFd,
-    initial: bool,
-) -> rustix::io::Result<()> {
+fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &OwnedFd, initial: bool) -> rustix::io::Result<()> {
     let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     mount::fsconfig_set_string(&context, "source", request.source)?;
     mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;

@@ -102,11 +102,10 @@ pub fn start<F: Filesystem>(
     // The kernel decides who enters (allow_other, default_permissions); fuser's own check would come on top.
     config.acl = SessionACL::All;
     config.n_threads = Some(threads);
-    let session =
-        Session::from_fd(filesystem, far, SessionACL::All, config).map_err(|e| Error::io(OP, "the answer to INIT", e))?;
+    let session = Session::from_fd(filesystem, far, SessionACL::All, config)
+        .map_err(|e| Error::io(OP, "the answer to INIT", e))?;
     let mut reply = vec![0_u8; MIN_READ_BUFFER];
-    let size =
-        rustix::io::readv(&near, &mut [IoSliceMut::new(&mut reply)]).map_err(fail)?;
+    let size = rustix::io::readv(&near, &mut [IoSliceMut::new(&mut reply)]).map_err(fail)?;
     reply.truncate(size);
 
     if let Start::Again { reply: agreed, .. } = start
