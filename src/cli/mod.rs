@@ -3,6 +3,7 @@
 //! Parsing touches no environment but the variables named in the definition; each verb's file resolves and runs it. Must not
 //! know system calls.
 
+mod config;
 mod docs;
 mod inspect;
 mod list;
@@ -18,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::paths::StatePaths;
 use crate::plan::BackendKind;
@@ -66,6 +68,8 @@ enum Verb {
     Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
     Probe(probe::Probe),
+    /// Show the configuration
+    Config(config::Config),
     /// Print shell completions
     Completions(docs::Completions),
     /// Print the manual page
@@ -73,10 +77,9 @@ enum Verb {
 }
 
 /// `--backend`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum BackendChoice {
     /// The first of bind, overlay, fuse that can serve this request here
-    #[default]
     Auto,
     /// Kernel bind mount of one layer
     Bind,
@@ -111,8 +114,9 @@ struct Format {
 impl Global {
     /// The state root, absolute.
     fn paths(&self) -> Result<StatePaths> {
-        let root = match &self.root {
-            Some(root) => root.clone(),
+        let configured = || Ok::<_, Error>(settings()?.root.value);
+        let root = match self.root.clone().map_or_else(configured, |root| Ok(Some(root)))? {
+            Some(root) => root,
             None => default_root(|name| std::env::var_os(name), crate::sys::process::is_root_of_host()?)?,
         };
         if root.as_os_str().is_empty() {
@@ -135,6 +139,10 @@ impl Global {
         let filter = std::env::var("FSPROV_LOG").unwrap_or_else(|_| format!("fsprov={level}"));
         env_logger::Builder::new().parse_filters(&filter).format_timestamp(None).init();
     }
+}
+
+fn settings() -> Result<Settings> {
+    Settings::read(&crate::config::files(|name| std::env::var_os(name)))
 }
 
 /// The XDG base directory specification: XDG_DATA_HOME, if it is absolute, else ~/.local/share.
@@ -181,6 +189,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Inspect(verb) => verb.run(global),
         Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
+        Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
     }
