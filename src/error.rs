@@ -11,7 +11,7 @@ use std::path::Path;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What sort of failure it was. Decides the exit code ([`Kind::exit_code`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The request itself is wrong: an argument, a volume, a combination of options.
@@ -169,6 +169,66 @@ impl Error {
     }
 }
 
+/// An error as another process tells it: nothing of it is lost on the way but the types of its causes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Told {
+    kind: Kind,
+    op: String,
+    subject: String,
+    cause: String,
+    errno: Option<i32>,
+    hint: Option<String>,
+    undo: Vec<Told>,
+}
+
+impl From<&Error> for Told {
+    fn from(error: &Error) -> Self {
+        let inner = &*error.0;
+        Told {
+            kind: inner.kind,
+            op: inner.op.to_string(),
+            subject: inner.subject.clone(),
+            cause: inner.source.to_string(),
+            errno: error.errno().map(rustix::io::Errno::raw_os_error),
+            hint: inner.hint.as_ref().map(ToString::to_string),
+            undo: inner.undo.iter().map(Told::from).collect(),
+        }
+    }
+}
+
+/// A cause that came as text, with the errno that was at the bottom of it.
+#[derive(Debug)]
+struct ToldCause {
+    text: String,
+    errno: Option<std::io::Error>,
+}
+
+impl fmt::Display for ToldCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for ToldCause {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.errno.as_ref().map(|e| e as _)
+    }
+}
+
+impl From<Told> for Error {
+    fn from(told: Told) -> Self {
+        let errno = told.errno.map(std::io::Error::from_raw_os_error);
+        Error(Box::new(Inner {
+            kind: told.kind,
+            op: told.op.into(),
+            subject: told.subject,
+            source: Box::new(ToldCause { text: told.cause, errno }),
+            hint: told.hint.map(Into::into),
+            undo: told.undo.into_iter().map(Error::from).collect(),
+        }))
+    }
+}
+
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let inner = &*self.0;
@@ -232,6 +292,20 @@ mod tests {
         let error = Error::io("open", "/x", std::io::Error::from_raw_os_error(libc::ENOTCONN));
         assert_eq!(error.errno(), Some(rustix::io::Errno::NOTCONN));
         assert_eq!(error.kind(), Kind::Io);
+    }
+
+    #[test]
+    fn an_error_told_by_another_process_is_the_same() {
+        let first = Error::sys("mount", "/r", rustix::io::Errno::PERM).hint("run as root").with_undo(Err(Error::new(
+            Kind::Helper,
+            "stop",
+            "7",
+            "it will not",
+        )));
+        let json = serde_json::to_string(&Told::from(&first)).unwrap();
+        let second = Error::from(serde_json::from_str::<Told>(&json).unwrap());
+        assert_eq!(second.to_string(), first.to_string());
+        assert_eq!((second.kind(), second.errno()), (Kind::Permission, Some(rustix::io::Errno::PERM)));
     }
 
     #[test]
