@@ -146,6 +146,16 @@ impl Error {
         &self.0.subject
     }
 
+    /// Why it failed, without operation and subject.
+    pub fn cause(&self) -> String {
+        self.0.source.to_string()
+    }
+
+    /// What the user can do about it; empty where nothing is known.
+    pub fn remedy(&self) -> &str {
+        self.0.hint.as_deref().unwrap_or_default()
+    }
+
     /// The errno at the bottom of it, where there is one.
     pub fn errno(&self) -> Option<rustix::io::Errno> {
         let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&*self.0.source);

@@ -3,6 +3,7 @@
 //! A backend knows mounts, trees and servers. It must not know the store, nor records: what it has to remember it hands to
 //! the [`Journal`], before it depends on it.
 
+mod attach;
 pub mod bind;
 pub mod copy;
 pub mod fuse;
@@ -53,6 +54,13 @@ pub struct Traces {
     /// Id of the rootfs's mount (statx stx_mnt_id, or the first column of mountinfo).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mount_id: Option<u64>,
+    /// The same mount's id that is never used again (statx STATX_MNT_ID_UNIQUE, Linux 6.8).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unique_mount_id: Option<u64>,
+    /// Ids of the mounts below it that are part of the rootfs (volumes, and what came with them). `None` while it is being
+    /// made: nobody else can have mounted there yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<Vec<u64>>,
     /// The process that holds the FUSE connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<ProcessId>,

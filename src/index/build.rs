@@ -215,6 +215,8 @@ impl Builder {
     /// Errors: [`Kind::Invalid`] for a malformed path, a hard link to what is not there or to a directory, a parent that is
     /// not a directory in this same layer; [`Kind::Limit`] past the limits of [`crate::index`]; [`Kind::Usage`] before
     /// the first layer.
+    // By value: callers make an entry for this call alone.
+    #[allow(clippy::needless_pass_by_value)]
     pub fn add(&mut self, entry: Entry) -> Result<()> {
         if self.layers == 0 {
             return Err(refuse(Kind::Usage, &entry.path, "no layer was begun"));
@@ -258,20 +260,20 @@ impl Builder {
             refuse(Kind::Invalid, path, format!("its hard-link target {:?} is not in the image", lossy(target)))
         })?;
         let layer = self.layer();
-        if target == path {
-            return Ok(());
-        }
         let inode = &mut self.inodes[row as usize];
         match &mut inode.body {
             Body::Directory(_) => {
                 return Err(refuse(Kind::Invalid, path, "it is a hard link to a directory"));
             }
-            // A name counts as a place of the content only in the layer that has the content.
-            Body::File { names, .. } if inode.layer == layer => {
+            _ if target == path => return Ok(()),
+            Body::File { names, .. } => {
                 if names.is_empty() {
                     names.push(target.into());
                 }
-                names.push(path.into());
+                // A name is a place of the content only in the layer that has the content.
+                if inode.layer == layer {
+                    names.push(path.into());
+                }
             }
             _ => {}
         }
@@ -283,14 +285,25 @@ impl Builder {
     fn put(&mut self, parent: Row, name: &[u8], row: Row, path: &[u8]) {
         let layer = self.layer();
         let old = self.children_mut(parent).insert(name.into(), Link { inode: row, layer });
-        // Replaced in its own layer: on disk, too, that name leads elsewhere now.
         if let Some(old) = old
             && old.inode != row
-            && let inode = &mut self.inodes[old.inode as usize]
-            && inode.layer == layer
-            && let Body::File { names, .. } = &mut inode.body
         {
-            names.retain(|n| **n != *path);
+            self.unname(old.inode, path);
+        }
+    }
+
+    /// `path` (and all below it) was replaced in this layer: on disk, too, it leads elsewhere now.
+    fn unname(&mut self, row: Row, path: &[u8]) {
+        let layer = self.layer();
+        let mut below = vec![(row, path.to_vec())];
+        while let Some((row, path)) = below.pop() {
+            let inode = &mut self.inodes[row as usize];
+            match &mut inode.body {
+                Body::File { names, .. } if inode.layer == layer => names.retain(|n| **n != *path),
+                Body::Directory(children) => below
+                    .extend(children.iter().map(|(name, link)| (link.inode, [path.as_slice(), b"/", name].concat()))),
+                _ => {}
+            }
         }
     }
 

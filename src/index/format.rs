@@ -185,10 +185,9 @@ pub struct XattrRecord {
 
 const _: () = {
     assert!(size_of::<Header>() <= BLOCK);
-    // Records must divide a block: none may straddle two.
-    assert!(BLOCK % size_of::<InodeRecord>() == 0 && size_of::<InodeRecord>() == 64);
-    assert!(BLOCK % size_of::<NameRecord>() == 0 && size_of::<NameRecord>() == 16);
-    assert!(BLOCK % size_of::<XattrSetRecord>() == 0 && BLOCK % size_of::<XattrRecord>() == 0);
+    // Powers of two, so that they divide a block: none may straddle two.
+    assert!(size_of::<InodeRecord>() == 64 && size_of::<NameRecord>() == 16);
+    assert!(size_of::<XattrSetRecord>() == 16 && size_of::<XattrRecord>() == 16);
 };
 
 /// The type bits of st_mode.

@@ -88,13 +88,11 @@ impl Builder {
                 if matches!(name, b"." | b"..") {
                     return Err(refuse(Kind::Invalid, path, "a whitelisted path has a component . or .."));
                 }
-                match self.children(row).and_then(|c| c.get(name)) {
-                    Some(link) => row = link.inode,
-                    None => {
-                        found = false;
-                        break;
-                    }
-                }
+                let Some(link) = self.children(row).and_then(|c| c.get(name)) else {
+                    found = false;
+                    break;
+                };
+                row = link.inode;
                 trail.push(row);
             }
             if found {

@@ -12,6 +12,8 @@ pub mod format;
 mod merge;
 pub mod read;
 mod scan;
+#[cfg(test)]
+mod tests;
 mod write;
 
 pub use build::{Builder, Entry, LayerNumber, Time, What, Whiteouts, Xattr};

@@ -1,4 +1,4 @@
-//! Reads a directory as a layer.
+//! Reads a directory, or another index, as a layer.
 
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
@@ -7,7 +7,9 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 
 use super::build::{Builder, Entry, Time, What, Xattr, refuse};
-use super::{MAX_DEPTH, MAX_TARGET, MAX_XATTR_BYTES};
+use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
+use super::read::{Damaged, Form, Index};
+use super::{MAX_DEPTH, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES};
 use crate::error::{Error, Kind, Result};
 
 /// A directory being read. Its descriptor is open as long as it is on the stack, so a tree is at most [`MAX_OPEN_DEPTH`] deep.
@@ -166,14 +168,17 @@ fn collect(
     list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>,
     get: impl Fn(&[u8], &mut [u8]) -> rustix::io::Result<usize>,
 ) -> Result<Vec<Xattr>> {
-    // Nearly every file has none: ask for the size first, with no buffer.
-    match list(&mut []) {
+    // Nearly every file has none, or few and short ones. (An empty buffer would not ask for the size: rustix answers 0.)
+    let mut names = vec![0; 512];
+    let length = match list(&mut names) {
         Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
-        Ok(_) => {}
-        Err(e) => return Err(Error::sys("index: list xattrs", show(path), e)),
+        Err(Errno::RANGE) => {
+            names.resize(MAX_XATTR_BYTES, 0);
+            list(&mut names)
+        }
+        other => other,
     }
-    let mut names = vec![0; MAX_XATTR_BYTES];
-    let length = list(&mut names).map_err(|e| Error::sys("index: list xattrs", show(path), e))?;
+    .map_err(|e| Error::sys("index: list xattrs", show(path), e))?;
     let mut xattrs = Vec::new();
     let mut value = vec![0; MAX_XATTR_BYTES];
     for name in names[..length].split(|&b| b == 0).filter(|n| !n.is_empty()) {
@@ -185,4 +190,75 @@ fn collect(
         }
     }
     Ok(xattrs)
+}
+
+impl Builder {
+    /// Add what another index of one layer has to the layer begun last, where `keep` says so of its path (a directory that is
+    /// not kept is still made where something below it is). An image of many layers is put together so, from the indexes
+    /// that its layers got when they were imported; whiteouts are entries of those ([`Whiteouts::Plain`]) and take effect here.
+    ///
+    /// [`Whiteouts::Plain`]: super::Whiteouts::Plain
+    pub fn add_index(&mut self, index: &Index, mut keep: impl FnMut(&[u8]) -> bool) -> Result<()> {
+        let damaged = |e: Damaged| Error::new(Kind::Integrity, "read index", "", e);
+        if index.layer_count() > 1 {
+            return Err(Error::new(Kind::Invalid, "merge index", "", "it is of more than one layer"));
+        }
+        // Rows that were added under a path already: their other names are hard links.
+        let mut first_names: HashMap<u32, Vec<u8>> = HashMap::new();
+        let mut stack = vec![(Vec::new(), index.inode(0).map_err(damaged)?)];
+        let mut content = Vec::new();
+        while let Some((path, inode)) = stack.pop() {
+            if let Form::Directory { first, count } = inode.form {
+                if path.len() > MAX_PATH {
+                    return Err(refuse(Kind::Integrity, &path, "a directory in the index lies in itself"));
+                }
+                // Last first, so that they come off the stack in order.
+                for at in (first..first + count).rev() {
+                    let name = index.name(at).map_err(damaged)?;
+                    let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                    stack.push(([&path, slash, name.name].concat(), index.inode(name.row).map_err(damaged)?));
+                }
+            }
+            if !keep(&path) {
+                continue;
+            }
+            let mut xattrs = Vec::new();
+            for xattr in index.xattrs(&inode).map_err(damaged)? {
+                let (name, value) = xattr.map_err(damaged)?;
+                xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
+            }
+            let linked = !matches!(inode.form, Form::Directory { .. }) && inode.nlink > 1;
+            let what = match (inode.form, first_names.get(&inode.row)) {
+                (_, Some(first)) => What::HardLink(first.clone()),
+                (Form::Directory { .. }, _) => What::Directory,
+                (Form::File, _) => {
+                    index.content_path(&inode, &mut content).map_err(damaged)?;
+                    let content = (content != path).then(|| content.clone());
+                    What::File { size: inode.size, content, sha256: index.sha256(&inode).map_err(damaged)? }
+                }
+                (Form::Symlink, _) => {
+                    What::Symlink(index.target(&inode).map_err(damaged)?.unwrap_or_default().to_vec())
+                }
+                (Form::Special, _) => match inode.mode & S_IFMT {
+                    S_IFIFO => What::Fifo,
+                    S_IFSOCK => What::Socket,
+                    S_IFCHR => What::Char(inode.rdev),
+                    _ => What::Block(inode.rdev),
+                },
+            };
+            if linked {
+                first_names.entry(inode.row).or_insert_with(|| path.clone());
+            }
+            self.add(Entry {
+                path,
+                what,
+                mode: (inode.mode & 0o7777) as u16,
+                uid: inode.uid,
+                gid: inode.gid,
+                mtime: inode.mtime,
+                xattrs,
+            })?;
+        }
+        Ok(())
+    }
 }

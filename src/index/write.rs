@@ -221,11 +221,8 @@ impl Writer<'_> {
                     if content.is_some() || !names.is_empty() {
                         self.home_path(placed, row as u32, &mut own)?;
                     }
-                    let place = match content {
-                        Some(content) => Some(content),
-                        None if names.iter().any(|n| **n == *own) => None,
-                        None => names.first(),
-                    };
+                    // Of hard links, the name that the content came under: it is there however the layer was unpacked.
+                    let place = content.as_ref().or_else(|| names.first());
                     if let Some(place) = place.filter(|p| ***p != *own) {
                         (first, count) = (self.strings.add(place)?, place.len() as u32);
                     }

@@ -13,7 +13,7 @@ use crate::fault;
 use crate::id::{ContainerId, ImageId};
 use crate::paths::{ContainerPaths, StatePaths};
 use crate::plan::{BackendKind, Plan};
-use crate::sys;
+use crate::sys::{self, durable::Survives};
 
 /// Longest record read: 200 volumes of two 4 KiB paths, hex-encoded, fit.
 const MAX_BYTES: u64 = 8 << 20;
@@ -88,9 +88,28 @@ impl Record {
         })
     }
 
-    /// Made in this boot, but in another mount namespace than ours?
-    pub fn is_elsewhere(&self) -> Result<bool> {
-        Ok(self.boot_id == sys::process::boot_id()? && self.mount_namespace != sys::process::mount_namespace()?)
+    /// Pending again, in this boot and mount namespace, with no traces.
+    pub(super) fn renew(&mut self) -> Result<()> {
+        self.traces = Traces::default();
+        self.state = State::Pending;
+        self.boot_id = sys::process::boot_id()?;
+        self.mount_namespace = sys::process::mount_namespace()?;
+        Ok(())
+    }
+
+    /// Made in another mount namespace than ours that still lives: a process to point to, that is in it.
+    ///
+    /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)).
+    pub fn elsewhere(&self) -> Result<Option<i32>> {
+        if self.boot_id != sys::process::boot_id()? || self.mount_namespace == sys::process::mount_namespace()? {
+            return Ok(None);
+        }
+        let servers = [self.traces.supervisor, self.traces.worker].into_iter().flatten();
+        let server = servers.into_iter().find(|server| server.is_alive());
+        match server {
+            Some(server) => Ok(Some(server.pid)),
+            None => sys::process::in_mount_namespace(self.mount_namespace),
+        }
     }
 
     /// The record of a container; `None` where it has none (yet).
@@ -109,6 +128,10 @@ impl Record {
         };
         if bytes.len() as u64 > MAX_BYTES {
             return Err(refuse(Error::new(Kind::Limit, "read record", show(&path), "it is longer than 8 MiB")));
+        }
+        if bytes.is_empty() {
+            // Written in the moment of a power loss: what it named ended with that boot.
+            return Ok(None);
         }
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|e| refuse(Error::new(Kind::Invalid, "read record", show(&path), e)))?;
@@ -132,12 +155,19 @@ impl Record {
         Ok(Some(record))
     }
 
-    /// Write the record durably: all of the new one is on the disk when this returns, or all of the old one.
+    /// Write the record: whoever reads it finds all of the new one or all of the old one, also after this process was killed.
+    ///
+    /// It is brought to the disk only where a power loss would leave something behind that it names: the files of a copy. Mounts
+    /// and servers end with the boot, and two syncs would take longer than all the rest of a mount.
     pub fn write(&self, container: &ContainerPaths) -> Result<()> {
         fault::point("record.write")?;
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::new(Kind::Io, "write record", show(container.record()), e))?;
-        sys::durable::write_durably(&container.record(), &bytes)
+        let survives = match self.backend {
+            BackendKind::Copy => Survives::PowerLoss,
+            BackendKind::Bind | BackendKind::Fuse | BackendKind::Overlay => Survives::Crash,
+        };
+        sys::durable::write_file(&container.record(), &bytes, survives)
     }
 }
 
@@ -184,6 +214,18 @@ pub(super) fn all(paths: &StatePaths) -> Result<Vec<Record>> {
         records.extend(Record::read(&paths.container(&id))?);
     }
     Ok(records)
+}
+
+/// Every record that can be read; what is wrong with another is logged.
+pub(super) fn readable(paths: &StatePaths) -> Result<Vec<Record>> {
+    let read = |id: ContainerId| match Record::read(&paths.container(&id)) {
+        Ok(record) => record,
+        Err(error) => {
+            log::warn!("{error}");
+            None
+        }
+    };
+    Ok(ids(paths)?.into_iter().filter_map(read).collect())
 }
 
 mod path_list {
@@ -234,7 +276,7 @@ mod tests {
         record.write(&container).unwrap();
         assert_eq!(Record::read(&container).unwrap(), Some(record.clone()));
         assert_eq!(make(&container).unwrap_err().kind(), Kind::Exists);
-        assert!(!record.is_elsewhere().unwrap());
+        assert_eq!(record.elsewhere().unwrap(), None);
 
         let text = std::fs::read_to_string(container.record()).unwrap();
         for (damaged, kind) in [

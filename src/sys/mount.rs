@@ -46,6 +46,24 @@ pub fn mount_id_at(path: &Path) -> Result<u64> {
     mount_id(fd)
 }
 
+/// statx(2): STATX_MNT_ID_UNIQUE, Linux 6.8.
+const MNT_ID_UNIQUE: StatxFlags = StatxFlags::from_bits_retain(0x4000);
+
+/// The mount's id that is never used again while the machine runs (Linux 6.8). `None`: this kernel has none, or the mount's
+/// file system does not talk to us.
+pub fn unique_mount_id(fd: impl AsFd) -> Option<u64> {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let stat = fs::statx(fd, "", flags, MNT_ID_UNIQUE).ok()?;
+    (stat.stx_mask & MNT_ID_UNIQUE.bits() != 0).then_some(stat.stx_mnt_id)
+}
+
+/// Does `fd` refer to the root of its mount (STATX_ATTR_MOUNT_ROOT, Linux 5.8)? `false` where the kernel cannot tell.
+pub fn is_mount_root(fd: impl AsFd) -> bool {
+    let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    fs::statx(fd, "", flags, StatxFlags::empty())
+        .is_ok_and(|stat| stat.stx_attributes.contains(fs::StatxAttributes::MOUNT_ROOT))
+}
+
 /// With what is mounted below, or not?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Depth {
@@ -127,6 +145,20 @@ pub fn set_attr(tree: impl AsFd, attrs: &AttrSet<'_>) -> rustix::io::Result<()> 
     raw::mount_setattr(tree, false, &attrs.raw())
 }
 
+/// Cut a mount and all below it off from its peers. What is attached below a shared mount becomes shared with it
+/// (mount_namespaces(7)), whatever it was before.
+pub fn make_private(root: impl AsFd) -> Result<()> {
+    let root = root.as_fd();
+    match set_attr_recursive(root, &AttrSet { private: true, ..AttrSet::default() }) {
+        Err(Errno::NOSYS) => {
+            let path = format!("/proc/self/fd/{}", root.as_raw_fd());
+            mount::mount_change(path, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC)
+        }
+        other => other,
+    }
+    .map_err(|e| Error::sys("make private the mount", name_of(root), e))
+}
+
 /// Attach a detached tree on the file or directory that `target` (O_PATH) refers to (move_mount(2), Linux 5.2).
 pub fn move_mount_to(tree: impl AsFd, target: impl AsFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
@@ -179,23 +211,43 @@ fn note_classic(call: &str) {
     }
 }
 
-/// A bind mount of `source` on `target` with these attributes: built detached and attached once, where the kernel can.
-///
-/// Idmapping has no fallback: ENOSYS comes back then.
-pub fn bind(source: impl AsFd, target: impl AsFd, depth: Depth, attrs: &AttrSet<'_>) -> Result<()> {
-    const OP: &str = "bind mount on";
-    let (source, target) = (source.as_fd(), target.as_fd());
-    let detached = open_tree_clone(source, depth).and_then(|tree| {
-        set_attr_recursive(&tree, attrs)?;
-        Ok(tree)
-    });
-    match detached {
-        Ok(tree) => move_mount_to(tree, target).map_err(|e| Error::sys(OP, name_of(target), e)),
-        Err(Errno::NOSYS) if attrs.idmap.is_none() => {
-            note_classic("open_tree or mount_setattr");
-            bind_classic(source, target, depth, attrs)
+/// A mount that is ready to be attached.
+#[derive(Debug)]
+pub enum Piece {
+    /// A detached tree, its attributes set.
+    Detached(OwnedFd),
+    /// The directory or file to bind: this kernel cannot build the mount beforehand.
+    Classic(OwnedFd),
+}
+
+impl Piece {
+    /// What to attach for a bind mount of `source`. Idmapping has no fallback: ENOSYS comes back then.
+    pub fn bind(source: OwnedFd, depth: Depth, attrs: &AttrSet<'_>) -> rustix::io::Result<Self> {
+        let detached = open_tree_clone(&source, depth).and_then(|tree| {
+            set_attr_recursive(&tree, attrs)?;
+            Ok(tree)
+        });
+        match detached {
+            Ok(tree) => Ok(Piece::Detached(tree)),
+            Err(Errno::NOSYS) if attrs.idmap.is_none() => {
+                note_classic("open_tree or mount_setattr");
+                Ok(Piece::Classic(source))
+            }
+            Err(e) => Err(e),
         }
-        Err(e) => Err(Error::sys(OP, name_of(target), e)),
+    }
+
+    /// Attach it on `target` and give the root of the new mount. `attrs` are those it was made with.
+    pub fn attach(self, target: impl AsFd, depth: Depth, attrs: &AttrSet<'_>) -> Result<OwnedFd> {
+        const OP: &str = "mount on";
+        let target = target.as_fd();
+        match self {
+            Piece::Detached(tree) => {
+                move_mount_to(&tree, target).map_err(|e| Error::sys(OP, name_of(target), e))?;
+                Ok(tree)
+            }
+            Piece::Classic(source) => bind_classic(source.as_fd(), target, depth, attrs),
+        }
     }
 }
 
@@ -205,38 +257,38 @@ fn name_of(fd: BorrowedFd<'_>) -> String {
 
 /// mount(2) twice: bind, then remount with the attributes, mount by mount. The remount must repeat the flags that are there:
 /// a bind remount sets all of them, and in a user namespace dropping a locked one is EPERM (mount_namespaces(7)).
-fn bind_classic(source: BorrowedFd<'_>, target: BorrowedFd<'_>, depth: Depth, attrs: &AttrSet<'_>) -> Result<()> {
+fn bind_classic(source: BorrowedFd<'_>, target: BorrowedFd<'_>, depth: Depth, attrs: &AttrSet<'_>) -> Result<OwnedFd> {
     const OP: &str = "bind mount on";
     // Paths through /proc/self/fd: what a name resolves to may have changed since it was opened.
     let magic = |fd: BorrowedFd<'_>| format!("/proc/self/fd/{}", fd.as_raw_fd());
     let point = super::fs::path_of(target)?;
     let fail = |e: Errno| Error::sys(OP, show(&point), e);
+    let before = mount_id_at(&point)?;
     match depth {
         Depth::One => mount::mount_bind(magic(source), magic(target)),
         Depth::Recursive => mount::mount_bind_recursive(magic(source), magic(target)),
     }
     .map_err(fail)?;
-    let finish = || -> Result<()> {
+    let finish = || -> Result<OwnedFd> {
+        let flags = fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC;
+        let root = fs::openat(fs::CWD, &point, flags, fs::Mode::empty()).map_err(fail)?;
+        let id = mount_id(&root)?;
+        if id == before {
+            return Err(Error::new(Kind::Busy, OP, show(&point), "its path was changed meanwhile"));
+        }
         if attrs.private {
             mount::mount_change(&point, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(fail)?;
         }
-        let table = mountinfo::read()?;
-        let mut ours = mountinfo::stack_at(table.clone(), &point);
-        let top = ours.pop().ok_or_else(|| Error::new(Kind::Io, OP, show(&point), "the mount is not in the table"))?;
-        let mut all = vec![top];
-        for mount in mountinfo::subtree_below(table, &point) {
-            if all.iter().any(|m| m.id == mount.parent) {
-                all.push(mount);
-            }
-        }
-        for mount in &all {
-            let flags = MountFlags::BIND | existing_flags(mount) | attrs.classic();
+        for mount in mountinfo::tree_of(mountinfo::read()?, id) {
+            let flags = MountFlags::BIND | existing_flags(&mount) | attrs.classic();
             mount::mount_remount(&mount.point, flags, "").map_err(|e| Error::sys(OP, show(&mount.point), e))?;
         }
-        Ok(())
+        Ok(root)
     };
-    finish()
-        .map_err(|e| e.with_undo(unmount(&point, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(&point), e))))
+    finish().map_err(|e| {
+        let undone = unmount(&point, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(&point), e));
+        e.with_undo(undone)
+    })
 }
 
 fn existing_flags(mount: &mountinfo::MountInfo) -> MountFlags {

@@ -171,6 +171,23 @@ pub fn subtree_below(table: Vec<MountInfo>, point: &Path) -> Vec<MountInfo> {
     parents_first(table.into_iter().filter(|m| m.point != point && m.point.starts_with(point)).collect())
 }
 
+/// The mount `id` and all that is mounted on it, directly or not, each after what it is mounted on.
+pub fn tree_of(table: Vec<MountInfo>, id: u64) -> Vec<MountInfo> {
+    let mut ids = HashSet::from([id]);
+    let mut waiting = table;
+    let mut tree = Vec::new();
+    loop {
+        let (found, rest): (Vec<_>, Vec<_>) =
+            waiting.into_iter().partition(|m| m.id == id || (m.parent != m.id && ids.contains(&m.parent)));
+        if found.is_empty() {
+            return tree;
+        }
+        ids.extend(found.iter().map(|m| m.id));
+        tree.extend(parents_first(found));
+        waiting = rest;
+    }
+}
+
 /// The order of the table is the kernel's business (a list up to 6.7, a tree by id since); what counts is who is
 /// mounted on whom.
 fn parents_first(mut waiting: Vec<MountInfo>) -> Vec<MountInfo> {
@@ -290,6 +307,8 @@ mod tests {
         assert_eq!(ids(stack_at(table.clone(), Path::new("/r"))), [70, 50, 60]);
         assert_eq!(ids(subtree_below(table.clone(), Path::new("/r"))), [61, 10]);
         assert_eq!(ids(stack_at(table.clone(), Path::new("/r2"))), [62]);
+        assert_eq!(ids(tree_of(table.clone(), 50)), [50, 60, 61, 10]);
+        assert!(tree_of(table.clone(), 99).is_empty());
         assert_eq!(ids(stack_at(table, Path::new("/"))), [20]);
     }
 
