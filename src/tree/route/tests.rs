@@ -45,7 +45,7 @@ impl Fixture {
         let mut all = Vec::new();
         for (source, target) in volumes {
             let path = self.dir.path().join(source);
-            let form = if source.ends_with(".file") {
+            let form = if source.contains(".file") {
                 std::fs::write(&path, source).unwrap();
                 Form::File
             } else {
