@@ -324,4 +324,6 @@ impl Tree for DirTree {
 }
 
 #[cfg(test)]
+mod attack;
+#[cfg(test)]
 mod tests;
