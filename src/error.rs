@@ -11,7 +11,7 @@ use std::path::Path;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What sort of failure it was. Decides the exit code ([`Kind::exit_code`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The request itself is wrong: an argument, a volume, a combination of options.
@@ -146,6 +146,16 @@ impl Error {
         &self.0.subject
     }
 
+    /// Why it failed, without operation and subject.
+    pub fn cause(&self) -> String {
+        self.0.source.to_string()
+    }
+
+    /// What the user can do about it; empty where nothing is known.
+    pub fn remedy(&self) -> &str {
+        self.0.hint.as_deref().unwrap_or_default()
+    }
+
     /// The errno at the bottom of it, where there is one.
     pub fn errno(&self) -> Option<rustix::io::Errno> {
         let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&*self.0.source);
@@ -156,6 +166,66 @@ impl Error {
             next = error.source();
         }
         None
+    }
+}
+
+/// An error as another process tells it: nothing of it is lost on the way but the types of its causes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Told {
+    kind: Kind,
+    op: String,
+    subject: String,
+    cause: String,
+    errno: Option<i32>,
+    hint: Option<String>,
+    undo: Vec<Told>,
+}
+
+impl From<&Error> for Told {
+    fn from(error: &Error) -> Self {
+        let inner = &*error.0;
+        Told {
+            kind: inner.kind,
+            op: inner.op.to_string(),
+            subject: inner.subject.clone(),
+            cause: inner.source.to_string(),
+            errno: error.errno().map(rustix::io::Errno::raw_os_error),
+            hint: inner.hint.as_ref().map(ToString::to_string),
+            undo: inner.undo.iter().map(Told::from).collect(),
+        }
+    }
+}
+
+/// A cause that came as text, with the errno that was at the bottom of it.
+#[derive(Debug)]
+struct ToldCause {
+    text: String,
+    errno: Option<std::io::Error>,
+}
+
+impl fmt::Display for ToldCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for ToldCause {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.errno.as_ref().map(|e| e as _)
+    }
+}
+
+impl From<Told> for Error {
+    fn from(told: Told) -> Self {
+        let errno = told.errno.map(std::io::Error::from_raw_os_error);
+        Error(Box::new(Inner {
+            kind: told.kind,
+            op: told.op.into(),
+            subject: told.subject,
+            source: Box::new(ToldCause { text: told.cause, errno }),
+            hint: told.hint.map(Into::into),
+            undo: told.undo.into_iter().map(Error::from).collect(),
+        }))
     }
 }
 
@@ -195,7 +265,7 @@ pub fn show(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();
     match path.to_str() {
         Some(text) if !text.is_empty() && !text.chars().any(|c| c.is_control() || c == '"') => text.to_owned(),
-        _ => format!("{path:?}"),
+        _ => format!("\"{}\"", path.as_os_str().as_encoded_bytes().escape_ascii()),
     }
 }
 
@@ -222,6 +292,20 @@ mod tests {
         let error = Error::io("open", "/x", std::io::Error::from_raw_os_error(libc::ENOTCONN));
         assert_eq!(error.errno(), Some(rustix::io::Errno::NOTCONN));
         assert_eq!(error.kind(), Kind::Io);
+    }
+
+    #[test]
+    fn an_error_told_by_another_process_is_the_same() {
+        let first = Error::sys("mount", "/r", rustix::io::Errno::PERM).hint("run as root").with_undo(Err(Error::new(
+            Kind::Helper,
+            "stop",
+            "7",
+            "it will not",
+        )));
+        let json = serde_json::to_string(&Told::from(&first)).unwrap();
+        let second = Error::from(serde_json::from_str::<Told>(&json).unwrap());
+        assert_eq!(second.to_string(), first.to_string());
+        assert_eq!((second.kind(), second.errno()), (Kind::Permission, Some(rustix::io::Errno::PERM)));
     }
 
     #[test]

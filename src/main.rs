@@ -1,3 +1,10 @@
 //! Dispatch and exit code. Must not know the domain.
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    if let Some(code) = fsprov::daemon::dispatch() {
+        return code;
+    }
+    fsprov::main(std::env::args_os())
+}

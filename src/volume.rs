@@ -139,8 +139,9 @@ impl VolumeSpec {
 
     /// Find the source on the host. A relative one lies below `sandbox` and is made (a directory, with the sandbox's owner)
     /// if it is missing; an absolute one must exist. A symlink may not lead a relative source out of the sandbox.
-    pub fn resolve(&self, sandbox: Option<&Path>) -> Result<Volume> {
+    pub fn resolve(&self, sandbox: Option<&Path>) -> Result<Resolved> {
         let op = "find the source of volume";
+        let mut made = Vec::new();
         let found = if self.source.is_absolute() {
             crate::sys::fs::open_path(&self.source).map_err(|e| {
                 Error::sys(op, format!("{} ({})", self.target, show(&self.source)), e)
@@ -156,6 +157,7 @@ impl VolumeSpec {
                 )
                 .hint("give the executor work directory with --sandbox DIR, or an absolute source")
             })?;
+            made = missing_below(sandbox, &self.source);
             crate::sys::fs::open_or_make_below(sandbox, &self.source)?
         };
         let stat = rustix::fs::fstat(&found).map_err(|e| Error::sys(op, show(&self.source), e))?;
@@ -172,8 +174,25 @@ impl VolumeSpec {
             }
         };
         let source = crate::sys::fs::path_of(&found)?;
-        Ok(Volume { source, target: self.target.clone(), access: self.access, form })
+        let volume = Volume { source, target: self.target.clone(), access: self.access, form };
+        Ok(Resolved { volume, made })
     }
+}
+
+/// A volume found, and what had to be made for it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resolved {
+    /// The volume.
+    pub volume: Volume,
+    /// Directories made below the sandbox, outermost first; the last one is the source itself.
+    pub made: Vec<PathBuf>,
+}
+
+fn missing_below(sandbox: &Path, relative: &Path) -> Vec<PathBuf> {
+    let below = relative.ancestors().filter(|a| !a.as_os_str().is_empty()).map(|a| sandbox.join(a));
+    let mut missing: Vec<_> = below.take_while(|path| std::fs::symlink_metadata(path).is_err()).collect();
+    missing.reverse();
+    missing
 }
 
 fn split_fields(bytes: &[u8]) -> Vec<Vec<u8>> {

@@ -1,8 +1,22 @@
-//! The bind backend.
-use super::{Backend, Detach, Health, Journal, Support, Traces};
-use crate::error::{Error, Kind, Result};
+//! The bind backend: a read-only bind mount of the image's one layer. A few system calls, whatever the image's size.
+//!
+//! The mount is built detached and made read-only with all below it before it is attached, so no namespace ever sees a
+//! writable view. Relies on the layer staying where it is.
+
+use std::fmt::Write as _;
+use std::os::fd::{AsFd as _, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{self, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::{Backend, Detach, Health, Journal, Support, Traces, attach};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::host::Host;
-use crate::plan::{BackendKind, Plan};
+use crate::plan::{BackendKind, IdRange, Ownership, Plan};
+use crate::sys::mount::{AttrSet, Depth, Piece};
+use crate::sys::process::UserNamespace;
 
 /// The bind backend.
 #[derive(Debug)]
@@ -12,16 +26,122 @@ impl Backend for Bind {
     fn kind(&self) -> BackendKind {
         BackendKind::Bind
     }
-    fn support(&self, _: &Host, _: &Plan) -> Support {
-        Support::no("this build has no bind backend", "")
+
+    fn host_support(&self, host: &Host) -> Support {
+        (&host.mount).into()
     }
-    fn provision(&self, _: &Host, plan: &Plan, _: &mut dyn Journal) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "provision", &plan.id, "this build has no bind backend"))
+
+    fn support(&self, host: &Host, plan: &Plan) -> Support {
+        let refusal = |e: &Error| Support::no(e.cause(), e.remedy());
+        let layer = match plan.single_layer(BackendKind::Bind) {
+            Ok(layer) => layer,
+            Err(e) => return refusal(&e),
+        };
+        match self.host_support(host) {
+            Support::Yes => {}
+            no @ Support::No { .. } => return no,
+        }
+        if !plan.ownership.is_identity() {
+            if let no @ Support::No { .. } = Support::from(host.idmapped_mounts()) {
+                return no;
+            }
+            // Whether this layer's file system takes it shows only by trying; the mount is detached and goes again.
+            if let Err(e) = build(layer, &plan.ownership) {
+                return refusal(&e);
+            }
+        }
+        attach::targets_support(BackendKind::Bind, layer, &plan.volumes)
     }
-    fn destroy(&self, _: &Host, _: &Plan, _: &Traces, _: Detach) -> Result<bool> {
-        Ok(false)
+
+    fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
+        let layer = plan.single_layer(BackendKind::Bind)?;
+        fault::point("bind.build")?;
+        let root = build(layer, &plan.ownership)?;
+        attach::put_in_place(BackendKind::Bind, plan, root, &READ_ONLY, journal)
     }
-    fn health(&self, _: &Plan, _: &Traces) -> Health {
-        Health::Gone
+
+    fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+        attach::take_away(&plan.rootfs, traces, how)
+    }
+
+    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
+        attach::health(&plan.rootfs, traces)
+    }
+}
+
+const READ_ONLY: AttrSet<'static> =
+    AttrSet { read_only: true, nosuid: false, nodev: false, noexec: false, private: true, idmap: None };
+
+/// The root's mount, detached.
+fn build(layer: &Path, ownership: &Ownership) -> Result<Piece> {
+    const OP: &str = "bind layer";
+    let dir = fs::openat(fs::CWD, layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys(OP, show(layer), e))?;
+    let namespace = id_map(ownership)?;
+    let attrs = AttrSet { idmap: namespace.as_ref().map(|fd| fd.as_fd()), ..READ_ONLY };
+    Piece::bind(dir, Depth::Recursive, &attrs).map_err(|e| match e {
+        Errno::INVAL if namespace.is_some() => Error::new(
+            Kind::Unsupported,
+            OP,
+            show(layer),
+            "the file system that the layer lies on does not take id maps (overlay and FUSE do not)",
+        )
+        .hint("keep the store on ext4, xfs, btrfs or tmpfs, or use --backend fuse"),
+        Errno::PERM if namespace.is_some() => Error::sys(OP, show(layer), e)
+            .hint("id maps need CAP_SYS_ADMIN where the file system was mounted; or use --backend fuse"),
+        Errno::NOSYS => Error::sys(OP, show(layer), e).hint("id maps need Linux 5.12; or use --backend fuse"),
+        e => Error::sys(OP, show(layer), e),
+    })
+}
+
+/// A user namespace whose maps are the presented ownership; `None` for the image's own.
+fn id_map(ownership: &Ownership) -> Result<Option<OwnedFd>> {
+    if ownership.squash.is_some() {
+        return Err(Error::new(
+            Kind::Unsupported,
+            "map ids",
+            "",
+            "a bind mount cannot give every file to one user: the kernel maps ids one to one",
+        )
+        .hint("use --uid-map and --gid-map, or --backend fuse"));
+    }
+    if ownership.is_identity() {
+        return Ok(None);
+    }
+    let held = UserNamespace::with_maps(&map_text(&ownership.uids), &map_text(&ownership.gids))?;
+    held.open().map(Some)
+}
+
+/// The lines of /proc/PID/uid_map. In an idmapped mount an id on the disk is taken as one inside the namespace, and shown as
+/// the one outside (mount_setattr(2)).
+fn map_text(ranges: &[IdRange]) -> String {
+    if ranges.is_empty() {
+        return format!("0 0 {}\n", u32::MAX);
+    }
+    let mut text = String::new();
+    for range in ranges {
+        // Writing to a String cannot fail.
+        let _ = writeln!(text, "{} {} {}", range.inside, range.outside, range.count);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn maps_are_written_as_the_kernel_reads_them() {
+        assert_eq!(map_text(&[]), "0 0 4294967295\n");
+        let ranges =
+            [IdRange { inside: 0, outside: 1000, count: 1 }, IdRange { inside: 1, outside: 100_000, count: 9 }];
+        assert_eq!(map_text(&ranges), "0 1000 1\n1 100000 9\n");
+    }
+
+    #[test]
+    fn squash_is_refused_by_name() {
+        let error = id_map(&Ownership { squash: Some((0, 0)), ..Ownership::default() }).unwrap_err();
+        assert_eq!(error.kind(), Kind::Unsupported);
+        assert!(error.to_string().contains("--backend fuse"), "{error}");
     }
 }

@@ -12,6 +12,9 @@ impl Backend for Copy {
     fn kind(&self) -> BackendKind {
         BackendKind::Copy
     }
+    fn host_support(&self, _: &Host) -> Support {
+        Support::no("this build has no copy backend", "")
+    }
     fn support(&self, _: &Host, _: &Plan) -> Support {
         Support::no("this build has no copy backend", "")
     }

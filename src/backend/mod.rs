@@ -3,6 +3,7 @@
 //! A backend knows mounts, trees and servers. It must not know the store, nor records: what it has to remember it hands to
 //! the [`Journal`], before it depends on it.
 
+mod attach;
 pub mod bind;
 pub mod copy;
 pub mod fuse;
@@ -11,7 +12,7 @@ pub mod overlay;
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
-use crate::host::Host;
+use crate::host::{Finding, Host};
 use crate::plan::{BackendKind, Plan};
 
 /// Can a backend serve this plan on this host?
@@ -36,13 +37,15 @@ impl Support {
     }
 }
 
-/// A process, told apart from a later one with the same pid by its start time (field 22 of /proc/PID/stat, clock ticks).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct ProcessId {
-    /// The pid, as the recording process saw it.
-    pub pid: i32,
-    /// Clock ticks after boot.
-    pub start_time: u64,
+pub use crate::sys::process::ProcessId;
+
+impl From<&Finding> for Support {
+    fn from(finding: &Finding) -> Self {
+        match finding {
+            Finding::Yes => Support::Yes,
+            Finding::No { reason, remedy } => Support::no(reason, remedy),
+        }
+    }
 }
 
 /// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
@@ -51,6 +54,13 @@ pub struct Traces {
     /// Id of the rootfs's mount (statx stx_mnt_id, or the first column of mountinfo).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mount_id: Option<u64>,
+    /// The same mount's id that is never used again (statx STATX_MNT_ID_UNIQUE, Linux 6.8).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unique_mount_id: Option<u64>,
+    /// Ids of the mounts below it that are part of the rootfs (volumes, and what came with them). `None` while it is being
+    /// made: nobody else can have mounted there yet.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parts: Option<Vec<u64>>,
     /// The process that holds the FUSE connection.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub supervisor: Option<ProcessId>,
@@ -94,7 +104,10 @@ pub trait Backend {
     /// Which one it is.
     fn kind(&self) -> BackendKind;
 
-    /// Can it serve this plan on this host? Decided without changing anything.
+    /// Can it serve anything at all on this host? The plan-independent part of [`Backend::support`], for `probe`.
+    fn host_support(&self, host: &Host) -> Support;
+
+    /// Can it serve this plan on this host? Decided without changing anything. Includes [`Backend::host_support`].
     fn support(&self, host: &Host, plan: &Plan) -> Support;
 
     /// Make the rootfs. On an error everything done so far is undone; an undo that fails is attached to the error.
@@ -118,6 +131,6 @@ pub fn of(kind: BackendKind) -> &'static dyn Backend {
     }
 }
 
-/// In the order in which `auto` tries them: the cheapest for its user first.
-pub const AUTO_ORDER: [BackendKind; 4] =
-    [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse, BackendKind::Copy];
+/// In the order in which `auto` tries them: the cheapest for its user first. `copy` is not among them: its rootfs is writable and
+/// costs the bytes of the image, so it is made only when asked for by name.
+pub const AUTO_ORDER: [BackendKind; 3] = [BackendKind::Bind, BackendKind::Overlay, BackendKind::Fuse];

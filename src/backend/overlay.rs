@@ -12,6 +12,9 @@ impl Backend for Overlay {
     fn kind(&self) -> BackendKind {
         BackendKind::Overlay
     }
+    fn host_support(&self, _: &Host) -> Support {
+        Support::no("this build has no overlay backend", "")
+    }
     fn support(&self, _: &Host, _: &Plan) -> Support {
         Support::no("this build has no overlay backend", "")
     }

@@ -1,1 +1,240 @@
-//! The command line. Must not know system calls.
+//! The command line: one definition gives parsing, help, man page and completions.
+//!
+//! Parsing touches no environment but the variables named in the definition; each verb's file resolves and runs it. Must not
+//! know system calls.
+
+mod config;
+mod docs;
+mod image;
+mod inspect;
+mod list;
+mod mount;
+mod output;
+mod probe;
+mod recover;
+mod unmount;
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+use crate::config::Settings;
+use crate::error::{Error, Kind, Result, show};
+use crate::paths::StatePaths;
+use crate::plan::BackendKind;
+use crate::provisioner::Provisioner;
+
+/// Put a container image's root filesystem in place: read-only, at a path you name, with or without root.
+#[derive(Debug, Parser)]
+#[command(
+    name = "fsprov",
+    version,
+    propagate_version = true,
+    max_term_width = 100,
+    after_help = "Example:\n  fsprov image import debian.aci --name debian\n  fsprov mount --sandbox work -v tmp:/tmp debian rootfs\n  fsprov unmount rootfs\n\n\
+                  Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 busy, 5 not possible on this host."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    global: Global,
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Args)]
+struct Global {
+    /// Where images and records are kept [default: /var/lib/fsprov for root, $XDG_DATA_HOME/fsprov else]
+    #[arg(long, global = true, value_name = "DIR", env = "FSPROV_ROOT", hide_env_values = true)]
+    root: Option<PathBuf>,
+    /// Say more on stderr: once what was chosen and why, twice every step (FSPROV_LOG sets a filter instead)
+    #[arg(long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Put an image's root filesystem in place
+    Mount(mount::Mount),
+    /// Take a rootfs away again
+    #[command(visible_alias = "umount")]
+    Unmount(unmount::Unmount),
+    /// Show every provisioned rootfs
+    #[command(visible_alias = "ls")]
+    List(list::List),
+    /// Show all about one rootfs
+    Inspect(inspect::Inspect),
+    /// Bring every rootfs back into order after a crash or a reboot
+    Recover(recover::Recover),
+    /// Show which backends work on this host, and what the others lack
+    Probe(probe::Probe),
+    /// Work with the images in the store
+    Image(image::Image),
+    /// Show the configuration
+    Config(config::Config),
+    /// Print shell completions
+    Completions(docs::Completions),
+    /// Print the manual page
+    Man(docs::Man),
+}
+
+/// `--backend`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum BackendChoice {
+    /// The first of bind, overlay, fuse that can serve this request here
+    Auto,
+    /// Kernel bind mount of one layer
+    Bind,
+    /// Our FUSE server: needs no privilege
+    Fuse,
+    /// Kernel overlayfs over the layers
+    Overlay,
+    /// A writable copy
+    Copy,
+}
+
+impl BackendChoice {
+    fn asked(self) -> Option<BackendKind> {
+        match self {
+            BackendChoice::Auto => None,
+            BackendChoice::Bind => Some(BackendKind::Bind),
+            BackendChoice::Fuse => Some(BackendKind::Fuse),
+            BackendChoice::Overlay => Some(BackendKind::Overlay),
+            BackendChoice::Copy => Some(BackendKind::Copy),
+        }
+    }
+}
+
+/// `--json`, on every verb that prints.
+#[derive(Clone, Copy, Debug, Args)]
+struct Format {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+impl Global {
+    /// The state root, absolute.
+    fn paths(&self) -> Result<StatePaths> {
+        let configured = || Ok::<_, Error>(settings()?.root.value);
+        let root = match self.root.clone().map_or_else(configured, |root| Ok(Some(root)))? {
+            Some(root) => root,
+            None => default_root(|name| std::env::var_os(name), crate::sys::process::is_root_of_host()?)?,
+        };
+        if root.as_os_str().is_empty() {
+            return Err(Error::new(Kind::Usage, "find state root", "", "--root or FSPROV_ROOT is empty"));
+        }
+        std::path::absolute(&root).map(StatePaths::new).map_err(|e| Error::io("find state root", show(&root), e))
+    }
+
+    fn provisioner(&self) -> Result<Provisioner> {
+        Ok(Provisioner::new(self.paths()?, crate::host::Host::probe()))
+    }
+
+    fn start_log(&self) {
+        let level = match self.verbose {
+            0 => "warn",
+            1 => "info",
+            2 => "debug",
+            _ => "trace",
+        };
+        let filter = std::env::var("FSPROV_LOG").unwrap_or_else(|_| format!("fsprov={level}"));
+        env_logger::Builder::new().parse_filters(&filter).format_timestamp(None).init();
+    }
+}
+
+fn settings() -> Result<Settings> {
+    Settings::read(&crate::config::files(|name| std::env::var_os(name)))
+}
+
+/// The XDG base directory specification: XDG_DATA_HOME, if it is absolute, else ~/.local/share.
+fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result<PathBuf> {
+    if is_root {
+        return Ok(PathBuf::from("/var/lib/fsprov"));
+    }
+    let absolute = |name: &str| env(name).map(PathBuf::from).filter(|p| p.is_absolute());
+    let data = absolute("XDG_DATA_HOME").or_else(|| Some(absolute("HOME")?.join(".local/share")));
+    data.map(|d| d.join("fsprov")).ok_or_else(|| {
+        Error::new(Kind::Usage, "find state root", "", "neither XDG_DATA_HOME nor HOME is an absolute path")
+            .hint("give --root DIR or FSPROV_ROOT")
+    })
+}
+
+/// Parse, run, and say what went wrong: the whole program but for its hidden verbs.
+pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    crate::fault::start();
+    let cli = match Cli::try_parse_from(args) {
+        Ok(cli) => cli,
+        Err(error) => {
+            // Help and version come this way too, with code 0; a closed stdout or stderr is not worth a panic.
+            let _ = error.print();
+            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+        }
+    };
+    cli.global.start_log();
+    match run(&cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            output::complain(&error);
+            ExitCode::from(error.kind().exit_code())
+        }
+    }
+}
+
+fn run(cli: &Cli) -> Result<()> {
+    let global = &cli.global;
+    match &cli.verb {
+        Verb::Mount(verb) => verb.run(global),
+        Verb::Unmount(verb) => verb.run(global),
+        Verb::List(verb) => verb.run(global),
+        Verb::Inspect(verb) => verb.run(global),
+        Verb::Recover(verb) => verb.run(global),
+        Verb::Probe(verb) => verb.run(global),
+        Verb::Image(verb) => verb.run(global),
+        Verb::Config(verb) => verb.run(global),
+        Verb::Completions(verb) => verb.run(),
+        Verb::Man(verb) => verb.run(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_verb_has_an_example() {
+        fn check(command: &clap::Command, path: &str) {
+            let path = format!("{path} {}", command.get_name());
+            if command.get_name() != "help" {
+                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+                assert!(help.contains("Example"), "{path} --help has no example");
+            }
+            for sub in command.get_subcommands() {
+                check(sub, &path);
+            }
+        }
+        check(&Cli::command(), "");
+    }
+
+    #[test]
+    fn state_root() {
+        let env = |pairs: &'static [(&str, &str)]| {
+            move |name: &str| pairs.iter().find(|(n, _)| *n == name).map(|(_, v)| OsString::from(v))
+        };
+        let root = |pairs, is_root| default_root(env(pairs), is_root).map(|p| p.to_str().unwrap().to_owned()).ok();
+        assert_eq!(root(&[], true).as_deref(), Some("/var/lib/fsprov"));
+        assert_eq!(root(&[("HOME", "/h")], false).as_deref(), Some("/h/.local/share/fsprov"));
+        assert_eq!(root(&[("HOME", "/h"), ("XDG_DATA_HOME", "/x")], false).as_deref(), Some("/x/fsprov"));
+        assert_eq!(root(&[("HOME", "/h"), ("XDG_DATA_HOME", "x")], false).as_deref(), Some("/h/.local/share/fsprov"));
+        assert_eq!(root(&[], false), None);
+    }
+}

@@ -1,1 +1,515 @@
-//! Provision, destroy, list. Must not make mounts itself.
+//! Provision, destroy, list: the steps of one rootfs's life, each of which can be undone.
+//!
+//! Owns the records. Must not make mounts itself: a [`Plan`] goes to a backend, and what the backend leaves in the system comes
+//! back as [`Traces`] for the record.
+//!
+//! Lock order: the containers directory (short: claim an id and a mount point), then one container's directory (as long as
+//! its rootfs is being changed). The store's shared lock is held from resolving an image until the record that names it is
+//! on the disk.
+
+mod lock;
+mod record;
+mod recover;
+mod select;
+
+use std::path::{Path, PathBuf};
+
+pub use record::{ImageNote, Record, State};
+pub use recover::{Outcome, Recovered};
+pub use select::{Choice, Rejected};
+
+use crate::backend::{self, Detach, Health, Journal, Traces};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::host::Host;
+use crate::id::{ContainerId, ImageId, ImageRef};
+use crate::paths::{ContainerPaths, StatePaths};
+use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan};
+use crate::store::Store;
+use crate::volume::{self, ContainerPath, Volume, VolumeSpec};
+
+/// What a user asks for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which image.
+    pub image: ImageRef,
+    /// Where its root filesystem shall appear; made (mode 0755) if missing, and then removed again by [`Provisioner::destroy`].
+    pub rootfs: PathBuf,
+    /// Which backend; `None`: the first of [`backend::AUTO_ORDER`] that can.
+    pub backend: Option<BackendKind>,
+    /// The executor work directory: relative volume sources lie below it.
+    pub sandbox: Option<PathBuf>,
+    /// Volumes, in any order.
+    pub volumes: Vec<VolumeSpec>,
+    /// The rootfs's id; `None`: a random one.
+    pub id: Option<ContainerId>,
+    /// How ownership is presented.
+    pub ownership: Ownership,
+}
+
+/// A record and how its rootfs fares now.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct Status {
+    /// The record.
+    #[serde(flatten)]
+    pub record: Record,
+    /// What mountinfo and the processes say.
+    pub health: Condition,
+}
+
+/// How a rootfs fares, as `list` shows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Condition {
+    /// Mounted and answering.
+    Ready,
+    /// Being provisioned or destroyed right now.
+    Changing,
+    /// Its provisioning was cut short: `unmount` cleans it.
+    Interrupted,
+    /// Its server is dead (ENOTCONN): `unmount` cleans it.
+    Dead,
+    /// No longer mounted here: `unmount` removes what is left of it.
+    Gone,
+    /// Mounted in another mount namespace.
+    Elsewhere,
+}
+
+impl Condition {
+    /// The word `list` shows.
+    pub fn name(self) -> &'static str {
+        match self {
+            Condition::Ready => "ready",
+            Condition::Changing => "changing",
+            Condition::Interrupted => "interrupted",
+            Condition::Dead => "dead",
+            Condition::Gone => "gone",
+            Condition::Elsewhere => "elsewhere",
+        }
+    }
+}
+
+/// Which rootfs: by id, or by where it is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selector {
+    /// By id.
+    Id(ContainerId),
+    /// By mount point.
+    Rootfs(PathBuf),
+}
+
+impl Selector {
+    /// An argument `ROOTFS|ID`: a path when it holds a `/` or is `.` or `..`, else an id if it can be one.
+    pub fn parse(text: &std::ffi::OsStr) -> Self {
+        let id = text.to_str().and_then(|t| t.parse().ok());
+        match id {
+            Some(id) => Selector::Id(id),
+            None => Selector::Rootfs(PathBuf::from(text)),
+        }
+    }
+}
+
+impl std::fmt::Display for Selector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Selector::Id(id) => id.fmt(f),
+            Selector::Rootfs(path) => f.write_str(&show(path)),
+        }
+    }
+}
+
+/// Provisions and destroys the rootfses of one state root.
+#[derive(Debug)]
+pub struct Provisioner {
+    paths: StatePaths,
+    host: Host,
+}
+
+impl Provisioner {
+    /// Work with the records below `paths`, on this host.
+    pub fn new(paths: StatePaths, host: Host) -> Self {
+        Provisioner { paths, host }
+    }
+
+    /// What this host may do.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// Put an image's root filesystem in place. When this returns the rootfs answers; on an error nothing is left.
+    pub fn provision(&self, request: &Request) -> Result<Record> {
+        let id = match &request.id {
+            Some(id) => id.clone(),
+            None => ContainerId::random()?,
+        };
+        let store = Store::open(&self.paths)?;
+        // Held until the record names the image: from then on `image rm` and gc see that it is in use.
+        let in_use = store.lock_shared()?;
+        let image = store.resolve(&request.image)?;
+        let (rootfs, missing) = mount_point(&request.rootfs)?;
+        let mut sources = Sources::default();
+        let volumes = sources.resolve(request, &image.layers)?;
+        let container = self.paths.container(&id);
+        let plan = Plan {
+            id: id.clone(),
+            rootfs,
+            layers: image.layers.into_iter().map(|root| Layer { root }).collect(),
+            index: image.index.map(IndexFile),
+            volumes: volume::order(volumes)?,
+            ownership: request.ownership.clone(),
+            state_dir: container.backend(),
+        };
+        plan.require_layers()?;
+        let choice = select::choose(&self.host, &plan, request.backend)?;
+        let note = ImageNote { reference: request.image.to_string(), id: image.id, name: image.name };
+        let record = Record::new(note, choice.backend, plan, missing)?;
+
+        let claim = self.claim(&record)?;
+        drop(in_use);
+        let mut making = Making { container: &container, record, _claim: claim };
+        match making.build(&self.host) {
+            Ok(()) => {
+                sources.keep();
+                Ok(making.record)
+            }
+            Err(error) => Err(making.undo(error)),
+        }
+    }
+
+    /// Take a rootfs away, and everything of ours with it. `false`: there is none. Never touches a volume's content.
+    pub fn destroy(&self, selector: &Selector, how: Detach) -> Result<bool> {
+        let Some(id) = self.find_id(selector)? else { return Ok(false) };
+        let container = self.paths.container(&id);
+        // Waits for a provision or destroy of the same rootfs in flight.
+        let Some(_lock) = lock::directory(container.dir())? else { return Ok(false) };
+        match Record::read(&container)? {
+            Some(record) => {
+                refuse_elsewhere(&record)?;
+                self.clear(&record, how)?;
+                fault::point("destroy.unmounted")?;
+                remove_made(&record)?;
+            }
+            None => log::info!("{id}: no record: its provisioning ended before its first step"),
+        }
+        fault::point("destroy.forget")?;
+        record::remove(&container)?;
+        Ok(true)
+    }
+
+    /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out.
+    pub fn list(&self) -> Result<Vec<Status>> {
+        let mut all = Vec::new();
+        for id in record::ids(&self.paths)? {
+            match self.status(&id) {
+                Ok(Some(status)) => all.push(status),
+                Ok(None) => {}
+                Err(error) => log::warn!("{error}"),
+            }
+        }
+        all.sort_by(|a, b| (&a.record.created, &a.record.plan.id).cmp(&(&b.record.created, &b.record.plan.id)));
+        Ok(all)
+    }
+
+    /// One rootfs. [`Kind::NotFound`] where there is none.
+    pub fn inspect(&self, selector: &Selector) -> Result<Status> {
+        let found = match self.find_id(selector)? {
+            Some(id) => self.status(&id)?,
+            None => None,
+        };
+        found.ok_or_else(|| self.not_found(selector))
+    }
+
+    /// The error for a selector that names nothing.
+    pub fn not_found(&self, selector: &Selector) -> Error {
+        Error::new(Kind::NotFound, "find rootfs", selector, "fsprov provisioned none here").hint(format!(
+            "`fsprov list` shows what there is; records are kept in {} (--root chooses another)",
+            show(self.paths.root())
+        ))
+    }
+
+    /// Images that a record names, with the rootfs that uses each.
+    pub fn images_in_use(&self) -> Result<Vec<(ImageId, ContainerId)>> {
+        images_in_use(&self.paths)
+    }
+
+    fn status(&self, id: &ContainerId) -> Result<Option<Status>> {
+        let container = self.paths.container(id);
+        let Some(record) = Record::read(&container)? else { return Ok(None) };
+        let health = if lock::is_held(container.dir())? {
+            Condition::Changing
+        } else if record.elsewhere()?.is_some() {
+            Condition::Elsewhere
+        } else {
+            match (backend::of(record.backend).health(&record.plan, &record.traces), record.state) {
+                (_, State::Pending) => Condition::Interrupted,
+                (Health::Ready, State::Ready) => Condition::Ready,
+                (Health::Dead, State::Ready) => Condition::Dead,
+                (Health::Gone, State::Ready) => Condition::Gone,
+            }
+        };
+        Ok(Some(Status { record, health }))
+    }
+
+    /// Take away what a rootfs left in the system; of another boot there is nothing, and its pids are somebody else's.
+    fn clear(&self, record: &Record, how: Detach) -> Result<()> {
+        let traces =
+            if record.boot_id == crate::sys::process::boot_id()? { &record.traces } else { &Traces::default() };
+        backend::of(record.backend).destroy(&self.host, &record.plan, traces, how).map(|_| ())
+    }
+
+    fn find_id(&self, selector: &Selector) -> Result<Option<ContainerId>> {
+        let wanted = match selector {
+            Selector::Id(id) => {
+                if self.paths.container(id).dir().is_dir() {
+                    return Ok(Some(id.clone()));
+                }
+                Path::new(id.as_str())
+            }
+            Selector::Rootfs(path) => path,
+        };
+        // The mount point itself is not looked at first: behind it a dead server may not answer.
+        let by_parent = parent_resolved(wanted);
+        let records = record::readable(&self.paths)?;
+        let find = |at: &Path| records.iter().find(|r| r.plan.rootfs == at).map(|r| r.plan.id.clone());
+        if let Some(id) = by_parent.as_deref().and_then(find) {
+            return Ok(Some(id));
+        }
+        Ok(std::fs::canonicalize(wanted).ok().as_deref().and_then(find))
+    }
+
+    /// Make the container's directory with its first record: from here on the id, the mount point and the image are taken.
+    fn claim(&self, record: &Record) -> Result<lock::DirLock> {
+        let containers = self.paths.containers();
+        lock::make_private_dir(&containers)?;
+        let _all = lock::directory(&containers)?;
+        let taken = |by: &Record| {
+            Err(Error::new(
+                Kind::Busy,
+                "provision",
+                show(&record.plan.rootfs),
+                format!("it is the rootfs {} already", by.plan.id),
+            )
+            .hint(format!("`fsprov unmount {}` takes that away", by.plan.id)))
+        };
+        for other in record::readable(&self.paths)? {
+            if other.plan.rootfs == record.plan.rootfs && other.elsewhere()?.is_none() {
+                return taken(&other);
+            }
+        }
+        fault::point("provision.claim")?;
+        let container = self.paths.container(&record.plan.id);
+        record::make(&container).map_err(|e| match e.kind() {
+            Kind::Exists => Error::new(Kind::Busy, "provision", &record.plan.id, "a rootfs of this id exists")
+                .hint(format!("choose another --id, or `fsprov unmount {}` first", record.plan.id)),
+            _ => e,
+        })?;
+        let locked = lock::directory(container.dir())
+            .and_then(|l| l.ok_or_else(|| Error::new(Kind::Io, "lock", show(container.dir()), "it vanished")))
+            .and_then(|l| record.write(&container).map(|()| l));
+        locked.map_err(|e| e.with_undo(record::remove(&container)))
+    }
+}
+
+/// A rootfs in another mount namespace cannot be reached from here, as long as that namespace lives.
+fn refuse_elsewhere(record: &Record) -> Result<()> {
+    let Some(pid) = record.elsewhere()? else { return Ok(()) };
+    Err(Error::new(
+        Kind::Busy,
+        "unmount",
+        show(&record.plan.rootfs),
+        format!("it is mounted in another mount namespace, where process {pid} runs"),
+    )
+    .hint(format!("run it there: nsenter --preserve-credentials -U -m -t {pid} fsprov unmount {}", record.plan.id)))
+}
+
+/// Images that a record below `paths` names, with the rootfs that uses each. A record that cannot be read is an error: who
+/// asks is about to delete.
+pub fn images_in_use(paths: &StatePaths) -> Result<Vec<(ImageId, ContainerId)>> {
+    Ok(record::all(paths)?.into_iter().filter_map(|r| Some((r.image.id?, r.plan.id))).collect())
+}
+
+/// A rootfs under construction: its record is on the disk and its directory is locked.
+struct Making<'a> {
+    container: &'a ContainerPaths,
+    record: Record,
+    _claim: lock::DirLock,
+}
+
+impl Journal for Making<'_> {
+    fn note(&mut self, traces: &Traces) -> Result<()> {
+        self.record.traces = traces.clone();
+        self.record.write(self.container)
+    }
+}
+
+impl Making<'_> {
+    fn build(&mut self, host: &Host) -> Result<()> {
+        fault::point("provision.directories")?;
+        for dir in &self.record.made {
+            match std::fs::create_dir(dir) {
+                // Healing finds those of the first making.
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                other => other.map_err(|e| Error::io("make mount point", show(dir), e))?,
+            }
+        }
+        let plan = self.record.plan.clone();
+        backend::of(self.record.backend).provision(host, &plan, self)?;
+        fault::point("provision.ready")
+            .and_then(|()| {
+                self.record.state = State::Ready;
+                self.record.write(self.container)
+            })
+            .map_err(|e| {
+                e.with_undo(
+                    backend::of(self.record.backend)
+                        .destroy(host, &plan, &self.record.traces, Detach::Lazy)
+                        .map(|_| ()),
+                )
+            })
+    }
+
+    fn undo(&self, error: Error) -> Error {
+        error.with_undo(remove_made(&self.record)).with_undo(record::remove(self.container))
+    }
+}
+
+/// Volume sources made for this request. Dropped without [`Sources::keep`] they go again, as long as they are empty.
+#[derive(Default)]
+struct Sources {
+    made: Vec<PathBuf>,
+}
+
+impl Sources {
+    fn resolve(&mut self, request: &Request, layers: &[PathBuf]) -> Result<Vec<Volume>> {
+        let mut volumes = Vec::with_capacity(request.volumes.len());
+        for spec in &request.volumes {
+            let resolved = spec.resolve(request.sandbox.as_deref())?;
+            let is_new = !resolved.made.is_empty();
+            self.made.extend(resolved.made);
+            if let (true, Some(mode)) = (is_new, image_mode(layers, &spec.target)) {
+                // A new /tmp is as open as the image's /tmp.
+                let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
+                std::fs::set_permissions(&resolved.volume.source, permissions)
+                    .map_err(|e| Error::io("set the mode of volume source", show(&resolved.volume.source), e))?;
+            }
+            volumes.push(resolved.volume);
+        }
+        Ok(volumes)
+    }
+
+    fn keep(&mut self) {
+        self.made.clear();
+    }
+}
+
+impl Drop for Sources {
+    fn drop(&mut self) {
+        for dir in self.made.iter().rev() {
+            if let Err(e) = std::fs::remove_dir(dir) {
+                log::info!("{} stays: {e}", show(dir));
+            }
+        }
+    }
+}
+
+/// Permission bits of the directory at `target` in the topmost layer that has one.
+fn image_mode(layers: &[PathBuf], target: &ContainerPath) -> Option<u32> {
+    use rustix::fs::{FileType, OFlags, fstat};
+    layers.iter().rev().find_map(|layer| {
+        let root = crate::sys::fs::open_path(layer).ok()?;
+        let found = crate::sys::fs::open_in_root(&root, target.relative(), OFlags::PATH).ok()?;
+        let mode = fstat(&found).ok()?.st_mode;
+        FileType::from_raw_mode(mode).is_dir().then_some(mode & 0o7777)
+    })
+}
+
+/// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty.
+fn remove_made(record: &Record) -> Result<()> {
+    for dir in record.made.iter().rev() {
+        match std::fs::remove_dir(dir) {
+            Ok(()) => {}
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
+                log::info!("{} stays: somebody put something into it", show(dir));
+                break;
+            }
+            Err(e) => return Err(Error::io("remove mount point", show(dir), e)),
+        }
+    }
+    Ok(())
+}
+
+/// Where the rootfs will be: the absolute path, and the directories to make for it, outermost first.
+fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+    const OP: &str = "find mount point";
+    let wanted = std::path::absolute(wanted).map_err(|e| Error::io(OP, show(wanted), e))?;
+    let mut missing = Vec::new();
+    let mut at = wanted.clone();
+    let base = loop {
+        match std::fs::canonicalize(&at) {
+            Ok(found) => break found,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound && std::fs::symlink_metadata(&at).is_err() => {
+                let name = at
+                    .file_name()
+                    .ok_or_else(|| Error::new(Kind::Usage, OP, show(&wanted), "a missing part of it is . or .."))?;
+                missing.push(name.to_owned());
+                at.pop();
+            }
+            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
+                return Err(Error::io(OP, show(&at), e)
+                    .with_kind(Kind::Busy)
+                    .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(&at))));
+            }
+            Err(e) => return Err(Error::io(OP, show(&at), e)),
+        }
+    };
+    if !base.is_dir() {
+        return Err(Error::new(Kind::Usage, OP, show(&base), "it is not a directory"));
+    }
+    if base == Path::new("/") && missing.is_empty() {
+        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));
+    }
+    let mut made = Vec::new();
+    let mut path = base;
+    for name in missing.iter().rev() {
+        path.push(name);
+        made.push(path.clone());
+    }
+    Ok((path, made))
+}
+
+/// `path` absolute, with symlinks resolved in all but its last component, which may be a mount that does not answer.
+fn parent_resolved(path: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(path).ok()?;
+    let parent = std::fs::canonicalize(path.parent()?).ok()?;
+    Some(parent.join(path.file_name()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selector_with_a_slash_is_a_path() {
+        let id = |t: &str| matches!(Selector::parse(t.as_ref()), Selector::Id(_));
+        assert!(id("abc") && id("a.b-c"));
+        assert!(!id("./abc") && !id("/abc") && !id(".") && !id("..") && !id("a b"));
+    }
+
+    #[test]
+    fn mount_points_are_absolute_and_say_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = std::fs::canonicalize(dir.path()).unwrap();
+        std::os::unix::fs::symlink(".", base.join("link")).unwrap();
+        let (path, made) = mount_point(&base.join("link/a/b")).unwrap();
+        assert_eq!(path, base.join("a/b"));
+        assert_eq!(made, [base.join("a"), base.join("a/b")]);
+        assert_eq!(mount_point(&base).unwrap(), (base.clone(), vec![]));
+        std::fs::write(base.join("file"), "").unwrap();
+        assert_eq!(mount_point(&base.join("file")).unwrap_err().kind(), Kind::Usage);
+        assert!(mount_point(&base.join("file/below")).is_err());
+        std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
+        assert!(mount_point(&base.join("dangling")).is_err());
+        assert_eq!(mount_point(Path::new("/")).unwrap_err().kind(), Kind::Usage);
+    }
+}

@@ -2,6 +2,7 @@
 
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{self, CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
@@ -21,11 +22,21 @@ pub fn open_beneath(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::
 /// The kernel answers EAGAIN when a rename raced with `..` in the path (openat2(2)); it settles in a few tries.
 const RESOLVE_TRIES: u32 = 64;
 
+static OPENAT2_MISSING: AtomicBool = AtomicBool::new(false);
+
 fn open_resolved(root: impl AsFd, path: &Path, flags: OFlags, how: ResolveFlags) -> rustix::io::Result<OwnedFd> {
+    let flags = flags | OFlags::CLOEXEC;
     let mut last = Errno::AGAIN;
     for _ in 0..RESOLVE_TRIES {
-        match fs::openat2(&root, path, flags | OFlags::CLOEXEC, Mode::empty(), how) {
+        match fs::openat2(&root, path, flags, Mode::empty(), how) {
             Err(e @ (Errno::AGAIN | Errno::INTR)) => last = e,
+            // Before Linux 5.6, or filtered by a seccomp rule that hides it.
+            Err(Errno::NOSYS) => {
+                if !OPENAT2_MISSING.swap(true, Ordering::Relaxed) {
+                    log::warn!(target: "fsprov::fs", "this kernel has no openat2: paths are resolved step by step instead");
+                }
+                return super::walk::open_by_steps(root.as_fd(), path, flags, how);
+            }
             other => return other,
         }
     }
@@ -75,6 +86,11 @@ pub fn open_or_make_below(sandbox: &Path, relative: &Path) -> Result<OwnedFd> {
             Ok(()) => {
                 let made = open_beneath(&parent, Path::new(part), OFlags::RDONLY | OFlags::DIRECTORY)
                     .map_err(|e| Error::sys(OP, name(), e))?;
+                // Whoever may write to the parent may have put another directory there meanwhile. An empty one it could
+                // have replaced by its own anyway; one with content would be given away by the chown below.
+                if !is_empty(&made).map_err(|e| Error::sys(OP, name(), e))? {
+                    return Err(Error::new(Kind::Busy, OP, name(), "it was changed while it was made"));
+                }
                 let mine = fs::fstat(&made).map_err(|e| Error::sys(OP, name(), e))?;
                 if (mine.st_uid, mine.st_gid) != (owner.st_uid, owner.st_gid) {
                     fs::fchown(
@@ -91,6 +107,17 @@ pub fn open_or_make_below(sandbox: &Path, relative: &Path) -> Result<OwnedFd> {
         at.push(part);
     }
     open(relative).map_err(escape)
+}
+
+/// Does this directory (opened for reading) hold nothing?
+pub fn is_empty(dir: impl AsFd) -> rustix::io::Result<bool> {
+    for entry in fs::Dir::read_from(dir)? {
+        let entry = entry?;
+        if !matches!(entry.file_name().to_bytes(), b"." | b"..") {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }
 
 #[cfg(test)]

@@ -1,7 +1,11 @@
 //! System calls, wrapped: take `impl AsFd`, give `OwnedFd`, set close-on-exec. Must not know images, plans or records.
 
+pub mod durable;
 pub mod fs;
 pub mod mount;
 pub mod mountinfo;
 pub mod process;
 pub mod raw;
+pub mod remove;
+pub mod signals;
+mod walk;

@@ -1,1 +1,460 @@
-//! See mod.rs.
+//! Processes: who is who, signals that cannot hit a stranger, who uses a mount, namespaces.
+
+use std::collections::HashMap;
+use std::fmt;
+use std::io::Write as _;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::thread::CapabilitySet;
+use serde::{Deserialize, Serialize};
+
+use super::mountinfo::{self, MountInfo};
+use super::{mount, raw};
+use crate::error::{Error, Kind, Result};
+
+/// A process, told apart from a later one with the same pid by its start time (field 22 of /proc/PID/stat, clock ticks).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub struct ProcessId {
+    /// The pid, as the recording process saw it.
+    pub pid: i32,
+    /// Clock ticks after boot.
+    pub start_time: u64,
+}
+
+/// How long [`ProcessId::wait_gone`] sleeps between looks where there is no pidfd (before Linux 5.3).
+const POLL_INTERVAL: Duration = Duration::from_millis(10);
+
+impl ProcessId {
+    /// This process.
+    pub fn current() -> Result<Self> {
+        Self::of(rustix::process::getpid().as_raw_nonzero().get())
+    }
+
+    /// The process that has this pid now. [`Kind::NotFound`]: none has.
+    pub fn of(pid: i32) -> Result<Self> {
+        let stat = Stat::read(pid)?;
+        Ok(ProcessId { pid, start_time: stat.start_time })
+    }
+
+    /// Is it this very process, and does it still run? A zombie does not: where pid 1 reaps late, a dead process keeps its
+    /// pid for long.
+    pub fn is_alive(self) -> bool {
+        Stat::read(self.pid).is_ok_and(|stat| stat.start_time == self.start_time && stat.runs())
+    }
+
+    /// Send it a signal; never to another process that got its pid. `false`: it is gone.
+    pub fn send_signal(self, signal: Signal) -> Result<bool> {
+        const OP: &str = "signal process";
+        let Some(pid) = Pid::from_raw(self.pid) else { return Ok(false) };
+        // The descriptor first, the comparison after it: from then on it cannot mean another process.
+        let sent = match rustix::process::pidfd_open(pid, PidfdFlags::empty()) {
+            Ok(fd) if self.is_alive() => rustix::process::pidfd_send_signal(fd, signal),
+            Err(Errno::NOSYS) if self.is_alive() => rustix::process::kill_process(pid, signal),
+            Ok(_) | Err(Errno::SRCH | Errno::INVAL | Errno::NOSYS) => return Ok(false),
+            Err(e) => Err(e),
+        };
+        match sent {
+            Ok(()) => Ok(true),
+            Err(Errno::SRCH) => Ok(false),
+            Err(e) => Err(Error::sys(OP, self.pid, e)),
+        }
+    }
+
+    /// Wait until it has ended (a zombie has). `false`: it still runs after `timeout`.
+    pub fn wait_gone(self, timeout: Duration) -> Result<bool> {
+        let end = Instant::now() + timeout;
+        let fd = Pid::from_raw(self.pid).and_then(|pid| rustix::process::pidfd_open(pid, PidfdFlags::empty()).ok());
+        loop {
+            if !self.is_alive() {
+                return Ok(true);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Ok(false);
+            }
+            match &fd {
+                Some(fd) => wait_readable(fd, left)?,
+                None => std::thread::sleep(left.min(POLL_INTERVAL)),
+            }
+        }
+    }
+}
+
+impl fmt::Display for ProcessId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.pid.fmt(f)
+    }
+}
+
+fn wait_readable(fd: &OwnedFd, left: Duration) -> Result<()> {
+    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
+    match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+        Ok(_) | Err(Errno::INTR) => Ok(()),
+        Err(e) => Err(Error::sys("wait for a process", "", e)),
+    }
+}
+
+struct Stat {
+    state: u8,
+    start_time: u64,
+}
+
+impl Stat {
+    fn read(pid: i32) -> Result<Self> {
+        let path = format!("/proc/{pid}/stat");
+        let text = std::fs::read(&path).map_err(|e| match e.raw_os_error() {
+            // A process that ends between open and read: ESRCH.
+            Some(libc::ESRCH) => Error::io("read", &path, e).with_kind(Kind::NotFound),
+            _ => Error::io("read", &path, e),
+        })?;
+        Self::parse(&text)
+            .ok_or_else(|| Error::new(Kind::Invalid, "read", path, "it has not the fields of proc_pid_stat(5)"))
+    }
+
+    /// The name, in parentheses, may hold anything: count from its last `)`.
+    fn parse(text: &[u8]) -> Option<Self> {
+        let end = text.iter().rposition(|&b| b == b')')?;
+        let mut fields = std::str::from_utf8(&text[end + 1..]).ok()?.split_ascii_whitespace();
+        let state = *fields.next()?.as_bytes().first()?;
+        // The state is field 3, the start time field 22.
+        let start_time = fields.nth(18)?.parse().ok()?;
+        Some(Stat { state, start_time })
+    }
+
+    fn runs(&self) -> bool {
+        !matches!(self.state, b'Z' | b'X' | b'x')
+    }
+}
+
+/// By what a process holds a mount.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Hold {
+    /// Its working directory.
+    Cwd,
+    /// Its root directory.
+    Root,
+    /// The program it runs.
+    Exe,
+    /// A mapped file.
+    Map,
+    /// This open file.
+    Fd(i32),
+    /// It lives in another mount namespace, which has a copy of the mount. That keeps the source busy, not our mount.
+    Namespace,
+}
+
+/// A process that uses a mount.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Holder {
+    /// Its pid.
+    pub pid: i32,
+    /// Its name (/proc/PID/comm).
+    pub comm: String,
+    /// The first thing found by which it holds the mount.
+    pub what: Hold,
+}
+
+impl fmt::Display for Holder {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let how = match self.what {
+            Hold::Cwd => "working directory".to_owned(),
+            Hold::Root => "root directory".to_owned(),
+            Hold::Exe => "program".to_owned(),
+            Hold::Map => "mapped file".to_owned(),
+            Hold::Fd(n) => format!("open file {n}"),
+            Hold::Namespace => "mount namespace".to_owned(),
+        };
+        write!(f, "{} (pid {}, {how})", self.comm, self.pid)
+    }
+}
+
+/// Who uses one of these mounts. Best effort: what we may not look at (other users' processes) is not in it.
+///
+/// No request goes to a file system: links of /proc/PID are opened as O_PATH, which follows them without a lookup, and
+/// compared by mount id; mapped files by path, for processes of our own mount namespace.
+pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
+    let mine = mount_namespace();
+    let mut namespaces: HashMap<Namespace, bool> = HashMap::new();
+    let mut found = Vec::new();
+    let Ok(processes) = std::fs::read_dir("/proc") else { return found };
+    for pid in processes.flatten().filter_map(|e| e.file_name().to_str()?.parse::<i32>().ok()) {
+        if pid == rustix::process::getpid().as_raw_nonzero().get() {
+            continue;
+        }
+        let theirs = mount_namespace_of(pid);
+        let same = theirs.is_ok() && theirs.as_ref().ok() == mine.as_ref().ok();
+        let what = uses(pid, mounts, same).or_else(|| {
+            let key = *theirs.as_ref().ok().filter(|_| !same)?;
+            let seen = *namespaces.entry(key).or_insert_with(|| has_copy(pid, mounts));
+            seen.then_some(Hold::Namespace)
+        });
+        if let Some(what) = what {
+            let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+            found.push(Holder { pid, comm: String::from_utf8_lossy(comm.trim_ascii_end()).into_owned(), what });
+        }
+    }
+    found
+}
+
+fn uses(pid: i32, mounts: &[MountInfo], same_namespace: bool) -> Option<Hold> {
+    let ours = |id: u64| mounts.iter().any(|m| m.id == id);
+    for (name, what) in [("cwd", Hold::Cwd), ("root", Hold::Root), ("exe", Hold::Exe)] {
+        let link = super::fs::open_path(Path::new(&format!("/proc/{pid}/{name}")));
+        if link.ok().and_then(|fd| mount::mount_id(fd).ok()).is_some_and(ours) {
+            return Some(what);
+        }
+    }
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo")).into_iter().flatten().flatten() {
+        let id = std::fs::read_to_string(entry.path()).ok().and_then(|text| mount::fdinfo_mount_id(&text));
+        if id.is_some_and(ours) {
+            return entry.file_name().to_str()?.parse().ok().map(Hold::Fd);
+        }
+    }
+    (same_namespace && maps_file_of(pid, mounts)).then_some(Hold::Map)
+}
+
+fn maps_file_of(pid: i32, mounts: &[MountInfo]) -> bool {
+    let Ok(text) = std::fs::read(format!("/proc/{pid}/maps")) else { return false };
+    text.split(|&b| b == b'\n').any(|line| {
+        let Some(at) = line.iter().position(|&b| b == b'/') else { return false };
+        // Only a newline is escaped here (proc_pid_maps(5)); undoing the octal form covers it.
+        let path = PathBuf::from(std::ffi::OsStr::from_bytes(&mountinfo::unescape(&line[at..])));
+        mounts.iter().any(|m| path.starts_with(&m.point))
+    })
+}
+
+fn has_copy(pid: i32, mounts: &[MountInfo]) -> bool {
+    mountinfo::read_of(pid).is_ok_and(|table| {
+        table.iter().any(|t| mounts.iter().any(|m| t.dev == m.dev && t.root == m.root && t.point == m.point))
+    })
+}
+
+/// A namespace: device and inode of its file in nsfs.
+pub type Namespace = (u64, u64);
+
+fn namespace(path: &str) -> Result<Namespace> {
+    let meta = std::fs::metadata(path).map_err(|e| Error::io("look at namespace", path, e))?;
+    Ok((meta.dev(), meta.ino()))
+}
+
+/// The mount namespace of the calling thread.
+pub fn mount_namespace() -> Result<Namespace> {
+    namespace("/proc/thread-self/ns/mnt")
+}
+
+/// The mount namespace of another process; needs ptrace access to it.
+pub fn mount_namespace_of(pid: i32) -> Result<Namespace> {
+    namespace(&format!("/proc/{pid}/ns/mnt"))
+}
+
+/// Does this process live in the first user namespace of the machine? Its id map is the whole range onto itself there
+/// (user_namespaces(7)); a container whose map looks the same has the same rights to ids.
+pub fn in_initial_user_namespace() -> Result<bool> {
+    let path = "/proc/self/uid_map";
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e).hint("mount /proc"))?;
+    Ok(is_whole_map(&text))
+}
+
+fn is_whole_map(text: &str) -> bool {
+    text.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// Is this process root of the machine itself, not of a user namespace?
+pub fn is_root_of_host() -> Result<bool> {
+    Ok(rustix::process::geteuid().is_root() && in_initial_user_namespace()?)
+}
+
+/// The real user and group id of this process.
+pub fn own_ids() -> (u32, u32) {
+    (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
+}
+
+/// A process that we can see in this mount namespace, if there is one.
+pub fn in_mount_namespace(wanted: Namespace) -> Result<Option<i32>> {
+    let processes = std::fs::read_dir("/proc").map_err(|e| Error::io("list", "/proc", e))?;
+    Ok(processes
+        .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+        // A process that has ended, or that we may not look at, is not one we can point to.
+        .find(|&pid| mount_namespace_of(pid).is_ok_and(|ns| ns == wanted)))
+}
+
+/// The id of this boot (proc(5)): what was mounted or running under another one is gone.
+pub fn boot_id() -> Result<String> {
+    let path = "/proc/sys/kernel/random/boot_id";
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e).hint("mount /proc"))?;
+    Ok(text.trim_end().to_owned())
+}
+
+/// The capabilities that this thread may use in its user namespace.
+pub fn effective_caps() -> Result<CapabilitySet> {
+    Ok(rustix::thread::capabilities(None).map_err(|e| Error::sys("read capabilities", "", e))?.effective)
+}
+
+/// A user namespace held open by a child process of ours that does nothing else; gone when this is dropped.
+#[derive(Debug)]
+pub struct UserNamespace {
+    child: Pid,
+    // Its closing ends the child; the option lets Drop close it before waiting.
+    hold: Option<OwnedFd>,
+}
+
+impl UserNamespace {
+    /// Make one. EPERM, ENOSPC, ENOSYS, EINVAL: this host does not let us.
+    pub fn create() -> rustix::io::Result<Self> {
+        let (reader, writer) = rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC)?;
+        let child = raw::fork_in_user_namespace(&reader, &writer)?;
+        Ok(UserNamespace { child, hold: Some(writer) })
+    }
+
+    /// Make one with these maps, lines of `inside outside count` (user_namespaces(7)).
+    pub fn with_maps(uids: &str, gids: &str) -> Result<Self> {
+        const OP: &str = "make a user namespace";
+        let made = Self::create().map_err(|e| Error::sys(OP, "", e))?;
+        for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
+            let path = format!("/proc/{}/{name}", made.child.as_raw_nonzero());
+            // One write: the kernel takes a map whole or not at all.
+            std::fs::OpenOptions::new()
+                .write(true)
+                .open(&path)
+                .and_then(|mut file| file.write_all(map.as_bytes()))
+                .map_err(|e| {
+                    Error::io("write id map", format!("{path} ({})", map.trim_end().replace('\n', ", ")), e)
+                })?;
+        }
+        Ok(made)
+    }
+
+    /// A descriptor of it.
+    pub fn open(&self) -> Result<OwnedFd> {
+        let path = format!("/proc/{}/ns/user", self.child.as_raw_nonzero());
+        Ok(std::fs::File::open(&path).map_err(|e| Error::io("open", path, e))?.into())
+    }
+}
+
+impl Drop for UserNamespace {
+    fn drop(&mut self) {
+        self.hold.take();
+        loop {
+            match rustix::process::waitpid(Some(self.child), WaitOptions::empty()) {
+                Err(Errno::INTR) => {}
+                Err(e) => {
+                    log::debug!(target: "fsprov::process", "wait for the child {:?}: {e}", self.child);
+                    break;
+                }
+                Ok(_) => break,
+            }
+        }
+    }
+}
+
+/// Where making a user namespace and mounting in it failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UserNamespaceStep {
+    /// It could not be made.
+    Create,
+    /// It was made, but gave no right to mount.
+    Mount,
+}
+
+/// Why [`try_mounting_in_user_namespace`] failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserNamespaceError {
+    /// At which step.
+    pub step: UserNamespaceStep,
+    /// With which errno.
+    pub errno: Errno,
+}
+
+/// Make a user and a mount namespace in a child process, change a mount's propagation there, and let both go.
+pub fn try_mounting_in_user_namespace() -> std::result::Result<(), UserNamespaceError> {
+    let fail = |step| move |errno| UserNamespaceError { step, errno };
+    let child = raw::fork_and_mount_in_user_namespace().map_err(fail(UserNamespaceStep::Create))?;
+    loop {
+        match rustix::process::waitpid(Some(child), WaitOptions::empty()) {
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(fail(UserNamespaceStep::Create)(e)),
+            Ok(status) => {
+                let code = status.and_then(|(_, status)| status.exit_status()).unwrap_or(libc::EINTR);
+                return match code {
+                    0 => Ok(()),
+                    code => Err(fail(UserNamespaceStep::Mount)(Errno::from_raw_os_error(code))),
+                };
+            }
+        }
+    }
+}
+
+/// Poll whether `fd` can be read now. For tests of pipes and pidfds.
+#[cfg(test)]
+fn is_readable(fd: impl std::os::fd::AsFd) -> bool {
+    poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::Command;
+
+    #[test]
+    fn stat_with_a_name_that_lies() {
+        let tail = "1 1 0 -1 4194560 1 2 3 4 5 6 7 8 20 0 1 0 998877 1 2";
+        let stat = Stat::parse(format!("12 (a) Z 1 (b) S 1 {tail}").as_bytes()).unwrap();
+        assert_eq!((stat.state, stat.start_time, stat.runs()), (b'S', 998_877, true));
+        assert!(!Stat::parse(format!("12 (x) Z 1 {tail}").as_bytes()).unwrap().runs());
+        assert!(Stat::parse(b"12 (x S").is_none() && Stat::parse(b"12 (x) S 1 2").is_none());
+    }
+
+    #[test]
+    fn a_process_lives_is_signalled_and_a_zombie_is_gone() {
+        let me = ProcessId::current().unwrap();
+        assert!(me.is_alive());
+        assert!(!ProcessId { start_time: me.start_time + 1, ..me }.is_alive());
+        let mut child = Command::new("sleep").arg("60").spawn().unwrap();
+        let id = ProcessId::of(child.id() as i32).unwrap();
+        assert!(!id.wait_gone(Duration::from_millis(20)).unwrap());
+        let stranger = ProcessId { start_time: id.start_time + 1, ..id };
+        assert!(!stranger.send_signal(Signal::KILL).unwrap());
+        assert!(id.is_alive(), "a stranger's signal hit it");
+        assert!(id.send_signal(Signal::KILL).unwrap());
+        assert!(id.wait_gone(Duration::from_secs(10)).unwrap());
+        // Not reaped yet: a zombie with this pid and start time.
+        assert_eq!(ProcessId::of(id.pid).unwrap(), id);
+        assert!(!id.is_alive() && !id.send_signal(Signal::TERM).unwrap());
+        child.wait().unwrap();
+        assert_eq!(ProcessId::of(id.pid).unwrap_err().kind(), Kind::NotFound);
+    }
+
+    #[test]
+    fn maps_of_the_first_namespace() {
+        assert!(is_whole_map("         0          0 4294967295\n"));
+        assert!(!is_whole_map("0 1000 1\n") && !is_whole_map("0 0 1000\n1000 1000 4294966295\n"));
+    }
+
+    #[test]
+    fn namespaces_of_self_agree() {
+        let pid = rustix::process::getpid().as_raw_nonzero().get();
+        assert_eq!(mount_namespace().unwrap(), mount_namespace_of(pid).unwrap());
+    }
+
+    #[test]
+    fn a_user_namespace_lasts_as_long_as_it_is_held() {
+        let Ok(held) = UserNamespace::create() else { return };
+        let pid = held.child;
+        let watch = rustix::process::pidfd_open(pid, PidfdFlags::empty()).unwrap();
+        assert_ne!(
+            namespace(&format!("/proc/{}/ns/user", pid.as_raw_nonzero())).unwrap(),
+            namespace("/proc/self/ns/user").unwrap()
+        );
+        assert!(!is_readable(&watch));
+        drop(held);
+        assert!(is_readable(&watch));
+    }
+}

@@ -1,6 +1,119 @@
 //! The only place with `unsafe`: one call a block, its SAFETY line says why it is sound.
 #![allow(unsafe_code)]
 
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+
+use rustix::io::Errno;
+
+fn last_errno() -> Errno {
+    Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(Errno::IO)
+}
+
+// ---- mount.rs ----
+
+/// mount_setattr(2) (Linux 5.12) on the mount that `tree` refers to, and with `recursive` on all below it.
+pub(crate) fn mount_setattr(tree: impl AsFd, recursive: bool, attr: &libc::mount_attr) -> Result<(), Errno> {
+    let flags = libc::AT_EMPTY_PATH | if recursive { libc::AT_RECURSIVE } else { 0 };
+    // SAFETY: the path is a static C string, `attr` is a live `mount_attr` and its size is passed with it; the kernel only
+    // reads both.
+    let done = unsafe {
+        libc::syscall(
+            libc::SYS_mount_setattr,
+            tree.as_fd().as_raw_fd(),
+            c"".as_ptr(),
+            flags,
+            std::ptr::from_ref(attr),
+            size_of::<libc::mount_attr>(),
+        )
+    };
+    if done == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+// ---- process.rs ----
+
+/// fork(2) into new namespaces. `Ok(None)` is the child: it may call nothing but async-signal-safe system calls.
+fn fork_into(namespaces: libc::c_int) -> Result<Option<rustix::process::Pid>, Errno> {
+    // SAFETY: without CLONE_VM this is fork(2): the child has its own copy of memory and a stack of its own (null: the same
+    // address in the copy). The callers below, in this file, let it make system calls and _exit, nothing else.
+    let pid = unsafe { libc::syscall(libc::SYS_clone, namespaces | libc::SIGCHLD, 0, 0, 0, 0) };
+    if pid < 0 {
+        return Err(last_errno());
+    }
+    Ok(rustix::process::Pid::from_raw(pid as i32))
+}
+
+/// fork(2) into a new user namespace; the child does nothing but wait until `hold` (the read end of a pipe of which the
+/// parent keeps the only write end) ends, with every other descriptor closed.
+pub(crate) fn fork_in_user_namespace(hold: &OwnedFd, writer: &OwnedFd) -> Result<rustix::process::Pid, Errno> {
+    let (hold, writer) = (hold.as_raw_fd(), writer.as_raw_fd());
+    fork_into(libc::CLONE_NEWUSER)?.map_or_else(|| wait_for_end_and_exit(hold, writer), Ok)
+}
+
+/// fork(2) into a new user and mount namespace; the child makes `/` private there and ends with the errno of that, 0 if it
+/// was allowed.
+pub(crate) fn fork_and_mount_in_user_namespace() -> Result<rustix::process::Pid, Errno> {
+    fork_into(libc::CLONE_NEWUSER | libc::CLONE_NEWNS)?.map_or_else(|| make_root_private_and_exit(), Ok)
+}
+
+fn make_root_private_and_exit() -> ! {
+    let none = std::ptr::null();
+    let flags = libc::MS_REC | libc::MS_PRIVATE;
+    // SAFETY: strings are static or null, which this operation allows (mount(2)); it happens in a namespace of its own.
+    let done = unsafe { libc::mount(none, c"/".as_ptr(), none, flags, std::ptr::null()) };
+    // SAFETY: the address of this thread's errno is always valid.
+    let errno = if done == 0 { 0 } else { unsafe { *libc::__errno_location() } };
+    // SAFETY: _exit(2) ends the process without running anything of the parent's.
+    unsafe { libc::_exit(errno) }
+}
+
+fn wait_for_end_and_exit(hold: i32, writer: i32) -> ! {
+    // SAFETY: close(2) of a descriptor of this process's own table; nothing else runs here.
+    unsafe { libc::close(writer) };
+    // Other descriptors (locks, /dev/fuse) must not live on in this child should the parent die. Linux 5.9; without it they
+    // last as long as the child does.
+    for (first, last) in [(0, hold - 1), (hold + 1, i32::MAX)] {
+        if first <= last {
+            // SAFETY: close_range(2) touches this process's own table only.
+            unsafe { libc::syscall(libc::SYS_close_range, first, last, 0) };
+        }
+    }
+    let mut byte = 0_u8;
+    loop {
+        // SAFETY: reads at most one byte into a live one.
+        let got = unsafe { libc::read(hold, (&raw mut byte).cast(), 1) };
+        // SAFETY: the address of this thread's errno is always valid.
+        let interrupted = got < 0 && unsafe { *libc::__errno_location() } == libc::EINTR;
+        if !interrupted {
+            break;
+        }
+    }
+    // SAFETY: _exit(2) ends the process without running anything of the parent's.
+    unsafe { libc::_exit(0) }
+}
+
+// ---- index and image tree: mappings ----
+
+/// Map a whole file, shared and read-only.
+pub fn map_file(file: impl AsFd) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: the mapping is read-only and its owner keeps it as long as it borrows from it. A file that someone changes
+    // beneath it shows other bytes, which every reader of ours checks or hands on; one that shrinks is SIGBUS for who
+    // touches it, which the callers' docs speak of.
+    unsafe { memmap2::MmapOptions::new().map(file.as_fd().as_raw_fd()) }
+}
+
+/// Map `length` bytes from `offset` (a multiple of the page size) of a file, shared and read-only.
+pub fn map_range(file: impl AsFd, offset: u64, length: usize) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: as for `map_file`.
+    unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map(file.as_fd().as_raw_fd()) }
+}
+
+/// Take the pages of a file mapping out of this process's page table (madvise(2) MADV_DONTNEED); they stay in the page
+/// cache and come back at the next touch.
+pub fn drop_resident(map: &memmap2::Mmap) -> std::io::Result<()> {
+    // SAFETY: for a shared file mapping MADV_DONTNEED changes no content: the next access reads the same file.
+    unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) }
+}
+
 // ---- tree::dir: identity of a thread, closing with its error ----
 
 /// setfsuid(2) for this thread; gives the id that was in force before. glibc's wrapper is the bare call: one thread only.
@@ -29,4 +142,36 @@ pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
         0 => Ok(()),
         _ => Err(rustix::io::Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)),
     }
+}
+
+// ---- daemon ----
+
+/// close_range(2) (Linux 5.9) of every descriptor from `first` on. Only for a program's first steps: whoever owns one of them
+/// loses it.
+pub(crate) fn close_from(first: u32) -> Result<(), Errno> {
+    // SAFETY: touches this process's own table only; the caller is the start of a program, before it opened anything.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    if done == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// fork(2); the parent ends at once with status 0, so that the child belongs to nobody. Returns in the child.
+///
+/// Only while this process has one thread: the child is a copy of the caller's.
+pub(crate) fn fork_and_leave() -> Result<(), Errno> {
+    // SAFETY: the callers are the first steps of a program, before it has a second thread: no lock can be held by a thread
+    // that the child has not.
+    match unsafe { libc::fork() } {
+        0 => Ok(()),
+        pid if pid < 0 => Err(last_errno()),
+        // SAFETY: _exit(2) ends the process; what buffers it has are the child's too.
+        _ => unsafe { libc::_exit(0) },
+    }
+}
+
+/// dup3(2) of `source` over `target`, which stays the same number for whoever owns it and now means `source`'s file.
+pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno> {
+    let (source, target) = (source.as_fd().as_raw_fd(), target.as_fd().as_raw_fd());
+    // SAFETY: both are open descriptors of this process; the target stays open and owned by its owner.
+    let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
+    if done < 0 { Err(last_errno()) } else { Ok(()) }
 }

@@ -1,0 +1,584 @@
+//! Attaching a rootfs and its volumes, and taking them away again: shared by the backends that use kernel mounts.
+//!
+//! Everything inside the rootfs is hostile while this runs: targets are resolved inside the root, by descriptor, with
+//! openat2(RESOLVE_IN_ROOT), and mounts are attached on descriptors (runc's CVE-2021-30465 and its successors). Sources were
+//! resolved when the request was read: a symlink in their path now is a change, and refused.
+
+use std::ffi::OsString;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::{Detach, Health, Journal, Support, Traces};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::plan::{BackendKind, Plan};
+use crate::sys::fs::{open_beneath, open_in_root};
+use crate::sys::mount::{self, AttrSet, Depth, Piece, Unmount};
+use crate::sys::mountinfo::{self, MountInfo};
+use crate::sys::process::{self, Hold};
+use crate::volume::{Access, Form, Volume};
+
+const MOUNT_VOLUME: &str = "mount volume";
+const UNMOUNT: &str = "unmount";
+
+/// Most holders named in a message.
+const HOLDERS_SHOWN: usize = 5;
+
+/// What to do about a volume's mount point that is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Missing {
+    /// The root cannot be written to: refuse, unless it lies in a writable volume.
+    Refuse,
+    /// Make it in the root as well.
+    Make,
+}
+
+/// A volume whose source is open and whose mount is ready.
+#[derive(Debug)]
+pub(super) struct Prepared<'a> {
+    volume: &'a Volume,
+    piece: Piece,
+}
+
+fn attrs_of(volume: &Volume) -> AttrSet<'static> {
+    AttrSet { read_only: volume.access == Access::Ro, private: true, ..AttrSet::default() }
+}
+
+/// An O_PATH descriptor of an absolute host path that was resolved before: a symlink on the way is refused.
+pub(super) fn open_resolved_path(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let top = fs::openat(fs::CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match path.strip_prefix("/") {
+        Ok(relative) if relative.as_os_str().is_empty() => Ok(top),
+        Ok(relative) => open_beneath(&top, relative, OFlags::PATH),
+        Err(_) => Err(Errno::INVAL),
+    }
+}
+
+/// Open every source and build its mount, before anything is attached anywhere.
+pub(super) fn prepare(volumes: &[Volume]) -> Result<Vec<Prepared<'_>>> {
+    volumes
+        .iter()
+        .map(|volume| {
+            let op = || format!("{} ({})", volume.target, show(&volume.source));
+            let fd = open_resolved_path(&volume.source).map_err(|e| match e {
+                Errno::LOOP | Errno::XDEV => {
+                    Error::new(Kind::Usage, MOUNT_VOLUME, op(), "the source's path was changed: a symlink is in it now")
+                }
+                e => Error::sys(MOUNT_VOLUME, op(), e),
+            })?;
+            let mode = fs::fstat(&fd).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?.st_mode;
+            if FileType::from_raw_mode(mode).is_dir() != (volume.form == Form::Directory) {
+                return Err(Error::new(
+                    Kind::Usage,
+                    MOUNT_VOLUME,
+                    op(),
+                    "the source was replaced by another kind of file",
+                ));
+            }
+            let piece =
+                Piece::bind(fd, Depth::Recursive, &attrs_of(volume)).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?;
+            Ok(Prepared { volume, piece })
+        })
+        .collect()
+}
+
+/// Something made on the host as a mount point, to be removed again if provisioning fails.
+#[derive(Debug)]
+struct Made {
+    parent: OwnedFd,
+    name: OsString,
+    dev: u64,
+    ino: u64,
+    kind: FileType,
+}
+
+/// A rootfs under construction. Dropped without [`Assembly::keep`], the mount points it made go again.
+#[derive(Debug)]
+pub(super) struct Assembly<'a> {
+    backend: BackendKind,
+    missing: Missing,
+    root: OwnedFd,
+    root_id: u64,
+    /// Volumes attached so far: mount id and access.
+    attached: Vec<(u64, &'a Volume)>,
+    made: MadeEntries,
+}
+
+impl<'a> Assembly<'a> {
+    /// `root`: the root directory in which targets are resolved; a detached mount, an attached one, or a plain directory.
+    pub(super) fn new(backend: BackendKind, root: OwnedFd, missing: Missing) -> Result<Self> {
+        let root_id = mount::mount_id(&root)?;
+        Ok(Assembly { backend, missing, root, root_id, attached: Vec::new(), made: MadeEntries::default() })
+    }
+
+    /// The root directory.
+    pub(super) fn root(&self) -> BorrowedFd<'_> {
+        self.root.as_fd()
+    }
+
+    /// Ids of the volumes' mounts.
+    pub(super) fn volume_ids(&self) -> Vec<u64> {
+        self.attached.iter().map(|(id, _)| *id).collect()
+    }
+
+    /// Attach the volumes in their order. `EINVAL` from the first one on a root that is itself detached comes back as
+    /// `Ok(Some(rest))`: before Linux 6.15 nothing can be attached there.
+    pub(super) fn attach(&mut self, volumes: Vec<Prepared<'a>>, root: RootState) -> Result<Option<Vec<Prepared<'a>>>> {
+        let mut waiting = volumes.into_iter();
+        while let Some(next) = waiting.next() {
+            let target = self.target(next.volume)?;
+            if let (RootState::Detached, Piece::Detached(tree)) = (root, &next.piece) {
+                fault::point("attach.volume")?;
+                match mount::move_mount_to(tree, &target) {
+                    Ok(()) => {}
+                    Err(Errno::INVAL) if self.attached.is_empty() => {
+                        return Ok(Some(std::iter::once(next).chain(waiting).collect()));
+                    }
+                    Err(e) => return Err(Error::sys(MOUNT_VOLUME, &next.volume.target, e)),
+                }
+                let id = mount::mount_id(tree)?;
+                self.check(next.volume, id)?;
+                self.attached.push((id, next.volume));
+                continue;
+            }
+            if root == RootState::Detached {
+                return Ok(Some(std::iter::once(next).chain(waiting).collect()));
+            }
+            fault::point("attach.volume")?;
+            let volume = next.volume;
+            let made = next.piece.attach(&target, Depth::Recursive, &attrs_of(volume))?;
+            let id = mount::mount_id(&made)?;
+            self.attached.push((id, volume));
+            mount::make_private(&made)?;
+            self.check(volume, id)?;
+        }
+        Ok(None)
+    }
+
+    /// After attaching, the target must lead to the volume: somebody may have moved it away in between.
+    fn check(&self, volume: &Volume, id: u64) -> Result<()> {
+        let found = open_in_root(&self.root, volume.target.relative(), OFlags::PATH)
+            .map_err(|e| Error::sys(MOUNT_VOLUME, &volume.target, e))?;
+        if mount::mount_id(&found)? == id {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Busy, MOUNT_VOLUME, &volume.target, "its mount point was moved away meanwhile"))
+    }
+
+    /// The file or directory that the volume covers, made if it is missing and may be.
+    fn target(&mut self, volume: &Volume) -> Result<OwnedFd> {
+        let target = match open_in_root(&self.root, volume.target.relative(), OFlags::PATH) {
+            Err(Errno::NOENT) => self.make(volume)?,
+            other => other.map_err(|e| target_error(volume, e))?,
+        };
+        let mode = fs::fstat(&target).map_err(|e| target_error(volume, e))?.st_mode;
+        check_kinds(volume, FileType::from_raw_mode(mode))?;
+        let id = mount::mount_id(&target)?;
+        if mount::is_mount_root(&target) {
+            let covered = self.attached.iter().find(|(other, _)| *other == id);
+            if let Some((_, other)) = covered {
+                return Err(Error::new(
+                    Kind::Usage,
+                    MOUNT_VOLUME,
+                    &volume.target,
+                    format!("in this image it is the same place as volume {}", other.target),
+                ));
+            }
+            if id == self.root_id {
+                return Err(Error::new(
+                    Kind::Usage,
+                    MOUNT_VOLUME,
+                    &volume.target,
+                    "in this image it leads to the root itself",
+                ));
+            }
+        }
+        Ok(target)
+    }
+
+    fn may_make_in(&self, parent: &OwnedFd) -> Result<bool> {
+        let id = mount::mount_id(parent)?;
+        let in_volume = self.attached.iter().any(|(other, v)| *other == id && v.access == Access::Rw);
+        Ok(in_volume || (id == self.root_id && self.missing == Missing::Make))
+    }
+
+    /// Make the missing components of a target, one by one, by descriptor.
+    fn make(&mut self, volume: &Volume) -> Result<OwnedFd> {
+        let fail = |e: Errno| target_error(volume, e);
+        let names: Vec<_> = volume.target.names().collect();
+        let mut prefix = PathBuf::new();
+        let mut parent = self.root.try_clone().map_err(|e| Error::io(MOUNT_VOLUME, &volume.target, e))?;
+        for (n, name) in names.iter().enumerate() {
+            prefix.push(name);
+            match open_in_root(&self.root, &prefix, OFlags::PATH) {
+                Ok(found) => {
+                    parent = found;
+                    continue;
+                }
+                Err(Errno::NOENT) => {}
+                Err(e) => return Err(fail(e)),
+            }
+            if !self.may_make_in(&parent)? {
+                return Err(missing_error(self.backend, volume));
+            }
+            fault::point("attach.make")?;
+            let as_dir = n + 1 < names.len() || volume.form == Form::Directory;
+            let made = make_entry(&parent, name, as_dir).map_err(|e| match e {
+                Errno::EXIST => Error::new(
+                    Kind::Usage,
+                    MOUNT_VOLUME,
+                    &volume.target,
+                    format!("{} is a symlink that leads nowhere", show(&prefix)),
+                ),
+                e => fail(e),
+            })?;
+            self.made.0.push(made);
+            parent = open_in_root(&self.root, &prefix, OFlags::PATH).map_err(fail)?;
+        }
+        Ok(parent)
+    }
+
+    /// The rootfs is there to stay.
+    pub(super) fn keep(mut self) {
+        self.made.0.clear();
+    }
+}
+
+#[derive(Debug, Default)]
+struct MadeEntries(Vec<Made>);
+
+impl Drop for MadeEntries {
+    fn drop(&mut self) {
+        for made in self.0.drain(..).rev() {
+            if let Err(e) = made.remove() {
+                log::warn!("remove the mount point {} made for a volume: {e}", show(&made.name));
+            }
+        }
+    }
+}
+
+/// Where the root is while volumes are attached below it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum RootState {
+    /// Nowhere: a detached mount.
+    Detached,
+    /// In the mount namespace.
+    Attached,
+}
+
+fn make_entry(parent: &OwnedFd, name: &std::ffi::OsStr, as_dir: bool) -> rustix::io::Result<Made> {
+    if as_dir {
+        fs::mkdirat(parent, name, Mode::from_raw_mode(0o755))?;
+    } else {
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        fs::openat(parent, name, flags, Mode::from_raw_mode(0o644))?;
+    }
+    let stat = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW)?;
+    let kind = if as_dir { FileType::Directory } else { FileType::RegularFile };
+    // A view of the parent on which nothing is mounted, so that the entry is found again under the volume that covers it.
+    let bare = mount::open_tree_clone(parent, Depth::One).or_else(|_| rustix::io::fcntl_dupfd_cloexec(parent, 0))?;
+    Ok(Made { parent: bare, name: name.to_owned(), dev: stat.st_dev, ino: stat.st_ino, kind })
+}
+
+impl Made {
+    /// Remove it, if it is still the very thing that was made, and empty.
+    fn remove(&self) -> rustix::io::Result<()> {
+        let stat = match fs::statat(&self.parent, &self.name, AtFlags::SYMLINK_NOFOLLOW) {
+            Err(Errno::NOENT) => return Ok(()),
+            other => other?,
+        };
+        if (stat.st_dev, stat.st_ino) != (self.dev, self.ino) || (!self.kind.is_dir() && stat.st_size != 0) {
+            return Ok(());
+        }
+        let flags = if self.kind.is_dir() { AtFlags::REMOVEDIR } else { AtFlags::empty() };
+        fs::unlinkat(&self.parent, &self.name, flags)
+    }
+}
+
+fn target_error(volume: &Volume, errno: Errno) -> Error {
+    match errno {
+        Errno::NOTDIR => {
+            Error::new(Kind::Usage, MOUNT_VOLUME, &volume.target, "a part of this path is not a directory in the image")
+        }
+        Errno::LOOP => {
+            Error::new(Kind::Usage, MOUNT_VOLUME, &volume.target, "too many symlinks, or one of procfs, in this path")
+        }
+        e => Error::sys(MOUNT_VOLUME, &volume.target, e),
+    }
+}
+
+fn check_kinds(volume: &Volume, target: FileType) -> Result<()> {
+    let why = match (volume.form, target.is_dir()) {
+        (Form::Directory, false) => "the source is a directory, and the image has a file there",
+        (Form::File | Form::Special, true) => "the source is a file, and the image has a directory there",
+        _ => return Ok(()),
+    };
+    Err(Error::new(Kind::Usage, MOUNT_VOLUME, &volume.target, why)
+        .hint("bind a directory onto a directory and a file onto a file"))
+}
+
+/// The cause and the remedy for a mount point that the image lacks.
+fn missing_text(backend: BackendKind, form: Form) -> (&'static str, &'static str) {
+    let cause = match form {
+        Form::Directory => "the image has no such directory",
+        Form::File | Form::Special => "the image has no such file",
+    };
+    let remedy = match (backend, form) {
+        (_, Form::Special) => "create it in the image, or use --backend overlay",
+        (BackendKind::Fuse, _) => "create it in the image",
+        _ => "create it in the image, or use --backend fuse",
+    };
+    (cause, remedy)
+}
+
+fn missing_error(backend: BackendKind, volume: &Volume) -> Error {
+    let (cause, remedy) = missing_text(backend, volume.form);
+    Error::new(Kind::Unsupported, MOUNT_VOLUME, &volume.target, cause).hint(remedy)
+}
+
+/// Would every mount point be found in the one layer at `layer`? A look without mounting, so that another backend can be
+/// chosen; mounting checks again.
+pub(super) fn targets_support(backend: BackendKind, layer: &Path, volumes: &[Volume]) -> Support {
+    for (n, volume) in volumes.iter().enumerate() {
+        let target = volume.target.as_path();
+        let outer = volumes[..n]
+            .iter()
+            .rev()
+            .find_map(|outer| Some((outer, target.strip_prefix(outer.target.as_path()).ok()?)));
+        let (base, relative) = match outer {
+            Some((outer, _)) if outer.access == Access::Rw => continue,
+            Some((outer, relative)) => (outer.source.as_path(), relative),
+            None => (layer, volume.target.relative()),
+        };
+        let found = crate::sys::fs::open_path(base).and_then(|root| open_in_root(root, relative, OFlags::PATH));
+        // Symlinks may lead into another volume: what is missing here can be there once that is mounted.
+        if let Err(Errno::NOENT) = found
+            && !volumes[..n].iter().any(|v| v.access == Access::Rw)
+        {
+            let (cause, remedy) = missing_text(backend, volume.form);
+            return Support::no(format!("{MOUNT_VOLUME} {}: {cause}", volume.target), remedy);
+        }
+    }
+    Support::Yes
+}
+
+/// Attach a root mount with its volumes on `plan.rootfs`, writing down what is ours before it is to be seen.
+///
+/// On an error nothing of it is left.
+pub(super) fn put_in_place(
+    backend: BackendKind,
+    plan: &Plan,
+    root: Piece,
+    root_attrs: &AttrSet<'_>,
+    journal: &mut dyn Journal,
+) -> Result<()> {
+    let volumes = prepare(&plan.volumes)?;
+    let point = open_mount_point(&plan.rootfs)?;
+    let mut traces = Traces::default();
+    let (mut assembly, rest) = match root {
+        Piece::Detached(tree) => {
+            let mut assembly = Assembly::new(backend, tree, Missing::Refuse)?;
+            let rest =
+                if has_peers(&point)? { Some(volumes) } else { assembly.attach(volumes, RootState::Detached)? };
+            traces.mount_id = Some(assembly.root_id);
+            traces.unique_mount_id = mount::unique_mount_id(assembly.root());
+            journal.note(&traces)?;
+            fault::point("attach.root")?;
+            mount::move_mount_to(assembly.root(), &point).map_err(|e| Error::sys("mount on", show(&plan.rootfs), e))?;
+            (assembly, rest)
+        }
+        classic @ Piece::Classic(_) => {
+            fault::point("attach.root")?;
+            let root = classic.attach(&point, Depth::Recursive, root_attrs)?;
+            traces.mount_id = Some(mount::mount_id(&root)?);
+            traces.unique_mount_id = mount::unique_mount_id(&root);
+            (Assembly::new(backend, root, Missing::Refuse)?, Some(volumes))
+        }
+    };
+    match finish(&mut assembly, rest, plan, &mut traces, journal) {
+        Ok(()) => {
+            assembly.keep();
+            Ok(())
+        }
+        Err(e) => {
+            // The mount before the mount points that were made below it: dropping `assembly` removes those.
+            let undone = take_away(&plan.rootfs, &traces, Detach::Lazy).map(|_| ());
+            drop(assembly);
+            Err(e.with_undo(undone))
+        }
+    }
+}
+
+/// Is the mount point on a shared mount? What is attached there then gets copies below its peers, in other namespaces maybe.
+/// Ours is cut off from those afterwards, and unmounting it takes a copy away only if nothing is mounted on that
+/// (mount_namespaces(7)): so the root goes there alone, and volumes follow when it is private.
+fn has_peers(point: &OwnedFd) -> Result<bool> {
+    Ok(mountinfo::by_id(mount::mount_id(point)?)?.is_some_and(|m| m.shared.is_some()))
+}
+
+fn finish<'a>(
+    assembly: &mut Assembly<'a>,
+    rest: Option<Vec<Prepared<'a>>>,
+    plan: &Plan,
+    traces: &mut Traces,
+    journal: &mut dyn Journal,
+) -> Result<()> {
+    mount::make_private(assembly.root())?;
+    if let Some(rest) = rest {
+        journal.note(traces)?;
+        assembly.attach(rest, RootState::Attached)?;
+    }
+    let seen = open_mount_point(&plan.rootfs)?;
+    if Some(mount::mount_id(&seen)?) != traces.mount_id {
+        return Err(Error::new(
+            Kind::Busy,
+            "mount on",
+            show(&plan.rootfs),
+            "something else was mounted there meanwhile",
+        ));
+    }
+    fault::point("attach.note")?;
+    traces.parts =
+        Some(mountinfo::tree_of(mountinfo::read()?, assembly.root_id).into_iter().skip(1).map(|m| m.id).collect());
+    journal.note(traces)
+}
+
+/// The directory on which the rootfs is mounted.
+pub(super) fn open_mount_point(rootfs: &Path) -> Result<OwnedFd> {
+    const OP: &str = "open mount point";
+    let fd = open_resolved_path(rootfs).map_err(|e| match e {
+        Errno::LOOP | Errno::XDEV => {
+            Error::new(Kind::Usage, OP, show(rootfs), "its path was changed: a symlink is in it now")
+        }
+        e => Error::sys(OP, show(rootfs), e),
+    })?;
+    let mode = fs::fstat(&fd).map_err(|e| Error::sys(OP, show(rootfs), e))?.st_mode;
+    if FileType::from_raw_mode(mode).is_dir() {
+        return Ok(fd);
+    }
+    Err(Error::new(Kind::Usage, OP, show(rootfs), "it is not a directory"))
+}
+
+/// Our root mount at `rootfs`, and what lies on it, from the mount table. `None`: it is not there.
+fn find(rootfs: &Path, traces: &Traces) -> Result<Option<Vec<MountInfo>>> {
+    let Some(id) = traces.mount_id else { return Ok(None) };
+    let table = mountinfo::read()?;
+    let stack = mountinfo::stack_at(table.clone(), rootfs);
+    let Some(place) = stack.iter().position(|m| m.id == id) else { return Ok(None) };
+    if place + 1 < stack.len() {
+        let top = &stack[stack.len() - 1];
+        return Err(Error::new(
+            Kind::Busy,
+            UNMOUNT,
+            show(rootfs),
+            format!("another mount lies on top of it ({} of {})", show(&top.fs_type), show(&top.source)),
+        )
+        .hint(format!("umount {} first", show(rootfs))));
+    }
+    // An id may be used again once its mount is gone (mount ids are the lowest free number); the unique one is not.
+    if let Some(unique) = traces.unique_mount_id {
+        let seen = open_resolved_path(rootfs).ok().and_then(mount::unique_mount_id);
+        if seen.is_some_and(|seen| seen != unique) {
+            return Ok(None);
+        }
+    }
+    Ok(Some(mountinfo::tree_of(table, id)))
+}
+
+/// Unmount our rootfs at `rootfs`, with its volumes. `false`: it was not there.
+pub(super) fn take_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
+    let Some(tree) = find(rootfs, traces)? else { return Ok(false) };
+    check_foreign(rootfs, &tree[1..], traces.parts.as_deref(), how)?;
+    match how {
+        Detach::Lazy => {
+            fault::point("attach.unmount")?;
+            mount::unmount(rootfs, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(rootfs), e))?;
+        }
+        Detach::IfIdle => unmount_idle(rootfs, &tree)?,
+    }
+    Ok(true)
+}
+
+/// Unmount the volumes with these ids at or below `rootfs`, which is a plain directory. `false`: none was there.
+pub(super) fn take_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
+    let table = mountinfo::read()?;
+    let below = mountinfo::subtree_below(table.clone(), rootfs);
+    if below.is_empty() {
+        return Ok(false);
+    }
+    check_foreign(rootfs, &below, traces.parts.as_deref(), how)?;
+    let ours = |m: &MountInfo| traces.parts.as_ref().is_none_or(|parts| parts.contains(&m.id));
+    match how {
+        Detach::IfIdle => unmount_idle(rootfs, &below)?,
+        Detach::Lazy => {
+            if let Some(foreign) = below.iter().find(|m| !ours(m)) {
+                return Err(foreign_error(rootfs, &[foreign]));
+            }
+            for mount in below.iter().rev() {
+                fault::point("attach.unmount")?;
+                mount::unmount(&mount.point, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(&mount.point), e))?;
+            }
+        }
+    }
+    Ok(true)
+}
+
+fn foreign_error(rootfs: &Path, foreign: &[&MountInfo]) -> Error {
+    let names: Vec<String> = foreign.iter().map(|m| format!("{} on {}", show(&m.source), show(&m.point))).collect();
+    Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("others mounted below it: {}", names.join(", ")))
+        .hint("unmount those first; their content is not touched")
+}
+
+fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how: Detach) -> Result<()> {
+    let Some(parts) = parts else { return Ok(()) };
+    let foreign: Vec<&MountInfo> = below.iter().filter(|m| !parts.contains(&m.id)).collect();
+    if foreign.is_empty() {
+        return Ok(());
+    }
+    let error = foreign_error(rootfs, &foreign);
+    if how == Detach::IfIdle {
+        return Err(error);
+    }
+    log::warn!("{error}; they go out of sight with the rootfs");
+    Ok(())
+}
+
+/// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
+fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
+    let holders: Vec<_> = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+    if !holders.is_empty() {
+        let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
+        if holders.len() > HOLDERS_SHOWN {
+            names.push(format!("and {} more", holders.len() - HOLDERS_SHOWN));
+        }
+        return Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {}", names.join(", ")))
+            .hint("end those first, or take it out of sight with --lazy"));
+    }
+    for mount in tree.iter().rev() {
+        fault::point("attach.unmount")?;
+        mount::unmount(&mount.point, Unmount::IfIdle).map_err(|e| {
+            let error = Error::sys(UNMOUNT, show(&mount.point), e);
+            match e {
+                Errno::BUSY => error.hint("a process that we may not look at uses it; try again, or use --lazy"),
+                _ => error,
+            }
+        })?;
+    }
+    Ok(())
+}
+
+/// How a kernel mount fares: it is there, or it is not.
+pub(super) fn health(rootfs: &Path, traces: &Traces) -> Health {
+    let Some(id) = traces.mount_id else { return Health::Gone };
+    match mountinfo::mounts_at(rootfs) {
+        Ok(stack) if stack.iter().any(|m| m.id == id) => Health::Ready,
+        Ok(_) => Health::Gone,
+        Err(e) => {
+            log::warn!("{e}");
+            Health::Gone
+        }
+    }
+}

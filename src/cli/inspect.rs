@@ -1,0 +1,56 @@
+//! `fsprov inspect`.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+
+use clap::Args;
+
+use super::{Format, Global, output};
+use crate::error::{Result, show};
+use crate::provisioner::{Selector, Status};
+use crate::volume::Access;
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  fsprov inspect rootfs\n  fsprov inspect --json 3f0c9a61b2d4")]
+pub(super) struct Inspect {
+    /// Which: its mount point or its id
+    #[arg(value_name = "ROOTFS|ID")]
+    which: OsString,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Inspect {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let status = global.provisioner()?.inspect(&Selector::parse(&self.which))?;
+        if self.format.json { output::json(&status) } else { output::text(&describe(&status)) }
+    }
+}
+
+fn describe(status: &Status) -> String {
+    let record = &status.record;
+    let mut rows = vec![
+        ("id", record.plan.id.to_string()),
+        ("rootfs", show(&record.plan.rootfs)),
+        ("state", status.health.name().to_owned()),
+        ("backend", record.backend.to_string()),
+        ("image", record.image.reference.clone()),
+    ];
+    rows.extend(record.image.id.as_ref().map(|id| ("image id", id.to_string())));
+    rows.extend(record.plan.layers.iter().map(|l| ("layer", show(&l.root))));
+    rows.extend(record.plan.index.iter().map(|i| ("index", show(&i.0))));
+    for volume in &record.plan.volumes {
+        let access = match volume.access {
+            Access::Ro => "ro",
+            Access::Rw => "rw",
+        };
+        rows.push(("volume", format!("{} <- {} ({access})", volume.target, show(&volume.source))));
+    }
+    rows.extend(record.traces.supervisor.map(|p| ("supervisor pid", p.pid.to_string())));
+    rows.extend(record.traces.worker.map(|p| ("worker pid", p.pid.to_string())));
+    rows.push(("created", record.created.clone()));
+    rows.iter().fold(String::new(), |mut text, (name, value)| {
+        let _ = writeln!(text, "{name:15} {value}");
+        text
+    })
+}

@@ -1,0 +1,41 @@
+//! `fsprov list`.
+
+use clap::Args;
+
+use super::{Format, Global, output};
+use crate::error::{Result, show};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+STATE is ready; changing (being made or taken away now); interrupted (its making was cut short), dead (its server died) or gone \
+(unmounted by others, or this host was rebooted): `fsprov unmount` cleans these up; elsewhere: in another mount namespace.
+
+Example:
+  fsprov list --json")]
+pub(super) struct List {
+    #[command(flatten)]
+    format: Format,
+}
+
+impl List {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let all = global.provisioner()?.list()?;
+        if self.format.json {
+            return output::json(&all);
+        }
+        let rows: Vec<_> = all
+            .iter()
+            .map(|s| {
+                let image = s.record.image.name.as_deref().unwrap_or(&s.record.image.reference);
+                [
+                    s.record.plan.id.to_string(),
+                    s.health.name().to_owned(),
+                    s.record.backend.to_string(),
+                    image.to_owned(),
+                    show(&s.record.plan.rootfs),
+                ]
+            })
+            .collect();
+        output::table(["ID", "STATE", "BACKEND", "IMAGE", "ROOTFS"], &rows)
+    }
+}
