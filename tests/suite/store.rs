@@ -10,7 +10,7 @@ use super::cli::assert_shape;
 use super::faults::steps_in;
 use crate::common::harness::on;
 use crate::common::images::{Maker, make_full_tree, make_small_tree, manifest};
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Enter, Lane, Need, Stage, images};
 
 /// Pack `tree` (holding `manifest` and `rootfs`) with GNU tar, as other people's tools would.
@@ -102,13 +102,13 @@ pub(crate) const SAME_TREE: Case =
             }
         }
         let archive = pack(stage, &tree, "full.aci");
-        let want = picture(&tree.join("rootfs"), &[], Owners::Compare);
+        let want = picture(&tree.join("rootfs"));
         let imported = import(stage, &archive);
         let id = imported["id"].as_str().expect("an id").to_owned();
         // By name, by id, by a prefix of the id.
         for reference in ["example.com/full", &id, &id[..19]] {
             let rootfs = stage.mount(reference, "rootfs", [] as [&str; 0]);
-            assert_same(&want, &picture(&rootfs, &[], Owners::Compare), reference);
+            assert_same(&want, &picture(&rootfs), reference);
             stage.unmount(&rootfs);
         }
     });
@@ -166,21 +166,21 @@ pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::ever
     let plain = stage.path("plain");
     make_small_tree(&plain);
     stage.fsprov(["image", "import", "--name", "example.com/plain"]).arg(&plain).run().ok();
-    let want = picture(&plain, &[], Owners::Compare);
+    let want = picture(&plain);
     fs::write(plain.join("etc/hosts"), "changed after the import").expect("write");
     let rootfs = stage.mount("example.com/plain", "rootfs", [] as [&str; 0]);
-    assert_same(&want, &picture(&rootfs, &[], Owners::Compare), "an imported directory");
+    assert_same(&want, &picture(&rootfs), "an imported directory");
     stage.unmount(&rootfs);
     // A directory as Mesos keeps images, in place.
     let mesos = small_aci_tree(stage, "mesos");
-    let want = picture(&mesos.join("rootfs"), &[], Owners::Compare);
+    let want = picture(&mesos.join("rootfs"));
     let rootfs = stage.mount(&mesos, "rootfs", [] as [&str; 0]);
-    assert_same(&want, &picture(&rootfs, &[], Owners::Compare), "a directory with manifest and rootfs");
+    assert_same(&want, &picture(&rootfs), "a directory with manifest and rootfs");
     stage.unmount(&rootfs);
     // An archive named on the command line is imported on the way.
     let archive = pack(stage, &mesos, "direct.aci");
     let rootfs = stage.mount(&archive, "rootfs", [] as [&str; 0]);
-    assert_same(&want, &picture(&rootfs, &[], Owners::Compare), "an .aci by its path");
+    assert_same(&want, &picture(&rootfs), "an .aci by its path");
     stage.unmount(&rootfs);
 });
 
@@ -394,7 +394,7 @@ pub(crate) const HOSTILE_ARCHIVES: Case =
         let outside = stage.mkdir("outside");
         let victim = stage.write("outside/victim", "precious");
         images::chmod(&outside, 0o750);
-        let before = picture(&outside, &[], Owners::Compare);
+        let before = picture(&outside);
         let escape = Path::new("/tmp/fsprov-escape");
         let _ = fs::remove_file(escape);
         for (name, fate, build) in HOSTILE {
@@ -413,7 +413,7 @@ pub(crate) const HOSTILE_ARCHIVES: Case =
             }
             assert!(!said.err().contains("panicked"), "{name}: {}", said.describe());
             assert!(said.took.as_secs() < 10, "{name}: {}", said.describe());
-            assert_same(&before, &picture(&outside, &[], Owners::Compare), name);
+            assert_same(&before, &picture(&outside), name);
             assert_eq!(fs::read(&victim).expect("read"), b"precious", "{name}");
             assert!(!escape.exists(), "{name}: {} was written", escape.display());
             stage.assert_nothing_left(name);
@@ -570,8 +570,8 @@ pub(crate) const ODD_NAMES: Case = Case::new("odd_names_survive_the_import", on:
     let archive = pack(stage, &tree, "odd.aci");
     import(stage, &archive);
     let rootfs = stage.mount("example.com/small", "rootfs", [] as [&str; 0]);
-    let want = picture(&tree.join("rootfs"), &[], Owners::Compare);
-    assert_same(&want, &picture(&rootfs, &[], Owners::Compare), "odd names");
+    let want = picture(&tree.join("rootfs"));
+    assert_same(&want, &picture(&rootfs), "odd names");
 });
 
 const SHOWN: &str = "
