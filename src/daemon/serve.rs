@@ -2,12 +2,12 @@
 //!
 //! Its exit code speaks to the supervisor: 0 the connection is gone, anything else is a death.
 
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
@@ -17,9 +17,11 @@ use super::{Job, TARGET, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fuse::adapter::{AdapterOptions, FuseAdapter};
 use crate::fuse::session::{self, Start};
+use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::tree::Tree;
 use crate::tree::dir::{DirOptions, DirTree, FdPool};
+use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
 
 /// The program.
@@ -151,7 +153,7 @@ fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
     // One pool for all directory trees: a number of volumes does not multiply descriptors.
     let pool = FdPool::new()?;
     let image: Arc<dyn Tree> = if let Some(index) = index {
-        image_tree(job, &index, layers)?
+        Arc::new(image_tree(job, &index, layers)?)
     } else {
         plan.single_layer(BackendKind::Fuse)?;
         let layer = layers.into_iter().next().ok_or_else(|| {
@@ -167,17 +169,14 @@ fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
     Ok(Arc::new(RouteTree::build(image, routed)?))
 }
 
-fn image_tree(job: &Job, index: &OwnedFd, _layers: Vec<OwnedFd>) -> Result<Arc<dyn Tree>> {
-    let _ = index;
-    Err(Error::new(Kind::Unsupported, "serve", show(&job.plan.rootfs), "this build has no image tree"))
+fn image_tree(job: &Job, index: &OwnedFd, layers: Vec<OwnedFd>) -> Result<ImageTree> {
+    let index = Index::from_file(&reopen(index)?.into())?;
+    ImageTree::open(index, layers, job.plan.ownership.clone(), Trust::default())
 }
 
-/// An O_PATH descriptor opened again for reading, through /proc: the same file, wherever its name leads by now.
-#[allow(dead_code)]
-fn reopen(fd: &OwnedFd, what: FileType) -> Result<OwnedFd> {
-    use std::os::fd::AsRawFd as _;
-    let path = format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd());
-    let mut flags = OFlags::RDONLY | OFlags::CLOEXEC;
-    flags.set(OFlags::DIRECTORY, what == FileType::Directory);
-    rustix::fs::open(&path, flags, Mode::empty()).map_err(|e| Error::sys("open", path, e))
+/// An O_PATH descriptor of a regular file opened again for reading, through /proc: the same file, wherever its name leads by now.
+fn reopen(fd: &OwnedFd) -> Result<OwnedFd> {
+    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
+    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open index", show(crate::sys::fs::path_of(fd).unwrap_or_default()), e))
 }

@@ -697,9 +697,12 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn access(&self, _: &Request, _: INodeNo, _mask: fuser::AccessFlags, reply: ReplyEmpty) {
-        // The kernel checks by itself (default_permissions); ENOSYS is "do not ask".
-        self.request(Operation::Access, |_| reply.error(fuser::Errno::ENOSYS));
+    fn access(&self, _: &Request, node: INodeNo, mask: fuser::AccessFlags, reply: ReplyEmpty) {
+        // Asked only where the kernel does not check by itself (default_permissions).
+        self.request(Operation::Access, |tree| match tree.access(node.0, mask.bits()) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::Access, node, e)),
+        });
     }
 
     fn create(

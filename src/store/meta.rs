@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
-use crate::sys::durable::write_durably;
+use crate::sys::durable::{Survives, write_file};
 
 /// Longest meta.json read: some hundred names and layers.
 const MAX_BYTES: u64 = 4 << 20;
@@ -88,7 +88,7 @@ impl Meta {
     pub(super) fn write(&self, path: &Path) -> Result<()> {
         let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::new(Kind::Io, "write", show(path), e))?;
         text.push(b'\n');
-        write_durably(path, &text)
+        write_file(path, &text, Survives::PowerLoss)
     }
 
     pub(super) fn read(path: &Path) -> Result<Self> {

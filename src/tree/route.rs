@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, NODE_LIMIT, New,
-    Node, Opened, ROOT, Result, Statfs, Timespec, Tree,
+    Node, Opened, ROOT, Result, Statfs, Timespec, Tree, access_read_only,
 };
 use crate::error::{Error, Kind};
 use crate::volume::{Access, ContainerPath, Form};
@@ -517,6 +517,13 @@ impl Tree for RouteTree {
         match self.tree(node)? {
             Some((_, tree, inner)) => tree.statfs(inner),
             None => self.trees[0].statfs(ROOT),
+        }
+    }
+
+    fn access(&self, node: Node, mask: i32) -> Result<()> {
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.access(inner, mask),
+            None => access_read_only(DIRECTORY, mask),
         }
     }
 
