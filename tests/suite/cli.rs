@@ -37,7 +37,7 @@ pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on
         // Options that every verb takes are told by every verb.
         assert!(stage.fsprov(verb.iter().copied().chain(["--help"])).run().out().contains("--root"), "{verb:?}");
     }
-    for verb in VERBS.iter().filter(|v| ["mount", "list", "inspect", "probe", "recover", "image"].contains(&v[0])) {
+    for verb in VERBS.iter().filter(|v| !["unmount", "umount", "rm", "completions", "man"].contains(&v[v.len() - 1])) {
         let said = stage.fsprov(verb.iter().copied().chain(["--help"])).run();
         assert!(said.out().contains("--json"), "every verb that prints has --json: {}", said.describe());
     }

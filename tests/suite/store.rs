@@ -206,7 +206,7 @@ pub(crate) const LIST_AND_SHOW: Case = Case::new("image_list_and_show", on::once
     let said = stage.fsprov(["image", "import"]).arg(&archive).run().ok();
     assert!(said.out().contains(&id[..19]) && said.out().lines().count() == 1, "{}", said.describe());
     stage.fsprov(["image", "import", "--name", "mine"]).arg(&archive).run().ok();
-    for reference in ["example.com/small", "mine", &id, &id[..12]] {
+    for reference in ["example.com/small", "mine", &id, &id[..19]] {
         let shown = stage.fsprov(["image", "show", "--json", reference]).run().ok().json();
         assert_eq!(shown["id"], Value::String(id.clone()), "{reference}");
         let text = stage.fsprov(["image", "show", reference]).run().ok().out();
@@ -499,7 +499,7 @@ pub(crate) const BROKEN_IMAGES: Case = Case::new("broken_images_are_named", on::
 /// Names from outside may not become paths.
 pub(crate) const NAMES: Case = Case::new("names_never_become_paths", on::user, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
-    for name in ["../x", "a/../../x", "/abs", "a\nb", "", "."] {
+    for name in ["../x", "/abs", "./x", "a\nb", "", "."] {
         stage.fsprov(["image", "import", "--name", name]).arg(&archive).run().fails(2, &[]);
         assert!(images(stage).is_empty(), "{name:?}");
     }
@@ -574,17 +574,44 @@ pub(crate) const ODD_NAMES: Case = Case::new("odd_names_survive_the_import", on:
     assert_same(&want, &picture(&rootfs), "odd names");
 });
 
-const SHOWN: &str = "
+const IMPORTED: &str = "
+    .id string
+    .name string
+    .on_disk string
+    .outcome string
+    .warnings[]
+";
+
+const LISTED: &str = "
+    .bytes number
+    .entries number
+    .id string
+    .imported_at number
+    .kind string
+    .labels[][] string
+    .layers[]
+    .names[] string
+    .on_disk string
+    .source string
+    .version number
+";
+
+const MANIFEST: &str = "
+    .manifest.acKind string
+    .manifest.acVersion string
+    .manifest.labels[].name string
+    .manifest.labels[].value string
+    .manifest.name string
 ";
 
 pub(crate) const SHAPES: Case = Case::new("image_json_keeps_its_shape", on::user, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let imported = import(stage, &archive);
-    assert_shape(&imported, SHOWN, "image import --json");
-    assert_shape(&images(stage)[0], SHOWN, "image list --json");
+    assert_shape(&imported, IMPORTED, "image import --json");
+    assert_shape(&images(stage)[0], LISTED, "image list --json");
     assert_shape(
         &stage.fsprov(["image", "show", "--json", "example.com/small"]).run().ok().json(),
-        SHOWN,
+        &format!("{LISTED}{MANIFEST}"),
         "image show --json",
     );
 });
