@@ -474,7 +474,14 @@ impl Filesystem for FuseAdapter {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.open(&caller(request), node.0, flags.0) {
-                Ok(opened) => reply.opened(FileHandle(opened.handle), file_flags(opened.cache)),
+                Ok(opened) => {
+                    let mut answer = file_flags(opened.cache);
+                    if flags.0 & libc::O_ACCMODE == libc::O_RDONLY {
+                        // Nothing was written, so closing has nothing to tell: one request less (Linux 5.16).
+                        answer |= FopenFlags::FOPEN_NOFLUSH;
+                    }
+                    reply.opened(FileHandle(opened.handle), answer);
+                }
                 Err(e) => reply.error(failed(Operation::Open, node, e)),
             }
         });

@@ -327,4 +327,6 @@ impl Tree for DirTree {
 }
 
 #[cfg(test)]
+mod attack;
+#[cfg(test)]
 mod tests;
