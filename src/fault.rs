@@ -17,6 +17,12 @@ pub fn point(name: &'static str) -> Result<()> {
     Ok(())
 }
 
+/// Read FAILPOINTS: the `fail` crate does so only when told to, and keeps it as long as the scenario lives.
+pub fn start() {
+    #[cfg(feature = "failpoints")]
+    std::mem::forget(fail::FailScenario::setup());
+}
+
 fn injected(name: &'static str, action: &str) -> Error {
     let errno = match action {
         "kill" => {

@@ -6,12 +6,14 @@
 
 pub mod backend;
 pub mod cli;
+pub mod config;
 pub mod daemon;
 pub mod error;
 pub mod fault;
 pub mod fuse;
 pub mod host;
 pub mod id;
+pub mod idmap;
 pub mod image;
 pub mod index;
 pub mod paths;

@@ -3,12 +3,14 @@
 //! Parsing touches no environment but the variables named in the definition; each verb's file resolves and runs it. Must not
 //! know system calls.
 
+mod config;
 mod docs;
 mod inspect;
 mod list;
 mod mount;
 mod output;
 mod probe;
+mod recover;
 mod unmount;
 
 use std::ffi::OsString;
@@ -17,6 +19,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::paths::StatePaths;
 use crate::plan::BackendKind;
@@ -61,8 +64,12 @@ enum Verb {
     List(list::List),
     /// Show all about one rootfs
     Inspect(inspect::Inspect),
+    /// Bring every rootfs back into order after a crash or a reboot
+    Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
     Probe(probe::Probe),
+    /// Show the configuration
+    Config(config::Config),
     /// Print shell completions
     Completions(docs::Completions),
     /// Print the manual page
@@ -70,10 +77,9 @@ enum Verb {
 }
 
 /// `--backend`.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum BackendChoice {
     /// The first of bind, overlay, fuse that can serve this request here
-    #[default]
     Auto,
     /// Kernel bind mount of one layer
     Bind,
@@ -108,8 +114,9 @@ struct Format {
 impl Global {
     /// The state root, absolute.
     fn paths(&self) -> Result<StatePaths> {
-        let root = match &self.root {
-            Some(root) => root.clone(),
+        let configured = || Ok::<_, Error>(settings()?.root.value);
+        let root = match self.root.clone().map_or_else(configured, |root| Ok(Some(root)))? {
+            Some(root) => root,
             None => default_root(|name| std::env::var_os(name), crate::sys::process::is_root_of_host()?)?,
         };
         if root.as_os_str().is_empty() {
@@ -134,6 +141,10 @@ impl Global {
     }
 }
 
+fn settings() -> Result<Settings> {
+    Settings::read(&crate::config::files(|name| std::env::var_os(name)))
+}
+
 /// The XDG base directory specification: XDG_DATA_HOME, if it is absolute, else ~/.local/share.
 fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result<PathBuf> {
     if is_root {
@@ -149,6 +160,7 @@ fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result
 
 /// Parse, run, and say what went wrong: the whole program but for its hidden verbs.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
+    crate::fault::start();
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -175,7 +187,9 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Unmount(verb) => verb.run(global),
         Verb::List(verb) => verb.run(global),
         Verb::Inspect(verb) => verb.run(global),
+        Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
+        Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
     }

@@ -3,16 +3,17 @@
 use std::ffi::OsString;
 use std::path::PathBuf;
 
-use clap::Args;
+use clap::{Args, ValueEnum as _};
 
-use super::{BackendChoice, Format, Global, output};
+use super::{BackendChoice, Format, Global, output, settings};
 use crate::backend::Detach;
-use crate::error::{Result, show};
+use crate::config::Settings;
+use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
-use crate::plan::Ownership;
+use crate::idmap::{self, MapArg};
 use crate::provisioner::{Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
-use crate::volume::VolumeSpec;
+use crate::volume::{ContainerPath, VolumeSpec};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -27,9 +28,9 @@ Examples:
   fsprov mount --sandbox work -v tmp:/tmp -v home:/home -v /etc/resolv.conf:/etc/resolv.conf:ro debian rootfs
   fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x")]
 pub(super) struct Mount {
-    /// How to make the rootfs
-    #[arg(long, value_enum, default_value_t, value_name = "BACKEND")]
-    backend: BackendChoice,
+    /// How to make the rootfs [default: auto, or what the configuration says]
+    #[arg(long, value_enum, value_name = "BACKEND")]
+    backend: Option<BackendChoice>,
     /// The executor work directory: relative volume sources lie below it
     #[arg(long, value_name = "DIR")]
     sandbox: Option<PathBuf>,
@@ -39,6 +40,15 @@ pub(super) struct Mount {
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
     id: Option<ContainerId>,
+    /// Present user ids CONTAINER.. as HOST.. (repeatable), or `auto`: root is you, the rest are your subordinate ids
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    uid_map: Vec<MapArg>,
+    /// Likewise for group ids
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    gid_map: Vec<MapArg>,
+    /// Present everything as belonging to this user and group (fuse)
+    #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
+    squash: Option<(u32, u32)>,
     /// Stay, and unmount on SIGINT or SIGTERM
     #[arg(long)]
     foreground: bool,
@@ -52,7 +62,7 @@ pub(super) struct Mount {
 
 impl Mount {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
-        let request = self.request()?;
+        let request = self.request(&settings()?)?;
         let provisioner = global.provisioner()?;
         let record = if self.foreground {
             // Caught before anything is made: a signal that comes meanwhile ends the wait at once.
@@ -66,16 +76,37 @@ impl Mount {
         self.report(&record)
     }
 
-    fn request(&self) -> Result<Request> {
+    fn request(&self, configured: &Settings) -> Result<Request> {
+        let backend = match self.backend {
+            Some(choice) => choice,
+            None => BackendChoice::from_str(&configured.backend.value, false).map_err(|_| {
+                Error::new(Kind::Usage, "read configuration", &configured.backend.origin, "backend names none")
+                    .hint("it is one of auto, bind, fuse, overlay, copy")
+            })?,
+        };
+        let mut volumes = self.volumes.iter().map(|v| VolumeSpec::parse(v)).collect::<Result<Vec<_>>>()?;
+        // What the user says for a place replaces what the configuration says for it.
+        let defaults = configured.default_volumes()?;
+        volumes.extend(defaults.into_iter().filter(|d| !self.targets(&d.target)));
         Ok(Request {
             image: ImageRef::parse(&self.image)?,
             rootfs: self.rootfs.clone(),
-            backend: self.backend.asked(),
+            backend: backend.asked(),
             sandbox: self.sandbox.clone(),
-            volumes: self.volumes.iter().map(|v| VolumeSpec::parse(v)).collect::<Result<_>>()?,
+            volumes,
             id: self.id.clone(),
-            ownership: Ownership::default(),
+            ownership: idmap::ownership(
+                &self.uid_map,
+                &self.gid_map,
+                self.squash,
+                crate::sys::process::own_ids(),
+                idmap::Files::of_host(),
+            )?,
         })
+    }
+
+    fn targets(&self, target: &ContainerPath) -> bool {
+        self.volumes.iter().any(|v| VolumeSpec::parse(v).is_ok_and(|spec| spec.target == *target))
     }
 
     fn report(&self, record: &Record) -> Result<()> {

@@ -1,1 +1,3 @@
-//! The only importers of fuser. Must not know the store.
+//! FUSE: the only importers of fuser.
+
+pub mod adapter;

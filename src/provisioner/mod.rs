@@ -9,11 +9,13 @@
 
 mod lock;
 mod record;
+mod recover;
 mod select;
 
 use std::path::{Path, PathBuf};
 
 pub use record::{ImageNote, Record, State};
+pub use recover::{Outcome, Recovered};
 pub use select::{Choice, Rejected};
 
 use crate::backend::{self, Detach, Health, Journal, Traces};
@@ -183,7 +185,7 @@ impl Provisioner {
         match Record::read(&container)? {
             Some(record) => {
                 refuse_elsewhere(&record)?;
-                backend::of(record.backend).destroy(&self.host, &record.plan, &record.traces, how)?;
+                self.clear(&record, how)?;
                 fault::point("destroy.unmounted")?;
                 remove_made(&record)?;
             }
@@ -235,7 +237,7 @@ impl Provisioner {
         let Some(record) = Record::read(&container)? else { return Ok(None) };
         let health = if lock::is_held(container.dir())? {
             Condition::Changing
-        } else if record.is_elsewhere()? {
+        } else if record.elsewhere()?.is_some() {
             Condition::Elsewhere
         } else {
             match (backend::of(record.backend).health(&record.plan, &record.traces), record.state) {
@@ -246,6 +248,13 @@ impl Provisioner {
             }
         };
         Ok(Some(Status { record, health }))
+    }
+
+    /// Take away what a rootfs left in the system; of another boot there is nothing, and its pids are somebody else's.
+    fn clear(&self, record: &Record, how: Detach) -> Result<()> {
+        let traces =
+            if record.boot_id == crate::sys::process::boot_id()? { &record.traces } else { &Traces::default() };
+        backend::of(record.backend).destroy(&self.host, &record.plan, traces, how).map(|_| ())
     }
 
     fn find_id(&self, selector: &Selector) -> Result<Option<ContainerId>> {
@@ -260,7 +269,7 @@ impl Provisioner {
         };
         // The mount point itself is not looked at first: behind it a dead server may not answer.
         let by_parent = parent_resolved(wanted);
-        let records = record::all(&self.paths)?;
+        let records = record::readable(&self.paths)?;
         let find = |at: &Path| records.iter().find(|r| r.plan.rootfs == at).map(|r| r.plan.id.clone());
         if let Some(id) = by_parent.as_deref().and_then(find) {
             return Ok(Some(id));
@@ -282,8 +291,8 @@ impl Provisioner {
             )
             .hint(format!("`fsprov unmount {}` takes that away", by.plan.id)))
         };
-        for other in record::all(&self.paths)? {
-            if other.plan.rootfs == record.plan.rootfs && !other.is_elsewhere()? {
+        for other in record::readable(&self.paths)? {
+            if other.plan.rootfs == record.plan.rootfs && other.elsewhere()?.is_none() {
                 return taken(&other);
             }
         }
@@ -303,10 +312,7 @@ impl Provisioner {
 
 /// A rootfs in another mount namespace cannot be reached from here, as long as that namespace lives.
 fn refuse_elsewhere(record: &Record) -> Result<()> {
-    if !record.is_elsewhere()? {
-        return Ok(());
-    }
-    let Some(pid) = crate::sys::process::in_mount_namespace(record.mount_namespace)? else { return Ok(()) };
+    let Some(pid) = record.elsewhere()? else { return Ok(()) };
     Err(Error::new(
         Kind::Busy,
         "unmount",
@@ -340,7 +346,11 @@ impl Making<'_> {
     fn build(&mut self, host: &Host) -> Result<()> {
         fault::point("provision.directories")?;
         for dir in &self.record.made {
-            std::fs::create_dir(dir).map_err(|e| Error::io("make mount point", show(dir), e))?;
+            match std::fs::create_dir(dir) {
+                // Healing finds those of the first making.
+                Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => {}
+                other => other.map_err(|e| Error::io("make mount point", show(dir), e))?,
+            }
         }
         let plan = self.record.plan.clone();
         backend::of(self.record.backend).provision(host, &plan, self)?;

@@ -88,9 +88,28 @@ impl Record {
         })
     }
 
-    /// Made in this boot, but in another mount namespace than ours?
-    pub fn is_elsewhere(&self) -> Result<bool> {
-        Ok(self.boot_id == sys::process::boot_id()? && self.mount_namespace != sys::process::mount_namespace()?)
+    /// Pending again, in this boot and mount namespace, with no traces.
+    pub(super) fn renew(&mut self) -> Result<()> {
+        self.traces = Traces::default();
+        self.state = State::Pending;
+        self.boot_id = sys::process::boot_id()?;
+        self.mount_namespace = sys::process::mount_namespace()?;
+        Ok(())
+    }
+
+    /// Made in another mount namespace than ours that still lives: a process to point to, that is in it.
+    ///
+    /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)).
+    pub fn elsewhere(&self) -> Result<Option<i32>> {
+        if self.boot_id != sys::process::boot_id()? || self.mount_namespace == sys::process::mount_namespace()? {
+            return Ok(None);
+        }
+        let servers = [self.traces.supervisor, self.traces.worker].into_iter().flatten();
+        let server = servers.into_iter().find(|server| server.is_alive());
+        match server {
+            Some(server) => Ok(Some(server.pid)),
+            None => sys::process::in_mount_namespace(self.mount_namespace),
+        }
     }
 
     /// The record of a container; `None` where it has none (yet).
@@ -186,6 +205,18 @@ pub(super) fn all(paths: &StatePaths) -> Result<Vec<Record>> {
     Ok(records)
 }
 
+/// Every record that can be read; what is wrong with another is logged.
+pub(super) fn readable(paths: &StatePaths) -> Result<Vec<Record>> {
+    let read = |id: ContainerId| match Record::read(&paths.container(&id)) {
+        Ok(record) => record,
+        Err(error) => {
+            log::warn!("{error}");
+            None
+        }
+    };
+    Ok(ids(paths)?.into_iter().filter_map(read).collect())
+}
+
 mod path_list {
     use std::path::PathBuf;
 
@@ -234,7 +265,7 @@ mod tests {
         record.write(&container).unwrap();
         assert_eq!(Record::read(&container).unwrap(), Some(record.clone()));
         assert_eq!(make(&container).unwrap_err().kind(), Kind::Exists);
-        assert!(!record.is_elsewhere().unwrap());
+        assert_eq!(record.elsewhere().unwrap(), None);
 
         let text = std::fs::read_to_string(container.record()).unwrap();
         for (damaged, kind) in [

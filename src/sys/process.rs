@@ -272,6 +272,11 @@ pub fn is_root_of_host() -> Result<bool> {
     Ok(rustix::process::geteuid().is_root() && in_initial_user_namespace()?)
 }
 
+/// The real user and group id of this process.
+pub fn own_ids() -> (u32, u32) {
+    (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
+}
+
 /// A process that we can see in this mount namespace, if there is one.
 pub fn in_mount_namespace(wanted: Namespace) -> Result<Option<i32>> {
     let processes = std::fs::read_dir("/proc").map_err(|e| Error::io("list", "/proc", e))?;

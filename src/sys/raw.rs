@@ -90,3 +90,56 @@ fn wait_for_end_and_exit(hold: i32, writer: i32) -> ! {
     // SAFETY: _exit(2) ends the process without running anything of the parent's.
     unsafe { libc::_exit(0) }
 }
+
+// ---- index and image tree: mappings ----
+
+/// Map a whole file, shared and read-only.
+pub fn map_file(file: impl AsFd) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: the mapping is read-only and its owner keeps it as long as it borrows from it. A file that someone changes
+    // beneath it shows other bytes, which every reader of ours checks or hands on; one that shrinks is SIGBUS for who
+    // touches it, which the callers' docs speak of.
+    unsafe { memmap2::MmapOptions::new().map(file.as_fd().as_raw_fd()) }
+}
+
+/// Map `length` bytes from `offset` (a multiple of the page size) of a file, shared and read-only.
+pub fn map_range(file: impl AsFd, offset: u64, length: usize) -> std::io::Result<memmap2::Mmap> {
+    // SAFETY: as for `map_file`.
+    unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map(file.as_fd().as_raw_fd()) }
+}
+
+/// Take the pages of a file mapping out of this process's page table (madvise(2) MADV_DONTNEED); they stay in the page
+/// cache and come back at the next touch.
+pub fn drop_resident(map: &memmap2::Mmap) -> std::io::Result<()> {
+    // SAFETY: for a shared file mapping MADV_DONTNEED changes no content: the next access reads the same file.
+    unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) }
+}
+
+// ---- tree::dir: identity of a thread, closing with its error ----
+
+/// setfsuid(2) for this thread; gives the id that was in force before. glibc's wrapper is the bare call: one thread only.
+pub fn set_fs_uid(uid: u32) -> u32 {
+    // SAFETY: no memory is passed; an id that may not be set is ignored by the kernel.
+    unsafe { libc::setfsuid(uid) as u32 }
+}
+
+/// setfsgid(2) for this thread; gives the id that was in force before.
+pub fn set_fs_gid(gid: u32) -> u32 {
+    // SAFETY: no memory is passed; an id that may not be set is ignored by the kernel.
+    unsafe { libc::setfsgid(gid) as u32 }
+}
+
+/// unshare(2) CLONE_FS: a working directory and a umask of this thread's own.
+pub fn unshare_fs() -> rustix::io::Result<()> {
+    // SAFETY: no descriptor table is unshared, so no thread loses sight of a descriptor.
+    unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
+}
+
+/// close(2), with its error: where NFS, FUSE and quota report what became of delayed writes. The descriptor is gone either way.
+pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
+    let raw = std::os::fd::IntoRawFd::into_raw_fd(fd);
+    // SAFETY: the descriptor was ours alone, by value, and nobody uses it after this.
+    match unsafe { libc::close(raw) } {
+        0 => Ok(()),
+        _ => Err(rustix::io::Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)),
+    }
+}

@@ -1,1 +1,327 @@
-//! See mod.rs.
+//! The directory tree: live passthrough of a directory of the host, for volumes and for images given as a plain directory.
+//!
+//! A node is known by device, inode number and birth time, and reached by (parent, name) relative to a cached directory
+//! descriptor; what is found there is compared, and a mismatch is ESTALE. No path string is kept, no descriptor per node. Only
+//! regular files and directories are ever opened, and only after it is known that they are. The root's own descriptor is O_PATH.
+//!
+//! * `fds`: descriptors and their bounds
+//! * `found`: what statx tells
+//! * `nodes`: the node table (private to the tree; its guards are never held across a system call)
+//! * `identity`: acting as the caller
+//! * `reach`: from a node to a descriptor
+//! * `names`: lookup, and what makes and removes names
+//! * `attrs`: attributes and extended attributes
+//! * `files`: open files
+//! * `list`: directories
+//!
+//! Lock order: a handle's own lock, then the descriptor pool; a guard of the node table alone.
+
+mod attrs;
+mod fds;
+mod files;
+mod found;
+mod identity;
+mod list;
+mod names;
+mod nodes;
+mod reach;
+
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rustix::fs::OFlags;
+
+use super::{
+    Attr, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, New, Node, Opened, Result,
+    SetTime, Statfs, Tree,
+};
+use crate::plan::Ownership;
+use crate::volume::Access;
+
+pub use fds::FdPool;
+pub use identity::ActAs;
+
+/// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
+const MAX_NAME: usize = 255;
+
+/// How a directory is served.
+#[derive(Clone, Debug)]
+pub struct DirOptions {
+    /// May it be changed through us?
+    pub access: Access,
+    /// How long the kernel may use names and attributes before it asks again.
+    pub ttl: Duration,
+    /// How long it may believe that a name is absent. Zero: a file made on the host is seen at once.
+    pub negative_ttl: Duration,
+    /// How owners are presented.
+    pub ownership: Ownership,
+    /// Nobody changes it while it is served (an image in the store): the kernel may keep all of it for ever.
+    pub immutable: bool,
+    /// Whose ids changes are made with.
+    pub act_as: ActAs,
+    /// The kernel's write-back cache is on for this mount: it reads through handles that were opened for writing.
+    pub writeback: bool,
+}
+
+impl DirOptions {
+    /// A volume: live, one second, owners as they are, acting as the caller where that is possible.
+    pub fn volume(access: Access) -> Self {
+        DirOptions {
+            access,
+            ttl: Duration::from_secs(1),
+            negative_ttl: Duration::ZERO,
+            ownership: Ownership::default(),
+            immutable: false,
+            act_as: ActAs::detect(),
+            writeback: false,
+        }
+    }
+
+    /// An image given as a plain directory: read-only, and never changed while it is mounted.
+    pub fn image(ownership: Ownership) -> Self {
+        DirOptions {
+            access: Access::Ro,
+            ttl: FOREVER,
+            negative_ttl: FOREVER,
+            ownership,
+            immutable: true,
+            act_as: ActAs::Server,
+            writeback: false,
+        }
+    }
+}
+
+/// A directory (or a single regular file) of the host as a tree.
+#[derive(Debug)]
+pub struct DirTree {
+    root: Arc<OwnedFd>,
+    root_mount: u64,
+    options: DirOptions,
+    pool: Arc<FdPool>,
+    /// This tree's number in the pool.
+    number: u32,
+    nodes: nodes::NodeTable,
+    handles: files::Handles,
+    readers: list::Readers,
+}
+
+impl Drop for DirTree {
+    fn drop(&mut self) {
+        self.pool.remove_tree(self.number);
+    }
+}
+
+impl DirTree {
+    /// Serve `root`, an O_PATH descriptor of a directory or of a single regular file.
+    ///
+    /// # Errors
+    /// It is neither.
+    pub fn open(root: OwnedFd, options: DirOptions, pool: Arc<FdPool>) -> crate::Result<Self> {
+        const OP: &str = "serve directory";
+        let name = || crate::sys::fs::path_of(&root).map_or_else(|_| "?".to_owned(), crate::error::show);
+        let found = found::stat_fd(&root).map_err(|e| crate::Error::sys(OP, name(), e))?;
+        if found.kind() != found::DIRECTORY && found.kind() != found::REGULAR {
+            return Err(crate::Error::new(
+                crate::Kind::Usage,
+                OP,
+                name(),
+                "it is neither a directory nor a regular file: the FUSE server opens nothing else",
+            )
+            .hint("use --backend bind for a socket, FIFO or device"));
+        }
+        let number = pool.register();
+        Ok(DirTree {
+            root: Arc::new(root),
+            root_mount: found.mount,
+            nodes: nodes::NodeTable::new(&found),
+            handles: files::Handles::default(),
+            readers: list::Readers::default(),
+            options,
+            pool,
+            number,
+        })
+    }
+
+    /// Nodes that the kernel holds now, the root among them.
+    pub fn node_count(&self) -> usize {
+        self.nodes.len()
+    }
+
+    /// Files and directories open now.
+    pub fn handle_count(&self) -> usize {
+        self.handles.len()
+    }
+
+    fn writable(&self) -> Result<()> {
+        match self.options.access {
+            Access::Rw => Ok(()),
+            Access::Ro => Err(Errno::ROFS),
+        }
+    }
+
+    fn entry(&self, found: &found::Found, node: Node) -> Entry {
+        Entry {
+            attr: found.shown(node, &self.options.ownership),
+            generation: u64::from(found.identity.generation),
+            entry_ttl: self.options.ttl,
+            attr_ttl: self.options.ttl,
+        }
+    }
+}
+
+/// A name that stands for one directory entry. The kernel sends no other; what it sends is checked all the same.
+fn entry_name(name: &OsStr) -> Result<&[u8]> {
+    match name.as_bytes() {
+        b"" | b"." | b".." => Err(Errno::INVAL),
+        name if name.len() > MAX_NAME => Err(Errno::NAMETOOLONG),
+        name if name.contains(&b'/') || name.contains(&0) => Err(Errno::INVAL),
+        name => Ok(name),
+    }
+}
+
+impl Tree for DirTree {
+    fn lookup(&self, _: &Caller, parent: Node, name: &OsStr) -> Result<Lookup> {
+        self.find(parent, entry_name(name)?)
+    }
+    fn forget(&self, node: Node, count: u64) {
+        if self.nodes.forget(node, count) {
+            self.pool.remove(self.number, node);
+        }
+    }
+    fn getattr(&self, node: Node, handle: Option<Handle>) -> Result<(Attr, Duration)> {
+        let found = match handle.and_then(|h| self.handles.get(h)) {
+            Some(open) => open.stat()?,
+            None => self.stat(node)?,
+        };
+        Ok((found.shown(node, &self.options.ownership), self.options.ttl))
+    }
+    fn readlink(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.read_link(node, out)
+    }
+    fn open(&self, caller: &Caller, node: Node, flags: i32) -> Result<Opened> {
+        self.open_file(caller, node, OFlags::from_bits_retain(flags as u32))
+    }
+    fn read(&self, node: Node, handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.read_file(node, handle, offset, size, out)
+    }
+    fn readdir(
+        &self,
+        _: &Caller,
+        node: Node,
+        handle: Handle,
+        cookie: u64,
+        mode: ListMode,
+        out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
+    ) -> Result<()> {
+        self.list(node, handle, cookie, mode, out)
+    }
+    fn statfs(&self, node: Node) -> Result<Statfs> {
+        self.stat_file_system(node)
+    }
+    fn getxattr(&self, _: &Caller, node: Node, name: &OsStr, out: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.get_xattr(node, name, out)
+    }
+    fn listxattr(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
+        self.list_xattrs(node, out)
+    }
+    fn is_live(&self) -> bool {
+        !self.options.immutable
+    }
+    fn opendir(&self, caller: &Caller, node: Node) -> Result<Opened> {
+        self.open_directory(caller, node)
+    }
+    fn releasedir(&self, node: Node, handle: Handle) {
+        self.close_handle(node, handle);
+    }
+    fn flush(&self, _: Node, handle: Handle) -> Result<()> {
+        self.flush_file(handle)
+    }
+    fn release(&self, node: Node, handle: Handle) {
+        self.close_handle(node, handle);
+    }
+    fn fsync(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
+        self.sync(node, handle, data_only)
+    }
+    fn fsyncdir(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
+        self.sync(node, handle, data_only)
+    }
+    fn lseek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
+        self.seek(node, handle, offset, whence)
+    }
+    fn setattr(
+        &self,
+        caller: &Caller,
+        node: Node,
+        handle: Option<Handle>,
+        change: &Change,
+    ) -> Result<(Attr, Duration)> {
+        self.writable()?;
+        self.change(caller, node, handle, change)
+    }
+    fn create(&self, caller: &Caller, parent: Node, name: &OsStr, new: New, flags: i32) -> Result<(Entry, Opened)> {
+        self.writable()?;
+        self.create_file(caller, parent, entry_name(name)?, new, OFlags::from_bits_retain(flags as u32))
+    }
+    fn mknod(&self, caller: &Caller, parent: Node, name: &OsStr, new: New) -> Result<Entry> {
+        self.writable()?;
+        self.make_node(caller, parent, entry_name(name)?, new)
+    }
+    fn mkdir(&self, caller: &Caller, parent: Node, name: &OsStr, new: New) -> Result<Entry> {
+        self.writable()?;
+        self.make_directory(caller, parent, entry_name(name)?, new)
+    }
+    fn symlink(&self, caller: &Caller, parent: Node, name: &OsStr, target: &OsStr) -> Result<Entry> {
+        self.writable()?;
+        self.make_symlink(caller, parent, entry_name(name)?, target)
+    }
+    fn link(&self, caller: &Caller, node: Node, parent: Node, name: &OsStr) -> Result<Entry> {
+        self.writable()?;
+        self.make_link(caller, node, parent, entry_name(name)?)
+    }
+    fn unlink(&self, caller: &Caller, parent: Node, name: &OsStr) -> Result<()> {
+        self.writable()?;
+        self.remove(caller, parent, entry_name(name)?, names::Removal::File)
+    }
+    fn rmdir(&self, caller: &Caller, parent: Node, name: &OsStr) -> Result<()> {
+        self.writable()?;
+        self.remove(caller, parent, entry_name(name)?, names::Removal::Directory)
+    }
+    fn rename(&self, caller: &Caller, from: (Node, &OsStr), to: (Node, &OsStr), flags: u32) -> Result<()> {
+        self.writable()?;
+        self.move_name(caller, (from.0, entry_name(from.1)?), (to.0, entry_name(to.1)?), flags)
+    }
+    fn write(
+        &self,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        data: &[u8],
+        flags: i32,
+        kill_privileges: bool,
+    ) -> Result<usize> {
+        self.writable()?;
+        self.write_file(node, handle, offset, data, OFlags::from_bits_retain(flags as u32), kill_privileges)
+    }
+    fn fallocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+        self.writable()?;
+        self.allocate(node, handle, offset, length, mode)
+    }
+    fn copy_file_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+        self.writable()?;
+        self.copy_range(from, to, length)
+    }
+    fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
+        self.writable()?;
+        self.set_xattr(caller, node, name, value, flags)
+    }
+    fn removexattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
+        self.writable()?;
+        self.remove_xattr(caller, node, name)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,264 @@
+//! Reads a directory, or another index, as a layer.
+
+use std::collections::HashMap;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::io::Errno;
+
+use super::build::{Builder, Entry, Time, What, Xattr, refuse};
+use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
+use super::read::{Damaged, Form, Index};
+use super::{MAX_DEPTH, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES};
+use crate::error::{Error, Kind, Result};
+
+/// A directory being read. Its descriptor is open as long as it is on the stack, so a tree is at most [`MAX_OPEN_DEPTH`] deep.
+struct Frame {
+    fd: OwnedFd,
+    path: Vec<u8>,
+    names: std::vec::IntoIter<Vec<u8>>,
+}
+
+/// Descriptors open at once. Half of the usual soft limit of 1024; real trees are below 50.
+const MAX_OPEN_DEPTH: usize = if MAX_DEPTH < 512 { MAX_DEPTH } else { 512 };
+
+impl Builder {
+    /// Add the tree of a directory to the layer begun last: every name below `root`, with what stat, readlink and listxattr
+    /// say. It does not follow symlinks, stays on the directory's file system (what is mounted below is not part of an
+    /// image: the mount point is taken as an empty directory) and takes `system.` attributes as they are on the disk.
+    /// The tree must not change meanwhile.
+    pub fn add_directory(&mut self, root: impl AsFd) -> Result<()> {
+        let root = root.as_fd();
+        let stat = statx(root, "")?;
+        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let top = reopen(root, &[], &[])?;
+        let xattrs = xattrs_of(&top, &[])?;
+        self.add(entry(Vec::new(), What::Directory, &stat, xattrs))?;
+        let mut links: HashMap<u64, Vec<u8>> = HashMap::new();
+        let names = list(&top, &[])?;
+        let mut stack = vec![Frame { fd: top, path: Vec::new(), names }];
+        while let Some(frame) = stack.last_mut() {
+            let Some(name) = frame.names.next() else {
+                stack.pop();
+                continue;
+            };
+            let mut path = frame.path.clone();
+            if !path.is_empty() {
+                path.push(b'/');
+            }
+            path.extend_from_slice(&name);
+            let stat = statx(frame.fd.as_fd(), &name[..]).map_err(|e| fail("stat", &path, &e))?;
+            let kind = FileType::from_raw_mode(stat.stx_mode.into());
+            if (stat.stx_dev_major, stat.stx_dev_minor) != device {
+                if kind == FileType::Directory {
+                    self.add(entry(path, What::Directory, &stat, Vec::new()))?;
+                }
+                continue;
+            }
+            if kind != FileType::Directory && stat.stx_nlink > 1 {
+                if let Some(first) = links.get(&stat.stx_ino) {
+                    let what = What::HardLink(first.clone());
+                    self.add(entry(path, what, &stat, Vec::new()))?;
+                    continue;
+                }
+                links.insert(stat.stx_ino, path.clone());
+            }
+            let rdev = encode_device(stat.stx_rdev_major, stat.stx_rdev_minor);
+            let what = match kind {
+                FileType::Directory => {
+                    if stack.len() >= MAX_OPEN_DEPTH {
+                        return Err(refuse(Kind::Limit, &path, "it lies deeper than 512 directories"));
+                    }
+                    let parent = stack.last().expect("the loop has a frame");
+                    let fd = reopen(parent.fd.as_fd(), &name, &path)?;
+                    let xattrs = xattrs_of(&fd, &path)?;
+                    self.add(entry(path.clone(), What::Directory, &stat, xattrs))?;
+                    let names = list(&fd, &path)?;
+                    stack.push(Frame { fd, path, names });
+                    continue;
+                }
+                FileType::RegularFile => What::File { size: stat.stx_size, content: None, sha256: None },
+                FileType::Symlink => {
+                    let target = fs::readlinkat(&frame.fd, &name[..], Vec::with_capacity(MAX_TARGET))
+                        .map_err(|e| Error::sys("index: read link", show(&path), e))?;
+                    What::Symlink(target.into_bytes())
+                }
+                FileType::Fifo => What::Fifo,
+                FileType::Socket => What::Socket,
+                FileType::CharacterDevice => What::Char(rdev),
+                FileType::BlockDevice => What::Block(rdev),
+                FileType::Unknown => return Err(refuse(Kind::Invalid, &path, "its file type is unknown")),
+            };
+            let xattrs = xattrs_at(&frame.fd, &name, &path)?;
+            self.add(entry(path, what, &stat, xattrs))?;
+        }
+        Ok(())
+    }
+}
+
+fn entry(path: Vec<u8>, what: What, stat: &fs::Statx, xattrs: Vec<Xattr>) -> Entry {
+    Entry {
+        path,
+        what,
+        mode: stat.stx_mode & 0o7777,
+        uid: stat.stx_uid,
+        gid: stat.stx_gid,
+        mtime: Time { secs: stat.stx_mtime.tv_sec, nanos: stat.stx_mtime.tv_nsec },
+        xattrs,
+    }
+}
+
+/// The kernel's 32-bit encoding of a device number (include/linux/kdev_t.h, new_encode_dev).
+pub(super) fn encode_device(major: u32, minor: u32) -> u32 {
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
+}
+
+fn show(path: &[u8]) -> String {
+    use std::os::unix::ffi::OsStrExt as _;
+    crate::error::show(std::ffi::OsStr::from_bytes(path))
+}
+
+fn fail(what: &str, path: &[u8], cause: &Error) -> Error {
+    Error::new(cause.kind(), format!("index: {what}"), show(path), cause.to_string())
+}
+
+fn statx(dir: std::os::fd::BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<fs::Statx> {
+    let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
+    fs::statx(dir, name, flags, StatxFlags::BASIC_STATS).map_err(|e| Error::sys("statx", "", e))
+}
+
+/// Open a directory by its name in its parent; an empty name opens the parent again, for reading.
+fn reopen(dir: std::os::fd::BorrowedFd<'_>, name: &[u8], path: &[u8]) -> Result<OwnedFd> {
+    let name = if name.is_empty() { b"." } else { name };
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fs::openat(dir, name, flags, Mode::empty()).map_err(|e| Error::sys("index: open directory", show(path), e))
+}
+
+fn list(dir: &OwnedFd, path: &[u8]) -> Result<std::vec::IntoIter<Vec<u8>>> {
+    let fail = |e| Error::sys("index: list", show(path), e);
+    let mut names = Vec::new();
+    for item in fs::Dir::read_from(dir).map_err(fail)? {
+        let item = item.map_err(fail)?;
+        match item.file_name().to_bytes() {
+            b"." | b".." => {}
+            name => names.push(name.to_vec()),
+        }
+    }
+    // Sorted, so that the same tree gives the same index (which hard link is first depends on it).
+    names.sort_unstable();
+    Ok(names.into_iter())
+}
+
+/// The xattrs of a name that may not be opened (FIFO, device, symlink): by way of /proc/self/fd, as there is no
+/// lgetxattrat before Linux 6.13.
+fn xattrs_at(dir: &OwnedFd, name: &[u8], path: &[u8]) -> Result<Vec<Xattr>> {
+    use std::os::unix::ffi::OsStrExt as _;
+    let mut link = format!("/proc/self/fd/{}/", dir.as_raw_fd()).into_bytes();
+    link.extend_from_slice(name);
+    let link = std::path::Path::new(std::ffi::OsStr::from_bytes(&link));
+    collect(path, |buf| fs::llistxattr(link, buf), |name, buf| fs::lgetxattr(link, name, buf))
+}
+
+fn xattrs_of(fd: &OwnedFd, path: &[u8]) -> Result<Vec<Xattr>> {
+    collect(path, |buf| fs::flistxattr(fd, buf), |name, buf| fs::fgetxattr(fd, name, buf))
+}
+
+fn collect(
+    path: &[u8],
+    list: impl Fn(&mut [u8]) -> rustix::io::Result<usize>,
+    get: impl Fn(&[u8], &mut [u8]) -> rustix::io::Result<usize>,
+) -> Result<Vec<Xattr>> {
+    // Nearly every file has none, or few and short ones. (An empty buffer would not ask for the size: rustix answers 0.)
+    let mut names = vec![0; 512];
+    let length = match list(&mut names) {
+        Ok(0) | Err(Errno::OPNOTSUPP) => return Ok(Vec::new()),
+        Err(Errno::RANGE) => {
+            names.resize(MAX_XATTR_BYTES, 0);
+            list(&mut names)
+        }
+        other => other,
+    }
+    .map_err(|e| Error::sys("index: list xattrs", show(path), e))?;
+    let mut xattrs = Vec::new();
+    let mut value = vec![0; MAX_XATTR_BYTES];
+    for name in names[..length].split(|&b| b == 0).filter(|n| !n.is_empty()) {
+        match get(name, &mut value) {
+            Ok(length) => xattrs.push(Xattr { name: name.to_vec(), value: value[..length].to_vec() }),
+            // Listed and not readable for this user (trusted. outside the first namespace), or gone.
+            Err(Errno::NODATA | Errno::OPNOTSUPP | Errno::PERM) => {}
+            Err(e) => return Err(Error::sys("index: read xattr", show(path), e)),
+        }
+    }
+    Ok(xattrs)
+}
+
+impl Builder {
+    /// Add what another index of one layer has to the layer begun last, where `keep` says so of its path (a directory that is
+    /// not kept is still made where something below it is). An image of many layers is put together so, from the indexes
+    /// that its layers got when they were imported; whiteouts are entries of those ([`Whiteouts::Plain`]) and take effect here.
+    ///
+    /// [`Whiteouts::Plain`]: super::Whiteouts::Plain
+    pub fn add_index(&mut self, index: &Index, mut keep: impl FnMut(&[u8]) -> bool) -> Result<()> {
+        let damaged = |e: Damaged| Error::new(Kind::Integrity, "read index", "", e);
+        if index.layer_count() > 1 {
+            return Err(Error::new(Kind::Invalid, "merge index", "", "it is of more than one layer"));
+        }
+        // Rows that were added under a path already: their other names are hard links.
+        let mut first_names: HashMap<u32, Vec<u8>> = HashMap::new();
+        let mut stack = vec![(Vec::new(), index.inode(0).map_err(damaged)?)];
+        let mut content = Vec::new();
+        while let Some((path, inode)) = stack.pop() {
+            if let Form::Directory { first, count } = inode.form {
+                if path.len() > MAX_PATH {
+                    return Err(refuse(Kind::Integrity, &path, "a directory in the index lies in itself"));
+                }
+                // Last first, so that they come off the stack in order.
+                for at in (first..first + count).rev() {
+                    let name = index.name(at).map_err(damaged)?;
+                    let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
+                    stack.push(([&path, slash, name.name].concat(), index.inode(name.row).map_err(damaged)?));
+                }
+            }
+            if !keep(&path) {
+                continue;
+            }
+            let mut xattrs = Vec::new();
+            for xattr in index.xattrs(&inode).map_err(damaged)? {
+                let (name, value) = xattr.map_err(damaged)?;
+                xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
+            }
+            let linked = !matches!(inode.form, Form::Directory { .. }) && inode.nlink > 1;
+            let what = match (inode.form, first_names.get(&inode.row)) {
+                (_, Some(first)) => What::HardLink(first.clone()),
+                (Form::Directory { .. }, _) => What::Directory,
+                (Form::File, _) => {
+                    index.content_path(&inode, &mut content).map_err(damaged)?;
+                    let content = (content != path).then(|| content.clone());
+                    What::File { size: inode.size, content, sha256: index.sha256(&inode).map_err(damaged)? }
+                }
+                (Form::Symlink, _) => {
+                    What::Symlink(index.target(&inode).map_err(damaged)?.unwrap_or_default().to_vec())
+                }
+                (Form::Special, _) => match inode.mode & S_IFMT {
+                    S_IFIFO => What::Fifo,
+                    S_IFSOCK => What::Socket,
+                    S_IFCHR => What::Char(inode.rdev),
+                    _ => What::Block(inode.rdev),
+                },
+            };
+            if linked {
+                first_names.entry(inode.row).or_insert_with(|| path.clone());
+            }
+            self.add(Entry {
+                path,
+                what,
+                mode: (inode.mode & 0o7777) as u16,
+                uid: inode.uid,
+                gid: inode.gid,
+                mtime: inode.mtime,
+                xattrs,
+            })?;
+        }
+        Ok(())
+    }
+}

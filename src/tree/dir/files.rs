@@ -1,0 +1,354 @@
+//! Open files: opening, reading, writing, and what else is done through a handle.
+
+use std::cell::RefCell;
+use std::io::IoSlice;
+use std::os::fd::OwnedFd;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use dashmap::DashMap;
+use rustix::fs::{self, FallocateFlags, OFlags, SeekFrom};
+use rustix::io::ReadWriteFlags;
+
+use super::fds::{FdPool, Held, Use};
+use super::found::{self, Found, REGULAR};
+use super::list::Stream;
+use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
+use crate::sys::raw;
+use crate::tree::Caching;
+
+/// Largest read answered: fuser's own largest message. The kernel asks for 1 MiB at most.
+const MAX_READ: u32 = 16 << 20;
+/// Most bytes one copy_file_range request works on: a handler must not be busy without bound, and callers go on from a
+/// short count (copy_file_range(2)).
+const MAX_COPY: u64 = 64 << 20;
+
+/// The open files and directories of a tree.
+#[derive(Debug, Default)]
+pub(super) struct Handles {
+    map: DashMap<Handle, Arc<Open>>,
+    last: AtomicU64,
+}
+
+impl Handles {
+    pub(super) fn get(&self, handle: Handle) -> Option<Arc<Open>> {
+        self.map.get(&handle).map(|open| Arc::clone(&open))
+    }
+
+    pub(super) fn add(&self, open: Open) -> Handle {
+        // Never 0, which stands for none.
+        let handle = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        self.map.insert(handle, Arc::new(open));
+        handle
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.map.len()
+    }
+}
+
+/// One open file or directory.
+#[derive(Debug)]
+pub(super) struct Open {
+    /// What it was opened with: access mode alone.
+    flags: OFlags,
+    slot: Mutex<Slot>,
+    /// Of a directory: where its reader stands.
+    pub(super) stream: Mutex<Stream>,
+}
+
+/// The descriptor of an open file.
+#[derive(Debug)]
+struct Slot {
+    fd: Arc<Held>,
+    /// O_PATH only: a descriptor for writing would make execve(2) of the file fail with ETXTBSY on the host.
+    parked: bool,
+}
+
+impl Open {
+    pub(super) fn new(fd: Held, flags: OFlags) -> Self {
+        Open {
+            flags: flags & OFlags::ACCMODE,
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false }),
+            stream: Mutex::default(),
+        }
+    }
+
+    fn slot(&self) -> MutexGuard<'_, Slot> {
+        self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn is_writable(&self) -> bool {
+        self.flags != OFlags::RDONLY
+    }
+
+    /// A descriptor that may be O_PATH: for what needs no access.
+    pub(super) fn any(&self) -> Arc<Held> {
+        Arc::clone(&self.slot().fd)
+    }
+
+    /// The descriptor with the access it was opened with.
+    pub(super) fn io(&self, pool: &Arc<FdPool>) -> Result<Arc<Held>> {
+        let mut slot = self.slot();
+        if slot.parked {
+            let fd = pool.reopen(slot.fd.fd(), self.flags | OFlags::NONBLOCK)?;
+            *slot = Slot { fd: Arc::new(pool.hold(fd)?), parked: false };
+        }
+        Ok(Arc::clone(&slot.fd))
+    }
+
+    /// Keep the file but not the right to write, as long as that can be had again.
+    fn park(&self, pool: &Arc<FdPool>) {
+        let mut slot = self.slot();
+        // Somebody is writing through it just now, or it could not be opened for writing again (mode 0444).
+        let busy = Arc::strong_count(&slot.fd) > 1;
+        if slot.parked
+            || busy
+            || fs::accessat(
+                pool.proc_fd(),
+                super::fds::fd_name(slot.fd.fd()).as_str(),
+                self.access(),
+                fs::AtFlags::EACCESS,
+            )
+            .is_err()
+        {
+            return;
+        }
+        if let Ok(fd) = pool.reopen(slot.fd.fd(), OFlags::PATH).and_then(|fd| pool.hold(fd)) {
+            *slot = Slot { fd: Arc::new(fd), parked: true };
+        }
+    }
+
+    fn access(&self) -> fs::Access {
+        if self.flags == OFlags::RDWR { fs::Access::READ_OK | fs::Access::WRITE_OK } else { fs::Access::WRITE_OK }
+    }
+
+    pub(super) fn stat(&self) -> Result<Found> {
+        found::stat_fd(self.any().fd())
+    }
+}
+
+thread_local! {
+    /// What a read goes through on its way to the reply.
+    static BUFFER: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+impl DirTree {
+    /// The flags to open the file below with: access and truncation. The kernel sees to all others on its own side (O_SYNC by
+    /// fsync, O_APPEND with each write, O_DIRECT by not caching), or they are about the name.
+    pub(super) fn backing_flags(&self, flags: OFlags) -> OFlags {
+        let kept = flags & (OFlags::ACCMODE | OFlags::TRUNC);
+        if self.options.writeback && kept.contains(OFlags::WRONLY) {
+            // With the write-back cache the kernel reads around what is written.
+            kept.difference(OFlags::ACCMODE) | OFlags::RDWR
+        } else {
+            kept
+        }
+    }
+
+    pub(super) fn open_file(&self, caller: &Caller, node: Node, flags: OFlags) -> Result<Opened> {
+        let changes = flags & OFlags::ACCMODE != OFlags::RDONLY || flags.contains(OFlags::TRUNC);
+        if changes {
+            self.writable()?;
+        }
+        if self.options.immutable {
+            // Read by node: no descriptor for each open file.
+            return match self.nodes.kind(node) {
+                Some(REGULAR) => Ok(Opened { handle: 0, cache: Caching::Keep }),
+                Some(_) => Err(Errno::NXIO),
+                None => Err(Errno::STALE),
+            };
+        }
+        self.pool.room()?;
+        let (fd, found) = self.fd(node)?;
+        if found.kind() != REGULAR {
+            // Opening a FIFO would block, a device has effects; the kernel serves those itself and never asks.
+            return Err(Errno::NXIO);
+        }
+        let backing = self.backing_flags(flags);
+        let open = |backing: OFlags| {
+            self.options.act_as.run(caller, || self.pool.reopen(&fd, backing | OFlags::NONBLOCK | OFlags::NOCTTY))
+        };
+        let file = match open(backing) {
+            // Widened for the write-back cache, but it may only be written.
+            Err(Errno::ACCESS) if backing & OFlags::ACCMODE != flags & OFlags::ACCMODE => {
+                open(flags & (OFlags::ACCMODE | OFlags::TRUNC))
+            }
+            other => other,
+        }?;
+        let stamp = (!changes).then_some((found.attr.mtime, found.attr.ctime, found.attr.size));
+        let before = self.nodes.swap_stamp(node, stamp);
+        let mut opened = self.opened(node, file, flags)?;
+        if stamp.is_some() && before == stamp {
+            // Unchanged since it was last opened, and not written here since: what the kernel has cached is right.
+            opened.cache = Caching::Keep;
+        }
+        Ok(opened)
+    }
+
+    /// A handle for a file just opened.
+    pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags) -> Result<Opened> {
+        let held = self.pool.hold(fd)?;
+        let handle = self.handles.add(Open::new(held, self.backing_flags(flags)));
+        self.nodes.add_handle(node, handle);
+        Ok(Opened { handle, cache: Caching::Fresh })
+    }
+
+    pub(super) fn close_handle(&self, node: Node, handle: Handle) {
+        self.nodes.remove_handle(node, handle);
+        let open = self.handles.map.remove(&handle);
+        drop(open); // closed here, outside the map
+    }
+
+    fn file(&self, node: Node, handle: Handle) -> Result<Descriptor> {
+        if handle == 0 && self.options.immutable {
+            return self.content(node).map(Descriptor::Cached);
+        }
+        self.handles.get(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
+    }
+
+    /// A descriptor of a regular file of an immutable tree.
+    fn content(&self, node: Node) -> Result<Arc<OwnedFd>> {
+        if let Some(fd) = self.pool.get(self.number, node, Use::Content) {
+            return Ok(fd);
+        }
+        let (fd, found) = self.fd(node)?;
+        if found.kind() != REGULAR {
+            return Err(Errno::NXIO);
+        }
+        let file = Arc::new(self.pool.reopen(&fd, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY)?);
+        self.pool.put(self.number, node, Use::Content, &file);
+        Ok(file)
+    }
+
+    pub(super) fn read_file(
+        &self,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        size: u32,
+        out: &mut dyn FnMut(&[u8]),
+    ) -> Result<()> {
+        if size > MAX_READ {
+            return Err(Errno::INVAL);
+        }
+        let file = self.file(node, handle)?;
+        BUFFER.with_borrow_mut(|buffer| {
+            if buffer.len() < size as usize {
+                buffer.resize(size as usize, 0);
+            }
+            let wanted = &mut buffer[..size as usize];
+            let mut done = 0;
+            // A short answer means the end of the file to the kernel, so the file is read until there is no more.
+            while done < wanted.len() {
+                match rustix::io::pread(file.fd(), &mut wanted[done..], offset + done as u64) {
+                    Ok(0) => break,
+                    Ok(n) => done += n,
+                    Err(Errno::INTR) => {}
+                    Err(e) if done == 0 => return Err(e),
+                    Err(_) => break,
+                }
+            }
+            out(&wanted[..done]);
+            Ok(())
+        })
+    }
+
+    pub(super) fn write_file(
+        &self,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        data: &[u8],
+        flags: OFlags,
+        kill_privileges: bool,
+    ) -> Result<usize> {
+        let file = self.file(node, handle)?;
+        // At the end as the file system knows it: another writer on the host may have moved it.
+        let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
+        let write = || {
+            let mut done = 0;
+            while done < data.len() {
+                let slice = [IoSlice::new(&data[done..])];
+                let result = if append.is_empty() {
+                    rustix::io::pwrite(file.fd(), &data[done..], offset + done as u64)
+                } else {
+                    rustix::io::pwritev2(file.fd(), &slice, offset + done as u64, append)
+                };
+                match result {
+                    Ok(0) => break,
+                    Ok(n) => done += n,
+                    Err(Errno::INTR) => {}
+                    Err(e) if done == 0 => return Err(e),
+                    // What is written is written; the error comes back with the next write.
+                    Err(_) => break,
+                }
+            }
+            Ok(done)
+        };
+        if kill_privileges { self.options.act_as.run_killing_privileges(write) } else { write() }
+    }
+
+    pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
+        let Some(open) = self.handles.get(handle) else {
+            return Ok(()); // an immutable tree's, which has none
+        };
+        if !open.is_writable() {
+            return Ok(());
+        }
+        let result = {
+            let held = open.any();
+            // The close of a duplicate is where NFS and quota report delayed errors (close(2)).
+            held.fd().try_clone().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO)).and_then(raw::close)
+        };
+        open.park(&self.pool);
+        result
+    }
+
+    pub(super) fn sync(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
+        if self.options.immutable {
+            return Ok(());
+        }
+        let file = self.file(node, handle)?;
+        if data_only { fs::fdatasync(file.fd()) } else { fs::fsync(file.fd()) }
+    }
+
+    pub(super) fn seek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
+        let at = u64::try_from(offset).map_err(|_| Errno::NXIO)?;
+        let to = match whence {
+            libc::SEEK_DATA => SeekFrom::Data(at),
+            libc::SEEK_HOLE => SeekFrom::Hole(at),
+            _ => return Err(Errno::INVAL),
+        };
+        // The position it moves is used by nobody: reads and writes name theirs.
+        let file = self.file(node, handle)?;
+        fs::seek(file.fd(), to).map(|found| found as i64)
+    }
+
+    pub(super) fn allocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+        let file = self.file(node, handle)?;
+        fs::fallocate(file.fd(), FallocateFlags::from_bits_retain(mode as u32), offset, length)
+    }
+
+    pub(super) fn copy_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+        let (source, target) = (self.file(from.0, from.1)?, self.file(to.0, to.1)?);
+        let (mut from_at, mut to_at) = (from.2, to.2);
+        let length = length.min(MAX_COPY) as usize;
+        fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
+    }
+}
+
+/// A descriptor to read or write through.
+enum Descriptor {
+    Open(Arc<Held>),
+    Cached(Arc<OwnedFd>),
+}
+
+impl Descriptor {
+    fn fd(&self) -> &OwnedFd {
+        match self {
+            Descriptor::Open(held) => held.fd(),
+            Descriptor::Cached(fd) => fd,
+        }
+    }
+}

@@ -1,0 +1,232 @@
+//! Acting as the caller: file system ids, supplementary groups and umask of the thread that works on a request.
+//!
+//! With the capability to do so (root, or root of a user namespace) the server takes on the caller's ids for what makes or
+//! changes something, so that the kernel decides and owns as it would without a server in between. As a plain user it cannot:
+//! then everything is done as that user, and the kernel's check against the presented modes (default_permissions) is what holds.
+
+use std::cell::Cell;
+
+use rustix::fs::{Gid, Mode};
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
+
+use crate::sys::raw;
+use crate::tree::{Caller, Errno, Result};
+
+/// setfsuid(2) of this changes nothing and tells the id in force.
+const ASK: u32 = u32::MAX;
+/// Supplementary groups taken on: NGROUPS_MAX of Linux (limits.h).
+const MAX_GROUPS: usize = 65_536;
+
+/// Whose ids a directory tree acts with.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ActAs {
+    /// The server's own.
+    Server,
+    /// Each caller's.
+    Caller,
+}
+
+impl ActAs {
+    /// The caller's where this process may switch (effective CAP_SETUID and CAP_SETGID), else the server's own.
+    pub fn detect() -> Self {
+        let needed = CapabilitySet::SETUID | CapabilitySet::SETGID;
+        match capabilities(None) {
+            Ok(sets) if sets.effective.contains(needed) => ActAs::Caller,
+            _ => ActAs::Server,
+        }
+    }
+
+    /// Do `work` as the caller. It is tried again with the caller's supplementary groups if it is refused without them, so it
+    /// must be something that a refusal leaves undone: one system call.
+    pub(super) fn run<T>(self, caller: &Caller, work: impl Fn() -> Result<T>) -> Result<T> {
+        if self == ActAs::Server || (caller.uid == 0 && caller.gid == 0) {
+            return work();
+        }
+        let _ids = Ids::take(caller)?;
+        match work() {
+            Err(refused @ (Errno::ACCESS | Errno::PERM)) => {
+                // Reading the groups costs as much as the rest of a request. What is denied to a group but allowed to all
+                // others was checked by the kernel before the request came (default_permissions).
+                let Some(_groups) = Groups::take(caller) else {
+                    return Err(refused);
+                };
+                work()
+            }
+            other => other,
+        }
+    }
+
+    /// The same with the caller's groups from the start: where the outcome, not only the permission, depends on them.
+    pub(super) fn run_with_groups<T>(self, caller: &Caller, work: impl Fn() -> Result<T>) -> Result<T> {
+        if self == ActAs::Server || (caller.uid == 0 && caller.gid == 0) {
+            return work();
+        }
+        let _ids = Ids::take(caller)?;
+        let _groups = Groups::take(caller);
+        work()
+    }
+
+    /// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
+    pub(super) fn run_killing_privileges<T>(self, work: impl FnOnce() -> Result<T>) -> Result<T> {
+        let Ok(sets) = capabilities(None) else { return work() };
+        if !sets.effective.contains(CapabilitySet::FSETID) {
+            return work();
+        }
+        let mut without = sets;
+        without.effective.remove(CapabilitySet::FSETID);
+        if set_capabilities(None, without).is_err() {
+            return work();
+        }
+        let result = work();
+        if let Err(e) = set_capabilities(None, sets) {
+            log::error!(target: "fsprov::tree::dir", "put CAP_FSETID back: {e}; set-group-id may be lost on later requests");
+        }
+        result
+    }
+}
+
+/// This thread's file system ids are the caller's until this is dropped.
+struct Ids {
+    uid: u32,
+    gid: u32,
+}
+
+impl Ids {
+    fn take(caller: &Caller) -> Result<Self> {
+        if !GROUPS_DROPPED.get() {
+            // The server's own supplementary groups must not help a caller.
+            match set_thread_groups(&[]) {
+                // EPERM: a user namespace whose setgroups file says deny; the groups are those of its one user.
+                Ok(()) | Err(Errno::PERM) => GROUPS_DROPPED.set(true),
+                Err(e) => return Err(e),
+            }
+        }
+        // The group first: afterwards the capability to set it is gone.
+        let gid = raw::set_fs_gid(caller.gid);
+        let uid = raw::set_fs_uid(caller.uid);
+        let taken = Ids { uid, gid };
+        // The call tells nothing when an id cannot be set (one that this user namespace does not map).
+        if raw::set_fs_uid(ASK) != caller.uid || raw::set_fs_gid(ASK) != caller.gid {
+            return Err(Errno::PERM);
+        }
+        Ok(taken)
+    }
+}
+
+impl Drop for Ids {
+    fn drop(&mut self) {
+        raw::set_fs_uid(self.uid);
+        raw::set_fs_gid(self.gid);
+    }
+}
+
+/// This thread's supplementary groups are the caller's until this is dropped; then it has none.
+struct Groups;
+
+impl Groups {
+    fn take(caller: &Caller) -> Option<Self> {
+        let groups = groups_of(caller.pid)?;
+        match set_thread_groups(&groups) {
+            Ok(()) => Some(Groups),
+            Err(e) => {
+                // A user namespace whose setgroups file says deny.
+                log::debug!(target: "fsprov::tree::dir", "take on the groups of thread {}: {e}", caller.pid);
+                None
+            }
+        }
+    }
+}
+
+impl Drop for Groups {
+    fn drop(&mut self) {
+        // Never the server's own: no request is decided by those.
+        let _ = set_thread_groups(&[]);
+    }
+}
+
+/// The supplementary groups of a thread that waits for our answer (proc_pid_status(5)).
+fn groups_of(thread: u32) -> Option<Vec<Gid>> {
+    if thread == 0 {
+        return None;
+    }
+    let status = std::fs::read(format!("/proc/{thread}/status")).ok()?;
+    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(b"Groups:"))?;
+    let groups: Vec<Gid> = std::str::from_utf8(line)
+        .ok()?
+        .split_ascii_whitespace()
+        .take(MAX_GROUPS)
+        .filter_map(|g| g.parse().ok().map(Gid::from_raw))
+        .collect();
+    (!groups.is_empty()).then_some(groups)
+}
+
+thread_local! {
+    /// True where this thread has given up the supplementary groups that the server was started with.
+    static GROUPS_DROPPED: Cell<bool> = const { Cell::new(false) };
+    /// The umask of this thread, once it is its own.
+    static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
+}
+
+/// Do `work` under the caller's umask: the file system applies it, or a default ACL in its place (acl(5)).
+/// `work` gets the mode bits to take away by itself, where the umask cannot be this thread's own.
+pub(super) fn with_umask<T>(umask: u32, work: impl FnOnce(u32) -> T) -> T {
+    let mine = UMASK.get().or_else(|| {
+        // A umask belongs to the process until CLONE_FS is undone for this thread.
+        raw::unshare_fs()
+            .ok()
+            .map(|()| rustix::process::umask(Mode::empty()).as_raw_mode())
+            .inspect(|_| UMASK.set(Some(0)))
+    });
+    let Some(_) = mine else {
+        return work(umask);
+    };
+    if UMASK.get() != Some(umask) {
+        rustix::process::umask(Mode::from_raw_mode(umask));
+        UMASK.set(Some(umask));
+    }
+    work(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::fs::MetadataExt as _;
+
+    #[test]
+    fn the_umask_of_the_request_holds_and_no_other_threads() {
+        let dir = tempfile::tempdir().unwrap();
+        for (umask, want) in [(0, 0o666), (0o27, 0o640), (0o77, 0o600), (0o27, 0o640)] {
+            let path = dir.path().join(format!("{umask:o}{want:o}"));
+            let _ = std::fs::remove_file(&path);
+            with_umask(umask, |_| std::fs::File::create(&path).unwrap());
+            assert_eq!(std::fs::metadata(&path).unwrap().mode() & 0o777, want);
+        }
+        let other = dir.path().join("other");
+        std::thread::scope(|s| {
+            s.spawn(|| with_umask(0o777, |_| ()));
+            s.spawn(|| with_umask(0, |_| std::fs::File::create(&other).unwrap()));
+        });
+        assert_eq!(std::fs::metadata(&other).unwrap().mode() & 0o777, 0o666);
+    }
+
+    #[test]
+    fn a_file_made_for_a_caller_is_the_callers() {
+        if ActAs::detect() == ActAs::Server {
+            return; // an ordinary user cannot act as another
+        }
+        let dir = tempfile::tempdir().unwrap();
+        std::os::unix::fs::chown(dir.path(), Some(4321), Some(4322)).unwrap();
+        let caller = Caller { uid: 4321, gid: 4322, pid: 0 };
+        let path = dir.path().join("f");
+        ActAs::Caller.run(&caller, || std::fs::write(&path, b"").map_err(|_| Errno::ACCESS)).unwrap();
+        let meta = std::fs::metadata(&path).unwrap();
+        assert_eq!((meta.uid(), meta.gid()), (4321, 4322));
+        let stranger = Caller { uid: 999, gid: 999, pid: 0 };
+        let denied = ActAs::Caller.run(&stranger, || {
+            std::fs::write(dir.path().join("g"), b"").map_err(|e| Errno::from_io_error(&e).unwrap())
+        });
+        assert_eq!(denied, Err(Errno::ACCESS));
+        std::fs::write(dir.path().join("h"), b"").unwrap();
+        assert_eq!(std::fs::metadata(dir.path().join("h")).unwrap().uid(), 0);
+    }
+}

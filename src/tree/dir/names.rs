@@ -1,0 +1,218 @@
+//! Names: looking them up, making, linking, moving and removing them.
+//!
+//! What is removed while the kernel still knows it is pinned by one descriptor first, so that a file unlinked but in use, or a
+//! removed working directory, keeps answering.
+
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::sync::Arc;
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
+
+use super::fds::{Held, fd_name, open_place};
+use super::found::{self, DIRECTORY, Found, REGULAR, TYPE_BITS};
+use super::identity::with_umask;
+use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
+use crate::tree::ROOT;
+
+/// Permission bits, setuid, setgid and sticky among them.
+pub(super) const PERMISSION_BITS: u32 = 0o7777;
+/// Set-group-id.
+pub(super) const SET_GID: u32 = 0o2000;
+
+/// What is to be removed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Removal {
+    File,
+    Directory,
+}
+
+impl DirTree {
+    pub(super) fn find(&self, parent: Node, name: &[u8]) -> Result<Lookup> {
+        let dir = self.place(parent)?;
+        match found::stat_name(&dir, name) {
+            Ok(found) => self.known_as(&found, parent, name).map(Lookup::Found),
+            Err(Errno::NOENT) => Ok(Lookup::Absent(self.options.negative_ttl)),
+            Err(e) => Err(e),
+        }
+    }
+
+    fn known_as(&self, found: &Found, parent: Node, name: &[u8]) -> Result<Entry> {
+        let node = self.nodes.remember(found, parent, name)?;
+        Ok(self.entry(found, node))
+    }
+
+    /// Make something at `parent`/`name` as the caller, then look it up.
+    fn make(
+        &self,
+        caller: &Caller,
+        (parent, name): (Node, &[u8]),
+        new: New,
+        work: impl Fn(&OwnedFd, Mode) -> Result<()>,
+    ) -> Result<Entry> {
+        let dir = self.place(parent)?;
+        with_umask(new.umask, |take| {
+            let mode = Mode::from_raw_mode(new.mode & PERMISSION_BITS & !take);
+            self.as_maker(caller, new.mode, || work(&dir, mode))
+        })?;
+        self.known_as(&found::stat_name(&dir, name)?, parent, name)
+    }
+
+    fn as_maker<T>(&self, caller: &Caller, mode: u32, work: impl Fn() -> Result<T>) -> Result<T> {
+        if mode & SET_GID == 0 {
+            self.options.act_as.run(caller, work)
+        } else {
+            // Set-group-id stays only if the caller is in the group (inode_init_owner in fs/inode.c).
+            self.options.act_as.run_with_groups(caller, work)
+        }
+    }
+
+    pub(super) fn make_node(&self, caller: &Caller, parent: Node, name: &[u8], new: New) -> Result<Entry> {
+        let kind = FileType::from_raw_mode(new.mode & TYPE_BITS);
+        if matches!(kind, FileType::Unknown | FileType::Directory | FileType::Symlink) {
+            return Err(Errno::INVAL);
+        }
+        let (major, minor) = found::decode_device(new.rdev);
+        self.make(caller, (parent, name), new, |dir, mode| {
+            fs::mknodat(dir, name, kind, mode, fs::makedev(major, minor))
+        })
+    }
+
+    pub(super) fn make_directory(&self, caller: &Caller, parent: Node, name: &[u8], new: New) -> Result<Entry> {
+        self.make(caller, (parent, name), new, |dir, mode| fs::mkdirat(dir, name, mode))
+    }
+
+    pub(super) fn make_symlink(&self, caller: &Caller, parent: Node, name: &[u8], target: &OsStr) -> Result<Entry> {
+        let new = New { mode: 0, umask: 0, rdev: 0 };
+        self.make(caller, (parent, name), new, |dir, _| fs::symlinkat(target.as_bytes(), dir, name))
+    }
+
+    pub(super) fn make_link(&self, caller: &Caller, node: Node, parent: Node, name: &[u8]) -> Result<Entry> {
+        let file = self.fd(node)?.0;
+        let source = fd_name(&file);
+        let new = New { mode: 0, umask: 0, rdev: 0 };
+        // AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH; the magic link needs nothing (open(2), O_TMPFILE).
+        self.make(caller, (parent, name), new, |dir, _| {
+            fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW)
+        })
+    }
+
+    pub(super) fn create_file(
+        &self,
+        caller: &Caller,
+        parent: Node,
+        name: &[u8],
+        new: New,
+        flags: OFlags,
+    ) -> Result<(Entry, Opened)> {
+        self.pool.room()?;
+        let dir = self.place(parent)?;
+        let backing = self.backing_flags(flags);
+        let made = with_umask(new.umask, |take| {
+            let mode = Mode::from_raw_mode(new.mode & PERMISSION_BITS & !take);
+            // Always exclusive: what is there already may be a FIFO or a device, which must not be opened.
+            let flags = backing.difference(OFlags::TRUNC)
+                | OFlags::CREATE
+                | OFlags::EXCL
+                | OFlags::NOFOLLOW
+                | OFlags::NONBLOCK
+                | OFlags::CLOEXEC;
+            self.as_maker(caller, new.mode, || fs::openat(&dir, name, flags, mode))
+        });
+        match made {
+            Ok(fd) => {
+                let found = found::stat_fd(&fd)?;
+                let entry = self.known_as(&found, parent, name)?;
+                match self.opened(entry.attr.node, fd, flags) {
+                    Ok(opened) => Ok((entry, opened)),
+                    Err(e) => {
+                        self.nodes.forget(entry.attr.node, 1);
+                        Err(e)
+                    }
+                }
+            }
+            Err(Errno::EXIST) if !flags.contains(OFlags::EXCL) => {
+                // Made on the host since the kernel looked.
+                let found = found::stat_name(&dir, name)?;
+                if found.kind() != REGULAR {
+                    return Err(if found.kind() == DIRECTORY { Errno::ISDIR } else { Errno::NXIO });
+                }
+                let entry = self.known_as(&found, parent, name)?;
+                match self.open_file(caller, entry.attr.node, flags) {
+                    Ok(opened) => Ok((entry, opened)),
+                    Err(e) => {
+                        self.nodes.forget(entry.attr.node, 1);
+                        Err(e)
+                    }
+                }
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    pub(super) fn remove(&self, caller: &Caller, parent: Node, name: &[u8], what: Removal) -> Result<()> {
+        let dir = self.place(parent)?;
+        let known = self.will_lose(&dir, parent, name)?;
+        let flags = match what {
+            Removal::File => AtFlags::empty(),
+            Removal::Directory => AtFlags::REMOVEDIR,
+        };
+        self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags))?;
+        if let Some((node, pin)) = known {
+            self.lost(node, parent, name, pin);
+        }
+        Ok(())
+    }
+
+    /// The node that `parent`/`name` leads to, if the kernel knows it, and what holds it if that is its last name.
+    fn will_lose(&self, dir: &OwnedFd, parent: Node, name: &[u8]) -> Result<Option<(Node, Option<Arc<Held>>)>> {
+        let found = found::stat_name(dir, name)?;
+        let Some(node) = self.nodes.known(&found).filter(|&n| n != ROOT) else {
+            return Ok(None);
+        };
+        if !self.nodes.is_last_name(node, parent, name) {
+            return Ok(Some((node, None)));
+        }
+        let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
+        // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
+        let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
+        Ok(Some((node, pin.map(Arc::new))))
+    }
+
+    fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
+        self.nodes.remove_name(node, parent, name, pin);
+        self.pool.remove(self.number, node);
+    }
+
+    pub(super) fn move_name(&self, caller: &Caller, from: (Node, &[u8]), to: (Node, &[u8]), flags: u32) -> Result<()> {
+        let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
+        if flags.intersects(RenameFlags::WHITEOUT) {
+            return Err(Errno::INVAL); // a whiteout is a device node: overlayfs's own business
+        }
+        let (from_dir, to_dir) = (self.place(from.0)?, self.place(to.0)?);
+        let moved = found::stat_name(&from_dir, from.1)?;
+        let exchange = flags.contains(RenameFlags::EXCHANGE);
+        let target = found::stat_name(&to_dir, to.1).ok();
+        let victim = match &target {
+            Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
+            _ => None,
+        };
+        self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags))?;
+        if target.is_some_and(|t| t.identity == moved.identity) {
+            return Ok(()); // two links to one file: rename(2) does nothing
+        }
+        if let Some((node, pin)) = victim {
+            self.lost(node, to.0, to.1, pin);
+        }
+        if let Some(node) = self.nodes.known(&moved) {
+            self.nodes.add_name(node, to.0, to.1);
+            self.nodes.remove_name(node, from.0, from.1, None);
+        }
+        if exchange && let Some(node) = target.and_then(|t| self.nodes.known(&t)) {
+            self.nodes.add_name(node, from.0, from.1);
+            self.nodes.remove_name(node, to.0, to.1, None);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,63 @@
+//! What a case needs of the machine. What is missing shows as ignored with the reason, and fails with FSPROV_TEST_MUST_RUN=1.
+
+use std::path::PathBuf;
+use std::process::{Command, Stdio};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Need {
+    Root,
+    NotRoot,
+    UserNamespaces,
+    DevFuse,
+    /// A program on the PATH.
+    Tool(&'static str),
+    /// The Debian minbase image that scripts/setup caches.
+    Minbase,
+    /// The program was built with `--features failpoints`.
+    Failpoints,
+}
+
+impl Need {
+    /// Ok, or what is missing and how to get it.
+    pub(crate) fn check(self) -> Result<(), String> {
+        let root = rustix::process::geteuid().is_root();
+        match self {
+            Need::Root if !root => Err("needs root".into()),
+            Need::NotRoot if root => Err("needs an ordinary user: scripts/setup makes fsprov-test".into()),
+            Need::UserNamespaces => {
+                let tried = quietly(Command::new("unshare").args(["--user", "--map-root-user", "--mount", "true"]));
+                tried.then_some(()).ok_or_else(|| "needs user namespaces: unshare -Urm true fails here".into())
+            }
+            Need::DevFuse => std::fs::File::options()
+                .read(true)
+                .write(true)
+                .open("/dev/fuse")
+                .map(drop)
+                .map_err(|e| format!("needs /dev/fuse: {e}: scripts/setup")),
+            Need::Tool(name) => find_tool(name)
+                .map(drop)
+                .ok_or_else(|| format!("needs {name}, which is not on the PATH: scripts/setup")),
+            Need::Minbase => super::images::minbase_source().map(drop).ok_or_else(|| {
+                "needs a Debian minbase tar in /var/cache/fsprov-test or ~/.cache/fsprov-test: scripts/setup".into()
+            }),
+            Need::Failpoints if !cfg!(feature = "failpoints") => {
+                Err("needs a build with --features failpoints: scripts/test".into())
+            }
+            Need::Root | Need::NotRoot | Need::Failpoints => Ok(()),
+        }
+    }
+}
+
+/// Must what is missing fail?
+pub(crate) fn must_run() -> bool {
+    std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| !v.is_empty() && v != "0")
+}
+
+pub(crate) fn find_tool(name: &str) -> Option<PathBuf> {
+    std::env::split_paths(&std::env::var_os("PATH")?).map(|dir| dir.join(name)).find(|path| path.is_file())
+}
+
+fn quietly(command: &mut Command) -> bool {
+    let command = command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    command.status().is_ok_and(|status| status.success())
+}

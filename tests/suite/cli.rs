@@ -1,0 +1,433 @@
+//! The command line is a contract: its words, exit codes, and the shape of its JSON.
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use serde_json::Value;
+
+use super::volumes::{sandbox, volume};
+use crate::common::harness::on;
+use crate::common::{Case, Enter, Lane, Need, Stage, system};
+
+const VERBS: &[&[&str]] = &[
+    &["mount"],
+    &["unmount"],
+    &["umount"],
+    &["list"],
+    &["inspect"],
+    &["probe"],
+    &["recover"],
+    &["image", "import"],
+    &["image", "list"],
+    &["image", "show"],
+    &["image", "rm"],
+    &["completions"],
+    &["man"],
+];
+
+pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on::user, |stage: &Stage| {
+    for verb in VERBS {
+        for flag in ["--help", "-h"] {
+            let said = stage.fsprov(verb.iter().copied().chain([flag])).run().ok();
+            assert!(said.out().contains("Usage: fsprov"), "{}", said.describe());
+            assert!(said.out().contains("Example"), "{}", said.describe());
+            assert!(said.err().is_empty(), "{}", said.describe());
+        }
+        // Options that every verb takes are told by every verb.
+        assert!(stage.fsprov(verb.iter().copied().chain(["--help"])).run().out().contains("--root"), "{verb:?}");
+    }
+    for verb in VERBS.iter().filter(|v| ["mount", "list", "inspect", "probe", "recover", "image"].contains(&v[0])) {
+        let said = stage.fsprov(verb.iter().copied().chain(["--help"])).run();
+        assert!(said.out().contains("--json"), "every verb that prints has --json: {}", said.describe());
+    }
+    let mount = stage.fsprov(["mount", "--help"]).run().out();
+    for word in [
+        "--backend",
+        "auto",
+        "bind",
+        "fuse",
+        "--sandbox",
+        "SRC:DST",
+        "ro",
+        "rw",
+        "--id",
+        "--foreground",
+        "IMAGE",
+        "ROOTFS",
+    ] {
+        assert!(mount.contains(word), "mount --help does not say {word}:\n{mount}");
+    }
+    let said = stage.fsprov(["--help"]).run().ok().out();
+    for word in ["mount", "unmount", "list", "inspect", "probe", "image", "completions", "man", "Exit codes"] {
+        assert!(said.contains(word), "--help does not say {word}:\n{said}");
+    }
+    let said = stage.fsprov(["--version"]).run().ok().out();
+    assert_eq!(said.trim(), concat!("fsprov ", env!("CARGO_PKG_VERSION")));
+});
+
+pub(crate) const USAGE: Case = Case::new("wrong_usage_is_exit_code_2", on::user, |stage: &Stage| {
+    let table: &[(&[&str], &str)] = &[
+        (&[], "Usage"),
+        (&["mout"], "mount"),
+        (&["mount"], "<IMAGE>"),
+        (&["mount", "./x"], "<ROOTFS>"),
+        (&["mount", "--backend", "zfs", "./x", "r"], "bind"),
+        (&["mount", "--no-such-option", "./x", "r"], "--no-such-option"),
+        (&["mount", "--id", "a/b", "./x", "r"], "a/b"),
+        (&["mount", "--id", "..", "./x", "r"], ".."),
+        (&["mount", "--id", "", "./x", "r"], "id"),
+        (&["mount", "-v", "nonsense", "./x", "r"], "SRC:DST"),
+        (&["mount", "", "r"], "image name"),
+        (&["mount", "a\nb", "r"], "image"),
+        (&["unmount"], "ROOTFS"),
+        (&["unmount", "--all", "x"], "--all"),
+        (&["inspect"], "ROOTFS"),
+        (&["list", "extra"], "extra"),
+        (&["completions"], "SHELL"),
+        (&["completions", "csh"], "bash"),
+        (&["man", "no-such-verb"], "no-such-verb"),
+        (&["image"], "import"),
+        (&["image", "import"], "PATH"),
+        (&["--root", "", "list"], "--root"),
+    ];
+    for (args, text) in table {
+        let said = stage.fsprov(args.iter().copied()).run().fails(2, &[text]);
+        assert!(said.out().is_empty(), "errors go to stderr: {}", said.describe());
+    }
+});
+
+pub(crate) const COMPLETIONS_AND_MAN: Case = Case::new("completions_and_manual_pages", on::user, |stage: &Stage| {
+    for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
+        let said = stage.fsprov(["completions", shell]).run().ok();
+        for word in ["fsprov", "mount", "unmount", "sandbox"] {
+            assert!(said.out().contains(word), "{shell} completions do not know {word}");
+        }
+    }
+    // They must be read by their shell without a complaint.
+    stage.tool("bash", ["-nc"]).arg(stage.fsprov(["completions", "bash"]).run().out()).run().ok();
+    let page = stage.fsprov(["man"]).run().ok().out();
+    assert!(page.contains(".TH fsprov") && page.contains(".SH NAME"), "{page}");
+    for verb in VERBS.iter().filter(|v| v[0] != "umount") {
+        let page = stage.fsprov(["man"].iter().chain(*verb).copied()).run().ok().out();
+        assert!(page.contains(".SH"), "{verb:?}: {page}");
+    }
+});
+
+pub(crate) const PIPES: Case = Case::needing(
+    "a_closed_pipe_is_a_quiet_exit",
+    on::user,
+    &[Need::Tool("bash"), Need::Tool("head")],
+    |stage: &Stage| {
+        let fsprov = super::shell_quote(&crate::common::stage::program());
+        for args in ["completions bash", "man", "probe --json", "--help", "image import --help"] {
+            // The reader is gone before the first byte: `sleep` gives it the time.
+            let line = format!("(sleep 0.2; {fsprov} {args}; echo code=$? >&2) | true");
+            let said = stage.tool("bash", ["-c", &line]).run();
+            assert!(said.err().trim() == "code=0", "{args}: {}", said.describe());
+        }
+        // No stdout at all, and one that is full: no panic; a result that could not be written is a failure.
+        let said = stage.tool("bash", ["-c", &format!("{fsprov} man >/dev/full")]).run();
+        said.fails(1, &["stdout", "No space left on device"]);
+        for closed in [">&-", "2>&-", "<&-", ">&- 2>&- <&-"] {
+            let said = stage.tool("bash", ["-c", &format!("{fsprov} list {closed}")]).run();
+            assert!(said.code().is_some_and(|c| c <= 1), "{closed}: {}", said.describe());
+            assert!(!said.err().contains("panicked"), "{closed}: {}", said.describe());
+        }
+    },
+);
+
+pub(crate) const BAD_IMAGES: Case = Case::new("bad_images", on::once_each, |stage: &Stage| {
+    stage.write("text", "not an archive");
+    stage.write("empty", "");
+    stage.mkdir("store-like");
+    stage.write("store-like/manifest", "not JSON");
+    stage.mkdir("store-like/rootfs");
+    let table: &[(&str, i32, &str)] = &[
+        ("/nonexistent/image", 3, "/nonexistent/image"),
+        ("./nowhere", 3, "nowhere"),
+        ("no-such-image", 3, "no-such-image"),
+        ("example.com/debian:12", 3, "example.com/debian:12"),
+        ("./text", 1, "text"),
+        ("./empty", 1, "empty"),
+    ];
+    for (image, code, text) in table {
+        let said = stage.fsprov(["mount", image, "rootfs"]).run();
+        said.fails(*code, &[text]);
+        stage.assert_nothing_left(image);
+        assert!(!stage.path("rootfs").exists(), "{image}: a refused mount made its mount point");
+    }
+    let id = format!("sha512-{}", "0".repeat(128));
+    stage.fsprov(["mount", &id, "rootfs"]).run().fails(3, &["sha512-000000000000"]);
+    stage.fsprov(["inspect", "nothing"]).run().fails(3, &["nothing", "fsprov list"]);
+});
+
+pub(crate) const STATE_ROOT: Case = Case::new("the_state_root_is_where_it_is_told", on::user, |stage: &Stage| {
+    let image = stage.small_image();
+    let mount =
+        |name: &str| ["mount".into(), "--backend".into(), "fuse".into(), image.clone().into_os_string(), name.into()];
+    // The option before and after the verb, relative to the working directory; it wins over the variable.
+    for (i, args) in [
+        [&["--root".into(), "other".into()][..], &mount("r0")[..]].concat(),
+        [&mount("r1")[..], &["--root".into(), "other".into()][..]].concat(),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        stage.fsprov(args).run().ok();
+        assert!(!stage.state().join("containers").exists(), "FSPROV_ROOT was used in spite of --root");
+        let listed = stage.fsprov(["--root", "other", "list", "--json"]).run().ok().json();
+        assert_eq!(listed.as_array().map(Vec::len), Some(1));
+        assert_eq!(stage.fsprov(["list", "--json"]).run().ok().json(), Value::Array(Vec::new()));
+        let rootfs = format!("./r{i}");
+        stage.fsprov(["unmount", &rootfs]).run().fails(3, &["--root"]);
+        stage.fsprov(["--root", "other", "unmount", &rootfs]).run().ok();
+    }
+    // By the environment: XDG_DATA_HOME, else ~/.local/share.
+    for (name, value, place) in [("XDG_DATA_HOME", "xdg", "xdg/fsprov"), ("HOME", "home2", "home2/.local/share/fsprov")]
+    {
+        let dir = stage.mkdir(value);
+        let call = |args: Vec<&OsStr>| {
+            let mut call = stage.fsprov(args);
+            call.command.env_remove("FSPROV_ROOT").env_remove("XDG_DATA_HOME");
+            call.env(name, &dir)
+        };
+        call(vec!["mount".as_ref(), "--backend".as_ref(), "fuse".as_ref(), image.as_os_str(), "r".as_ref()]).run().ok();
+        assert!(stage.path(place).join("containers").is_dir(), "{name}");
+        call(vec!["unmount".as_ref(), "./r".as_ref()]).run().ok();
+    }
+    // One that cannot be made.
+    let closed = stage.mkdir("closed");
+    fs::set_permissions(&closed, fs::Permissions::from_mode(0o555)).expect("chmod");
+    let said = stage.fsprov(["--root", "closed/state"]).arg("mount").arg(&image).arg("rootfs").run();
+    said.fails_saying(&["closed/state", "--root"]);
+    assert!(!stage.path("rootfs").exists());
+});
+
+/// Everything that a JSON value says about its shape: a line for each leaf, with its path and type.
+fn shape(value: &Value) -> Vec<String> {
+    fn walk(value: &Value, path: &str, lines: &mut Vec<String>) {
+        match value {
+            Value::Object(map) => {
+                for (key, value) in map {
+                    walk(value, &format!("{path}.{key}"), lines);
+                }
+            }
+            Value::Array(all) => {
+                if all.is_empty() {
+                    lines.push(format!("{path}[]"));
+                }
+                for value in all {
+                    walk(value, &format!("{path}[]"), lines);
+                }
+            }
+            Value::Null => lines.push(format!("{path} null")),
+            Value::Bool(_) => lines.push(format!("{path} bool")),
+            Value::Number(_) => lines.push(format!("{path} number")),
+            Value::String(_) => lines.push(format!("{path} string")),
+        }
+    }
+    let mut lines = Vec::new();
+    walk(value, "", &mut lines);
+    lines.sort();
+    lines.dedup();
+    lines
+}
+
+#[track_caller]
+pub(crate) fn assert_shape(value: &Value, want: &str, what: &str) {
+    let want: Vec<&str> = want.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    let got = shape(value);
+    assert_eq!(
+        got, want,
+        "{what}: programs read this; if the change is meant, it belongs into CHANGELOG.md. It is:\n{value:#}"
+    );
+}
+
+const RECORD: &str = "
+    .backend string
+    .boot_id string
+    .created string
+    .health string
+    .image.id null
+    .image.name null
+    .image.reference string
+    .made[] string
+    .mount_namespace.device number
+    .mount_namespace.inode number
+    .plan.id string
+    .plan.layers[].root string
+    .plan.ownership.gids[]
+    .plan.ownership.squash null
+    .plan.ownership.uids[]
+    .plan.rootfs string
+    .plan.state_dir string
+    .plan.volumes[].access string
+    .plan.volumes[].form string
+    .plan.volumes[].source string
+    .plan.volumes[].target string
+    .state string
+";
+
+const FUSE_TRACES: &str = "
+    .traces.fuse_connection number
+    .traces.mount_id number
+    .traces.supervisor.pid number
+    .traces.supervisor.start_time number
+    .traces.worker.pid number
+    .traces.worker.start_time number
+";
+
+pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let mut args = vec!["--json".into()];
+    args.extend(sandbox(stage));
+    args.extend(volume("tmp", "/tmp", "rw"));
+    let mounted = stage.mount_call(&image, "rootfs", args).run().ok().json();
+    let traces = if stage.lane.is_fuse() { FUSE_TRACES } else { ".traces.mount_id number" };
+    let want = format!("{RECORD}{traces}\n.version number");
+    let without_health = want.replace(".health string", "");
+    assert_shape(&mounted, &without_health, "mount --json");
+    let listed = stage.fsprov(["list", "--json"]).run().ok().json();
+    assert_shape(&listed[0], &want, "list --json");
+    let inspected = stage.fsprov(["inspect", "--json", "./rootfs"]).run().ok().json();
+    assert_shape(&inspected, &want, "inspect --json");
+    // And its values.
+    assert_eq!(listed.as_array().map(Vec::len), Some(1));
+    assert_eq!(inspected, listed[0]);
+    for (pointer, value) in [
+        ("/backend", stage.lane.backend.to_owned()),
+        ("/health", "ready".into()),
+        ("/state", "ready".into()),
+        ("/plan/rootfs", stage.path("rootfs").display().to_string()),
+        ("/plan/layers/0/root", image.display().to_string()),
+        ("/plan/volumes/0/source", stage.path("sandbox/tmp").display().to_string()),
+        ("/plan/volumes/0/target", "/tmp".into()),
+        ("/plan/volumes/0/access", "rw".into()),
+        ("/plan/volumes/0/form", "directory".into()),
+        ("/image/reference", image.display().to_string()),
+    ] {
+        assert_eq!(inspected.pointer(pointer).and_then(Value::as_str), Some(&*value), "{pointer}");
+    }
+    if stage.lane.is_fuse() {
+        let pids: Vec<i64> = stage.servers().iter().map(|p| p.pid.into()).collect();
+        let worker = inspected.pointer("/traces/worker/pid").and_then(Value::as_i64).expect("a pid");
+        assert!(pids.contains(&worker), "worker {worker} is one of {pids:?}");
+    }
+    let mount = system::mounts().into_iter().rfind(|m| m.point == stage.path("rootfs")).expect("mounted");
+    assert_eq!(inspected.pointer("/traces/mount_id").and_then(Value::as_u64), Some(mount.id));
+    // For people, the same things.
+    let table = stage.fsprov(["list"]).run().ok().out();
+    let text = stage.fsprov(["inspect", "./rootfs"]).run().ok().out();
+    for word in ["ready", stage.lane.backend, "rootfs"] {
+        assert!(table.contains(word) && text.contains(word), "{word}:\n{table}\n{text}");
+    }
+    let id = inspected.pointer("/plan/id").and_then(Value::as_str).expect("an id").to_owned();
+    stage.fsprov(["unmount", &id]).run().ok();
+    assert_eq!(stage.fsprov(["list", "--json"]).run().ok().json(), Value::Array(Vec::new()));
+    assert_eq!(stage.fsprov(["list"]).run().ok().out(), "");
+});
+
+pub(crate) const PROBE: Case = Case::new(
+    "probe_says_yes_or_why_not",
+    |_: &Lane| true,
+    |stage: &Stage| {
+        let said = stage.fsprov(["probe", "--json"]).run().ok().json();
+        let backends = said["backends"].as_array().expect("an array of backends");
+        let find = |name: &str| {
+            backends.iter().find(|b| b["backend"] == name).unwrap_or_else(|| panic!("{name} is missing: {said:#}"))
+        };
+        for backend in backends {
+            let works = backend["works"].as_bool().expect("works is yes or no");
+            let reason = backend["reason"].as_str().unwrap_or_default();
+            assert_eq!(works, reason.is_empty(), "a reason exactly where it does not work: {backend:#}");
+        }
+        // What this lane is for must be what the probe finds.
+        if !stage.lane.backend.is_empty() {
+            assert_eq!(find(stage.lane.backend)["works"], true, "{said:#}");
+        }
+        match stage.lane.enter {
+            Enter::Root => assert_eq!(said["auto"], "bind"),
+            Enter::Userns => assert_eq!(said["auto"], "bind"),
+            Enter::User => {
+                let bind = find("bind");
+                assert_eq!(bind["works"], false);
+                assert!(bind["remedy"].as_str().is_some_and(|r| r.contains("unshare")), "{bind:#}");
+            }
+        }
+        let text = stage.fsprov(["probe"]).run().ok().out();
+        for backend in backends {
+            let name = backend["backend"].as_str().expect("a name");
+            assert!(text.lines().any(|l| l.starts_with(name)), "{name}: {text}");
+        }
+    },
+);
+
+/// What this host or this user cannot do: exit code 5, with the reason and the remedy.
+pub(crate) const NO_PRIVILEGE: Case = Case::needing(
+    "what_is_not_possible_here_is_exit_code_5",
+    on::user,
+    &[Need::DevFuse, Need::Tool("fusermount3"), Need::UserNamespaces],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let mount = |backend: &str| {
+            stage.fsprov([
+                "mount".as_ref(),
+                "--backend".as_ref(),
+                backend.as_ref(),
+                image.as_os_str(),
+                "rootfs".as_ref(),
+            ])
+        };
+        mount("bind").run().fails(5, &["bind", "unshare"]);
+        stage.assert_nothing_left("after bind without privilege");
+        // fusermount3 hidden: no directory of the PATH has it.
+        let empty = stage.mkdir("empty");
+        mount("fuse").env("PATH", &empty).run().fails(5, &["fusermount3", "fuse3"]);
+        stage.assert_nothing_left("after fuse without fusermount3");
+        let said = mount("auto").env("PATH", &empty).run().fails(5, &["bind", "fuse", "overlay", "fusermount3"]);
+        assert!(said.err().lines().count() >= 4, "every backend has its line: {}", said.describe());
+        stage.assert_nothing_left("after auto without fusermount3");
+        let probe = stage.fsprov(["probe", "--json"]).env("PATH", &empty).run().ok().json();
+        assert_eq!(probe["auto"], Value::Null, "{probe:#}");
+        // /dev/fuse closed: a file of the first namespace's root, 0600 or 0640, stands in its place.
+        let masked = format!(
+            "mount --bind /etc/shadow /dev/fuse && exec {} \"$@\"",
+            super::shell_quote(&crate::common::stage::program())
+        );
+        let args = ["--user", "--map-root-user", "--mount", "sh", "-c", &masked, "sh", "mount", "--backend", "fuse"];
+        stage.tool("unshare", args).arg(&image).arg("rootfs").run().fails(5, &["/dev/fuse", "Permission denied"]);
+        stage.assert_nothing_left("after fuse without /dev/fuse");
+        assert!(!stage.path("rootfs").exists());
+    },
+);
+
+/// `auto` takes the cheapest that can serve this request, and tells with --verbose why not another.
+pub(crate) const AUTO: Case = Case::new(
+    "auto_picks_the_first_that_can",
+    |_: &Lane| true,
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let rootfs = stage.path("rootfs");
+        let mut args: Vec<std::ffi::OsString> = vec!["--verbose".into(), "mount".into(), "--json".into()];
+        args.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
+        let said = stage.fsprov(args).run().ok();
+        let backend = said.json()["backend"].clone();
+        if stage.lane.enter == Enter::User {
+            assert_eq!(backend, "fuse");
+            assert!(said.err().contains("bind"), "why not bind: {}", said.describe());
+        } else {
+            assert_eq!(backend, "bind");
+        }
+        stage.unmount(&rootfs);
+        // A mount point that the image lacks: not bind, which cannot make it.
+        let [v, text] = volume(stage.mkdir("vol"), "/opt/new", "rw");
+        let args =
+            [OsStr::new("mount"), "--json".as_ref(), v.as_ref(), text.as_ref(), image.as_os_str(), rootfs.as_os_str()];
+        let said = stage.fsprov(args).run().ok();
+        assert_ne!(said.json()["backend"], "bind");
+        fs::write(rootfs.join("opt/new/x"), "x").expect("write to the volume");
+        assert!(stage.path("vol/x").exists());
+        stage.unmount(&rootfs);
+    },
+);

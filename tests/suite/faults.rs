@@ -1,0 +1,156 @@
+//! Rollback: every step of provision and destroy fails once, and dies once.
+//!
+//! The steps are found by running with the log of `fsprov::fault`, so that a new step is tested without a line here.
+
+use std::collections::BTreeSet;
+use std::time::Duration;
+
+use super::destroy::health;
+use super::volumes::{sandbox, volume};
+use crate::common::harness::on;
+use crate::common::run::Outcome;
+use crate::common::stage::Call;
+use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::{Case, Need, Stage, system};
+
+const LOG: &str = "fsprov::fault=trace";
+/// Fewest steps that the enumeration must find: fewer means that it looks in the wrong place.
+const FEWEST_STEPS: usize = 3;
+
+fn mount<'a>(stage: &'a Stage, image: &std::path::Path) -> Call<'a> {
+    let mut options = vec!["--id".into(), "one".into()];
+    options.extend(sandbox(stage));
+    options.extend(volume("tmp", "/tmp", "rw"));
+    options.extend(volume("new/lib", "/var/lib", "ro"));
+    stage.mount_call(image, "made/rootfs", options)
+}
+
+fn unmount(stage: &Stage) -> Call<'_> {
+    stage.fsprov(["unmount", "one"])
+}
+
+/// The steps that a command passes, in order of first passing. The server's own log counts too: it passes steps of its own.
+pub(crate) fn steps(stage: &Stage, call: Call<'_>) -> Vec<String> {
+    let outcome = call.env("FSPROV_LOG", LOG).run().ok();
+    let mut text = outcome.err();
+    for record in stage.records() {
+        text.push_str(&std::fs::read_to_string(record.join("server.log")).unwrap_or_default());
+    }
+    let mut seen = BTreeSet::new();
+    let named =
+        text.lines().filter_map(|line| line.split_once("fsprov::fault]").map(|(_, name)| name.trim().to_owned()));
+    named.filter(|name| seen.insert(name.clone())).collect()
+}
+
+/// The volume made by the request is the only thing that a failed provision may leave: and it must not leave it either.
+#[track_caller]
+fn assert_clean(stage: &Stage, step: &str, how: &str) {
+    stage.assert_nothing_left(&format!("after {step} {how}"));
+    assert!(!stage.path("made").exists(), "after {step} {how}: directories made for the mount point stayed");
+}
+
+fn undisturbed(outcome: &Outcome) -> bool {
+    outcome.code() == Some(0)
+}
+
+pub(crate) const PROVISION_FAILS: Case = Case::needing(
+    "provision_fails_at_each_step_and_leaves_nothing",
+    on::every_backend,
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let before = picture(&image, &[], Owners::Compare);
+        let found = steps(stage, mount(stage, &image));
+        unmount(stage).run().ok();
+        assert!(found.len() >= FEWEST_STEPS, "steps of provision: {found:?}");
+        let _ = std::fs::remove_dir_all(stage.path("sandbox"));
+        for step in &found {
+            let outcome = mount(stage, &image).env("FAILPOINTS", format!("{step}=return(EIO)")).run();
+            // A step that only destroy's part of the way must get right may be survived; then it is a good rootfs.
+            if undisturbed(&outcome) {
+                assert_eq!(health(stage), "ready", "{step}");
+                unmount(stage).run().ok();
+            } else {
+                outcome.fails(1, &[step, "Input/output error"]);
+                assert!(!stage.path("sandbox/new").exists(), "{step}: a volume source made for a failed mount stayed");
+            }
+            assert_clean(stage, step, "failed");
+            let _ = std::fs::remove_dir_all(stage.path("sandbox"));
+        }
+        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+    },
+);
+
+pub(crate) const PROVISION_DIES: Case = Case::needing(
+    "provision_dies_at_each_step_and_unmount_cleans",
+    on::every_backend,
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let before = picture(&image, &[], Owners::Compare);
+        let found = steps(stage, mount(stage, &image));
+        unmount(stage).run().ok();
+        assert!(found.len() >= FEWEST_STEPS, "steps of provision: {found:?}");
+        for step in &found {
+            let outcome = mount(stage, &image).env("FAILPOINTS", format!("{step}=return(kill)")).run();
+            if outcome.code().is_none() {
+                // Killed. What is left must be known, and go by its name; where nothing was written yet there is nothing to find.
+                let listed = stage.fsprov(["list", "--json"]).run().ok().json();
+                let listed = listed.as_array().map_or(0, Vec::len);
+                let had_record = !stage.records().is_empty();
+                let cleaned = unmount(stage).run();
+                let code = cleaned.code();
+                assert!(
+                    code == Some(0) || (code == Some(3) && !had_record),
+                    "{step}: {listed} listed, record: {had_record}\n{}",
+                    cleaned.describe()
+                );
+            } else {
+                // A helper process died, not the command: then it must have failed cleanly, or got over it.
+                assert!(outcome.code().is_some_and(|c| c <= 5), "{}", outcome.describe());
+                if undisturbed(&outcome) {
+                    unmount(stage).run().ok();
+                }
+            }
+            system::survivors(Duration::from_secs(2));
+            assert_clean(stage, step, "died");
+            // And the place is as good as new.
+            mount(stage, &image).run().ok();
+            unmount(stage).run().ok();
+        }
+        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+    },
+);
+
+pub(crate) const DESTROY_BREAKS: Case = Case::needing(
+    "destroy_fails_or_dies_at_each_step_and_can_be_repeated",
+    on::every_backend,
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        mount(stage, &image).run().ok();
+        let found = steps(stage, unmount(stage));
+        assert!(!found.is_empty(), "destroy passes steps");
+        for step in &found {
+            for how in ["EIO", "kill"] {
+                mount(stage, &image).run().ok();
+                std::fs::write(stage.path("sandbox/tmp/kept"), step).expect("write");
+                let outcome = unmount(stage).env("FAILPOINTS", format!("{step}=return({how})")).run();
+                match (how, outcome.code()) {
+                    ("EIO", Some(0)) | ("kill", Some(0..=5)) => {}
+                    ("EIO", _) => drop(outcome.fails(1, &[step])),
+                    (_, None) => {}
+                    _ => panic!("{step} {how}: {}", outcome.describe()),
+                }
+                if !stage.records().is_empty() {
+                    unmount(stage).run().ok();
+                }
+                system::survivors(Duration::from_secs(2));
+                assert_clean(stage, step, how);
+                let kept =
+                    std::fs::read_to_string(stage.path("sandbox/tmp/kept")).expect("volumes keep what is in them");
+                assert_eq!(&kept, step);
+            }
+        }
+    },
+);

@@ -1,0 +1,94 @@
+//! The cases. Each file is one subject; a case says which lanes it is for.
+
+use std::path::Path;
+
+use crate::common::Case;
+
+mod cli;
+mod clients;
+mod destroy;
+mod faults;
+mod posix;
+mod readonly;
+mod recover;
+mod store;
+mod tree;
+mod volumes;
+
+/// Every case.
+pub(crate) const CASES: &[Case] = &[
+    cli::AUTO,
+    cli::BAD_IMAGES,
+    cli::COMPLETIONS_AND_MAN,
+    cli::HELP,
+    cli::JSON_SHAPES,
+    cli::NO_PRIVILEGE,
+    cli::PIPES,
+    cli::PROBE,
+    cli::STATE_ROOT,
+    cli::USAGE,
+    clients::BWRAP,
+    clients::CHROOT,
+    destroy::AT_ONCE,
+    destroy::BUSY,
+    destroy::DETACHED,
+    destroy::ENOUGH,
+    destroy::FOREGROUND,
+    destroy::FOREIGN_BENEATH,
+    destroy::FOREIGN_MOUNTS,
+    destroy::LEAVES_NOTHING,
+    destroy::MOUNT_POINT_KINDS,
+    destroy::ONE_PLACE_ONE_ROOTFS,
+    destroy::OVER_THE_IMAGE,
+    destroy::SERVER_KILLED,
+    destroy::STATE_IS_PRIVATE,
+    destroy::TWICE,
+    destroy::UNMOUNTED_BY_HAND,
+    faults::DESTROY_BREAKS,
+    faults::PROVISION_DIES,
+    faults::PROVISION_FAILS,
+    posix::MAPPED,
+    posix::SAME_ANSWERS,
+    posix::TWO_WRITERS,
+    readonly::EVERY_CHANGE_IS_EROFS,
+    readonly::LOCKED_FLAGS_STAY,
+    readonly::PROGRAMS_SAY_READ_ONLY,
+    readonly::READ_ONLY_IN_SLAVES,
+    recover::AFTER_A_CRASH,
+    recover::DEAD_SERVER,
+    recover::HEALS,
+    recover::REBOOT,
+    store::AT_ONCE,
+    store::BROKEN_IMAGES,
+    store::DIRECTORIES,
+    store::EVERY_COMPRESSION,
+    store::EXPECTED_ID,
+    store::HOSTILE_ARCHIVES,
+    store::IMPORT_BREAKS,
+    store::IN_USE,
+    store::LIST_AND_SHOW,
+    store::NAMES,
+    store::ODD_NAMES,
+    store::SAME_TREE,
+    store::SHAPES,
+    store::TRUE_OWNERS,
+    tree::SAME_TREE,
+    volumes::ACROSS,
+    volumes::ALIASES,
+    volumes::EVERY_KIND,
+    volumes::MISSING_POINT_MADE_UP,
+    volumes::MISSING_POINT_REFUSED,
+    volumes::NESTED,
+    volumes::NO_ESCAPE,
+    volumes::ODD_PATHS,
+    volumes::SANDBOX_ESCAPE,
+    volumes::SOURCE_IS_MADE,
+    volumes::SUBMOUNTS,
+    volumes::THROUGH_SYMLINKS,
+    volumes::WRONG_REQUESTS,
+];
+
+/// A path as one word of sh.
+fn shell_quote(path: &Path) -> String {
+    format!("'{}'", path.display().to_string().replace('\'', "'\\''"))
+}
