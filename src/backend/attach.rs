@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -26,6 +27,12 @@ const UNMOUNT: &str = "unmount";
 
 /// Most holders named in a message.
 const HOLDERS_SHOWN: usize = 5;
+
+/// How often users of a mount are looked for before it counts as busy: a process that is just ending, or has just been forked
+/// and not yet begun its program, shows for a moment.
+const BUSY_TRIES: u32 = 4;
+/// How long between two looks.
+const BUSY_PAUSE: Duration = Duration::from_millis(25);
 
 /// What to do about a volume's mount point that is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -560,7 +567,16 @@ fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how:
 
 /// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
 fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
-    let holders: Vec<_> = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+    let mut holders = Vec::new();
+    for n in 0..BUSY_TRIES {
+        if n > 0 {
+            std::thread::sleep(BUSY_PAUSE);
+        }
+        holders = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+        if holders.is_empty() {
+            break;
+        }
+    }
     if !holders.is_empty() {
         let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
         if holders.len() > HOLDERS_SHOWN {

@@ -8,6 +8,7 @@ pub mod bind;
 pub mod copy;
 pub mod fuse;
 pub mod overlay;
+mod whiteout;
 
 use serde::{Deserialize, Serialize};
 

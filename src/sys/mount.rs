@@ -275,6 +275,11 @@ fn name_of(fd: BorrowedFd<'_>) -> String {
     super::fs::path_of(fd).map_or_else(|_| "an open file".into(), show)
 }
 
+/// Where directories are built, in the stage.
+const STAGE_DIR: &str = "stage-dir";
+/// Where files are.
+const STAGE_FILE: &str = "stage-file";
+
 /// With mount(2): bind at a private place, set the attributes mount by mount, then move the whole into place. A remount reaches
 /// no other namespace, and there must be no moment in which anybody sees a writable mount at the target.
 fn bind_classic(
@@ -297,6 +302,9 @@ fn bind_classic(
             Ok(root)
         });
     let cleared = unmount(stage, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(stage), e));
+    // Empty by now; what is still mounted on refuses to go.
+    let _ = fs::rmdir(stage.join(STAGE_DIR));
+    let _ = fs::unlink(stage.join(STAGE_FILE));
     match built {
         Ok(root) => cleared.map(|()| root),
         Err(e) => Err(e.with_undo(cleared)),
@@ -311,7 +319,7 @@ fn magic(fd: BorrowedFd<'_>) -> String {
 fn build_at_stage(source: BorrowedFd<'_>, stage: &Path, attrs: &AttrSet<'_>) -> Result<(OwnedFd, PathBuf)> {
     const OP: &str = "bind mount at";
     let is_dir = fs::fstat(source).is_ok_and(|stat| fs::FileType::from_raw_mode(stat.st_mode).is_dir());
-    let place = stage.join(if is_dir { "stage-dir" } else { "stage-file" });
+    let place = stage.join(if is_dir { STAGE_DIR } else { STAGE_FILE });
     let fail = |e: Errno| Error::sys(OP, show(&place), e);
     let made = if is_dir {
         fs::mkdir(&place, fs::Mode::RWXU)
