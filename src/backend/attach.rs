@@ -125,11 +125,6 @@ impl<'a> Assembly<'a> {
         self.root.as_fd()
     }
 
-    /// Ids of the volumes' mounts.
-    pub(super) fn volume_ids(&self) -> Vec<u64> {
-        self.attached.iter().map(|(id, _)| *id).collect()
-    }
-
     /// Attach the volumes in their order. `EINVAL` from the first one on a root that is itself detached comes back as
     /// `Ok(Some(rest))`: before Linux 6.15 nothing can be attached there.
     pub(super) fn attach(&mut self, volumes: Vec<Prepared<'a>>, root: RootState) -> Result<Option<Vec<Prepared<'a>>>> {
@@ -511,7 +506,7 @@ pub(super) fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<boo
 }
 
 /// Mounts that were being built in our own directory when we were killed.
-fn clear_stage(stage: &Path) -> Result<()> {
+pub(super) fn clear_stage(stage: &Path) -> Result<()> {
     let table = mountinfo::read()?;
     let below = mountinfo::subtree_below(table.clone(), stage);
     for mount in mountinfo::stack_at(table, stage).iter().chain(&below).rev() {
