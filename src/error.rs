@@ -11,7 +11,7 @@ use std::path::Path;
 pub type Result<T> = std::result::Result<T, Error>;
 
 /// What sort of failure it was. Decides the exit code ([`Kind::exit_code`]).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Kind {
     /// The request itself is wrong: an argument, a volume, a combination of options.
@@ -113,6 +113,12 @@ impl Error {
         Self::new(kind, op, subject, cause)
     }
 
+    /// This error as the cause of a larger operation's, of the same kind: `import x.aci: place entry "a": ...`.
+    #[must_use]
+    pub fn within(self, op: impl Into<Cow<'static, str>>, subject: impl fmt::Display) -> Self {
+        Self::new(self.kind(), op, subject, self)
+    }
+
     /// What the user can do about it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
@@ -160,12 +166,75 @@ impl Error {
     pub fn errno(&self) -> Option<rustix::io::Errno> {
         let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&*self.0.source);
         while let Some(error) = next {
+            if let Some(inner) = error.downcast_ref::<Error>() {
+                return inner.errno();
+            }
             if let Some(io) = error.downcast_ref::<std::io::Error>() {
                 return rustix::io::Errno::from_io_error(io);
             }
             next = error.source();
         }
         None
+    }
+}
+
+/// An error as another process tells it: nothing of it is lost on the way but the types of its causes.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Told {
+    kind: Kind,
+    op: String,
+    subject: String,
+    cause: String,
+    errno: Option<i32>,
+    hint: Option<String>,
+    undo: Vec<Told>,
+}
+
+impl From<&Error> for Told {
+    fn from(error: &Error) -> Self {
+        let inner = &*error.0;
+        Told {
+            kind: inner.kind,
+            op: inner.op.to_string(),
+            subject: inner.subject.clone(),
+            cause: inner.source.to_string(),
+            errno: error.errno().map(rustix::io::Errno::raw_os_error),
+            hint: inner.hint.as_ref().map(ToString::to_string),
+            undo: inner.undo.iter().map(Told::from).collect(),
+        }
+    }
+}
+
+/// A cause that came as text, with the errno that was at the bottom of it.
+#[derive(Debug)]
+struct ToldCause {
+    text: String,
+    errno: Option<std::io::Error>,
+}
+
+impl fmt::Display for ToldCause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl std::error::Error for ToldCause {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        self.errno.as_ref().map(|e| e as _)
+    }
+}
+
+impl From<Told> for Error {
+    fn from(told: Told) -> Self {
+        let errno = told.errno.map(std::io::Error::from_raw_os_error);
+        Error(Box::new(Inner {
+            kind: told.kind,
+            op: told.op.into(),
+            subject: told.subject,
+            source: Box::new(ToldCause { text: told.cause, errno }),
+            hint: told.hint.map(Into::into),
+            undo: told.undo.into_iter().map(Error::from).collect(),
+        }))
     }
 }
 
@@ -232,6 +301,23 @@ mod tests {
         let error = Error::io("open", "/x", std::io::Error::from_raw_os_error(libc::ENOTCONN));
         assert_eq!(error.errno(), Some(rustix::io::Errno::NOTCONN));
         assert_eq!(error.kind(), Kind::Io);
+        let larger = error.within("import", "y.aci");
+        assert_eq!(larger.errno(), Some(rustix::io::Errno::NOTCONN));
+        assert!(larger.to_string().starts_with("import y.aci: open /x: "), "{larger}");
+    }
+
+    #[test]
+    fn an_error_told_by_another_process_is_the_same() {
+        let first = Error::sys("mount", "/r", rustix::io::Errno::PERM).hint("run as root").with_undo(Err(Error::new(
+            Kind::Helper,
+            "stop",
+            "7",
+            "it will not",
+        )));
+        let json = serde_json::to_string(&Told::from(&first)).unwrap();
+        let second = Error::from(serde_json::from_str::<Told>(&json).unwrap());
+        assert_eq!(second.to_string(), first.to_string());
+        assert_eq!((second.kind(), second.errno()), (Kind::Permission, Some(rustix::io::Errno::PERM)));
     }
 
     #[test]

@@ -3,5 +3,8 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
+    if let Some(code) = fsprov::daemon::dispatch() {
+        return code;
+    }
     fsprov::main(std::env::args_os())
 }

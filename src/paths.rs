@@ -8,6 +8,7 @@
 //! │   ├── meta.json                names, source, sizes, layers: written by us
 //! │   ├── rootfs/                  the tree
 //! │   └── index                    the layer index
+//! ├── layers/<sha256-diff id>/     a layer of OCI images, shared between them: rootfs/ and index
 //! ├── staging/<boot id>-…/         half-made images; its maker holds a flock on it
 //! ├── cache/index/<key>            indexes of images that are not in the store
 //! └── containers/<container id>/   one provisioned rootfs
@@ -50,6 +51,14 @@ impl StatePaths {
     /// One image.
     pub fn image(&self, id: &ImageId) -> PathBuf {
         self.images().join(id.as_str())
+    }
+    /// The directory of layers that images share.
+    pub fn layers(&self) -> PathBuf {
+        self.root.join("layers")
+    }
+    /// One layer, by its diff id.
+    pub fn layer(&self, diff_id: &ImageId) -> PathBuf {
+        self.layers().join(diff_id.as_str())
     }
     /// The directory where images are made.
     pub fn staging(&self) -> PathBuf {

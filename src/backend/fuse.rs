@@ -1,30 +1,174 @@
-//! The fuse backend.
-use super::{Backend, Detach, Health, Journal, Support, Traces};
-use crate::error::{Error, Kind, Result};
+//! The fuse backend: our own FUSE server presents the layers and the volumes, read-only but for `rw` volumes.
+//!
+//! What is done by which process: `daemon`. Here: whether it can be, and taking everything away again, whatever state it is in.
+
+use std::time::Duration;
+
+use rustix::process::Signal;
+
+use super::{Backend, Detach, Health, Journal, ProcessId, Support, Traces};
+use crate::daemon::{self, Options};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::fuse::mount::{self, Method};
 use crate::host::Host;
 use crate::plan::{BackendKind, Plan};
+use crate::sys::mount::Unmount;
+use crate::volume::Form;
+
+const TARGET: &str = "fsprov::backend::fuse";
 
 /// The fuse backend.
 #[derive(Debug)]
 pub struct Fuse;
 
+/// How long a server has to end by itself after its mount is gone.
+const END_PATIENCE: Duration = Duration::from_secs(5);
+/// And after each stronger word.
+const TERM_PATIENCE: Duration = Duration::from_secs(5);
+/// And after SIGKILL: only the kernel is in the way.
+const KILL_PATIENCE: Duration = Duration::from_secs(5);
+/// How long to wait after a lazy unmount, which leaves the server to those who still use the rootfs.
+const LAZY_PATIENCE: Duration = Duration::from_millis(500);
+
 impl Backend for Fuse {
     fn kind(&self) -> BackendKind {
         BackendKind::Fuse
     }
-    fn host_support(&self, _: &Host) -> Support {
-        Support::no("this build has none", "")
+
+    fn host_support(&self, host: &Host) -> Support {
+        for finding in [&host.fuse_device].into_iter().chain((!host.mount.is_yes()).then_some(&host.fusermount)) {
+            if let crate::host::Finding::No { reason, remedy } = finding {
+                return Support::no(reason.clone(), remedy.clone());
+            }
+        }
+        Support::Yes
     }
-    fn support(&self, _: &Host, _: &Plan) -> Support {
-        Support::no("this build has no fuse backend", "")
+
+    fn support(&self, host: &Host, plan: &Plan) -> Support {
+        if let no @ Support::No { .. } = self.host_support(host) {
+            return no;
+        }
+        if let Some(volume) = plan.volumes.iter().find(|v| v.form == Form::Special) {
+            return Support::no(
+                format!(
+                    "the source of volume {} is a socket, FIFO or device, which the FUSE server does not open",
+                    volume.target
+                ),
+                "use --backend bind, or make the directory that holds it the volume",
+            );
+        }
+        if plan.index.is_none() && plan.layers.len() > 1 {
+            return Support::no(
+                format!("the image has {} layers and no index to merge them by", plan.layers.len()),
+                "make it with `fsprov image index IMAGE`",
+            );
+        }
+        Support::Yes
     }
-    fn provision(&self, _: &Host, plan: &Plan, _: &mut dyn Journal) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "provision", &plan.id, "this build has no fuse backend"))
+
+    fn provision(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
+        self.provision_with(host, plan, journal, &Options::default())
     }
-    fn destroy(&self, _: &Host, _: &Plan, _: &Traces, _: Detach) -> Result<bool> {
-        Ok(false)
+
+    fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+        let source = daemon::mount_source(plan);
+        // The id is trusted only together with type and source: the kernel uses ids again. And a server may have mounted
+        // without anyone having written down the id.
+        let ours = mount::find(&plan.rootfs, &source, None)?;
+        let mut was_mounted = false;
+        if let Some(ours) = &ours {
+            fault::point("fuse.unmount")?;
+            was_mounted = mount::unmount(ours, unmount_of(how))?;
+            fault::point("fuse.unmounted")?;
+        }
+        let patience = match how {
+            Detach::Lazy if was_mounted => LAZY_PATIENCE,
+            _ if was_mounted => END_PATIENCE,
+            // Without a mount there is nothing that it waits for.
+            _ => Duration::ZERO,
+        };
+        let connection = ours.map(|m| m.dev.1).or(traces.fuse_connection);
+        let was_served = end_server(plan, traces, connection, patience, how == Detach::Lazy && was_mounted)?;
+        Ok(was_mounted || was_served)
     }
-    fn health(&self, _: &Plan, _: &Traces) -> Health {
-        Health::Gone
+
+    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
+        match mount::find(&plan.rootfs, &daemon::mount_source(plan), traces.mount_id) {
+            Ok(Some(_)) if daemon::alive(traces).next().is_some() => Health::Ready,
+            Ok(Some(_)) => Health::Dead,
+            Ok(None) => Health::Gone,
+            Err(error) => {
+                log::warn!(target: TARGET, "{}: {error}", plan.id);
+                Health::Gone
+            }
+        }
     }
+}
+
+impl Fuse {
+    /// [`Backend::provision`] with a server that is run as `options` say.
+    pub fn provision_with(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal, options: &Options) -> Result<()> {
+        plan.require_layers()?;
+        if let Support::No { reason, remedy } = self.support(host, plan) {
+            return Err(Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), reason).hint(remedy));
+        }
+        let method = Method::choose(host)?;
+        daemon::start(plan, method, options, &mut |traces| journal.note(traces)).map(drop)
+    }
+}
+
+fn unmount_of(how: Detach) -> Unmount {
+    match how {
+        Detach::IfIdle => Unmount::IfIdle,
+        Detach::Lazy => Unmount::Lazy,
+    }
+}
+
+/// See the server's processes out. `false`: there were none.
+fn end_server(plan: &Plan, traces: &Traces, connection: Option<u32>, patience: Duration, in_use: bool) -> Result<bool> {
+    // The worker may be a later one than the record's.
+    let worker = traces.supervisor.and_then(daemon::worker_of);
+    let processes: Vec<ProcessId> = daemon::alive(traces).chain(worker).collect();
+    if processes.is_empty() {
+        return Ok(false);
+    }
+    if all_gone(&processes, patience)? {
+        return Ok(true);
+    }
+    if in_use {
+        log::info!(target: TARGET, "{}: its server goes on for those who still use the rootfs, and ends with the last of them", plan.id);
+        return Ok(true);
+    }
+    // Someone has a copy of the mount in another namespace, or it never mounted.
+    fault::point("fuse.stop")?;
+    for (signal, patience) in [(Signal::TERM, TERM_PATIENCE), (Signal::KILL, KILL_PATIENCE)] {
+        if signal == Signal::KILL
+            && let Some(minor) = connection
+        {
+            // Requests that wait for a server that hangs would keep it from dying.
+            let _ = mount::abort(minor);
+        }
+        for process in &processes {
+            process.send_signal(signal)?;
+        }
+        if all_gone(&processes, patience)? {
+            return Ok(true);
+        }
+        log::warn!(target: TARGET, "{}: its server does not end on {signal:?}", plan.id);
+    }
+    Err(Error::new(Kind::Busy, "end the server of", &plan.id, "its processes do not end").hint(format!(
+        "they are {}; a process that waits for a disk ends when the disk answers",
+        processes.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+    )))
+}
+
+fn all_gone(processes: &[ProcessId], patience: Duration) -> Result<bool> {
+    let end = std::time::Instant::now() + patience;
+    for process in processes {
+        if !process.wait_gone(end.saturating_duration_since(std::time::Instant::now()))? {
+            return Ok(false);
+        }
+    }
+    Ok(true)
 }

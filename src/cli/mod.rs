@@ -5,6 +5,7 @@
 
 mod config;
 mod docs;
+mod image;
 mod inspect;
 mod list;
 mod mount;
@@ -68,6 +69,8 @@ enum Verb {
     Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
     Probe(probe::Probe),
+    /// Work with the images in the store
+    Image(image::Image),
     /// Show the configuration
     Config(config::Config),
     /// Print shell completions
@@ -189,6 +192,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Inspect(verb) => verb.run(global),
         Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
+        Verb::Image(verb) => verb.run(global),
         Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),

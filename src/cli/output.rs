@@ -59,6 +59,16 @@ pub(super) fn size(bytes: u64) -> String {
     format!("{}.{} {}", tenths / 10, tenths % 10, UNITS[unit])
 }
 
+/// A time for people: 2026-11-24 03:55 (UTC).
+pub(super) fn date(seconds_since_1970: i64) -> String {
+    const FORM: &[time::format_description::FormatItem<'_>] =
+        time::macros::format_description!("[year]-[month]-[day] [hour]:[minute]");
+    time::OffsetDateTime::from_unix_timestamp(seconds_since_1970)
+        .ok()
+        .and_then(|t| t.format(FORM).ok())
+        .unwrap_or_else(|| seconds_since_1970.to_string())
+}
+
 /// Say on stderr what went wrong.
 pub(super) fn complain(error: &Error) {
     // Where stderr is closed there is nobody to tell.
@@ -72,7 +82,13 @@ pub(super) fn is_broken_pipe(error: &Error) -> bool {
 
 #[cfg(test)]
 mod tests {
-    use super::size;
+    use super::{date, size};
+
+    #[test]
+    fn dates() {
+        assert_eq!(date(0), "1970-01-01 00:00");
+        assert_eq!(date(i64::MAX), i64::MAX.to_string());
+    }
 
     #[test]
     fn sizes() {

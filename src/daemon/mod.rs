@@ -1,1 +1,130 @@
-//! The FUSE server as a process. Must not know images.
+//! The server of a FUSE rootfs, as processes: a supervisor that mounts and holds the connection, and a worker that answers.
+//!
+//! * `spawn`: the caller's side; starts the supervisor and waits until the rootfs answers
+//! * `supervise`: the supervisor: one thread, cwd `/`, no file of the store or of its own mount open (closing one would wait for
+//!   the worker, which may be dead)
+//! * `serve`: the worker: builds the trees, runs the session
+//! * `channel`, `log`, `sources`: what they share
+//!
+//! A job reaches the supervisor over a socket, never in its arguments. Nothing of the mount is relied on before the caller has
+//! written it down: the supervisor waits for a word before each step, and takes everything back when the caller dies.
+
+mod channel;
+mod log;
+mod serve;
+mod sources;
+mod spawn;
+mod supervise;
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use serde::{Deserialize, Serialize};
+
+use crate::backend::{ProcessId, Traces};
+use crate::error::Told;
+use crate::fuse::mount::{Method, OtherUsers};
+use crate::fuse::session::Resend;
+use crate::plan::Plan;
+
+pub(crate) use spawn::alive;
+pub use spawn::{Options, start};
+pub use supervise::worker_of;
+
+const TARGET: &str = "fsprov::daemon";
+/// Hidden verb of the supervisor.
+const SUPERVISE: &str = "__supervise";
+/// Hidden verb of the worker.
+const WORK: &str = "__worker";
+
+static DISPATCHES: AtomicBool = AtomicBool::new(false);
+
+/// To be called first in `main`: runs the hidden verbs of server processes. `None`: these arguments are none of them.
+///
+/// A program that calls it can serve as well as `fsprov` itself, and [`start`] then starts the server from it.
+pub fn dispatch() -> Option<ExitCode> {
+    let verb = std::env::args_os().nth(1);
+    match verb.as_ref().and_then(|v| v.to_str()) {
+        Some(SUPERVISE) => Some(supervise::main()),
+        Some(WORK) => Some(serve::main()),
+        _ => {
+            DISPATCHES.store(true, Ordering::Relaxed);
+            None
+        }
+    }
+}
+
+/// Does this program call [`dispatch`]?
+fn this_program_serves() -> bool {
+    DISPATCHES.load(Ordering::Relaxed)
+}
+
+/// All that a server is told.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+struct Job {
+    plan: Plan,
+    method: Method,
+    others: OtherUsers,
+    threads: usize,
+    resend: Resend,
+}
+
+impl Job {
+    /// What the mount table shows as the source: names the rootfs, holds nothing that needs an escape.
+    fn source(&self) -> String {
+        mount_source(&self.plan)
+    }
+
+    fn is_read_only(&self) -> bool {
+        self.plan.volumes.iter().all(|v| v.access == crate::volume::Access::Ro)
+    }
+}
+
+/// What the mount table shows as the source of a rootfs's FUSE mount.
+pub fn mount_source(plan: &Plan) -> String {
+    format!("fsprov-{}", plan.id)
+}
+
+/// What the supervisor tells the caller, one JSON line each.
+#[derive(Debug, Serialize, Deserialize)]
+enum Report {
+    /// It runs, nothing is done yet.
+    Started { supervisor: ProcessId },
+    /// The trees are ready; the next step mounts.
+    Built { worker: ProcessId },
+    /// The rootfs answers. Everything is taken back unless the caller says that it has written this down.
+    Ready(Traces),
+    /// It failed, and nothing is left.
+    Failed(Told),
+}
+
+/// The caller's word to go on.
+const GO: &[u8] = b"go\n";
+
+/// Names in the directory that a backend keeps for a rootfs ([`Plan::state_dir`]).
+pub mod names {
+    /// What the server said.
+    pub const LOG: &str = "server.log";
+    /// Its control socket.
+    pub const CONTROL: &str = "control.sock";
+}
+
+/// First steps of a server process.
+fn settle(name: &std::ffi::CStr) {
+    let _ = rustix::thread::set_name(name);
+    // Modes of what is made through the mount are the caller's, masked by the caller's umask, not by ours.
+    rustix::process::umask(rustix::fs::Mode::empty());
+    let _ = std::env::set_current_dir("/");
+    // A handler that does nothing: a closing terminal must not end a server, and what it starts gets the default back.
+    let _ = signal_hook::flag::register(signal_hook::consts::SIGHUP, std::sync::Arc::new(AtomicBool::new(false)));
+}
+
+fn hex(bytes: &[u8]) -> String {
+    data_encoding::HEXLOWER.encode(bytes)
+}
+
+fn unhex(text: &str) -> crate::Result<Vec<u8>> {
+    data_encoding::HEXLOWER
+        .decode(text.as_bytes())
+        .map_err(|e| crate::Error::new(crate::Kind::Invalid, "read a message of a server process", "", e))
+}

@@ -474,7 +474,14 @@ impl Filesystem for FuseAdapter {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.open(&caller(request), node.0, flags.0) {
-                Ok(opened) => reply.opened(FileHandle(opened.handle), file_flags(opened.cache)),
+                Ok(opened) => {
+                    let mut answer = file_flags(opened.cache);
+                    if flags.0 & libc::O_ACCMODE == libc::O_RDONLY {
+                        // Nothing was written, so closing has nothing to tell: one request less (Linux 5.16).
+                        answer |= FopenFlags::FOPEN_NOFLUSH;
+                    }
+                    reply.opened(FileHandle(opened.handle), answer);
+                }
                 Err(e) => reply.error(failed(Operation::Open, node, e)),
             }
         });
@@ -697,9 +704,12 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn access(&self, _: &Request, _: INodeNo, _mask: fuser::AccessFlags, reply: ReplyEmpty) {
-        // The kernel checks by itself (default_permissions); ENOSYS is "do not ask".
-        self.request(Operation::Access, |_| reply.error(fuser::Errno::ENOSYS));
+    fn access(&self, _: &Request, node: INodeNo, mask: fuser::AccessFlags, reply: ReplyEmpty) {
+        // Asked only where the kernel does not check by itself (default_permissions).
+        self.request(Operation::Access, |tree| match tree.access(node.0, mask.bits()) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::Access, node, e)),
+        });
     }
 
     fn create(

@@ -1,3 +1,7 @@
-//! FUSE: the only importers of fuser.
+//! The FUSE side: a tree's answers to the kernel, mounting, and running a session. The only importer of fuser. Must not know
+//! the store.
 
 pub mod adapter;
+mod fusermount;
+pub mod mount;
+pub mod session;

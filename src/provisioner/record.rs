@@ -13,7 +13,7 @@ use crate::fault;
 use crate::id::{ContainerId, ImageId};
 use crate::paths::{ContainerPaths, StatePaths};
 use crate::plan::{BackendKind, Plan};
-use crate::sys;
+use crate::sys::{self, durable::Survives};
 
 /// Longest record read: 200 volumes of two 4 KiB paths, hex-encoded, fit.
 const MAX_BYTES: u64 = 8 << 20;
@@ -129,6 +129,10 @@ impl Record {
         if bytes.len() as u64 > MAX_BYTES {
             return Err(refuse(Error::new(Kind::Limit, "read record", show(&path), "it is longer than 8 MiB")));
         }
+        if bytes.is_empty() {
+            // Written in the moment of a power loss: what it named ended with that boot.
+            return Ok(None);
+        }
         let record: Record = serde_json::from_slice(&bytes)
             .map_err(|e| refuse(Error::new(Kind::Invalid, "read record", show(&path), e)))?;
         if record.version != VERSION {
@@ -151,12 +155,19 @@ impl Record {
         Ok(Some(record))
     }
 
-    /// Write the record durably: all of the new one is on the disk when this returns, or all of the old one.
+    /// Write the record: whoever reads it finds all of the new one or all of the old one, also after this process was killed.
+    ///
+    /// It is brought to the disk only where a power loss would leave something behind that it names: the files of a copy. Mounts
+    /// and servers end with the boot, and two syncs would take longer than all the rest of a mount.
     pub fn write(&self, container: &ContainerPaths) -> Result<()> {
         fault::point("record.write")?;
         let bytes = serde_json::to_vec_pretty(self)
             .map_err(|e| Error::new(Kind::Io, "write record", show(container.record()), e))?;
-        sys::durable::write_durably(&container.record(), &bytes)
+        let survives = match self.backend {
+            BackendKind::Copy => Survives::PowerLoss,
+            BackendKind::Bind | BackendKind::Fuse | BackendKind::Overlay => Survives::Crash,
+        };
+        sys::durable::write_file(&container.record(), &bytes, survives)
     }
 }
 

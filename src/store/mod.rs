@@ -1,45 +1,176 @@
 //! The local images. Must not know backends.
+//!
+//! An image in the store is complete or absent: it is made in `staging/` and renamed to `images/<id>`. Whoever uses one
+//! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
+//! at the records under the exclusive lock ([`Store::remove`]).
 
+mod import;
+mod limits;
+mod lock;
+mod meta;
+mod pax;
+mod place;
+mod resolve;
+mod staging;
+mod stream;
+mod tarread;
+mod tarwrite;
+
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
+
+pub use import::{ImageSource, ImportOptions, Imported, Outcome};
+pub use limits::Limits;
+pub use lock::StoreLock;
+pub use meta::{ImageKind, Meta, OnDisk};
+pub use resolve::ResolvedImage;
+pub use stream::{Progress, ProgressFn};
 
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
-use crate::paths::StatePaths;
+use crate::paths::{StatePaths, image};
+use lock::Hold;
 
 /// The images of one state root.
 #[derive(Debug)]
-pub struct Store;
-
-/// An image found.
-#[derive(Debug)]
-pub struct ResolvedImage {
-    /// Its id, where it lies in the store.
-    pub id: Option<ImageId>,
-    /// Its name, where it has one.
-    pub name: Option<String>,
-    /// Layer roots, bottom first.
-    pub layers: Vec<PathBuf>,
-    /// Its index.
-    pub index: Option<PathBuf>,
+pub struct Store {
+    paths: StatePaths,
 }
 
+/// An image in use, and by whom.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Use {
+    /// Which image.
+    pub image: ImageId,
+    /// Who uses it, for people: "rootfs web-1".
+    pub by: String,
+}
+
+/// Tells every use of an image; called under the store's exclusive lock. An error keeps every image.
+pub type Uses<'a> = &'a dyn Fn() -> Result<Vec<Use>>;
+
 impl Store {
-    /// Open.
-    pub fn open(_: &StatePaths) -> Result<Self> {
-        Ok(Store)
+    /// Open the store of a state root; make its directories, 0700, where they are missing: a setuid file of an image must
+    /// not be within reach of other users of this host (CVE-2021-41103).
+    pub fn open(paths: &StatePaths) -> Result<Self> {
+        for dir in [paths.root().to_owned(), paths.images(), paths.staging(), paths.layers()] {
+            std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(|e| {
+                Error::io("make state directory", show(&dir), e).hint("choose another with --root or FSPROV_ROOT")
+            })?;
+        }
+        Ok(Store { paths: paths.clone() })
     }
-    /// Hold.
-    pub fn lock_shared(&self) -> Result<()> {
-        Ok(())
+
+    /// Its paths.
+    pub fn paths(&self) -> &StatePaths {
+        &self.paths
     }
-    /// Find.
-    pub fn resolve(&self, image: &ImageRef) -> Result<ResolvedImage> {
-        match image {
-            ImageRef::Path(path) => {
-                let root = std::fs::canonicalize(path).map_err(|e| Error::io("find image", show(path), e))?;
-                Ok(ResolvedImage { id: None, name: None, layers: vec![root], index: None })
+
+    /// Keep every image where it is until the guard is dropped.
+    pub fn lock_shared(&self) -> Result<StoreLock> {
+        lock::lock_file(&self.paths.store_lock(), Hold::Shared)
+    }
+
+    fn lock_exclusive(&self) -> Result<StoreLock> {
+        lock::lock_file(&self.paths.store_lock(), Hold::Exclusive)
+    }
+
+    /// All images, by name. What is damaged is left out and logged.
+    pub fn list(&self) -> Result<Vec<Meta>> {
+        let mut found = Vec::new();
+        for id in self.ids()? {
+            match self.meta(&id) {
+                Ok(meta) => found.push(meta),
+                // Removed since it was listed.
+                Err(error) if error.kind() == Kind::NotFound && !self.paths.image(&id).exists() => {}
+                Err(error) => log::warn!("{error}"),
             }
-            other => Err(Error::new(Kind::NotFound, "find image", other, "the store has none of this name")),
+        }
+        found.sort_by(|a, b| (&a.names, a.imported_at, &a.id).cmp(&(&b.names, b.imported_at, &b.id)));
+        Ok(found)
+    }
+
+    /// The ids of all images, damaged ones too, sorted.
+    pub fn ids(&self) -> Result<Vec<ImageId>> {
+        ids_below(&self.paths.images())
+    }
+
+    /// What is known of one image.
+    pub fn meta(&self, id: &ImageId) -> Result<Meta> {
+        let meta = Meta::read(&self.paths.image(id).join(image::META))?;
+        if meta.id != *id {
+            let why = format!("its record says it is {}", meta.id);
+            return Err(Error::new(Kind::Integrity, "read image", id, why));
+        }
+        Ok(meta)
+    }
+
+    /// One image: what is known of it, and its manifest as it came.
+    pub fn show(&self, image: &ImageRef) -> Result<(Meta, Vec<u8>)> {
+        let _in_use = self.lock_shared()?;
+        let meta = self.find(image)?;
+        let manifest = self.paths.image(&meta.id).join(image::MANIFEST);
+        let bytes = meta::read_bounded(&manifest, crate::image::MAX_MANIFEST_BYTES as u64)?;
+        Ok((meta, bytes))
+    }
+
+    /// Remove one image. Refused with [`Kind::Busy`] while somebody uses it.
+    pub fn remove(&self, image: &ImageRef, uses: Uses<'_>) -> Result<Meta> {
+        let held = self.lock_exclusive()?;
+        let meta = self.find(image)?;
+        let by: Vec<String> = uses()?.into_iter().filter(|one| one.image == meta.id).map(|one| one.by).collect();
+        if !by.is_empty() {
+            return Err(Error::new(Kind::Busy, "remove image", image, format!("it is in use by {}", by.join(", ")))
+                .hint("unmount what uses it"));
+        }
+        let gone = staging::move_aside(&self.paths, &self.paths.image(&meta.id))?;
+        drop(held);
+        gone.remove()?;
+        Ok(meta)
+    }
+
+    /// Is what makes an image there? Cheap: no content is read.
+    fn check_shallow(&self, id: &ImageId) -> Result<Meta> {
+        let dir = self.paths.image(id);
+        let meta = self.meta(id)?;
+        let damaged = |what: &str| {
+            Error::new(Kind::Integrity, "use image", id, format!("{what} is missing or is not what it should be"))
+        };
+        let kind = |name: &str| std::fs::symlink_metadata(dir.join(name)).map(|m| m.file_type());
+        if !kind(image::MANIFEST).is_ok_and(|t| t.is_file()) {
+            return Err(damaged("its manifest"));
+        }
+        if meta.layers.is_empty() && !kind(image::ROOTFS).is_ok_and(|t| t.is_dir()) {
+            return Err(damaged("its rootfs"));
+        }
+        crate::index::Index::open(&dir.join(image::INDEX)).map_err(|e| damaged(&format!("its index ({e})")))?;
+        Ok(meta)
+    }
+
+    /// Give an image one more name.
+    fn add_name(&self, id: &ImageId, name: Option<&str>) -> Result<Meta> {
+        let meta = self.meta(id)?;
+        let Some(name) = name.filter(|name| !meta.names.iter().any(|have| have == name)) else { return Ok(meta) };
+        // Two importers that name one image read and write after one another.
+        let dir = self.paths.image(id);
+        let fd = std::fs::File::open(&dir).map_err(|e| Error::io("open", show(&dir), e))?;
+        let _naming = lock::lock(fd.into(), &dir, Hold::Exclusive)?;
+        let mut meta = self.meta(id)?;
+        meta.names.push(name.to_owned());
+        meta.write(&dir.join(image::META))?;
+        Ok(meta)
+    }
+}
+
+fn ids_below(dir: &PathBuf) -> Result<Vec<ImageId>> {
+    let mut ids = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(|e| Error::io("list", show(dir), e))? {
+        let name = entry.map_err(|e| Error::io("list", show(dir), e))?.file_name();
+        match name.to_str().and_then(|name| name.parse().ok()) {
+            Some(id) => ids.push(id),
+            None => log::warn!("{} is not of the store", show(dir.join(name))),
         }
     }
+    ids.sort();
+    Ok(ids)
 }

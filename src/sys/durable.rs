@@ -6,19 +6,34 @@ use std::path::Path;
 use crate::error::{Error, Result, show};
 use crate::fault;
 
-/// Replace the file at `path` with `bytes`, mode 0600: written beside it, synced, renamed over it, and the directory synced.
-pub fn write_durably(path: &Path, bytes: &[u8]) -> Result<()> {
+/// What a write must survive.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Survives {
+    /// The end of this process at any step: old or new, whole. After a power loss the file may be old, absent or empty.
+    Crash,
+    /// A power loss too.
+    PowerLoss,
+}
+
+/// Replace the file at `path` with `bytes`, mode 0600: written beside it and renamed over it; for a power loss the file is synced
+/// before, and the directory after.
+pub fn write_file(path: &Path, bytes: &[u8], survives: Survives) -> Result<()> {
     const OP: &str = "write";
     let dir = path.parent().unwrap_or(Path::new("."));
     let failed = |e: std::io::Error| Error::io(OP, show(path), e);
     // tempfile: mode 0600, removed again when dropped before `persist`.
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(failed)?;
     file.write_all(bytes).map_err(failed)?;
-    fault::point("durable.sync")?;
-    file.as_file().sync_all().map_err(failed)?;
+    if survives == Survives::PowerLoss {
+        fault::point("durable.sync")?;
+        file.as_file().sync_all().map_err(failed)?;
+    }
     fault::point("durable.rename")?;
     file.persist(path).map_err(|e| failed(e.error))?;
-    sync_dir(dir)
+    match survives {
+        Survives::Crash => Ok(()),
+        Survives::PowerLoss => sync_dir(dir),
+    }
 }
 
 /// Bring a directory's names to the disk.
@@ -35,10 +50,10 @@ mod tests {
     fn replaces_and_leaves_nothing_beside() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("f");
-        write_durably(&path, b"one").unwrap();
-        write_durably(&path, b"two").unwrap();
+        write_file(&path, b"one", Survives::PowerLoss).unwrap();
+        write_file(&path, b"two", Survives::Crash).unwrap();
         assert_eq!(std::fs::read(&path).unwrap(), b"two");
         assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 1);
-        assert!(write_durably(&dir.path().join("no/f"), b"").is_err());
+        assert!(write_file(&dir.path().join("no/f"), b"", Survives::Crash).is_err());
     }
 }

@@ -143,3 +143,35 @@ pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
         _ => Err(rustix::io::Errno::from_io_error(&std::io::Error::last_os_error()).unwrap_or(rustix::io::Errno::IO)),
     }
 }
+
+// ---- daemon ----
+
+/// close_range(2) (Linux 5.9) of every descriptor from `first` on. Only for a program's first steps: whoever owns one of them
+/// loses it.
+pub(crate) fn close_from(first: u32) -> Result<(), Errno> {
+    // SAFETY: touches this process's own table only; the caller is the start of a program, before it opened anything.
+    let done = unsafe { libc::syscall(libc::SYS_close_range, first, u32::MAX, 0) };
+    if done == 0 { Ok(()) } else { Err(last_errno()) }
+}
+
+/// fork(2); the parent ends at once with status 0, so that the child belongs to nobody. Returns in the child.
+///
+/// Only while this process has one thread: the child is a copy of the caller's.
+pub(crate) fn fork_and_leave() -> Result<(), Errno> {
+    // SAFETY: the callers are the first steps of a program, before it has a second thread: no lock can be held by a thread
+    // that the child has not.
+    match unsafe { libc::fork() } {
+        0 => Ok(()),
+        pid if pid < 0 => Err(last_errno()),
+        // SAFETY: _exit(2) ends the process; what buffers it has are the child's too.
+        _ => unsafe { libc::_exit(0) },
+    }
+}
+
+/// dup3(2) of `source` over `target`, which stays the same number for whoever owns it and now means `source`'s file.
+pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno> {
+    let (source, target) = (source.as_fd().as_raw_fd(), target.as_fd().as_raw_fd());
+    // SAFETY: both are open descriptors of this process; the target stays open and owned by its owner.
+    let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
+    if done < 0 { Err(last_errno()) } else { Ok(()) }
+}

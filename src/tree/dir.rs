@@ -248,6 +248,9 @@ impl Tree for DirTree {
     fn fsyncdir(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
         self.sync(node, handle, data_only)
     }
+    fn access(&self, node: Node, mask: i32) -> Result<()> {
+        self.check_access(node, mask)
+    }
     fn lseek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
         self.seek(node, handle, offset, whence)
     }
@@ -323,5 +326,7 @@ impl Tree for DirTree {
     }
 }
 
+#[cfg(test)]
+mod attack;
 #[cfg(test)]
 mod tests;

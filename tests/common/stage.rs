@@ -194,7 +194,7 @@ impl Stage {
     pub(crate) fn finish(&self) -> Result<(), String> {
         let mounted = |path: &Path| system::mounts().iter().any(|m| m.point == path);
         for rootfs in self.rootfses.borrow().iter().rev() {
-            if mounted(rootfs) {
+            if rootfs.starts_with(&self.dir) && mounted(rootfs) {
                 let outcome = self.fsprov([OsStr::new("unmount"), rootfs.as_os_str()]).run();
                 if outcome.code() != Some(0) {
                     return Err(format!("unmount at the end of the case failed:\n{}", outcome.describe()));

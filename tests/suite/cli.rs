@@ -253,8 +253,7 @@ const RECORD: &str = "
     .image.name null
     .image.reference string
     .made[] string
-    .mount_namespace.device number
-    .mount_namespace.inode number
+    .mount_namespace[] number
     .plan.id string
     .plan.layers[].root string
     .plan.ownership.gids[]

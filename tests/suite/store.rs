@@ -7,6 +7,7 @@ use std::path::{Path, PathBuf};
 use serde_json::Value;
 
 use super::cli::assert_shape;
+use super::faults::steps_in;
 use crate::common::harness::on;
 use crate::common::images::{Maker, make_full_tree, make_small_tree, manifest};
 use crate::common::walk::{Owners, assert_same, picture};
@@ -516,21 +517,14 @@ pub(crate) const IMPORT_BREAKS: Case =
         let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
         let import = || stage.fsprov(["image", "import"]).arg(&archive);
         let text = import().env("FSPROV_LOG", "fsprov::fault=trace").run().ok().err();
-        let mut found: Vec<String> = Vec::new();
-        for name in
-            text.lines().filter_map(|line| line.split_once("fsprov::fault]").map(|(_, name)| name.trim().to_owned()))
-        {
-            if !found.contains(&name) {
-                found.push(name);
-            }
-        }
-        assert!(found.len() >= 3, "steps of an import: {found:?}");
+        let found = steps_in(&text);
+        assert!(found.len() >= 3, "an import passes {} steps", found.len());
         stage.fsprov(["image", "rm", "example.com/small"]).run().ok();
         for step in &found {
-            import().env("FAILPOINTS", format!("{step}=return(ENOSPC)")).run().fails(1, &[step]);
+            import().env("FAILPOINTS", step.with("ENOSPC")).run().fails(1, &[&step.name]);
             stage.assert_nothing_left(&format!("after {step} failed"));
             assert!(images(stage).is_empty(), "{step}: there is an image");
-            let died = import().env("FAILPOINTS", format!("{step}=return(kill)")).run();
+            let died = import().env("FAILPOINTS", step.with("kill")).run();
             assert_eq!(died.code(), None, "{step}: {}", died.describe());
             // Complete or absent; what a dead import left in staging goes with the next.
             let there = images(stage).len();

@@ -13,6 +13,8 @@ use super::found::{REGULAR, SYMLINK};
 use super::names::{PERMISSION_BITS, SET_GID};
 use super::{Attr, Caller, Change, DirTree, Errno, Handle, Node, Result, SetTime, Statfs};
 use crate::plan::IdRange;
+use crate::tree::access_read_only;
+use crate::volume::Access;
 use std::time::Duration;
 
 /// Longest value and longest name list the kernel takes: XATTR_SIZE_MAX and XATTR_LIST_MAX (limits.h).
@@ -34,6 +36,16 @@ fn proc_path(fd: impl AsFd) -> String {
 }
 
 impl DirTree {
+    /// As the server's own user: where this is asked, that user is the only one who may enter the mount.
+    pub(super) fn check_access(&self, node: Node, mask: i32) -> Result<()> {
+        let (fd, found) = self.fd(node)?;
+        if self.options.access == Access::Ro || found.kind() == SYMLINK {
+            return access_read_only(found.attr.mode, mask);
+        }
+        let asked = fs::Access::from_bits_truncate(mask as u32);
+        fs::accessat(self.pool.proc_fd(), fd_name(&fd).as_str(), asked, AtFlags::empty())
+    }
+
     pub(super) fn change(
         &self,
         caller: &Caller,

@@ -12,6 +12,7 @@ use rustix::io::ReadWriteFlags;
 
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
+use super::identity::without_set_id_privilege;
 use super::list::Stream;
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
@@ -286,7 +287,7 @@ impl DirTree {
             }
             Ok(done)
         };
-        if kill_privileges { self.options.act_as.run_killing_privileges(write) } else { write() }
+        if kill_privileges { without_set_id_privilege(write) } else { write() }
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {

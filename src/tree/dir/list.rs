@@ -2,7 +2,6 @@
 //! entries come and go.
 
 use std::ffi::OsStr;
-use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -69,7 +68,7 @@ impl Stream {
         self.items.clear();
         self.names.clear();
         self.at = 0;
-        let mut buffer = [MaybeUninit::<u8>::uninit(); BATCH];
+        let mut buffer = Box::<[u8]>::new_uninit_slice(BATCH);
         let mut entries = RawDir::new(fd, &mut buffer);
         while let Some(entry) = entries.next() {
             let entry = entry?;

@@ -140,7 +140,7 @@ impl NodeTable {
                     let state = at.get_mut();
                     if (state.identity.dev, state.identity.ino) != (identity.dev, identity.ino) {
                         // Two large inode numbers with one hash: the next number is free, or its own.
-                        node = (node & !INO_MASK) | (node + 1 & INO_MASK).max(ROOT + 1);
+                        node = (node & !INO_MASK) | ((node + 1) & INO_MASK).max(ROOT + 1);
                         continue;
                     }
                     if state.identity.generation != identity.generation {

@@ -1,0 +1,243 @@
+//! `fsprov image`.
+
+use std::ffi::OsString;
+use std::fmt::Write as _;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+use clap::{Args, Subcommand};
+use indicatif::{ProgressBar, ProgressStyle};
+use serde::Serialize;
+
+use super::{Format, Global, output};
+use crate::error::Result;
+use crate::id::{ImageId, ImageRef};
+use crate::image::Strictness;
+use crate::provisioner::images_in_use;
+use crate::store::{ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Store, Use};
+
+#[derive(Debug, Args)]
+#[command(after_help = "Examples:\n  fsprov image import debian.aci\n  fsprov image list\n  fsprov image rm debian")]
+pub(super) struct Image {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    /// Put an image into the store
+    Import(Import),
+    /// Show the images in the store
+    #[command(visible_alias = "ls")]
+    List(List),
+    /// Show all about one image
+    Show(Show),
+    /// Remove images from the store
+    #[command(alias = "remove")]
+    Rm(Rm),
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+PATH is an ACI (tar; plain, gzip, bzip2, xz or zstd, told by its content; - is standard input), a directory holding `manifest` and \
+`rootfs`, or a directory that is a root filesystem (then --name is needed). The id is sha512- and the SHA-512 of the uncompressed \
+tar. An image that is there already is not imported twice.
+
+Examples:
+  fsprov image import debian.aci
+  fsprov image import ./rootfs --name example.com/debian
+  curl -s https://example.com/debian.aci | fsprov image import - --expect sha512-...")]
+struct Import {
+    /// The archive or directory
+    path: PathBuf,
+    /// A name beside the manifest's own
+    #[arg(long)]
+    name: Option<String>,
+    /// Refuse the image unless it has this id
+    #[arg(long, value_name = "ID")]
+    expect: Option<ImageId>,
+    /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
+    #[arg(long)]
+    lenient: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  fsprov image list --json")]
+struct List {
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "Example:\n  fsprov image show debian")]
+struct Show {
+    /// Its name, its id, or the beginning of its id
+    image: OsString,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "An image that a rootfs uses is not removed (exit code 4).\n\nExample:\n  fsprov image rm debian"
+)]
+struct Rm {
+    /// Its name, its id, or the beginning of its id
+    #[arg(required = true)]
+    image: Vec<OsString>,
+}
+
+impl Image {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let store = Store::open(&global.paths()?)?;
+        match &self.verb {
+            Verb::Import(verb) => verb.run(&store),
+            Verb::List(verb) => verb.run(&store),
+            Verb::Show(verb) => verb.run(&store),
+            Verb::Rm(verb) => verb.run(&store),
+        }
+    }
+}
+
+#[derive(Serialize)]
+struct ImportReport<'a> {
+    id: &'a ImageId,
+    name: &'a str,
+    outcome: Outcome,
+    on_disk: OnDisk,
+    warnings: &'a [String],
+}
+
+impl Import {
+    fn run(&self, store: &Store) -> Result<()> {
+        let bar = ProgressBar::no_length().with_style(bar_style());
+        let options = ImportOptions {
+            name: self.name.clone(),
+            expected_id: self.expect.clone(),
+            strictness: if self.lenient { Strictness::Lenient } else { Strictness::Strict },
+            progress: Some(show_on(&bar)),
+            ..ImportOptions::default()
+        };
+        let imported = store.import(&ImageSource::at(&self.path)?, &options);
+        bar.finish_and_clear();
+        self.report(&imported?)
+    }
+
+    fn report(&self, done: &Imported) -> Result<()> {
+        for warning in &done.warnings {
+            log::warn!("{warning}");
+        }
+        if done.on_disk == OnDisk::IndexOnly {
+            log::info!(
+                "owners, modes or devices that you may not set are kept in the index: the fuse backend shows them"
+            );
+        }
+        if self.format.json {
+            return output::json(&ImportReport {
+                id: &done.id,
+                name: &done.name,
+                outcome: done.outcome,
+                on_disk: done.on_disk,
+                warnings: &done.warnings,
+            });
+        }
+        let how = match done.outcome {
+            Outcome::Created => "imported",
+            Outcome::Existing => "already there:",
+        };
+        output::line(&format!("{how} {} ({})", done.name, done.id))
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("{spinner} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+/// indicatif draws on stderr, and nothing where that is no terminal.
+fn show_on(bar: &ProgressBar) -> ProgressFn {
+    let bar = bar.clone();
+    Arc::new(move |progress| {
+        if let Some(total) = progress.total {
+            bar.set_length(total);
+        }
+        bar.set_position(progress.read);
+    })
+}
+
+impl List {
+    fn run(&self, store: &Store) -> Result<()> {
+        let images = store.list()?;
+        if self.format.json {
+            return output::json(&images);
+        }
+        let rows: Vec<_> = images
+            .iter()
+            .map(|meta| {
+                [
+                    meta.names.join(" "),
+                    meta.label("version").unwrap_or("-").to_owned(),
+                    meta.id.short().to_owned(),
+                    output::size(meta.bytes),
+                    output::date(meta.imported_at),
+                ]
+            })
+            .collect();
+        output::table(["NAME", "VERSION", "ID", "SIZE", "IMPORTED"], &rows)
+    }
+}
+
+#[derive(Serialize)]
+struct ShowReport<'a> {
+    #[serde(flatten)]
+    meta: &'a Meta,
+    /// As it came; a string where it is not JSON.
+    manifest: serde_json::Value,
+}
+
+impl Show {
+    fn run(&self, store: &Store) -> Result<()> {
+        let (meta, manifest) = store.show(&ImageRef::parse(&self.image)?)?;
+        let manifest = serde_json::from_slice(&manifest)
+            .unwrap_or_else(|_| serde_json::Value::String(String::from_utf8_lossy(&manifest).into_owned()));
+        if self.format.json {
+            return output::json(&ShowReport { meta: &meta, manifest });
+        }
+        let mut text = String::new();
+        let exact = match meta.on_disk {
+            OnDisk::Exact => "exact",
+            OnDisk::IndexOnly => "some owners, modes or devices in the index alone",
+        };
+        for (name, value) in [
+            ("id", meta.id.to_string()),
+            ("names", meta.names.join(" ")),
+            ("labels", meta.labels.iter().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>().join(" ")),
+            ("source", meta.source.clone()),
+            ("imported", output::date(meta.imported_at)),
+            ("entries", meta.entries.to_string()),
+            ("size", output::size(meta.bytes)),
+            ("tree on disk", exact.to_owned()),
+        ] {
+            let _ = writeln!(text, "{name:15} {value}");
+        }
+        let pretty = serde_json::to_string_pretty(&manifest).unwrap_or_default();
+        let _ = writeln!(text, "manifest\n{pretty}");
+        output::text(&text)
+    }
+}
+
+impl Rm {
+    fn run(&self, store: &Store) -> Result<()> {
+        let uses = || {
+            let all = images_in_use(store.paths())?;
+            Ok(all.into_iter().map(|(image, by)| Use { image, by: format!("rootfs {by}") }).collect())
+        };
+        for image in &self.image {
+            let gone = store.remove(&ImageRef::parse(image)?, &uses)?;
+            output::line(&format!("removed {} ({})", gone.names.join(" "), gone.id))?;
+        }
+        Ok(())
+    }
+}

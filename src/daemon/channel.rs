@@ -1,0 +1,153 @@
+//! Messages between the supervisor and its worker: JSON with descriptors beside it, over a SOCK_SEQPACKET pair.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
+};
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result, Told};
+use crate::fuse::session::{InFlight, Resend};
+
+/// Most descriptors in one message: the kernel takes 253 (SCM_MAX_FD, net/scm.h).
+pub(super) const MAX_FDS: usize = 250;
+/// Longest message: what a job needs goes through a memory file; statistics are a few KiB. The kernel's default send buffer
+/// is 208 KiB.
+const MAX_MESSAGE: usize = 64 * 1024;
+
+/// What the supervisor tells the worker.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum ToWorker {
+    /// The job, with a memory file that holds it. `sources` descriptors follow.
+    Job { sources: usize },
+    /// Some of the sources, in order: layers, index, volumes.
+    Sources,
+    /// Serve, with the connection. Bytes are hex.
+    Begin { init: String, start: Begin },
+    /// Tell your statistics.
+    Stats,
+    /// Log this much from now on.
+    Level(String),
+}
+
+/// See [`crate::fuse::session::Start`].
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum Begin {
+    First,
+    Again { reply: String, resend: Resend },
+}
+
+/// What the worker tells the supervisor.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) enum FromWorker {
+    /// The trees are ready: mount.
+    Built,
+    /// Requests are being answered.
+    Serving { reply: String, in_flight: InFlight },
+    /// It cannot.
+    Failed(Told),
+    /// Its statistics.
+    Stats(serde_json::Value),
+}
+
+/// One end.
+#[derive(Debug)]
+pub(super) struct Channel(OwnedFd);
+
+impl AsFd for Channel {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+impl From<OwnedFd> for Channel {
+    fn from(fd: OwnedFd) -> Self {
+        Channel(fd)
+    }
+}
+
+impl Channel {
+    /// A channel, and the descriptor of its other end.
+    pub(super) fn pair() -> Result<(Channel, OwnedFd)> {
+        let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
+            .map_err(|e| Error::sys("make a socket pair", "", e))?;
+        Ok((Channel(one), other))
+    }
+
+    /// Send one message.
+    pub(super) fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        const OP: &str = "send a message to a server process";
+        let bytes = serde_json::to_vec(message).map_err(|e| Error::new(Kind::Io, OP, "", e))?;
+        if bytes.len() > MAX_MESSAGE {
+            return Err(Error::new(Kind::Limit, OP, "", format!("it is longer than {MAX_MESSAGE} bytes")));
+        }
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
+            return Err(Error::new(Kind::Limit, OP, "", "too many descriptors in one message"));
+        }
+        rustix::io::retry_on_intr(|| sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL))
+            .map_err(|e| Error::sys(OP, "", e))?;
+        Ok(())
+    }
+
+    /// The next message; waits for it. `None`: the other end is closed.
+    pub(super) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+        const OP: &str = "read a message of a server process";
+        let mut bytes = vec![0_u8; MAX_MESSAGE];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
+        let mut control = RecvAncillaryBuffer::new(&mut space);
+        let got = loop {
+            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+                Err(Errno::INTR) => {}
+                Err(Errno::CONNRESET) => return Ok(None),
+                Err(e) => return Err(Error::sys(OP, "", e)),
+                Ok(got) => break got,
+            }
+        };
+        let mut fds = Vec::new();
+        for message in control.drain() {
+            if let RecvAncillaryMessage::ScmRights(rights) = message {
+                fds.extend(rights);
+            }
+        }
+        if got.bytes == 0 {
+            return Ok(None);
+        }
+        if got.flags.intersects(ReturnFlags::TRUNC | ReturnFlags::CTRUNC) {
+            // A descriptor limit that is reached shows as a truncated control message (recvmsg(2), unix(7)).
+            return Err(
+                Error::new(Kind::Limit, OP, "", "it did not arrive whole").hint("raise the limit of open files")
+            );
+        }
+        let message = serde_json::from_slice(&bytes[..got.bytes]).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
+        Ok(Some((message, fds)))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn messages_carry_descriptors_and_the_end_shows() {
+        let (one, other) = Channel::pair().unwrap();
+        let other = Channel::from(other);
+        let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let many: Vec<_> = std::iter::repeat_n(file.as_fd(), MAX_FDS).collect();
+        one.send(&ToWorker::Job { sources: MAX_FDS }, &many).unwrap();
+        one.send(&ToWorker::Stats, &[]).unwrap();
+        let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
+        assert!(matches!(message, ToWorker::Job { sources: MAX_FDS }) && fds.len() == MAX_FDS);
+        let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
+        assert!(matches!(message, ToWorker::Stats) && fds.is_empty());
+        drop(one);
+        assert!(other.receive::<ToWorker>().unwrap().is_none());
+        assert!(other.send(&FromWorker::Built, &[]).is_err());
+    }
+}

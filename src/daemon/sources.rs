@@ -1,0 +1,90 @@
+//! What a rootfs is made of, as descriptors opened before it is mounted: the mount may hide any of these paths, its own image's
+//! too, and a worker that comes later must find the same files.
+
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::path::Path;
+
+use rustix::fs::{self, CWD, FileType, Mode, OFlags};
+
+use super::channel::{Channel, MAX_FDS, ToWorker};
+use crate::error::{Error, Kind, Result, show};
+use crate::plan::Plan;
+use crate::volume::Form;
+
+/// O_PATH descriptors: holding them opens nothing, and closing them sends no request to anyone.
+#[derive(Debug)]
+pub(super) struct Sources {
+    pub(super) layers: Vec<OwnedFd>,
+    pub(super) index: Option<OwnedFd>,
+    pub(super) volumes: Vec<OwnedFd>,
+}
+
+fn open(op: &'static str, path: &Path, wanted: FileType) -> Result<OwnedFd> {
+    // A symlink is refused: the plan's paths are resolved, so it came later.
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = fs::openat(CWD, path, flags, Mode::empty()).map_err(|e| Error::sys(op, show(path), e))?;
+    let stat = fs::fstat(&fd).map_err(|e| Error::sys(op, show(path), e))?;
+    let found = FileType::from_raw_mode(stat.st_mode);
+    if found == wanted {
+        return Ok(fd);
+    }
+    let what = if wanted == FileType::Directory { "it is no directory" } else { "it is no regular file" };
+    Err(Error::new(Kind::Usage, op, show(path), what))
+}
+
+impl Sources {
+    pub(super) fn open(plan: &Plan) -> Result<Self> {
+        let layers = plan.layers.iter().map(|l| open("open layer", &l.root, FileType::Directory));
+        let volumes = plan.volumes.iter().map(|v| match v.form {
+            Form::Directory => open("open the source of volume", &v.source, FileType::Directory),
+            Form::File => open("open the source of volume", &v.source, FileType::RegularFile),
+            Form::Special => Err(special(&v.source)),
+        });
+        Ok(Sources {
+            layers: layers.collect::<Result<_>>()?,
+            index: plan.index.as_ref().map(|i| open("open index", &i.0, FileType::RegularFile)).transpose()?,
+            volumes: volumes.collect::<Result<_>>()?,
+        })
+    }
+
+    fn all(&self) -> Vec<BorrowedFd<'_>> {
+        self.layers.iter().chain(&self.index).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
+    }
+
+    /// Hand the job and the sources to a worker.
+    pub(super) fn send(&self, job: &OwnedFd, to: &Channel) -> Result<()> {
+        let all = self.all();
+        to.send(&ToWorker::Job { sources: all.len() }, &[job.as_fd()])?;
+        all.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Sources, some))
+    }
+
+    /// The worker's side: sort `fds` by the plan.
+    pub(super) fn sort(plan: &Plan, fds: Vec<OwnedFd>) -> Result<Self> {
+        let expected = plan.layers.len() + usize::from(plan.index.is_some()) + plan.volumes.len();
+        if fds.len() != expected {
+            return Err(Error::new(
+                Kind::Invalid,
+                "take over a job",
+                "",
+                format!("{} descriptors came where the plan has {expected}", fds.len()),
+            ));
+        }
+        let mut fds = fds.into_iter();
+        Ok(Sources {
+            layers: fds.by_ref().take(plan.layers.len()).collect(),
+            index: plan.index.as_ref().and_then(|_| fds.next()),
+            volumes: fds.collect(),
+        })
+    }
+}
+
+/// The refusal of a socket, FIFO or device as a volume.
+pub(crate) fn special(source: &Path) -> Error {
+    Error::new(
+        Kind::Unsupported,
+        "open the source of volume",
+        show(source),
+        "the FUSE server opens regular files and directories only; this is a socket, FIFO or device",
+    )
+    .hint("use --backend bind, or make the directory that holds it the volume")
+}

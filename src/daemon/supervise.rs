@@ -1,0 +1,548 @@
+//! The supervisor: mounts, holds the connection, and sees to it that somebody answers.
+//!
+//! One thread. It opens nothing below its own mount and nothing of the store beyond O_PATH descriptors: whatever it did there
+//! could wait for the worker, which may be the one that is dead. It does not poll the connection, which would wake it at every
+//! request; the worker sees the end of it and says so by its exit code.
+
+mod restarts;
+
+use std::fs::File;
+use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
+use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::channel::{Begin, Channel, FromWorker, ToWorker};
+use super::sources::Sources;
+use super::{GO, Job, Report, TARGET, WORK, hex, settle, spawn, unhex};
+use crate::backend::{ProcessId, Traces};
+use crate::error::{Error, Kind, Result, Told, show};
+use crate::fault;
+use crate::fuse::mount::{self, Mounted, Request};
+use crate::fuse::session::{self, InFlight};
+use crate::sys::mount::Unmount;
+use crate::sys::mountinfo::MountInfo;
+use crate::sys::{mountinfo, raw};
+use restarts::{Next, Restarts};
+
+/// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
+const WORKER_PATIENCE: Duration = Duration::from_secs(40);
+/// Longest wait for the caller's word to go on: it writes its record in between.
+const CALLER_PATIENCE: Duration = Duration::from_secs(60);
+/// How long a worker may take to end once its mount is gone.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+/// How long an unmount may take: dirty pages are written back through the worker.
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// The program.
+pub(super) fn main() -> ExitCode {
+    match detach() {
+        Ok(caller) => run(caller),
+        // The caller still waits for this process and shows what its log ends with.
+        Err(error) => {
+            super::log::start("supervisor");
+            log::error!(target: TARGET, "{error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Become a process of nobody's: no descriptor but the caller's socket and the log, no terminal, not the caller's child.
+fn detach() -> Result<UnixStream> {
+    const OP: &str = "detach server";
+    if let Err(e) = raw::close_from(3) {
+        // Before Linux 5.9. What the caller left open without close-on-exec stays open.
+        log::debug!(target: TARGET, "close_range: {e}");
+    }
+    // In this order: the child of a session's leader can never get a terminal by opening one.
+    rustix::process::setsid().map_err(|e| Error::sys(OP, "setsid", e))?;
+    raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
+    settle(c"fsprov-super");
+    take_stdin().map(UnixStream::from)
+}
+
+/// The socket that stdin is, and /dev/null in its place.
+pub(super) fn take_stdin() -> Result<OwnedFd> {
+    let fail = |e| Error::io("take over the socket at", "stdin", e);
+    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?;
+    let null = File::open("/dev/null").map_err(|e| Error::io("open", "/dev/null", e))?;
+    rustix::stdio::dup2_stdin(&null).map_err(|e| fail(e.into()))?;
+    Ok(socket)
+}
+
+fn run(caller: UnixStream) -> ExitCode {
+    super::log::start("supervisor");
+    #[cfg(feature = "failpoints")]
+    let _scenario = fail::FailScenario::setup();
+    let mut caller = Caller { stream: BufReader::new(caller) };
+    match Supervisor::set_up(&mut caller) {
+        Ok(supervisor) => {
+            drop(caller);
+            supervisor.watch()
+        }
+        Err(error) => {
+            log::error!(target: TARGET, "{error}");
+            caller.tell(&Report::Failed(Told::from(&error))).ok();
+            ExitCode::FAILURE
+        }
+    }
+}
+
+/// Who started us, until the rootfs is ready.
+struct Caller {
+    stream: BufReader<UnixStream>,
+}
+
+impl Caller {
+    fn job(&mut self) -> Result<Job> {
+        const OP: &str = "read job";
+        self.stream.get_ref().set_read_timeout(Some(CALLER_PATIENCE)).map_err(|e| Error::io(OP, "", e))?;
+        let mut line = String::new();
+        self.stream.read_line(&mut line).map_err(|e| Error::io(OP, "", e))?;
+        serde_json::from_str(&line).map_err(|e| Error::new(Kind::Invalid, OP, "", e))
+    }
+
+    fn tell(&mut self, report: &Report) -> Result<()> {
+        const OP: &str = "report to caller";
+        let mut text = serde_json::to_vec(report).map_err(|e| Error::new(Kind::Io, OP, "", e))?;
+        text.push(b'\n');
+        self.stream.get_mut().write_all(&text).map_err(|e| Error::io(OP, "", e))
+    }
+
+    /// Tell, and wait for the word to go on. An error: the caller gave up or died.
+    fn ask(&mut self, report: &Report) -> Result<()> {
+        const OP: &str = "wait for the caller's word";
+        self.tell(report)?;
+        let mut line = Vec::new();
+        self.stream.read_until(b'\n', &mut line).map_err(|e| Error::io(OP, "", e))?;
+        if line == GO { Ok(()) } else { Err(Error::new(Kind::Helper, OP, "", "the caller gave up")) }
+    }
+}
+
+/// What one worker is, to us.
+struct Worker {
+    child: Child,
+    pidfd: OwnedFd,
+    channel: Channel,
+    id: ProcessId,
+    serving_since: Option<Instant>,
+}
+
+/// A mount with its agreed INIT.
+struct Standing {
+    mounted: Mounted,
+    init: Vec<u8>,
+    reply: Vec<u8>,
+}
+
+struct Supervisor {
+    job: Job,
+    job_file: OwnedFd,
+    sources: Sources,
+    /// The program we run: the worker is the same one, also after the file was replaced.
+    program: OwnedFd,
+    me: ProcessId,
+    signals: UnixStream,
+    standing: Standing,
+    worker: Option<Worker>,
+    restarts: Restarts,
+}
+
+fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
+    let fail = |e: Errno| Error::sys("make memory file", name, e);
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(fail)?;
+    let mut file = File::from(fd);
+    file.write_all(content).map_err(|e| Error::io("write memory file", name, e))?;
+    Ok(file.into())
+}
+
+fn catch_signals() -> Result<UnixStream> {
+    let caught = || -> std::io::Result<UnixStream> {
+        let (wake, told) = UnixStream::pair()?;
+        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
+            signal_hook::low_level::pipe::register(signal, told.try_clone()?)?;
+        }
+        Ok(wake)
+    };
+    caught().map_err(|e| Error::io("catch signals", "SIGINT, SIGTERM", e))
+}
+
+impl Supervisor {
+    /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
+    fn set_up(caller: &mut Caller) -> Result<Self> {
+        let job = caller.job()?;
+        let me = ProcessId::current()?;
+        let signals = catch_signals()?;
+        let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
+            .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
+        // Before the mount: afterwards these paths may lead into it.
+        let sources = Sources::open(&job.plan)?;
+        let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
+        let job_file = memory_file("fsprov-job", &text)?;
+        caller.ask(&Report::Started { supervisor: me })?;
+        fault::point("server.worker")?;
+
+        let mut worker = Worker::start(&program, &job, &sources, &job_file)?;
+        let built = worker.expect("build its trees").and_then(|message| match message {
+            FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
+            other => Err(unexpected(&other)),
+        });
+        let standing = built.and_then(|()| stand(&job, &mut worker));
+        let standing = match standing {
+            Ok(standing) => standing,
+            Err(error) => {
+                worker.kill();
+                return Err(error);
+            }
+        };
+        let supervisor = Supervisor {
+            job,
+            job_file,
+            sources,
+            program,
+            me,
+            signals,
+            standing,
+            worker: Some(worker),
+            restarts: Restarts::new(),
+        };
+        let known = fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
+        match known {
+            Ok(()) => {
+                log::info!(
+                    target: TARGET,
+                    "{} is served by worker {}",
+                    show(&supervisor.job.plan.rootfs),
+                    supervisor.worker.as_ref().map_or(0, |w| w.id.pid)
+                );
+                Ok(supervisor)
+            }
+            Err(error) => {
+                let undo = supervisor.take_down(Unmount::Lazy);
+                Err(error.with_undo(undo))
+            }
+        }
+    }
+
+    fn traces(&self) -> Traces {
+        Traces {
+            mount_id: Some(self.info().id),
+            supervisor: Some(self.me),
+            worker: self.worker.as_ref().map(|w| w.id),
+            fuse_connection: Some(self.info().dev.1),
+            ..Traces::default()
+        }
+    }
+
+    fn info(&self) -> &MountInfo {
+        &self.standing.mounted.info
+    }
+
+    /// Until the rootfs is gone.
+    fn watch(mut self) -> ExitCode {
+        loop {
+            let worker_ended = match self.wait() {
+                Ok(ended) => ended,
+                Err(error) => {
+                    log::error!(target: TARGET, "{error}");
+                    return self.finish(Unmount::Lazy);
+                }
+            };
+            match worker_ended {
+                Event::Signal => {
+                    log::info!(target: TARGET, "asked to end");
+                    return self.finish(Unmount::IfIdle);
+                }
+                Event::WorkerEnded(status) if status.success() => {
+                    log::info!(target: TARGET, "{} was unmounted", show(&self.job.plan.rootfs));
+                    return ExitCode::SUCCESS;
+                }
+                Event::WorkerEnded(status) => {
+                    if let Err(error) = self.replace(status) {
+                        log::error!(target: TARGET, "{error}");
+                        return self.finish(Unmount::Lazy);
+                    }
+                }
+            }
+        }
+    }
+
+    fn wait(&mut self) -> Result<Event> {
+        const OP: &str = "watch the worker";
+        let worker = self.worker.as_mut().ok_or_else(|| Error::new(Kind::Helper, OP, "", "there is none"))?;
+        loop {
+            let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+            match poll(&mut fds, None) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(e) => return Err(Error::sys(OP, worker.id, e)),
+            }
+            if !fds[0].revents().is_empty() {
+                return Ok(Event::Signal);
+            }
+            if !fds[1].revents().is_empty() {
+                let status = worker.child.wait().map_err(|e| Error::io(OP, worker.id, e))?;
+                return Ok(Event::WorkerEnded(status));
+            }
+        }
+    }
+
+    /// Put a new worker in a dead one's place, as often as it takes and the limit allows.
+    fn replace(&mut self, status: ExitStatus) -> Result<()> {
+        let old = self.worker.take();
+        let (old_pid, served) = old.map_or((0, None), |w| (w.id.pid, w.serving_since.map(|t| t.elapsed())));
+        let died = Instant::now();
+        log::warn!(target: TARGET, "worker {old_pid} died ({status}); starting another");
+        let mut next = self.restarts.after_death(served);
+        loop {
+            match next {
+                Next::At(pause) => self.pause(pause)?,
+                Next::GiveUp => {
+                    return Err(Error::new(
+                        Kind::Helper,
+                        "restart worker of",
+                        show(&self.job.plan.rootfs),
+                        "it dies each time as soon as it begins: giving up, the rootfs is taken away",
+                    ));
+                }
+            }
+            match self.start_again() {
+                Ok(in_flight) => {
+                    let worker = self.worker.as_ref().map_or(0, |w| w.id.pid);
+                    log::info!(target: TARGET, "worker {worker} serves, {} ms after the last one died", died.elapsed().as_millis());
+                    if in_flight == InFlight::Lost {
+                        self.report_lost();
+                    }
+                    return Ok(());
+                }
+                Err(error) => {
+                    log::error!(target: TARGET, "{error}");
+                    next = self.restarts.after_death(None);
+                }
+            }
+        }
+    }
+
+    fn start_again(&mut self) -> Result<InFlight> {
+        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.job_file)?;
+        let begun = worker
+            .expect("build its trees")
+            .and_then(|message| match message {
+                FromWorker::Built => Ok(()),
+                other => Err(unexpected(&other)),
+            })
+            .and_then(|()| {
+                let start = Begin::Again { reply: hex(&self.standing.reply), resend: self.job.resend };
+                worker.begin(&self.standing.mounted.connection, &self.standing.init, start)
+            });
+        match begun {
+            Ok((_, in_flight)) => {
+                self.worker = Some(worker);
+                Ok(in_flight)
+            }
+            Err(error) => {
+                worker.kill();
+                Err(error)
+            }
+        }
+    }
+
+    /// Before Linux 6.9. Who waits for a lost request cannot be helped but by ending the connection, and everyone else's work
+    /// with it: that is for the user to decide.
+    fn report_lost(&self) {
+        let minor = self.info().dev.1;
+        if session::waiting(minor).is_none_or(|n| n > 0) {
+            log::error!(
+                target: TARGET,
+                "requests were in flight when the worker died, and this kernel (before 6.9) cannot send them again: programs that \
+                 wait for one wait until the rootfs is unmounted with --lazy or the connection is aborted \
+                 (echo 1 > /sys/fs/fuse/connections/{minor}/abort)"
+            );
+        }
+    }
+
+    /// Sleep, but end when asked to.
+    fn pause(&self, pause: Duration) -> Result<()> {
+        if pause.is_zero() {
+            return Ok(());
+        }
+        let mut fds = [PollFd::new(&self.signals, PollFlags::IN)];
+        match poll(&mut fds, Some(&timespec(pause))) {
+            Ok(0) | Err(_) => Ok(()),
+            Ok(_) => Err(Error::new(Kind::Helper, "restart worker", "", "asked to end meanwhile")),
+        }
+    }
+
+    fn finish(self, how: Unmount) -> ExitCode {
+        match self.take_down(how) {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(error) => {
+                log::error!(target: TARGET, "{error}");
+                ExitCode::FAILURE
+            }
+        }
+    }
+
+    /// Unmount, by force if it must be, and end the worker.
+    fn take_down(self, how: Unmount) -> Result<()> {
+        let Supervisor { standing, worker, .. } = self;
+        let done = take_away(&standing.mounted.info, how);
+        if let Some(mut worker) = worker {
+            worker.end();
+        }
+        // Our descriptor is the last one: the connection ends here whatever happened above.
+        drop(standing);
+        done
+    }
+}
+
+enum Event {
+    Signal,
+    WorkerEnded(ExitStatus),
+}
+
+/// Mount, and let the worker begin. On an error nothing is mounted.
+fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
+    fault::point("server.mount")?;
+    let source = job.source();
+    let request =
+        Request { point: &job.plan.rootfs, source: &source, read_only: job.is_read_only(), others: job.others };
+    let mounted = mount::mount(&job.method, &request)?;
+    let begun = fault::point("server.mounted").and_then(|()| {
+        let init = session::read_init(&mounted.connection)?;
+        let (reply, _) = worker.begin(&mounted.connection, &init, Begin::First)?;
+        Ok((init, reply))
+    });
+    match begun {
+        Ok((init, reply)) => Ok(Standing { mounted, init, reply }),
+        Err(error) => Err(error.with_undo(mount::unmount(&mounted.info, Unmount::Lazy).map(drop))),
+    }
+}
+
+/// Unmount in a thread of its own: writing back dirty pages needs a worker, and there may be none.
+fn take_away(info: &MountInfo, how: Unmount) -> Result<()> {
+    let (send, done) = std::sync::mpsc::channel();
+    let mount = info.clone();
+    std::thread::spawn(move || {
+        let result = mount::unmount(&mount, how).or_else(|e| match (e.kind(), how) {
+            (Kind::Busy, Unmount::IfIdle) => {
+                log::warn!(target: TARGET, "{e}: unmounting lazily");
+                mount::unmount(&mount, Unmount::Lazy)
+            }
+            _ => Err(e),
+        });
+        // The receiver is gone only if it gave up.
+        let _ = send.send(result);
+    });
+    match done.recv_timeout(UNMOUNT_PATIENCE) {
+        Ok(result) => result.map(drop),
+        Err(_) => mount::abort(info.dev.1).and_then(|()| {
+            done.recv_timeout(UNMOUNT_PATIENCE)
+                .map_err(|e| Error::new(Kind::Io, "unmount", show(&info.point), e))?
+                .map(drop)
+        }),
+    }
+}
+
+impl Worker {
+    fn start(program: &OwnedFd, job: &Job, sources: &Sources, job_file: &OwnedFd) -> Result<Self> {
+        const OP: &str = "start worker";
+        let (channel, theirs) = Channel::pair()?;
+        let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
+            .arg0(spawn::title(&job.plan))
+            .arg(WORK)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
+            .spawn()
+            .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
+        let pid = i32::try_from(child.id()).unwrap_or(0);
+        let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
+        // It is our child and not waited for: the pid cannot mean anyone else.
+        let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
+        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None };
+        sources.send(job_file, &worker.channel)?;
+        Ok(worker)
+    }
+
+    /// Its next message, while it lives and does not take too long.
+    fn expect(&mut self, what: &str) -> Result<FromWorker> {
+        let failed = |cause: String| Error::new(Kind::Helper, "wait for worker to", what, cause);
+        let mut fds = [PollFd::new(&self.channel, PollFlags::IN)];
+        let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(WORKER_PATIENCE))))
+            .map_err(|e| Error::sys("wait for worker to", what, e))?;
+        if ready == 0 {
+            return Err(failed(format!("it did not within {} s", WORKER_PATIENCE.as_secs())));
+        }
+        match self.channel.receive()? {
+            Some((FromWorker::Failed(told), _)) => Err(told.into()),
+            Some((message, _)) => Ok(message),
+            None => {
+                let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+                Err(failed(format!("it ended ({status})")))
+            }
+        }
+    }
+
+    fn begin(&mut self, connection: &OwnedFd, init: &[u8], start: Begin) -> Result<(Vec<u8>, InFlight)> {
+        self.channel.send(&ToWorker::Begin { init: hex(init), start }, &[connection.as_fd()])?;
+        match self.expect("begin")? {
+            FromWorker::Serving { reply, in_flight } => {
+                self.serving_since = Some(Instant::now());
+                Ok((unhex(&reply)?, in_flight))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// It ends by itself when its mount is gone; wait for that, not for long.
+    fn end(&mut self) {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let ended = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(END_PATIENCE))));
+        if ended.is_ok_and(|n| n > 0) {
+            let _ = self.child.wait();
+        } else {
+            self.kill();
+        }
+    }
+
+    fn kill(&mut self) {
+        if let Err(e) = pidfd_send_signal(&self.pidfd, Signal::KILL)
+            && e != Errno::SRCH
+        {
+            log::error!(target: TARGET, "kill worker {}: {e}", self.id);
+        }
+        let _ = self.child.wait();
+    }
+}
+
+fn unexpected(message: &FromWorker) -> Error {
+    Error::new(Kind::Helper, "talk to worker", "", format!("it says {message:?} out of turn"))
+}
+
+fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
+/// The worker that a supervisor has now: its only child, unless it is unmounting. `None`: between two workers, or not to be seen.
+pub fn worker_of(supervisor: ProcessId) -> Option<ProcessId> {
+    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
+    let children = std::fs::read_to_string(path).ok().filter(|_| supervisor.is_alive())?;
+    let mut workers = children.split_ascii_whitespace().filter_map(|pid| {
+        let pid = pid.parse().ok()?;
+        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
+        name.starts_with("fsprov-work").then(|| ProcessId::of(pid).ok()).flatten()
+    });
+    workers.next()
+}
+
+/// Is our mount still in the table?
+pub(crate) fn stands(info: &MountInfo) -> Result<bool> {
+    Ok(mountinfo::by_id(info.id)?.is_some_and(|m| m.dev == info.dev))
+}

@@ -1,0 +1,336 @@
+//! Mounting FUSE ourselves, and taking only our own mounts away again.
+//!
+//! Never touches the file system that is mounted: whoever holds the connection must not wait for itself. What there is to know
+//! about a mount comes from the mount table.
+
+use std::ffi::CString;
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, CWD, Mode, OFlags};
+use rustix::io::Errno;
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags};
+use serde::{Deserialize, Serialize};
+
+use super::fusermount;
+use crate::error::{Error, Kind, Result, show};
+use crate::host::{Finding, Host};
+use crate::sys::mount::{Unmount, move_mount_to};
+use crate::sys::mountinfo::{self, MountInfo};
+use crate::sys::{mount as sysmount, process};
+
+const TARGET: &str = "fsprov::fuse";
+const DEVICE: &str = "/dev/fuse";
+const SUBTYPE: &str = "fsprov";
+/// What the mount table shows as our mounts' type.
+pub const FS_TYPE: &str = "fuse.fsprov";
+/// Largest read the kernel sends: what its limit of 256 pages a request comes to (FUSE_MAX_MAX_PAGES, fs/fuse/fuse_i.h).
+const MAX_READ: u32 = 1024 * 1024;
+/// How many of the processes that use a mount an error names.
+const NAMED_HOLDERS: usize = 5;
+
+/// Who mounts.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Method {
+    /// This process: it may mount.
+    Kernel {
+        /// In the machine's first user namespace, where setuid programs and devices of the image may work.
+        initial_user_namespace: bool,
+    },
+    /// `fusermount3`, at this path.
+    Helper(#[serde(with = "crate::pathtext")] PathBuf),
+}
+
+impl Method {
+    /// What this host and user can use. The error says what is missing and what would help.
+    pub fn choose(host: &Host) -> Result<Self> {
+        const OP: &str = "mount FUSE";
+        let refuse = |finding: &Finding| match finding {
+            Finding::Yes => None,
+            Finding::No { reason, remedy } => {
+                Some(Error::new(Kind::Unsupported, OP, "", reason.clone()).hint(remedy.clone()))
+            }
+        };
+        if let Some(error) = refuse(&host.fuse_device) {
+            return Err(error);
+        }
+        if host.mount.is_yes() {
+            return Ok(Method::Kernel { initial_user_namespace: host.initial_user_namespace });
+        }
+        match (&host.fusermount_path, refuse(&host.fusermount)) {
+            (Some(path), None) => Ok(Method::Helper(path.clone())),
+            (_, error) => Err(error.unwrap_or_else(|| {
+                Error::new(Kind::Unsupported, OP, "", "there is no fusermount3")
+                    .hint("as root: install the package fuse3")
+            })),
+        }
+    }
+}
+
+/// May users other than the one who mounts enter? The kernel checks the files' permissions in any case.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OtherUsers {
+    /// Yes for root and inside a user namespace, where nobody outside is meant; else no.
+    #[default]
+    Usual,
+    /// Yes. An ordinary user needs `user_allow_other` in /etc/fuse.conf.
+    Allowed,
+    /// No, not even root.
+    Refused,
+}
+
+/// What to mount.
+#[derive(Clone, Debug)]
+pub struct Request<'a> {
+    /// Where: an absolute path of an existing directory.
+    pub point: &'a Path,
+    /// What the mount table shows as the source.
+    pub source: &'a str,
+    /// Is nothing in it writable? An `ro` superblock keeps reads from invalidating cached times.
+    pub read_only: bool,
+    /// Who may enter.
+    pub others: OtherUsers,
+}
+
+/// A FUSE mount that was made and waits for a server to answer INIT.
+#[derive(Debug)]
+pub struct Mounted {
+    /// The connection: an open /dev/fuse.
+    pub connection: OwnedFd,
+    /// The mount, as the table has it.
+    pub info: MountInfo,
+}
+
+/// Mount. On an error nothing is mounted.
+pub fn mount(method: &Method, request: &Request<'_>) -> Result<Mounted> {
+    let connection = match method {
+        Method::Kernel { initial_user_namespace } => mount_here(request, *initial_user_namespace)?,
+        Method::Helper(program) => fusermount::mount(program, request.point, &helper_options(request))?,
+    };
+    let ours = |m: &MountInfo| is_ours(m, request.source);
+    let found = mountinfo::mounts_at(request.point)?.pop().filter(ours);
+    match found {
+        Some(info) => {
+            log::debug!(target: TARGET, "mounted {} as mount {}", show(request.point), info.id);
+            Ok(Mounted { connection, info })
+        }
+        // Someone unmounted it, or mounted over it, between two of our calls.
+        None => Err(Error::new(Kind::Io, "mount FUSE on", show(request.point), "the mount is not in the mount table")
+            .hint("another process changes mounts there: try again")),
+    }
+}
+
+/// Is this one of our mounts, made with this source?
+pub fn is_ours(info: &MountInfo, source: &str) -> bool {
+    info.fs_type == FS_TYPE && info.source == source
+}
+
+fn helper_options(request: &Request<'_>) -> String {
+    let mut options =
+        format!("fsname={},subtype={SUBTYPE},nosuid,nodev,max_read={MAX_READ}", fusermount::escape(request.source));
+    if request.read_only {
+        options.push_str(",ro");
+    }
+    if request.others == OtherUsers::Allowed {
+        options.push_str(",allow_other,default_permissions");
+    }
+    options
+}
+
+fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
+    const OP: &str = "mount FUSE on";
+    let name = || show(request.point);
+    let connection = fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))?;
+    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let target = fs::openat(CWD, request.point, flags, Mode::empty()).map_err(|e| Error::sys(OP, name(), e))?;
+    let explain = |e: Errno| match e {
+        Errno::PERM => Error::sys(OP, name(), e).hint(
+            "this user namespace, or a seccomp filter, does not let FUSE be mounted: leave it and use fusermount3",
+        ),
+        e => Error::sys(OP, name(), e),
+    };
+    match attach_new(request, &connection, &target, initial) {
+        Err(Errno::NOSYS) => {
+            log::info!(target: TARGET, "this kernel has no fsopen: mounting with mount(2)");
+            attach_classic(request, &connection, &target, initial).map_err(explain)?;
+        }
+        other => other.map_err(explain)?,
+    }
+    Ok(connection)
+}
+
+/// The options that both ways of mounting take, as name and value; a flag has none.
+fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static str, Option<String>)> {
+    let mut options = vec![
+        ("fd", Some(connection.as_raw_fd().to_string())),
+        ("rootmode", Some(format!("{:o}", libc::S_IFDIR))),
+        ("user_id", Some(rustix::process::geteuid().as_raw().to_string())),
+        ("group_id", Some(rustix::process::getegid().as_raw().to_string())),
+        ("max_read", Some(MAX_READ.to_string())),
+    ];
+    if request.others != OtherUsers::Refused {
+        options.push(("allow_other", None));
+        // Always beside allow_other: without it every user could read every file. Where the mounting user alone may enter, the files
+        // are that user's own whatever the image says of owners: checks against those would keep the user from reading /root, and
+        // would say EACCES before the tree can say EROFS.
+        options.push(("default_permissions", None));
+    }
+    options
+}
+
+/// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
+/// that was opened.
+fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &OwnedFd, initial: bool) -> rustix::io::Result<()> {
+    let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
+    mount::fsconfig_set_string(&context, "source", request.source)?;
+    mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;
+    for (name, value) in kernel_options(request, connection) {
+        match value {
+            Some(value) => mount::fsconfig_set_string(&context, name, value)?,
+            None => mount::fsconfig_set_flag(&context, name)?,
+        }
+    }
+    if request.read_only {
+        mount::fsconfig_set_flag(&context, "ro")?;
+    }
+    mount::fsconfig_create(&context)?;
+    let mut attributes = MountAttrFlags::empty();
+    attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, request.read_only);
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV, !initial);
+    let detached = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
+    move_mount_to(&detached, target)
+}
+
+fn attach_classic(
+    request: &Request<'_>,
+    connection: &OwnedFd,
+    target: &OwnedFd,
+    initial: bool,
+) -> rustix::io::Result<()> {
+    let options: Vec<String> = kernel_options(request, connection)
+        .into_iter()
+        .map(|(name, value)| value.map_or_else(|| name.to_owned(), |v| format!("{name}={v}")))
+        .collect();
+    let data = CString::new(options.join(",")).map_err(|_| Errno::INVAL)?;
+    let mut flags = MountFlags::empty();
+    flags.set(MountFlags::RDONLY, request.read_only);
+    flags.set(MountFlags::NOSUID | MountFlags::NODEV, !initial);
+    // Through /proc/self/fd: the directory that was opened, whatever its name means by now.
+    let target = format!("/proc/self/fd/{}", target.as_fd().as_raw_fd());
+    mount::mount(request.source, target, FS_TYPE, flags, Some(data.as_c_str()))
+}
+
+/// Which of the mounts at `point` is ours: made with `source`, and of this id where that is known.
+pub fn find(point: &Path, source: &str, id: Option<u64>) -> Result<Option<MountInfo>> {
+    let ours = |m: &MountInfo| is_ours(m, source) && id.is_none_or(|id| id == m.id);
+    Ok(mountinfo::mounts_at(point)?.into_iter().rfind(ours))
+}
+
+/// Take our mount away. `false`: it is gone already.
+pub fn unmount(ours: &MountInfo, how: Unmount) -> Result<bool> {
+    const OP: &str = "unmount";
+    let name = || show(&ours.point);
+    let stack = mountinfo::mounts_at(&ours.point)?;
+    match stack.iter().position(|m| m.id == ours.id && m.dev == ours.dev) {
+        None => return Ok(false),
+        Some(at) if at + 1 < stack.len() => {
+            let top = &stack[stack.len() - 1];
+            return Err(Error::new(
+                Kind::Busy,
+                OP,
+                name(),
+                format!("another mount lies on top of it: {} of type {}", show(&top.source), show(&top.fs_type)),
+            )
+            .hint("unmount that one first"));
+        }
+        Some(_) => {}
+    }
+    let done = match sysmount::unmount(&ours.point, how) {
+        Err(e @ (Errno::PERM | Errno::ACCESS)) => match Method::choose(&Host::probe()) {
+            Ok(Method::Helper(program)) => fusermount::unmount(&program, &ours.point, how),
+            _ => Err(Error::sys(OP, name(), e).hint("unmount it as the user, and in the namespace, that mounted it")),
+        },
+        other => other.map_err(|e| Error::sys(OP, name(), e)),
+    };
+    match done {
+        Ok(()) => Ok(true),
+        // Someone else took it away meanwhile.
+        Err(_) if mountinfo::by_id(ours.id)?.is_none_or(|m| m.dev != ours.dev) => Ok(false),
+        Err(e) if e.kind() == Kind::Busy => Err(busy(ours)),
+        Err(e) => Err(e),
+    }
+}
+
+fn busy(ours: &MountInfo) -> Error {
+    let error = |who: String| Error::new(Kind::Busy, "unmount", show(&ours.point), who);
+    let below: Vec<String> =
+        mountinfo::mounts_below(&ours.point).unwrap_or_default().iter().map(|m| show(&m.point)).collect();
+    if !below.is_empty() {
+        return error(format!("something is mounted inside it: {}", below.join(", "))).hint("unmount that first");
+    }
+    let holders = process::holders(std::slice::from_ref(ours));
+    if holders.is_empty() {
+        return error("it is in use by a process that this user may not look at".into())
+            .hint("end that process, or unmount with --lazy");
+    }
+    let mut named: Vec<String> = holders.iter().take(NAMED_HOLDERS).map(ToString::to_string).collect();
+    if holders.len() > NAMED_HOLDERS {
+        named.push(format!("and {} more", holders.len() - NAMED_HOLDERS));
+    }
+    error(format!("it is in use by {}", named.join(", "))).hint("end them, or unmount with --lazy")
+}
+
+/// Abort the connection of a FUSE superblock (its device's minor number): every request fails, waiting ones too
+/// (Documentation/filesystems/fuse.rst). For a server that cannot be ended otherwise.
+pub fn abort(minor: u32) -> Result<()> {
+    let path = format!("/sys/fs/fuse/connections/{minor}/abort");
+    std::fs::write(&path, "1").map_err(|e| {
+        Error::io("abort the FUSE connection", path, e).hint("mount -t fusectl fusectl /sys/fs/fuse/connections")
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_for_the_helper() {
+        let mut request =
+            Request { point: Path::new("/r"), source: "a,b\\c", read_only: false, others: OtherUsers::Usual };
+        assert_eq!(helper_options(&request), "fsname=a\\,b\\\\c,subtype=fsprov,nosuid,nodev,max_read=1048576");
+        request.read_only = true;
+        request.others = OtherUsers::Allowed;
+        assert!(helper_options(&request).ends_with(",ro,allow_other,default_permissions"));
+    }
+
+    #[test]
+    fn allow_other_never_without_default_permissions() {
+        let device = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        for others in [OtherUsers::Usual, OtherUsers::Allowed, OtherUsers::Refused] {
+            let request = Request { point: Path::new("/r"), source: "s", read_only: true, others };
+            let names: Vec<_> = kernel_options(&request, &device).into_iter().map(|o| o.0).collect();
+            assert_eq!(names.contains(&"default_permissions"), names.contains(&"allow_other"));
+            assert_eq!(names.contains(&"allow_other"), others != OtherUsers::Refused);
+        }
+    }
+
+    #[test]
+    fn only_a_mount_of_our_type_and_source_is_ours() {
+        let info = |fs_type: &str, source: &str| MountInfo {
+            fs_type: fs_type.into(),
+            source: source.into(),
+            ..MountInfo::default()
+        };
+        for (mount, want) in [
+            (info("fuse.fsprov", "fsprov-a"), true),
+            (info("fuse.fsprov", "fsprov-b"), false),
+            (info("fuse.sshfs", "fsprov-a"), false),
+            (info("ext4", "fsprov-a"), false),
+        ] {
+            assert_eq!(is_ours(&mount, "fsprov-a"), want, "{mount:?}");
+        }
+    }
+}

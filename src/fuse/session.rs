@@ -1,0 +1,259 @@
+//! Running a fuser session on a connection that somebody else holds, the first time and again after a crash.
+//!
+//! The kernel sends INIT once. Whoever mounted reads it and keeps it; every server gets it replayed over a socket pair, because
+//! `Session::from_fd` insists on one, and the real connection is put in the socket's place before a request is read. Tried with
+//! fuser 0.18 on Linux 6.18.
+
+use std::io::{IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, OwnedFd};
+use std::time::Duration;
+
+use fuser::{Config, Filesystem, Session, SessionACL};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+use crate::error::{Error, Kind, Result};
+use crate::sys::raw;
+
+const TARGET: &str = "fsprov::fuse";
+/// Smallest buffer a read of /dev/fuse takes (FUSE_MIN_READ_BUFFER, linux/fuse.h).
+const MIN_READ_BUFFER: usize = 8192;
+/// The kernel queues INIT within mount(2); this is for a machine that is very busy.
+const INIT_PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
+/// FUSE_NOTIFY_RESEND (linux/fuse.h, Linux 6.9): requests that were read and not answered are queued again.
+const NOTIFY_RESEND: i32 = 7;
+/// Offset and length of flags and of flags2 in an INIT reply: a 16-byte header, then `struct fuse_init_out` (linux/fuse.h).
+const REPLY_FLAGS: [std::ops::Range<usize>; 2] = [16 + 12..16 + 16, 16 + 32..16 + 36];
+
+/// The kernel's INIT request, read from a connection just mounted.
+pub fn read_init(connection: impl AsFd) -> Result<Vec<u8>> {
+    const OP: &str = "read INIT from";
+    let fail = |e: Errno| Error::sys(OP, "/dev/fuse", e);
+    let mut fds = [PollFd::new(&connection, PollFlags::IN)];
+    let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&INIT_PATIENCE))).map_err(fail)?;
+    if ready == 0 {
+        return Err(Error::new(Kind::Io, OP, "/dev/fuse", "the kernel sent none"));
+    }
+    let mut buffer = vec![0_u8; MIN_READ_BUFFER];
+    let size = rustix::io::retry_on_intr(|| rustix::io::read(&connection, &mut buffer[..])).map_err(fail)?;
+    buffer.truncate(size);
+    Ok(buffer)
+}
+
+/// Does the connection know its server already?
+#[derive(Clone, Copy, Debug)]
+pub enum Start<'a> {
+    /// The kernel waits for the answer to INIT.
+    First,
+    /// An earlier server gave this answer to INIT. It holds: what was agreed cannot be changed.
+    Again {
+        /// That answer.
+        reply: &'a [u8],
+        /// Ask for the requests that the earlier server had read and not answered.
+        resend: Resend,
+    },
+}
+
+/// Requests that died with an earlier server: ask for them again?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Resend {
+    /// Yes, where the kernel can (6.9).
+    Ask,
+    /// No: as on an older kernel. For tests.
+    Never,
+}
+
+/// What became of requests that died with an earlier server.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum InFlight {
+    /// There were none, or they are queued again.
+    Safe,
+    /// The kernel cannot send them again: who waits for one waits until the connection is aborted.
+    Lost,
+}
+
+/// A session that is ready to run.
+#[derive(Debug)]
+pub struct Ready<F: Filesystem> {
+    session: Session<F>,
+    /// The answer to INIT.
+    pub reply: Vec<u8>,
+    /// What became of requests in flight.
+    pub in_flight: InFlight,
+}
+
+/// Make a session of `filesystem` on `connection`, with `threads` threads.
+pub fn start<F: Filesystem>(
+    filesystem: F,
+    connection: &OwnedFd,
+    init: &[u8],
+    start: Start<'_>,
+    threads: usize,
+) -> Result<Ready<F>> {
+    const OP: &str = "start a FUSE session";
+    let fail = |e: Errno| Error::sys(OP, "", e);
+    let (near, far) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(fail)?;
+    rustix::io::write(&near, init).map_err(fail)?;
+    let mut config = Config::default();
+    // The kernel decides who enters (allow_other, default_permissions); fuser's own check would come on top.
+    config.acl = SessionACL::All;
+    config.n_threads = Some(threads);
+    let session = Session::from_fd(filesystem, far, SessionACL::All, config)
+        .map_err(|e| Error::io(OP, "the answer to INIT", e))?;
+    let mut reply = vec![0_u8; MIN_READ_BUFFER];
+    let size = rustix::io::readv(&near, &mut [IoSliceMut::new(&mut reply)]).map_err(fail)?;
+    reply.truncate(size);
+
+    if let Start::Again { reply: agreed, .. } = start
+        && !same_agreement(agreed, &reply)
+    {
+        return Err(Error::new(
+            Kind::Unsupported,
+            OP,
+            "",
+            "this version asks the kernel for other capabilities than the one that mounted",
+        )
+        .hint("unmount and mount again"));
+    }
+    // From here on the session's descriptor means the connection; what fuser has of it is the number alone.
+    raw::dup_over(connection, &session).map_err(fail)?;
+    let in_flight = match start {
+        Start::First => {
+            rustix::io::writev(connection, &[IoSlice::new(&reply)]).map_err(|e| Error::sys(OP, "answer INIT", e))?;
+            InFlight::Safe
+        }
+        Start::Again { resend: Resend::Ask, .. } => resend(connection)?,
+        Start::Again { resend: Resend::Never, .. } => InFlight::Lost,
+    };
+    Ok(Ready { session, reply, in_flight })
+}
+
+fn same_agreement(one: &[u8], other: &[u8]) -> bool {
+    REPLY_FLAGS.iter().all(|range| one.get(range.clone()) == other.get(range.clone()))
+}
+
+/// struct fuse_out_header: length, error (here the notification's code), unique 0.
+fn resend(connection: &OwnedFd) -> Result<InFlight> {
+    let mut message = [0_u8; 16];
+    message[..4].copy_from_slice(&16_u32.to_ne_bytes());
+    message[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
+    match rustix::io::write(connection, &message) {
+        Ok(_) => Ok(InFlight::Safe),
+        // A kernel that does not know the code.
+        Err(Errno::INVAL) => Ok(InFlight::Lost),
+        // Unmounted or aborted meanwhile: the session's first read says so.
+        Err(Errno::NODEV | Errno::PERM | Errno::NOTCONN | Errno::CONNABORTED) => Ok(InFlight::Safe),
+        Err(e) => Err(Error::sys("ask for requests in flight again", "/dev/fuse", e)),
+    }
+}
+
+impl<F: Filesystem> Ready<F> {
+    /// A handle for notifications to the kernel.
+    pub fn notifier(&self) -> fuser::Notifier {
+        self.session.notifier()
+    }
+
+    /// Answer requests until the file system is unmounted or its connection aborted. An error: it still stands, and nobody
+    /// answers.
+    pub fn run(self) -> Result<()> {
+        match self.session.run() {
+            // ECONNABORTED is how an aborted connection shows where the kernel was asked to tell it apart (FUSE_ABORT_ERROR).
+            Err(e) if e.raw_os_error() != Some(libc::ECONNABORTED) => Err(Error::io("serve", "FUSE requests", e)),
+            other => {
+                log::debug!(target: TARGET, "the session ended: {other:?}");
+                Ok(())
+            }
+        }
+    }
+}
+
+/// How many requests the kernel waits for on the connection of this device minor: queued, being answered, or lost
+/// (fusectl, Documentation/filesystems/fuse.rst).
+pub fn waiting(minor: u32) -> Option<u64> {
+    std::fs::read_to_string(format!("/sys/fs/fuse/connections/{minor}/waiting")).ok()?.trim().parse().ok()
+}
+
+/// How often [`lost`] looks, and how long it sleeps between.
+const LOST_LOOKS: (u32, Duration) = (20, Duration::from_millis(100));
+
+/// Are there requests that will never be answered? Only to be asked while the server has nothing to do (`is_idle`): a count
+/// that stays above zero all that time is of requests nobody has.
+pub fn lost(minor: u32, is_idle: impl Fn() -> bool) -> bool {
+    let (looks, pause) = LOST_LOOKS;
+    for _ in 0..looks {
+        if !is_idle() || waiting(minor).is_none_or(|n| n == 0) {
+            return false;
+        }
+        std::thread::sleep(pause);
+    }
+    true
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[derive(Debug)]
+    struct Empty;
+    impl Filesystem for Empty {}
+
+    /// FUSE_INIT as Linux 6.18 sends it: 40 bytes of header, then 64 of `struct fuse_init_in`.
+    fn init_request(flags: u32) -> Vec<u8> {
+        let mut bytes = vec![0_u8; 104];
+        bytes[0..4].copy_from_slice(&104_u32.to_ne_bytes());
+        bytes[4..8].copy_from_slice(&26_u32.to_ne_bytes());
+        bytes[8..16].copy_from_slice(&2_u64.to_ne_bytes());
+        bytes[40..44].copy_from_slice(&7_u32.to_ne_bytes());
+        bytes[44..48].copy_from_slice(&45_u32.to_ne_bytes());
+        bytes[48..52].copy_from_slice(&(128 * 1024_u32).to_ne_bytes());
+        bytes[52..56].copy_from_slice(&flags.to_ne_bytes());
+        bytes
+    }
+
+    fn connection() -> (OwnedFd, OwnedFd) {
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap()
+    }
+
+    fn message(fd: &OwnedFd) -> Vec<u8> {
+        let mut buffer = [0_u8; 4096];
+        let size = rustix::io::read(fd, &mut buffer[..]).unwrap();
+        buffer[..size].to_vec()
+    }
+
+    #[test]
+    fn the_first_server_answers_init_and_the_next_one_asks_for_what_was_lost() {
+        let (kernel, server) = connection();
+        let init = init_request(0xffff);
+        let first = start(Empty, &server, &init, Start::First, 1).unwrap();
+        let answer = message(&kernel);
+        assert_eq!(answer, first.reply);
+        assert_eq!(answer[8..16], 2_u64.to_ne_bytes(), "answers the request's unique");
+        drop(first);
+
+        let again = Start::Again { reply: &answer, resend: Resend::Ask };
+        let next = start(Empty, &server, &init, again, 1).unwrap();
+        assert_eq!(next.in_flight, InFlight::Safe);
+        let notification = message(&kernel);
+        assert_eq!(notification[..8], [16, 0, 0, 0, 7, 0, 0, 0]);
+        drop(next);
+
+        let quiet = Start::Again { reply: &answer, resend: Resend::Never };
+        assert_eq!(start(Empty, &server, &init, quiet, 1).unwrap().in_flight, InFlight::Lost);
+
+        let mut other = answer.clone();
+        other[REPLY_FLAGS[0].start] ^= 1;
+        let changed = Start::Again { reply: &other, resend: Resend::Ask };
+        assert_eq!(start(Empty, &server, &init, changed, 1).unwrap_err().kind(), Kind::Unsupported);
+    }
+
+    #[test]
+    fn a_connection_without_init_is_an_error() {
+        let (kernel, server) = connection();
+        drop(kernel);
+        assert!(read_init(&server).is_ok_and(|init| init.is_empty()));
+    }
+}

@@ -1,0 +1,1 @@
+//! Where an AppC image of a name is found.

@@ -1,0 +1,369 @@
+//! Import of AppC images: an archive or a directory becomes `images/<id>`, whole and on the disk, or nothing does.
+//!
+//! The steps: stage on the store's own file system, hash and place in one pass, check, write manifest and index, `syncfs`
+//! with its error checked, write and sync `meta.json`, rename without replacing, sync the directory of images. A rename that
+//! finds the image there already is a second import of the same bytes: the one that is there is looked at and used.
+//!
+//! A directory is read as the archive that it would be (see `tarwrite`): its id is the SHA-512 of that archive, so the same
+//! names, kinds, modes, owners, times, attributes, links and contents give the same id, and export gives the archive.
+
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{CWD, Mode, RenameFlags, mkdirat, renameat_with};
+use rustix::io::Errno;
+
+use super::limits::Limits;
+use super::meta::{ImageKind, Meta, OnDisk};
+use super::place::{Again, Placed, Placer, normalize};
+use super::staging::{self, Staging};
+use super::stream::{self, Archive, ChunkReader, ProgressFn, Sink};
+use super::tarread::{EndMarker, Member, TarReader};
+use super::{Store, tarwrite};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::id::{ImageId, ImageRef};
+use crate::image::Strictness;
+use crate::image::appc::{Checked, Manifest};
+use crate::index::{Builder, What, Whiteouts};
+use crate::paths::image;
+
+/// Where an image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum ImageSource {
+    /// A file (or FIFO) that is an ACI: a tar archive, plain or in gzip, bzip2, xz or zstd; its bytes tell, not its name.
+    Archive(PathBuf),
+    /// A directory that holds `manifest` and `rootfs`, or that is a root filesystem (then a name must be given).
+    Directory(PathBuf),
+    /// An ACI on standard input.
+    Stdin,
+}
+
+impl ImageSource {
+    /// What lies at `path`; `-` is standard input.
+    pub fn at(path: &Path) -> Result<Self> {
+        if path.as_os_str() == "-" {
+            return Ok(ImageSource::Stdin);
+        }
+        let meta = std::fs::metadata(path).map_err(|e| Error::io("find", show(path), e))?;
+        Ok(if meta.is_dir() { ImageSource::Directory(path.into()) } else { ImageSource::Archive(path.into()) })
+    }
+}
+
+impl std::fmt::Display for ImageSource {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            ImageSource::Archive(path) | ImageSource::Directory(path) => f.write_str(&show(path)),
+            ImageSource::Stdin => f.write_str("standard input"),
+        }
+    }
+}
+
+/// How to import.
+#[derive(Clone, Default)]
+pub struct ImportOptions {
+    /// A name beside the manifest's own. Needed for a directory without manifest, where it must be an AC identifier.
+    pub name: Option<String>,
+    /// The id it must turn out to have.
+    pub expected_id: Option<ImageId>,
+    /// How strictly its manifest is read.
+    pub strictness: Strictness,
+    /// What it may ask for.
+    pub limits: Limits,
+    /// Told of progress.
+    pub progress: Option<ProgressFn>,
+}
+
+impl std::fmt::Debug for ImportOptions {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("ImportOptions")
+            .field("name", &self.name)
+            .field("expected_id", &self.expected_id)
+            .field("strictness", &self.strictness)
+            .field("limits", &self.limits)
+            .finish_non_exhaustive()
+    }
+}
+
+/// Did an import make the image?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It did.
+    Created,
+    /// The same image was there.
+    Existing,
+}
+
+/// An image imported.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Imported {
+    /// Its id.
+    pub id: ImageId,
+    /// Its first name.
+    pub name: String,
+    /// Whether it was there before.
+    pub outcome: Outcome,
+    /// Whether the tree on disk says all.
+    pub on_disk: OnDisk,
+    /// Rules that its manifest breaks and that were let pass.
+    pub warnings: Vec<String>,
+}
+
+/// What one pass over an archive gave.
+struct Unpacked {
+    manifest: Vec<u8>,
+    placed: Placed,
+    index: Builder,
+}
+
+impl Store {
+    /// Import an AppC image.
+    ///
+    /// Errors: [`Kind::Invalid`] for an archive or manifest that breaks the rules, [`Kind::Limit`] past
+    /// [`ImportOptions::limits`], [`Kind::Integrity`] if it is not the image expected, [`Kind::Usage`] for a directory
+    /// without manifest and name.
+    pub fn import(&self, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
+        if let Some(name) = &options.name {
+            check_name(name)?;
+        }
+        staging::clean(&self.paths)?;
+        self.import_source(source, options).map_err(|e| e.within("import", source))
+    }
+
+    fn import_source(&self, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
+        match source {
+            ImageSource::Archive(path) => {
+                let archive = Archive::open(path)?;
+                self.import_archive(archive, source, options)
+            }
+            ImageSource::Stdin => {
+                let input = Box::new(std::io::stdin());
+                let archive = Archive { name: source.to_string(), input, total: None };
+                self.import_archive(archive, source, options)
+            }
+            ImageSource::Directory(path) => {
+                let tree = tarwrite::DirectoryImage::open(path, options.name.as_deref(), &options.limits)?;
+                self.import_stream(|sink| tree.write(sink), source, options)
+            }
+        }
+    }
+
+    fn import_archive(&self, archive: Archive, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
+        let producer = archive.producer(&options.limits, options.progress.clone());
+        self.import_stream(producer, source, options)
+    }
+
+    fn import_stream(
+        &self,
+        produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
+        source: &ImageSource,
+        options: &ImportOptions,
+    ) -> Result<Imported> {
+        let staging = Staging::make(&self.paths, "import")?;
+        let name = source.to_string();
+        let (unpacked, digest) = stream::run(produce, |reader| unpack(reader, &name, staging.path(), &options.limits))?;
+        let id = ImageId::from_sha512(&digest);
+        if let Some(expected) = &options.expected_id
+            && *expected != id
+        {
+            return Err(Error::new(Kind::Integrity, "check id", id.short(), format!("its id is {id}, not {expected}")));
+        }
+        let Checked { manifest, warnings } = Manifest::parse(&unpacked.manifest, options.strictness)?;
+        for warning in &warnings {
+            log::warn!("{name}: {warning}");
+        }
+        let mut meta = Meta::new(id, ImageKind::Appc, name);
+        meta.names.push(manifest.name.clone());
+        if let Some(name) = options.name.as_ref().filter(|name| **name != manifest.name) {
+            meta.names.push(name.clone());
+        }
+        meta.labels = manifest.labels.iter().map(|pair| (pair.name.clone(), pair.value.clone())).collect();
+        meta.entries = unpacked.placed.entries;
+        meta.bytes = unpacked.placed.bytes;
+        meta.on_disk = if unpacked.placed.is_exact() { OnDisk::Exact } else { OnDisk::IndexOnly };
+        if unpacked.placed.xattrs_dropped > 0 {
+            log::warn!(
+                "{}: {} extended attributes were left out: only user.* and security.capability are taken",
+                meta.source,
+                unpacked.placed.xattrs_dropped
+            );
+        }
+        fault::point("store.manifest")?;
+        write_new(&staging.path().join(image::MANIFEST), &unpacked.manifest)?;
+        fault::point("store.index")?;
+        write_new(&staging.path().join(image::INDEX), &unpacked.index.finish()?)?;
+        let outcome = self.publish(&staging, &meta)?;
+        let meta = match outcome {
+            Outcome::Created => meta,
+            Outcome::Existing => self.add_name(&meta.id, options.name.as_deref())?,
+        };
+        Ok(Imported {
+            name: options.name.clone().unwrap_or_else(|| manifest.name.clone()),
+            id: meta.id,
+            outcome,
+            on_disk: meta.on_disk,
+            warnings,
+        })
+    }
+
+    /// Bring a staged image to the disk and give it its place.
+    pub(super) fn publish(&self, staging: &Staging, meta: &Meta) -> Result<Outcome> {
+        staging.sync()?;
+        fault::point("store.meta")?;
+        meta.write(&staging.path().join(image::META))?;
+        let to = self.paths.image(&meta.id);
+        let _in_use = self.lock_shared()?;
+        // A damaged image may lie in the place: it is moved away, once.
+        for _ in 0..2 {
+            fault::point("store.rename")?;
+            match rename_out(staging, &to) {
+                Ok(()) => {
+                    let synced =
+                        fault::point("store.parent").and_then(|()| crate::sys::durable::sync_dir(&self.paths.images()));
+                    // What may not last is not there: the next import starts afresh.
+                    return match synced {
+                        Ok(()) => Ok(Outcome::Created),
+                        Err(error) => Err(error.with_undo(rename_back(&to, staging))),
+                    };
+                }
+                Err(Errno::EXIST | Errno::NOTEMPTY) => {
+                    match self.check_shallow(&meta.id) {
+                        Ok(_) => return Ok(Outcome::Existing),
+                        Err(error) => log::warn!("{error}: it is replaced by this import"),
+                    }
+                    staging::remove_aside(&self.paths, &to)?;
+                }
+                Err(e) => return Err(Error::sys("publish", show(&to), e)),
+            }
+        }
+        Err(Error::new(Kind::Busy, "publish", show(&to), "another process puts damaged images there"))
+    }
+}
+
+/// Rename the content of a staging directory to its place. The staging directory itself stays with its lock.
+fn rename_out(staging: &Staging, to: &Path) -> rustix::io::Result<()> {
+    renameat_with(CWD, staging.path(), CWD, to, RenameFlags::NOREPLACE)
+}
+
+fn rename_back(from: &Path, staging: &Staging) -> Result<()> {
+    renameat_with(CWD, from, CWD, staging.path(), RenameFlags::NOREPLACE)
+        .map_err(|e| Error::sys("take back", show(from), e))
+}
+
+/// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
+fn check_name(name: &str) -> Result<()> {
+    let refuse = |why| Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why));
+    if name.is_empty() || name.len() > ImageRef::MAX_NAME_LEN || name.chars().any(|c| c.is_control() || c == ' ') {
+        return refuse("a name is 1 to 512 printable characters without spaces");
+    }
+    if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return refuse("a name has no empty component, no . and no ..");
+    }
+    match ImageRef::parse(name.as_ref())? {
+        ImageRef::Path(_) => refuse("what begins with /, ./ or ../ is a path"),
+        ImageRef::Id(_) => refuse("it is an image id"),
+        ImageRef::Name(_) => Ok(()),
+    }
+}
+
+fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let failed = |e| Error::io("write", show(path), e);
+    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+    file.write_all(bytes).map_err(failed)
+}
+
+/// Place an ACI in `dir`, its tree in `dir/rootfs`.
+fn unpack(reader: &mut ChunkReader, name: &str, dir: &Path, limits: &Limits) -> Result<Unpacked> {
+    let rootfs = dir.join(image::ROOTFS);
+    mkdirat(CWD, &rootfs, Mode::RWXU).map_err(|e| Error::sys("make", show(&rootfs), e))?;
+    let root = std::fs::File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
+    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse);
+    let mut index = Builder::new();
+    index.begin_layer(Whiteouts::Plain)?;
+    let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Required);
+    let mut manifest = None;
+    let mut has_root = false;
+    while let Some(mut member) = tar.next()? {
+        let path = normalize(&member.path, limits, false)?;
+        match place_of(&path) {
+            Place::Top if matches!(member.what, What::Directory) => {}
+            Place::Manifest if matches!(member.what, What::File { .. }) => {
+                let bytes = manifest_bytes(&mut tar, &member, limits)?;
+                if manifest.replace(bytes).is_some() {
+                    return Err(refuse(&member, "the archive has this name twice"));
+                }
+            }
+            Place::Manifest => return Err(refuse(&member, "the manifest must be a regular file")),
+            Place::Root(inside) => {
+                has_root = true;
+                let inside = inside.to_vec();
+                member.path.clear();
+                let target = |raw: &[u8]| match place_of(&normalize(raw, limits, false)?) {
+                    Place::Root(target) if !target.is_empty() => Ok(target.to_vec()),
+                    _ => Err(refuse_path(raw, "a hard link's target lies outside rootfs")),
+                };
+                let entry = placer.place(member, inside, target, |take| tar.body(take))?;
+                index.add(entry)?;
+            }
+            Place::Top | Place::Else => {
+                return Err(refuse(&member, "an AppC image holds manifest and rootfs at its top, and nothing else"));
+            }
+        }
+    }
+    tar.finish()?;
+    let missing = |what| {
+        Error::new(Kind::Invalid, "read archive", name, format!("it has no {what} at its top: it is no AppC image"))
+    };
+    let manifest = manifest.ok_or_else(|| missing("manifest"))?;
+    if !has_root {
+        return Err(missing("rootfs"));
+    }
+    Ok(Unpacked { manifest, placed: placer.finish()?, index })
+}
+
+enum Place<'a> {
+    Top,
+    Manifest,
+    /// In the tree, at this path.
+    Root(&'a [u8]),
+    Else,
+}
+
+fn place_of(path: &[u8]) -> Place<'_> {
+    match path {
+        b"" => Place::Top,
+        b"manifest" => Place::Manifest,
+        b"rootfs" => Place::Root(&[]),
+        path => path.strip_prefix(b"rootfs/").map_or(Place::Else, Place::Root),
+    }
+}
+
+fn refuse(member: &Member, why: &'static str) -> Error {
+    refuse_path(&member.path, why)
+}
+
+fn refuse_path(path: &[u8], why: &'static str) -> Error {
+    let shown = String::from_utf8_lossy(&path[..path.len().min(256)]).into_owned();
+    Error::new(Kind::Invalid, "place entry", format!("{shown:?}"), why)
+}
+
+fn manifest_bytes(tar: &mut TarReader<&mut ChunkReader>, member: &Member, limits: &Limits) -> Result<Vec<u8>> {
+    let What::File { size, .. } = member.what else {
+        return Err(refuse(member, "the manifest must be a regular file"));
+    };
+    if size > limits.manifest_bytes {
+        let why = format!("the manifest has {size} bytes: at most {} are taken", limits.manifest_bytes);
+        return Err(Error::new(Kind::Limit, "read", "manifest", why));
+    }
+    let mut bytes = Vec::with_capacity(size as usize);
+    tar.body(|content| {
+        match content {
+            super::tarread::Content::Data(data) => bytes.extend_from_slice(data),
+            super::tarread::Content::Hole(length) => bytes.resize(bytes.len() + length as usize, 0),
+        }
+        Ok(())
+    })?;
+    Ok(bytes)
+}

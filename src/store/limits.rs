@@ -1,0 +1,48 @@
+//! How much an archive may ask for. What is refused here is refused before it reaches the disk or our memory.
+
+/// Caps on one import. [`Limits::default`] is for people's images; tests and careful agents go lower.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Entries of one archive. A whole Debian desktop has some 500,000 files; an entry costs about 300 bytes of our
+    /// memory until the index is written.
+    pub entries: u64,
+    /// Bytes of all files together, holes counted: what the largest disks of single hosts hold.
+    pub total_bytes: u64,
+    /// Bytes of one file, holes counted: what ext4 with 4 KiB blocks can hold.
+    pub file_bytes: u64,
+    /// Bytes that a compressed (or sparse) archive may grow to before `ratio` is looked at: a small image of zeros is no bomb.
+    pub ratio_floor: u64,
+    /// Bytes out for each byte in, past the floor. gzip cannot exceed 1032; xz, bzip2 and zstd bombs reach a million.
+    pub ratio: u64,
+    /// Directories above one another. Real trees stay below 100 (node_modules at its worst); each level costs us a
+    /// descriptor, and the soft limit on those is often 1024.
+    pub depth: usize,
+    /// Bytes of one entry's extended attributes, names and values together: XATTR_SIZE_MAX of Linux is 64 KiB for one.
+    pub xattr_bytes: usize,
+    /// Bytes of one PAX or GNU extension record. It holds the xattrs, two paths and the map of a sparse file.
+    pub extension_bytes: u64,
+    /// Pieces of one sparse file: 16 bytes each in our memory.
+    pub sparse_pieces: usize,
+    /// Bytes of a manifest. The AppC and OCI ones seen are below 64 KiB; it is held in memory.
+    pub manifest_bytes: u64,
+    /// Memory that an xz or zstd stream may ask for. `xz -9` asks for 65 MiB, `zstd --long=27` for 128.
+    pub decoder_bytes: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits {
+            entries: 8_000_000,
+            total_bytes: 16 << 40,
+            file_bytes: 16 << 40,
+            ratio_floor: 1 << 30,
+            ratio: 1100,
+            depth: 256,
+            xattr_bytes: 128 << 10,
+            extension_bytes: 1 << 20,
+            sparse_pieces: 1 << 20,
+            manifest_bytes: 1 << 20,
+            decoder_bytes: 192 << 20,
+        }
+    }
+}

@@ -1,0 +1,125 @@
+//! `meta.json`: what we know about an image beside its manifest. Written last, so that its being there says the rest is.
+
+use std::path::Path;
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageId;
+use crate::sys::durable::{Survives, write_file};
+
+/// Longest meta.json read: some hundred names and layers.
+const MAX_BYTES: u64 = 4 << 20;
+/// The format's number: another one is another program's.
+const VERSION: u32 = 1;
+
+/// What an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ImageKind {
+    /// An AppC image.
+    Appc,
+    /// An OCI image.
+    Oci,
+}
+
+/// Does the tree on disk say all, or does the index?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnDisk {
+    /// Owners, modes and devices on disk are the image's.
+    Exact,
+    /// Some are in the index alone, since who imported it could not set them.
+    IndexOnly,
+}
+
+/// What we know about an image beside its manifest.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Meta {
+    version: u32,
+    /// Its id.
+    pub id: ImageId,
+    /// What sort it is.
+    pub kind: ImageKind,
+    /// The names it was imported under; the manifest's own first.
+    pub names: Vec<String>,
+    /// Its labels (`version`, `os`, `arch`, ...).
+    #[serde(default)]
+    pub labels: Vec<(String, String)>,
+    /// When it was imported, seconds since 1970.
+    pub imported_at: i64,
+    /// Where it came from, for people.
+    pub source: String,
+    /// Entries of its archives.
+    pub entries: u64,
+    /// Bytes of its files, holes counted.
+    pub bytes: u64,
+    /// Whether the tree on disk says all.
+    pub on_disk: OnDisk,
+    /// Its layers in `layers/`, bottom first; empty: its tree is its own `rootfs`.
+    #[serde(default)]
+    pub layers: Vec<ImageId>,
+}
+
+impl Meta {
+    pub(super) fn new(id: ImageId, kind: ImageKind, source: String) -> Self {
+        Meta {
+            version: VERSION,
+            id,
+            kind,
+            names: Vec::new(),
+            labels: Vec::new(),
+            imported_at: std::time::SystemTime::now()
+                .duration_since(std::time::UNIX_EPOCH)
+                .map_or(0, |since| since.as_secs() as i64),
+            source,
+            entries: 0,
+            bytes: 0,
+            on_disk: OnDisk::Exact,
+            layers: Vec::new(),
+        }
+    }
+
+    /// The value of a label.
+    pub fn label(&self, name: &str) -> Option<&str> {
+        self.labels.iter().find(|(n, _)| n == name).map(|(_, value)| value.as_str())
+    }
+
+    pub(super) fn write(&self, path: &Path) -> Result<()> {
+        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::new(Kind::Io, "write", show(path), e))?;
+        text.push(b'\n');
+        write_file(path, &text, Survives::PowerLoss)
+    }
+
+    pub(super) fn read(path: &Path) -> Result<Self> {
+        let bytes = read_bounded(path, MAX_BYTES)?;
+        let meta: Meta =
+            serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Invalid, "read", show(path), e))?;
+        if meta.version != VERSION {
+            let why = format!("its version is {} and this program writes {VERSION}", meta.version);
+            return Err(Error::new(Kind::Invalid, "read", show(path), why));
+        }
+        Ok(meta)
+    }
+}
+
+/// A whole regular file, no longer than `most`.
+pub(super) fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>> {
+    use std::io::Read as _;
+    let failed = |e| Error::io("read", show(path), e);
+    // Never a FIFO or a device that somebody put there.
+    let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
+    let file =
+        std::os::unix::fs::OpenOptionsExt::custom_flags(std::fs::OpenOptions::new().read(true), flags.bits() as i32)
+            .open(path)
+            .map_err(failed)?;
+    if !file.metadata().map_err(failed)?.is_file() {
+        return Err(Error::new(Kind::Invalid, "read", show(path), "it is no regular file"));
+    }
+    let mut bytes = Vec::new();
+    file.take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
+    if bytes.len() as u64 > most {
+        return Err(Error::new(Kind::Limit, "read", show(path), format!("it has more than {most} bytes")));
+    }
+    Ok(bytes)
+}

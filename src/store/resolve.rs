@@ -1,0 +1,220 @@
+//! From what the user wrote to an image: a path, an id, a part of one, a name, a name with a version.
+
+use std::path::{Path, PathBuf};
+
+use super::stream::{Archive, digest};
+use super::{ImageSource, ImportOptions, Meta, Store};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::{ImageId, ImageRef};
+use crate::image::Strictness;
+use crate::paths::image;
+
+/// Fewest hex digits of an id's beginning that are taken for one: fewer would often be a name mistyped. With the algorithm
+/// before them it is clear that an id is meant.
+const MIN_PREFIX: usize = 6;
+const MIN_PREFIX_AFTER_ALGORITHM: usize = 4;
+
+/// An image found.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ResolvedImage {
+    /// Its id, where it lies in the store.
+    pub id: Option<ImageId>,
+    /// Its name, where it has one.
+    pub name: Option<String>,
+    /// Layer roots, bottom first; absolute.
+    pub layers: Vec<PathBuf>,
+    /// Its index, where it lies in the store.
+    pub index: Option<PathBuf>,
+    /// Its manifest, where it has one.
+    pub manifest: Option<PathBuf>,
+}
+
+impl Store {
+    /// Find an image. Who means to use it holds [`Store::lock_shared`] before and until a record names it.
+    ///
+    /// A path may be a directory that is a root filesystem, a directory that holds `manifest` and `rootfs` (as Mesos's store
+    /// has them; it is used where it is), or an archive. An archive is imported into the store unless its id is there.
+    ///
+    /// Errors: [`Kind::NotFound`]; [`Kind::Usage`] where several images fit, with their names.
+    pub fn resolve(&self, image: &ImageRef) -> Result<ResolvedImage> {
+        match image {
+            ImageRef::Path(path) => self.resolve_path(path),
+            ImageRef::Id(_) | ImageRef::Name(_) => {
+                let meta = self.find(image)?;
+                let meta = self.check_shallow(&meta.id)?;
+                Ok(self.resolved(meta))
+            }
+        }
+    }
+
+    fn resolved(&self, meta: Meta) -> ResolvedImage {
+        let dir = self.paths.image(&meta.id);
+        let layers = if meta.layers.is_empty() {
+            vec![dir.join(image::ROOTFS)]
+        } else {
+            meta.layers.iter().map(|layer| self.paths.layer(layer).join(image::ROOTFS)).collect()
+        };
+        ResolvedImage {
+            name: meta.names.first().cloned(),
+            id: Some(meta.id),
+            layers,
+            index: Some(dir.join(image::INDEX)),
+            manifest: Some(dir.join(image::MANIFEST)),
+        }
+    }
+
+    fn resolve_path(&self, path: &Path) -> Result<ResolvedImage> {
+        let at = std::fs::canonicalize(path).map_err(|e| Error::io("find image", show(path), e))?;
+        if !at.is_dir() {
+            return self.resolve_archive(at);
+        }
+        let Some(found) = mesos_layout(&at) else {
+            return Ok(ResolvedImage { id: None, name: None, layers: vec![at], index: None, manifest: None });
+        };
+        let manifest = at.join(image::MANIFEST);
+        // Mesos took this image already: what it let pass, we let pass.
+        let bytes = super::meta::read_bounded(&manifest, crate::image::MAX_MANIFEST_BYTES as u64)?;
+        let name = match crate::image::appc::Manifest::parse(&bytes, Strictness::Lenient) {
+            Ok(checked) => Some(checked.manifest.name),
+            Err(error) => {
+                log::warn!("{}: {error}", show(&manifest));
+                None
+            }
+        };
+        Ok(ResolvedImage { id: None, name, layers: vec![found], index: None, manifest: Some(manifest) })
+    }
+
+    fn resolve_archive(&self, path: PathBuf) -> Result<ResolvedImage> {
+        let options = ImportOptions { strictness: Strictness::Lenient, ..ImportOptions::default() };
+        // Hashing alone is far cheaper than placing, and an archive that is mounted once is mounted again.
+        let id = ImageId::from_sha512(&digest(Archive::open(&path)?, &options.limits)?);
+        let meta = match self.check_shallow(&id) {
+            Ok(meta) => meta,
+            Err(_) => {
+                log::info!("{} is not in the store yet: importing it", show(&path));
+                let options = ImportOptions { expected_id: Some(id.clone()), ..options };
+                self.import(&ImageSource::Archive(path), &options)?;
+                self.check_shallow(&id)?
+            }
+        };
+        Ok(self.resolved(meta))
+    }
+
+    /// The one image of the store that `image` means.
+    pub(super) fn find(&self, image: &ImageRef) -> Result<Meta> {
+        let missing = || {
+            Error::new(Kind::NotFound, "find image", image, "the store has none of this name or id")
+                .hint("`fsprov image list` shows what it has, `fsprov image import` adds one")
+        };
+        match image {
+            ImageRef::Id(id) => self.meta(id).map_err(|e| if e.kind() == Kind::NotFound { missing() } else { e }),
+            ImageRef::Path(path) => {
+                Err(Error::new(Kind::Usage, "find image", show(path), "a path is no image of the store")
+                    .hint("give its name or id"))
+            }
+            ImageRef::Name(name) => choose(image, fitting(self.list()?, name), missing),
+        }
+    }
+}
+
+/// `dir/rootfs` if `dir` is laid out as Mesos's store has an image, or an unpacked ACI is.
+fn mesos_layout(dir: &Path) -> Option<PathBuf> {
+    let rootfs = dir.join(image::ROOTFS);
+    let is = |path: &Path, what: fn(&std::fs::FileType) -> bool| {
+        std::fs::symlink_metadata(path).is_ok_and(|meta| what(&meta.file_type()))
+    };
+    (is(&dir.join(image::MANIFEST), std::fs::FileType::is_file) && is(&rootfs, std::fs::FileType::is_dir))
+        .then_some(rootfs)
+}
+
+/// The images that a text means: those of this name; else those of this name and version; else those whose id begins so.
+fn fitting(all: Vec<Meta>, text: &str) -> Vec<Meta> {
+    let named = |meta: &Meta, name: &str| meta.names.iter().any(|have| have == name);
+    let by_name: Vec<Meta> = all.iter().filter(|meta| named(meta, text)).cloned().collect();
+    if !by_name.is_empty() {
+        return by_name;
+    }
+    if let Some((name, version)) = text.rsplit_once(':') {
+        let by_version: Vec<Meta> =
+            all.iter().filter(|meta| named(meta, name) && meta.label("version") == Some(version)).cloned().collect();
+        if !by_version.is_empty() {
+            return by_version;
+        }
+    }
+    let (digits, least) = match text.split_once('-') {
+        Some(("sha512" | "sha256", digits)) => (digits, MIN_PREFIX_AFTER_ALGORITHM),
+        _ => (text, MIN_PREFIX),
+    };
+    if digits.len() < least || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+        return Vec::new();
+    }
+    let begins = |id: &ImageId| {
+        let id = id.as_str();
+        id.starts_with(text) || id.split_once('-').is_some_and(|(_, rest)| rest.starts_with(text))
+    };
+    all.into_iter().filter(|meta| begins(&meta.id)).collect()
+}
+
+fn choose(image: &ImageRef, mut found: Vec<Meta>, missing: impl FnOnce() -> Error) -> Result<Meta> {
+    if found.len() > 1 {
+        // rkt's rule: who names no version means the one called latest.
+        let latest: Vec<usize> = (0..found.len()).filter(|i| found[*i].label("version") == Some("latest")).collect();
+        if let [only] = latest[..] {
+            return Ok(found.swap_remove(only));
+        }
+        let shown: Vec<String> = found
+            .iter()
+            .map(|meta| {
+                let version = meta.label("version").map_or(String::new(), |version| format!(":{version}"));
+                format!("{}{version} ({})", meta.names.first().map_or("", |name| name), meta.id.short())
+            })
+            .collect();
+        return Err(Error::new(Kind::Usage, "find image", image, format!("it may be any of {}", shown.join(", ")))
+            .hint("name the version (NAME:VERSION) or the id"));
+    }
+    found.pop().ok_or_else(missing)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::meta::ImageKind;
+    use super::*;
+
+    fn meta(digit: &str, name: &str, version: Option<&str>) -> Meta {
+        let id = format!("sha512-{}", digit.repeat(64)).parse().unwrap();
+        let mut meta = Meta::new(id, ImageKind::Appc, String::new());
+        meta.names.push(name.into());
+        meta.labels.extend(version.map(|v| ("version".to_owned(), v.to_owned())));
+        meta
+    }
+
+    #[test]
+    fn names_versions_and_prefixes() {
+        let all = [
+            meta("0a", "example.com/a", Some("1")),
+            meta("0b", "example.com/a", Some("2")),
+            meta("1c", "b", None),
+            meta("1d", "c", Some("latest")),
+            meta("1e", "c", Some("3")),
+            meta("1f", "0b0b0b", None),
+        ];
+        let find = |text: &str| {
+            let image = ImageRef::Name(text.into());
+            choose(&image, fitting(all.to_vec(), text), || Error::new(Kind::NotFound, "", "", "")).map(|meta| meta.id)
+        };
+        let id = |digit: &str| format!("sha512-{}", digit.repeat(64)).parse::<ImageId>().unwrap();
+        assert_eq!(find("example.com/a:2").unwrap(), id("0b"));
+        assert_eq!(find("b").unwrap(), id("1c"));
+        assert_eq!(find("c").unwrap(), id("1d"));
+        assert_eq!(find("sha512-0a0a0a").unwrap(), id("0a"));
+        assert_eq!(find("1c1c1c1").unwrap(), id("1c"));
+        assert_eq!(find("sha512-1c1c").unwrap(), id("1c"));
+        assert_eq!(find("0b0b0b").unwrap(), id("1f"), "a name goes before an id");
+        let ambiguous = find("example.com/a").unwrap_err();
+        assert_eq!(ambiguous.kind(), Kind::Usage);
+        assert!(ambiguous.to_string().contains("example.com/a:1 (sha512-0a0a0a0a0a0a)"), "{ambiguous}");
+        for none in ["1c1c1", "zz", "example.com/a:3", "sha512-", "sha256-0a0a0a", "x:1c1c1c"] {
+            assert_eq!(find(none).unwrap_err().kind(), Kind::NotFound, "{none}");
+        }
+    }
+}
