@@ -46,8 +46,20 @@ impl Case {
 pub(crate) mod on {
     use crate::common::{Enter, Lane};
 
+    /// Every backend whose rootfs is a read-only mount.
     pub(crate) fn every_backend(lane: &Lane) -> bool {
+        with_copy(lane) && lane.backend != "copy"
+    }
+    /// And the one whose rootfs is a writable copy, no mount at all.
+    pub(crate) fn with_copy(lane: &Lane) -> bool {
         !lane.backend.is_empty()
+    }
+    pub(crate) fn copy(lane: &Lane) -> bool {
+        lane.backend == "copy"
+    }
+    /// Those that make a mount point which the image lacks.
+    pub(crate) fn makes_mount_points(lane: &Lane) -> bool {
+        ["fuse", "overlay"].contains(&lane.backend)
     }
     pub(crate) fn fuse(lane: &Lane) -> bool {
         lane.is_fuse()

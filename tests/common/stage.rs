@@ -25,7 +25,6 @@ pub(crate) struct Stage {
     /// The case's own directory. Everything it makes, mounts and starts is below it.
     pub(crate) dir: PathBuf,
     log: RefCell<Vec<String>>,
-    rootfses: RefCell<Vec<PathBuf>>,
 }
 
 /// The program under test.
@@ -45,7 +44,7 @@ impl Stage {
         // As mountinfo will show it.
         let dir = dir.canonicalize().expect("resolve the case's directory");
         fs::create_dir(dir.join("home")).expect("make home");
-        Stage { lane, dir, log: RefCell::default(), rootfses: RefCell::default() }
+        Stage { lane, dir, log: RefCell::default() }
     }
 
     pub(crate) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -106,7 +105,6 @@ impl Stage {
     ) -> Call<'_> {
         assert!(!self.lane.backend.is_empty(), "this case needs a lane with a backend");
         let rootfs = self.dir.join(rootfs);
-        self.rootfses.borrow_mut().push(rootfs.clone());
         let mut args = words(["mount", "--backend", self.lane.backend]);
         args.extend(options.into_iter().map(Into::into));
         args.push(image.as_ref().to_owned());
@@ -195,13 +193,10 @@ impl Stage {
 
     /// The case is over and passed: unmount what is still mounted, as a user would; then nothing may be left.
     pub(crate) fn finish(&self) -> Result<(), String> {
-        let mounted = |path: &Path| system::mounts().iter().any(|m| m.point == path);
-        for rootfs in self.rootfses.borrow().iter().rev() {
-            if rootfs.starts_with(&self.dir) && mounted(rootfs) {
-                let outcome = self.fsprov([OsStr::new("unmount"), rootfs.as_os_str()]).run();
-                if outcome.code() != Some(0) {
-                    return Err(format!("unmount at the end of the case failed:\n{}", outcome.describe()));
-                }
+        if !self.records().is_empty() {
+            let outcome = self.fsprov(["unmount", "--all"]).run();
+            if outcome.code() != Some(0) {
+                return Err(format!("unmount at the end of the case failed:\n{}", outcome.describe()));
             }
         }
         let left = self.leftovers(ENDING);

@@ -50,7 +50,7 @@ fn use_debian(stage: &Stage, run: impl Fn(&Path, &str) -> Outcome) {
 }
 
 pub(crate) const BWRAP: Case =
-    Case::needing("debian_in_bubblewrap", fits, &[Need::Minbase, Need::Tool("bwrap")], |stage: &Stage| {
+    Case::needing("debian_in_bubblewrap", on::every_backend, &[Need::Minbase, Need::Tool("bwrap")], |stage: &Stage| {
         use_debian(stage, |rootfs, command| {
             let bind = rootfs.as_os_str();
             // No --tmpfs /tmp: that is the volume. The rest of the line is facts/clients.md's.

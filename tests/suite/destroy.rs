@@ -57,7 +57,7 @@ pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::
     }
 });
 
-pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::every_backend, |stage: &Stage| {
+pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::with_copy, |stage: &Stage| {
     let image = stage.small_image();
     let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
     stage.unmount(&rootfs);
@@ -71,7 +71,7 @@ pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::eve
 });
 
 pub(crate) const ONE_PLACE_ONE_ROOTFS: Case =
-    Case::new("a_taken_mount_point_or_id_is_busy", on::every_backend, |stage: &Stage| {
+    Case::new("a_taken_mount_point_or_id_is_busy", on::with_copy, |stage: &Stage| {
         let image = stage.small_image();
         let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
         let mounts = system::mounts_below(&stage.dir).len();
@@ -297,7 +297,7 @@ pub(crate) const FOREGROUND: Case = Case::new("foreground_stays_until_a_signal",
 
 /// Other users' processes cannot enter a FUSE mount made without allow_other; a rootfs's state is its owner's alone.
 pub(crate) const STATE_IS_PRIVATE: Case =
-    Case::new("the_state_root_is_closed_to_others", on::every_backend, |stage: &Stage| {
+    Case::new("the_state_root_is_closed_to_others", on::with_copy, |stage: &Stage| {
         let image = stage.small_image();
         stage.mount(&image, "rootfs", NONE);
         for path in [stage.state().join("containers"), stage.records()[0].clone()] {
@@ -321,7 +321,7 @@ pub(crate) const ENOUGH: Case =
     });
 
 /// Several at once, of one image, in one state root.
-pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::every_backend, |stage: &Stage| {
+pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::with_copy, |stage: &Stage| {
     let image = stage.small_image();
     const COUNT: usize = 8;
     let start = |verb: &str, i: usize| {

@@ -73,6 +73,7 @@ pub(crate) const CASES: &[Case] = &[
     store::SAME_TREE,
     store::SHAPES,
     store::TRUE_OWNERS,
+    tree::COPY_IS_WRITABLE,
     tree::SAME_TREE,
     volumes::ACROSS,
     volumes::ALIASES,

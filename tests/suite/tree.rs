@@ -4,7 +4,7 @@ use crate::common::harness::on;
 use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Stage};
 
-pub(crate) const SAME_TREE: Case = Case::new("same_tree_as_the_source", on::every_backend, |stage: &Stage| {
+pub(crate) const SAME_TREE: Case = Case::new("same_tree_as_the_source", on::with_copy, |stage: &Stage| {
     let image = stage.full_image();
     let want = picture(&image);
     assert!(want.len() > 2000, "the source should have been seen whole: {} paths", want.len());
@@ -15,4 +15,24 @@ pub(crate) const SAME_TREE: Case = Case::new("same_tree_as_the_source", on::ever
     }
     stage.unmount(&rootfs);
     assert_same(&want, &picture(&image), "the image after unmount");
+});
+
+/// A copy is its user's own: writable, and no change reaches the image.
+pub(crate) const COPY_IS_WRITABLE: Case = Case::new("a_copy_is_writable_and_its_own", on::copy, |stage: &Stage| {
+    let image = stage.small_image();
+    let before = picture(&image);
+    let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
+    std::fs::write(rootfs.join("etc/hosts"), "changed").expect("write");
+    std::fs::write(rootfs.join("etc/new"), "new").expect("write");
+    std::fs::remove_file(rootfs.join("bin/tool")).expect("unlink");
+    assert_same(&before, &picture(&image), "the image behind a changed copy");
+    stage.unmount(&rootfs);
+    assert!(!rootfs.exists(), "unmount takes the copy away");
+    stage.assert_nothing_left("after unmount");
+    // Without privilege a copy can have no volume: it says so, and who could.
+    if stage.lane.enter == crate::common::Enter::User {
+        let volume = super::volumes::volume(stage.mkdir("vol"), "/data", "rw");
+        stage.mount_call(&image, "rootfs", volume).run().fails_saying(&["copy", "fuse"]);
+        stage.assert_nothing_left("after a refused volume");
+    }
 });

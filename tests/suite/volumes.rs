@@ -274,7 +274,7 @@ pub(crate) const SANDBOX_ESCAPE: Case =
     });
 
 pub(crate) const MISSING_POINT_MADE_UP: Case =
-    Case::new("missing_mount_points_are_made_up", on::fuse, |stage: &Stage| {
+    Case::new("missing_mount_points_are_made_up", on::makes_mount_points, |stage: &Stage| {
         let image = stage.small_image();
         let before = picture(&image);
         stage.mkdir("vol");
