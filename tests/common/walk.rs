@@ -37,9 +37,12 @@ pub(crate) fn picture(root: &Path) -> Picture {
             match fs::read_dir(&path) {
                 Ok(entries) => {
                     for entry in entries {
-                        let Ok(entry) = entry else {
-                            seen.insert([&key[..], b"/?"].concat(), "readdir: error".into());
-                            break;
+                        let entry = match entry {
+                            Ok(entry) => entry,
+                            Err(error) => {
+                                seen.insert([&key[..], b"/?"].concat(), format!("readdir: {error}"));
+                                break;
+                            }
                         };
                         let child = relative.join(entry.file_name());
                         // What readdir says must be what stat says.
