@@ -20,9 +20,11 @@ use crate::fuse::session::{self, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::tree::Tree;
+use crate::tree::device::DeviceTree;
 use crate::tree::dir::{DirOptions, DirTree, FdPool};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
+use crate::volume::Form;
 
 /// The program.
 pub(super) fn main() -> ExitCode {
@@ -163,8 +165,13 @@ fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
     };
     let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
     for (volume, source) in plan.volumes.iter().zip(volumes) {
-        let tree = DirTree::open(source, DirOptions::volume(volume.access), Arc::clone(&pool))?;
-        routed.push((volume.target.clone(), volume.form, volume.access, Arc::new(tree) as Arc<dyn Tree>));
+        let (tree, form): (Arc<dyn Tree>, _) = if let Some(device) = DeviceTree::of(&source, volume.access) {
+            (Arc::new(device), Form::File)
+        } else {
+            let tree = DirTree::open(source, DirOptions::volume(volume.access), Arc::clone(&pool))?;
+            (Arc::new(tree), volume.form)
+        };
+        routed.push((volume.target.clone(), form, volume.access, tree));
     }
     Ok(Arc::new(RouteTree::build(image, routed)?))
 }
