@@ -157,7 +157,7 @@ impl<'a> Copier<'a> {
             }
             // The queue ends here, and with it the workers.
             drop(walk);
-            Ok(())
+            Ok::<(), Error>(())
         })?;
         match self.work.failed.lock().unwrap_or_else(PoisonError::into_inner).take() {
             Some(error) => Err(error),
