@@ -6,8 +6,10 @@
 mod attach;
 pub mod bind;
 pub mod copy;
+mod copytree;
 pub mod fuse;
 pub mod overlay;
+mod whiteout;
 
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +72,24 @@ pub struct Traces {
     /// The minor number of the FUSE superblock's device: names the connection below /sys/fs/fuse/connections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fuse_connection: Option<u32>,
+    /// The directory that a copy was made into.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<Copied>,
+}
+
+/// A directory that the copy backend filled, and how it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copied {
+    /// Its device (st_dev).
+    pub dev: u64,
+    /// Its inode.
+    pub ino: u64,
+    /// Its permission bits before.
+    pub mode: u32,
+    /// Its owner before.
+    pub uid: u32,
+    /// Its group before.
+    pub gid: u32,
 }
 
 /// Where a backend writes down its [`Traces`]; durable when the call returns.
