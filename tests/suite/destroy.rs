@@ -23,7 +23,7 @@ pub(crate) fn only(stage: &Stage) -> serde_json::Value {
 
 #[track_caller]
 pub(crate) fn health(stage: &Stage) -> String {
-    only(stage)["health"].as_str().expect("health is a word").to_owned()
+    only(stage)["state"].as_str().expect("state is a word").to_owned()
 }
 
 pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::every_backend, |stage: &Stage| {
@@ -344,7 +344,7 @@ pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::with_copy, |stage
         }
         if verb == "mount" {
             let all = stage.fsprov(["list", "--json"]).run().ok().json();
-            let ready = all.as_array().expect("array").iter().filter(|r| r["health"] == "ready").count();
+            let ready = all.as_array().expect("array").iter().filter(|r| r["state"] == "ready").count();
             assert_eq!(ready, COUNT, "{all:#}");
             for i in 0..COUNT {
                 assert!(stage.path(format!("rootfs-{i}/etc/hosts")).exists(), "{i}");
