@@ -137,6 +137,11 @@ pub trait Backend {
     /// `false`: there was nothing. Safe to call again after a failure, and after success.
     fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
 
+    /// What `traces` would be if they were noted now: a worker may have been replaced since.
+    fn refresh(&self, traces: &Traces) -> Traces {
+        traces.clone()
+    }
+
     /// How it fares. Never blocks on a server that does not answer.
     fn health(&self, plan: &Plan, traces: &Traces) -> Health;
 }

@@ -17,6 +17,9 @@ use super::{Enter, Lane};
 /// How long a process that was told to end may take to be gone, when the case is over.
 const ENDING: Duration = Duration::from_secs(3);
 
+/// How the names of cases' directories begin.
+pub(crate) const PREFIX: &str = "fsprov-t.";
+
 pub(crate) struct Stage {
     pub(crate) lane: Lane,
     /// The case's own directory. Everything it makes, mounts and starts is below it.
@@ -34,7 +37,7 @@ impl Stage {
     pub(crate) fn new(lane: Lane) -> Self {
         let parent = std::env::var_os("FSPROV_TEST_TMP").map_or_else(std::env::temp_dir, PathBuf::from);
         let dir = tempfile::Builder::new()
-            .prefix("fsprov-t.")
+            .prefix(PREFIX)
             .permissions(fs::Permissions::from_mode(0o755))
             .tempdir_in(&parent)
             .expect("make the case's directory")
@@ -83,7 +86,7 @@ impl Stage {
         let mut command = Command::new(program());
         command.args(words(args));
         self.clean(&mut command);
-        Call { stage: self, command, input: None }
+        Call { stage: self, command }
     }
 
     /// Another program, in the same clean environment, not run yet.
@@ -91,7 +94,7 @@ impl Stage {
         let mut command = Command::new(name);
         command.args(words(args));
         self.clean(&mut command);
-        Call { stage: self, command, input: None }
+        Call { stage: self, command }
     }
 
     /// `fsprov mount --backend LANE'S OPTIONS... IMAGE ROOTFS`, not run yet. The rootfs is unmounted when the case ends, if it still is there.
@@ -246,12 +249,16 @@ fn open_up(dir: &Path) {
 pub(crate) struct Call<'a> {
     stage: &'a Stage,
     pub(crate) command: Command,
-    input: Option<Vec<u8>>,
 }
 
 impl Call<'_> {
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
+        self
+    }
+
+    pub(crate) fn args<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(mut self, args: I) -> Self {
+        self.command.args(args);
         self
     }
 
@@ -265,13 +272,8 @@ impl Call<'_> {
         self
     }
 
-    pub(crate) fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.input = Some(bytes.into());
-        self
-    }
-
     pub(crate) fn run(self) -> Outcome {
-        let outcome = run::run(self.command, self.input.as_deref());
+        let outcome = run::run(self.command);
         self.stage.note(outcome.describe());
         outcome
     }

@@ -22,6 +22,7 @@ pub(crate) const CASES: &[Case] = &[
     cli::COMPLETIONS_AND_MAN,
     cli::HELP,
     cli::JSON_SHAPES,
+    cli::NO_FUSERMOUNT,
     cli::NO_PRIVILEGE,
     cli::PIPES,
     cli::PROBE,

@@ -4,7 +4,7 @@
 //! removed working directory, keeps answering.
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
@@ -40,6 +40,7 @@ impl DirTree {
 
     fn known_as(&self, found: &Found, parent: Node, name: &[u8]) -> Result<Entry> {
         let node = self.nodes.remember(found, parent, name)?;
+        self.nodes.tidy();
         Ok(self.entry(found, node))
     }
 
@@ -127,7 +128,7 @@ impl DirTree {
                 match self.opened(entry.attr.node, fd, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        self.nodes.forget(entry.attr.node, 1);
+                        crate::tree::Tree::forget(self, entry.attr.node, 1);
                         Err(e)
                     }
                 }
@@ -142,7 +143,7 @@ impl DirTree {
                 match self.open_file(caller, entry.attr.node, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        self.nodes.forget(entry.attr.node, 1);
+                        crate::tree::Tree::forget(self, entry.attr.node, 1);
                         Err(e)
                     }
                 }
@@ -158,7 +159,11 @@ impl DirTree {
             Removal::File => AtFlags::empty(),
             Removal::Directory => AtFlags::REMOVEDIR,
         };
-        self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags))?;
+        let removed = self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags));
+        if let Err(e) = removed {
+            self.still_named(known.as_ref());
+            return Err(e);
+        }
         if let Some((node, pin)) = known {
             self.lost(node, parent, name, pin);
         }
@@ -177,7 +182,18 @@ impl DirTree {
         let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
         // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
         let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
+        if let (Some(outlive), Some(pin)) = (&self.outlive, &pin) {
+            // Before the name goes: afterwards a kill would lose the file.
+            outlive.keep(node, pin.fd().as_fd());
+        }
         Ok(Some((node, pin.map(Arc::new))))
+    }
+
+    /// What would have lost its last name did not.
+    fn still_named(&self, known: Option<&(Node, Option<Arc<Held>>)>) {
+        if let (Some(outlive), Some((node, Some(_)))) = (&self.outlive, known) {
+            outlive.release(*node);
+        }
     }
 
     fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
@@ -198,7 +214,11 @@ impl DirTree {
             Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
             _ => None,
         };
-        self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags))?;
+        let renamed = self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags));
+        if let Err(e) = renamed {
+            self.still_named(victim.as_ref());
+            return Err(e);
+        }
         if target.is_some_and(|t| t.identity == moved.identity) {
             return Ok(()); // two links to one file: rename(2) does nothing
         }
@@ -213,6 +233,7 @@ impl DirTree {
             self.nodes.add_name(node, from.0, from.1);
             self.nodes.remove_name(node, to.0, to.1, None);
         }
+        self.nodes.tidy();
         Ok(())
     }
 }
