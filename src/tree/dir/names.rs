@@ -4,7 +4,7 @@
 //! removed working directory, keeps answering.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
@@ -13,6 +13,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
 use super::fds::{Held, fd_name, open_place};
 use super::found::{self, DIRECTORY, Found, REGULAR, TYPE_BITS};
 use super::identity::with_umask;
+use super::ledger::Keep;
 use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
 use crate::tree::ROOT;
 
@@ -40,7 +41,6 @@ impl DirTree {
 
     fn known_as(&self, found: &Found, parent: Node, name: &[u8]) -> Result<Entry> {
         let node = self.nodes.remember(found, parent, name)?;
-        self.nodes.tidy();
         Ok(self.entry(found, node))
     }
 
@@ -128,7 +128,7 @@ impl DirTree {
                 match self.opened(entry.attr.node, fd, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        crate::tree::Tree::forget(self, entry.attr.node, 1);
+                        self.nodes.forget(entry.attr.node, 1);
                         Err(e)
                     }
                 }
@@ -143,7 +143,7 @@ impl DirTree {
                 match self.open_file(caller, entry.attr.node, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        crate::tree::Tree::forget(self, entry.attr.node, 1);
+                        self.nodes.forget(entry.attr.node, 1);
                         Err(e)
                     }
                 }
@@ -159,11 +159,7 @@ impl DirTree {
             Removal::File => AtFlags::empty(),
             Removal::Directory => AtFlags::REMOVEDIR,
         };
-        let removed = self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags));
-        if let Err(e) = removed {
-            self.still_named(known.as_ref());
-            return Err(e);
-        }
+        self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags))?;
         if let Some((node, pin)) = known {
             self.lost(node, parent, name, pin);
         }
@@ -182,21 +178,15 @@ impl DirTree {
         let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
         // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
         let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
-        if let (Some(outlive), Some(pin)) = (&self.outlive, &pin) {
-            // Before the name goes: afterwards a kill would lose the file.
-            outlive.keep(node, pin.fd().as_fd());
-        }
         Ok(Some((node, pin.map(Arc::new))))
     }
 
-    /// What would have lost its last name did not.
-    fn still_named(&self, known: Option<&(Node, Option<Arc<Held>>)>) {
-        if let (Some(outlive), Some((node, Some(_)))) = (&self.outlive, known) {
-            outlive.release(*node);
-        }
-    }
-
     fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
+        if let (Some(ledger), Some(pin)) = (self.pool.ledger(), &pin)
+            && self.nodes.is_open(node)
+        {
+            ledger.keep_fd(Keep::Node(self.number, node), pin.fd());
+        }
         self.nodes.remove_name(node, parent, name, pin);
         self.pool.remove(self.number, node);
     }
@@ -214,11 +204,7 @@ impl DirTree {
             Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
             _ => None,
         };
-        let renamed = self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags));
-        if let Err(e) = renamed {
-            self.still_named(victim.as_ref());
-            return Err(e);
-        }
+        self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags))?;
         if target.is_some_and(|t| t.identity == moved.identity) {
             return Ok(()); // two links to one file: rename(2) does nothing
         }
@@ -233,7 +219,6 @@ impl DirTree {
             self.nodes.add_name(node, from.0, from.1);
             self.nodes.remove_name(node, to.0, to.1, None);
         }
-        self.nodes.tidy();
         Ok(())
     }
 }
