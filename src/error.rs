@@ -113,6 +113,12 @@ impl Error {
         Self::new(kind, op, subject, cause)
     }
 
+    /// This error as the cause of a larger operation's, of the same kind: `import x.aci: place entry "a": ...`.
+    #[must_use]
+    pub fn within(self, op: impl Into<Cow<'static, str>>, subject: impl fmt::Display) -> Self {
+        Self::new(self.kind(), op, subject, self)
+    }
+
     /// What the user can do about it.
     #[must_use]
     pub fn hint(mut self, hint: impl Into<Cow<'static, str>>) -> Self {
@@ -160,6 +166,9 @@ impl Error {
     pub fn errno(&self) -> Option<rustix::io::Errno> {
         let mut next: Option<&(dyn std::error::Error + 'static)> = Some(&*self.0.source);
         while let Some(error) = next {
+            if let Some(inner) = error.downcast_ref::<Error>() {
+                return inner.errno();
+            }
             if let Some(io) = error.downcast_ref::<std::io::Error>() {
                 return rustix::io::Errno::from_io_error(io);
             }
@@ -292,6 +301,9 @@ mod tests {
         let error = Error::io("open", "/x", std::io::Error::from_raw_os_error(libc::ENOTCONN));
         assert_eq!(error.errno(), Some(rustix::io::Errno::NOTCONN));
         assert_eq!(error.kind(), Kind::Io);
+        let larger = error.within("import", "y.aci");
+        assert_eq!(larger.errno(), Some(rustix::io::Errno::NOTCONN));
+        assert!(larger.to_string().starts_with("import y.aci: open /x: "), "{larger}");
     }
 
     #[test]

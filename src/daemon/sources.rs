@@ -9,8 +9,9 @@ use rustix::fs::{self, CWD, FileType, Mode, OFlags};
 use super::channel::{Channel, MAX_FDS, ToWorker};
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::Plan;
+use crate::tree::device::DeviceTree;
 use crate::tree::dir::Kept;
-use crate::volume::Form;
+use crate::volume::{Form, Volume};
 
 /// O_PATH descriptors: holding them opens nothing, and closing them sends no request to anyone.
 #[derive(Debug)]
@@ -39,7 +40,7 @@ impl Sources {
         let volumes = plan.volumes.iter().map(|v| match v.form {
             Form::Directory => open("open the source of volume", &v.source, FileType::Directory),
             Form::File => open("open the source of volume", &v.source, FileType::RegularFile),
-            Form::Special => Err(special(&v.source)),
+            Form::Special => device(v),
         });
         Ok(Sources {
             layers: layers.collect::<Result<_>>()?,
@@ -80,13 +81,24 @@ impl Sources {
     }
 }
 
+fn device(volume: &Volume) -> Result<OwnedFd> {
+    let source = fs::openat(CWD, &volume.source, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open the source of volume", show(&volume.source), e))?;
+    if DeviceTree::of(&source, volume.access).is_some() { Ok(source) } else { Err(special(&volume.source)) }
+}
+
+/// Can the FUSE server serve this volume?
+pub(crate) fn servable(volume: &Volume) -> bool {
+    volume.form != Form::Special || device(volume).is_ok()
+}
+
 /// The refusal of a socket, FIFO or device as a volume.
 pub(crate) fn special(source: &Path) -> Error {
     Error::new(
         Kind::Unsupported,
         "open the source of volume",
         show(source),
-        "the FUSE server opens regular files and directories only; this is a socket, FIFO or device",
+        "the FUSE server serves regular files, directories and /dev/{null,zero,full,random,urandom}; this is another special file",
     )
     .hint("use --backend bind, or make the directory that holds it the volume")
 }

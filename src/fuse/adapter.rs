@@ -290,6 +290,7 @@ fn handle(handle: Option<FileHandle>) -> Option<Handle> {
 impl Filesystem for FuseAdapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let live = self.tree.is_live();
+        let freely = self.tree.opens_without_asking();
         let offered = config.capabilities();
         let mut wanted = vec![
             InitFlags::FUSE_PARALLEL_DIROPS,
@@ -322,8 +323,8 @@ impl Filesystem for FuseAdapter {
                 log::debug!(target: TARGET, "the kernel does not offer {flag:?}");
             }
         }
-        self.no_open = !live && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
-        self.no_opendir = !live && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
+        self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
+        self.no_opendir = freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
         let set = |what: &str, result: Result<(), u32>| {
             if let Err(nearest) = result {
                 log::debug!(target: TARGET, "{what}: the nearest possible is {nearest}");

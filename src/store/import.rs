@@ -127,6 +127,10 @@ impl Store {
             check_name(name)?;
         }
         staging::clean(&self.paths)?;
+        self.import_source(source, options).map_err(|e| e.within("import", source))
+    }
+
+    fn import_source(&self, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
         match source {
             ImageSource::Archive(path) => {
                 let archive = Archive::open(path)?;
@@ -162,7 +166,7 @@ impl Store {
         if let Some(expected) = &options.expected_id
             && *expected != id
         {
-            return Err(Error::new(Kind::Integrity, "import", name, format!("its id is {id}, not {expected}")));
+            return Err(Error::new(Kind::Integrity, "check id", id.short(), format!("its id is {id}, not {expected}")));
         }
         let Checked { manifest, warnings } = Manifest::parse(&unpacked.manifest, options.strictness)?;
         for warning in &warnings {
@@ -214,9 +218,13 @@ impl Store {
             fault::point("store.rename")?;
             match rename_out(staging, &to) {
                 Ok(()) => {
-                    fault::point("store.parent")?;
-                    crate::sys::durable::sync_dir(&self.paths.images())?;
-                    return Ok(Outcome::Created);
+                    let synced =
+                        fault::point("store.parent").and_then(|()| crate::sys::durable::sync_dir(&self.paths.images()));
+                    // What may not last is not there: the next import starts afresh.
+                    return match synced {
+                        Ok(()) => Ok(Outcome::Created),
+                        Err(error) => Err(error.with_undo(rename_back(&to, staging))),
+                    };
                 }
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {
                     match self.check_shallow(&meta.id) {
@@ -237,11 +245,19 @@ fn rename_out(staging: &Staging, to: &Path) -> rustix::io::Result<()> {
     renameat_with(CWD, staging.path(), CWD, to, RenameFlags::NOREPLACE)
 }
 
+fn rename_back(from: &Path, staging: &Staging) -> Result<()> {
+    renameat_with(CWD, from, CWD, staging.path(), RenameFlags::NOREPLACE)
+        .map_err(|e| Error::sys("take back", show(from), e))
+}
+
 /// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
 fn check_name(name: &str) -> Result<()> {
     let refuse = |why| Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why));
     if name.is_empty() || name.len() > ImageRef::MAX_NAME_LEN || name.chars().any(|c| c.is_control() || c == ' ') {
         return refuse("a name is 1 to 512 printable characters without spaces");
+    }
+    if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return refuse("a name has no empty component, no . and no ..");
     }
     match ImageRef::parse(name.as_ref())? {
         ImageRef::Path(_) => refuse("what begins with /, ./ or ../ is a path"),
@@ -297,7 +313,9 @@ fn unpack(reader: &mut ChunkReader, name: &str, dir: &Path, limits: &Limits) -> 
         }
     }
     tar.finish()?;
-    let missing = |what| Error::new(Kind::Invalid, "import", name, format!("it has no {what}: it is no AppC image"));
+    let missing = |what| {
+        Error::new(Kind::Invalid, "read archive", name, format!("it has no {what} at its top: it is no AppC image"))
+    };
     let manifest = manifest.ok_or_else(|| missing("manifest"))?;
     if !has_root {
         return Err(missing("rootfs"));

@@ -365,7 +365,7 @@ impl Placer {
             .map_err(|_| refuse(format!("its target {:?} is not there yet", lossy(target))))?;
         match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => return Err(refuse(format!("its target {:?} is a directory", lossy(target)))),
-            FileType::Symlink => return Err(refuse(format!("its target {:?} is a symbolic link", lossy(target)))),
+            // One more name of a symlink: GNU tar packs those. What it points to is not looked at, by us or by linkat.
             _ => {}
         }
         if target == entry.path {

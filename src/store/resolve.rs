@@ -9,8 +9,10 @@ use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::paths::image;
 
-/// Fewest hex digits of an id's beginning that are taken for one.
+/// Fewest hex digits of an id's beginning that are taken for one: fewer would often be a name mistyped. With the algorithm
+/// before them it is clear that an id is meant.
 const MIN_PREFIX: usize = 6;
+const MIN_PREFIX_AFTER_ALGORITHM: usize = 4;
 
 /// An image found.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -139,8 +141,11 @@ fn fitting(all: Vec<Meta>, text: &str) -> Vec<Meta> {
             return by_version;
         }
     }
-    let digits = text.rsplit_once('-').map_or(text, |(_, digits)| digits);
-    if digits.len() < MIN_PREFIX || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
+    let (digits, least) = match text.split_once('-') {
+        Some(("sha512" | "sha256", digits)) => (digits, MIN_PREFIX_AFTER_ALGORITHM),
+        _ => (text, MIN_PREFIX),
+    };
+    if digits.len() < least || !digits.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
         return Vec::new();
     }
     let begins = |id: &ImageId| {
@@ -203,6 +208,7 @@ mod tests {
         assert_eq!(find("c").unwrap(), id("1d"));
         assert_eq!(find("sha512-0a0a0a").unwrap(), id("0a"));
         assert_eq!(find("1c1c1c1").unwrap(), id("1c"));
+        assert_eq!(find("sha512-1c1c").unwrap(), id("1c"));
         assert_eq!(find("0b0b0b").unwrap(), id("1f"), "a name goes before an id");
         let ambiguous = find("example.com/a").unwrap_err();
         assert_eq!(ambiguous.kind(), Kind::Usage);
