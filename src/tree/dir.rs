@@ -13,6 +13,7 @@
 //! * `attrs`: attributes and extended attributes
 //! * `files`: open files
 //! * `list`: directories
+//! * `ledger`: what the next server must know after this one died
 //!
 //! Lock order: a handle's own lock, then the descriptor pool; a guard of the node table alone.
 
@@ -21,6 +22,7 @@ mod fds;
 mod files;
 mod found;
 mod identity;
+mod ledger;
 mod list;
 mod names;
 mod nodes;
@@ -43,6 +45,7 @@ use crate::volume::Access;
 
 pub use fds::FdPool;
 pub use identity::ActAs;
+pub use ledger::{Kept, Ledger};
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
@@ -133,10 +136,18 @@ impl DirTree {
             .hint("use --backend bind for a socket, FIFO or device"));
         }
         let number = pool.register();
+        let nodes = match pool.ledger() {
+            None => nodes::NodeTable::new(&found),
+            Some(ledger) => {
+                let hold = |fd| pool.hold(fd).ok().map(Arc::new);
+                let old = ledger.inheritance(number);
+                nodes::NodeTable::inheriting(&found, Arc::clone(ledger), number, old, hold)
+            }
+        };
         Ok(DirTree {
             root: Arc::new(root),
             root_mount: found.mount,
-            nodes: nodes::NodeTable::new(&found),
+            nodes,
             handles: files::Handles::default(),
             readers: list::Readers::default(),
             options,
@@ -189,10 +200,13 @@ impl Tree for DirTree {
     fn forget(&self, node: Node, count: u64) {
         if self.nodes.forget(node, count) {
             self.pool.remove(self.number, node);
+            if let Some(ledger) = self.pool.ledger() {
+                ledger.release_fd(ledger::Keep::Node(self.number, node));
+            }
         }
     }
     fn getattr(&self, node: Node, handle: Option<Handle>) -> Result<(Attr, Duration)> {
-        let found = match handle.and_then(|h| self.handles.get(h)) {
+        let found = match handle.and_then(|h| self.handle(node, h).ok()) {
             Some(open) => open.stat()?,
             None => self.stat(node)?,
         };
@@ -236,8 +250,8 @@ impl Tree for DirTree {
     fn releasedir(&self, node: Node, handle: Handle) {
         self.close_handle(node, handle);
     }
-    fn flush(&self, _: Node, handle: Handle) -> Result<()> {
-        self.flush_file(handle)
+    fn flush(&self, node: Node, handle: Handle) -> Result<()> {
+        self.flush_file(node, handle)
     }
     fn release(&self, node: Node, handle: Handle) {
         self.close_handle(node, handle);

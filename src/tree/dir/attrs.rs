@@ -54,7 +54,7 @@ impl DirTree {
         change: &Change,
     ) -> Result<(Attr, Duration)> {
         let act_as = self.options.act_as;
-        let open = handle.and_then(|h| self.handles.get(h));
+        let open = handle.and_then(|h| self.handle(node, h).ok());
         let (fd, found) = self.fd(node)?;
         if change.uid.is_some() || change.gid.is_some() {
             let (uid, gid) = self.owner_on_disk(change.uid, change.gid)?;

@@ -13,6 +13,7 @@ use rustix::io::ReadWriteFlags;
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
 use super::identity::without_set_id_privilege;
+use super::ledger::{Keep, OldHandle};
 use super::list::Stream;
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
@@ -36,11 +37,9 @@ impl Handles {
         self.map.get(&handle).map(|open| Arc::clone(&open))
     }
 
-    pub(super) fn add(&self, open: Open) -> Handle {
-        // Never 0, which stands for none.
-        let handle = self.last.fetch_add(1, Ordering::Relaxed) + 1;
-        self.map.insert(handle, Arc::new(open));
-        handle
+    /// A number for an open file, where no ledger gives one. Never 0, which stands for none.
+    fn next(&self) -> Handle {
+        self.last.fetch_add(1, Ordering::Relaxed) + 1
     }
 
     pub(super) fn len(&self) -> usize {
@@ -98,21 +97,21 @@ impl Open {
         Ok(Arc::clone(&slot.fd))
     }
 
+    /// Could it be opened again as it is? Not where the mode is 0444 and we are no root.
+    fn can_be_had_again(&self, pool: &FdPool) -> bool {
+        let held = self.any();
+        let name = super::fds::fd_name(held.fd());
+        fs::accessat(pool.proc_fd(), name.as_str(), self.access(), fs::AtFlags::EACCESS).is_ok()
+    }
+
     /// Keep the file but not the right to write, as long as that can be had again.
     fn park(&self, pool: &Arc<FdPool>) {
+        if !self.can_be_had_again(pool) {
+            return;
+        }
         let mut slot = self.slot();
-        // Somebody is writing through it just now, or it could not be opened for writing again (mode 0444).
-        let busy = Arc::strong_count(&slot.fd) > 1;
-        if slot.parked
-            || busy
-            || fs::accessat(
-                pool.proc_fd(),
-                super::fds::fd_name(slot.fd.fd()).as_str(),
-                self.access(),
-                fs::AtFlags::EACCESS,
-            )
-            .is_err()
-        {
+        // Somebody may be writing through it just now.
+        if slot.parked || Arc::strong_count(&slot.fd) > 1 {
             return;
         }
         if let Ok(fd) = pool.reopen(slot.fd.fd(), OFlags::PATH).and_then(|fd| pool.hold(fd)) {
@@ -189,23 +188,82 @@ impl DirTree {
 
     /// A handle for a file just opened.
     pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags) -> Result<Opened> {
-        let held = self.pool.hold(fd)?;
-        let handle = self.handles.add(Open::new(held, self.backing_flags(flags)));
+        let open = Open::new(self.pool.hold(fd)?, self.backing_flags(flags));
+        let handle = self.add_handle(node, open, false)?;
         self.nodes.add_handle(node, handle);
         Ok(Opened { handle, cache: Caching::Fresh })
+    }
+
+    /// Enter an open file or directory, here and in the ledger.
+    pub(super) fn add_handle(&self, node: Node, open: Open, directory: bool) -> Result<Handle> {
+        let handle = match self.pool.ledger() {
+            None => self.handles.next(),
+            Some(ledger) => {
+                let handle = ledger.open_handle(self.number, OldHandle { node, flags: open.flags, directory })?;
+                if open.is_writable() && !open.can_be_had_again(&self.pool) {
+                    ledger.keep_fd(Keep::Handle(handle), open.any().fd());
+                }
+                handle
+            }
+        };
+        self.handles.map.insert(handle, Arc::new(open));
+        Ok(handle)
+    }
+
+    /// An open file or directory: one of ours, or one that an earlier server opened and we open again.
+    pub(super) fn handle(&self, node: Node, handle: Handle) -> Result<Arc<Open>> {
+        if let Some(open) = self.handles.get(handle) {
+            return Ok(open);
+        }
+        if let Some(open) = self.kept_handle(node, handle) {
+            return Ok(open);
+        }
+        let old = self.old_handle(node, handle).ok_or(Errno::BADF)?;
+        let fd = if old.directory {
+            fs::openat(
+                &*self.place(node)?,
+                ".",
+                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
+                fs::Mode::empty(),
+            )?
+        } else {
+            self.pool.reopen(&self.fd(node)?.0, old.flags | OFlags::NONBLOCK | OFlags::NOCTTY)?
+        };
+        self.revive(handle, fd, old.flags)
+    }
+
+    fn old_handle(&self, node: Node, handle: Handle) -> Option<OldHandle> {
+        self.pool.ledger()?.old_handle(self.number, handle).filter(|old| old.node == node)
+    }
+
+    /// An open file whose descriptor an earlier server kept for us.
+    pub(super) fn kept_handle(&self, node: Node, handle: Handle) -> Option<Arc<Open>> {
+        let old = self.old_handle(node, handle)?;
+        let fd = self.pool.ledger()?.old_descriptor(handle)?;
+        self.revive(handle, fd, old.flags).ok()
+    }
+
+    fn revive(&self, handle: Handle, fd: OwnedFd, flags: OFlags) -> Result<Arc<Open>> {
+        let open = Arc::new(Open::new(self.pool.hold(fd)?, flags));
+        // Two requests may have opened it: the first one stays.
+        Ok(Arc::clone(&self.handles.map.entry(handle).or_insert(open)))
     }
 
     pub(super) fn close_handle(&self, node: Node, handle: Handle) {
         self.nodes.remove_handle(node, handle);
         let open = self.handles.map.remove(&handle);
         drop(open); // closed here, outside the map
+        // Last: from here on the number is another file's.
+        if let Some(ledger) = self.pool.ledger() {
+            ledger.close_handle(handle);
+        }
     }
 
     fn file(&self, node: Node, handle: Handle) -> Result<Descriptor> {
         if handle == 0 && self.options.immutable {
             return self.content(node).map(Descriptor::Cached);
         }
-        self.handles.get(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
+        self.handle(node, handle)?.io(&self.pool).map(Descriptor::Open)
     }
 
     /// A descriptor of a regular file of an immutable tree.
@@ -290,10 +348,11 @@ impl DirTree {
         if kill_privileges { without_set_id_privilege(write) } else { write() }
     }
 
-    pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
-        let Some(open) = self.handles.get(handle) else {
+    pub(super) fn flush_file(&self, node: Node, handle: Handle) -> Result<()> {
+        if handle == 0 {
             return Ok(()); // an immutable tree's, which has none
-        };
+        }
+        let open = self.handle(node, handle)?;
         if !open.is_writable() {
             return Ok(());
         }

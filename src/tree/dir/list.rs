@@ -124,7 +124,7 @@ impl DirTree {
         let place = self.place(node)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = self.options.act_as.run(caller, || fs::openat(&place, ".", flags, Mode::empty()))?;
-        let handle = self.handles.add(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
+        let handle = self.add_handle(node, Open::new(self.pool.hold(fd)?, OFlags::RDONLY), true)?;
         Ok(Opened { handle, cache: if self.options.immutable { Caching::Keep } else { Caching::Fresh } })
     }
 
@@ -136,10 +136,9 @@ impl DirTree {
         mode: ListMode,
         out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
     ) -> Result<()> {
-        let open = match self.handles.get(handle) {
-            Some(open) => open,
-            None if handle == 0 && self.options.immutable => self.shared_reader(node)?,
-            None => return Err(Errno::BADF),
+        let open = match handle {
+            0 if self.options.immutable => self.shared_reader(node)?,
+            handle => self.handle(node, handle)?,
         };
         let dev = self.nodes.reach(node)?.identity.dev;
         let held = open.any();

@@ -13,6 +13,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
 use super::fds::{Held, fd_name, open_place};
 use super::found::{self, DIRECTORY, Found, REGULAR, TYPE_BITS};
 use super::identity::with_umask;
+use super::ledger::Keep;
 use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
 use crate::tree::ROOT;
 
@@ -181,6 +182,11 @@ impl DirTree {
     }
 
     fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
+        if let (Some(ledger), Some(pin)) = (self.pool.ledger(), &pin)
+            && self.nodes.is_open(node)
+        {
+            ledger.keep_fd(Keep::Node(self.number, node), pin.fd());
+        }
         self.nodes.remove_name(node, parent, name, pin);
         self.pool.remove(self.number, node);
     }

@@ -10,13 +10,15 @@
 //!
 //! Guards of the map are never held across a system call: what a call needs is copied out first.
 
-use std::sync::{Arc, RwLock};
+use std::os::fd::OwnedFd;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
+use super::ledger::{Inheritance, Ledger};
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
 /// Most nodes a tree remembers. The kernel gives them back when it needs memory (FORGET); one costs about 200 bytes, so this
@@ -53,7 +55,10 @@ struct Extra {
 struct State {
     identity: Identity,
     kind: u32,
+    /// Counted by this server.
     references: u64,
+    /// An earlier server counted more, nobody knows how many.
+    inherited: bool,
     aliases: Vec<Alias>,
     extra: Option<Box<Extra>>,
 }
@@ -73,18 +78,75 @@ pub(super) struct NodeTable {
     root: Identity,
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
+    /// Where it is written down for the next server, and this tree's number there.
+    ledger: Option<(Arc<Ledger>, u32)>,
 }
 
 impl NodeTable {
     pub(super) fn new(root: &Found) -> Self {
-        let table =
-            NodeTable { root: root.identity, devices: RwLock::new(vec![root.identity.dev]), map: DashMap::new() };
+        Self::with_ledger(root, None)
+    }
+
+    /// A table that is written down, and begins with `old` from an earlier server.
+    pub(super) fn inheriting(
+        root: &Found,
+        ledger: Arc<Ledger>,
+        tree: u32,
+        old: Inheritance,
+        mut hold: impl FnMut(OwnedFd) -> Option<Arc<Held>>,
+    ) -> Self {
+        let table = Self::with_ledger(root, Some((ledger, tree)));
+        if old.devices.first().is_some_and(|&dev| dev == root.identity.dev) {
+            *table.devices.write().unwrap_or_else(PoisonError::into_inner) = old.devices;
+        } else {
+            table.write(|ledger, tree| ledger.device(tree, 0, root.identity.dev));
+        }
+        let mut pins = old.pins;
+        for (node, mut known) in old.nodes {
+            known.aliases.truncate(MAX_ALIASES);
+            let pin = pins.remove(&node).and_then(&mut hold);
+            let extra = pin.map(|pin| Box::new(Extra { pin: Some(pin), ..Extra::default() }));
+            table.map.insert(
+                node,
+                State {
+                    identity: known.identity,
+                    kind: known.kind,
+                    references: 0,
+                    inherited: true,
+                    aliases: known.aliases,
+                    extra,
+                },
+            );
+        }
+        for (handle, node) in old.handles {
+            table.add_handle(node, handle);
+        }
+        table
+    }
+
+    fn with_ledger(root: &Found, ledger: Option<(Arc<Ledger>, u32)>) -> Self {
+        let devices = RwLock::new(vec![root.identity.dev]);
+        let table = NodeTable { root: root.identity, devices, map: DashMap::new(), ledger };
         table.map.insert(
             ROOT,
-            // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
-            State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None },
+            State {
+                identity: root.identity,
+                kind: root.kind(),
+                // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
+                references: 1,
+                inherited: false,
+                aliases: Vec::new(),
+                extra: None,
+            },
         );
         table
+    }
+
+    /// Write something down. No system call: it may be under a guard.
+    fn write(&self, record: impl FnOnce(&Ledger, u32)) {
+        if let Some((ledger, tree)) = &self.ledger {
+            record(ledger, *tree);
+        }
     }
 
     pub(super) fn len(&self) -> usize {
@@ -111,10 +173,10 @@ impl NodeTable {
             return Ok(0);
         }
         let find = |list: &[u64]| list.iter().position(|&d| d == dev).map(|i| i as u64);
-        if let Some(index) = find(&self.devices.read().unwrap_or_else(std::sync::PoisonError::into_inner)) {
+        if let Some(index) = find(&self.devices.read().unwrap_or_else(PoisonError::into_inner)) {
             return Ok(index);
         }
-        let mut list = self.devices.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut list = self.devices.write().unwrap_or_else(PoisonError::into_inner);
         if let Some(index) = find(&list) {
             return Ok(index);
         }
@@ -122,7 +184,9 @@ impl NodeTable {
             return Err(Errno::NFILE);
         }
         list.push(dev);
-        Ok(list.len() as u64 - 1)
+        let index = list.len() as u64 - 1;
+        self.write(|ledger, tree| ledger.device(tree, index, dev));
+        Ok(index)
     }
 
     /// One reference more to the file found under this name, which becomes known if it was not.
@@ -152,17 +216,21 @@ impl NodeTable {
                     }
                     state.kind = found.kind();
                     state.references = state.references.saturating_add(1);
-                    state.add_alias(parent, name);
+                    if state.add_alias(parent, name) {
+                        self.write(|ledger, tree| ledger.named(tree, node, identity, state.kind, parent, name));
+                    }
                     return Ok(node);
                 }
                 MapEntry::Vacant(at) => {
                     if full {
                         return Err(Errno::NOMEM);
                     }
+                    self.write(|ledger, tree| ledger.named(tree, node, identity, found.kind(), parent, name));
                     at.insert(State {
                         identity,
                         kind: found.kind(),
                         references: 1,
+                        inherited: false,
                         aliases: vec![Alias { parent, name: name.into() }],
                         extra: None,
                     });
@@ -181,12 +249,16 @@ impl NodeTable {
             return false;
         };
         let state = at.get_mut();
+        // What an earlier server gave out comes back in one message with what we gave out since, when the kernel drops the
+        // inode: that one is larger than what we know of.
+        let all = if state.inherited { count > state.references } else { count >= state.references };
         // More than it has is taken as all of them: the count comes from outside.
         state.references = state.references.saturating_sub(count);
-        if state.references > 0 {
+        if !all {
             return false;
         }
         let state = at.remove();
+        self.write(|ledger, tree| ledger.forgotten(tree, node));
         drop(state); // the pin, and with it its descriptor
         true
     }
@@ -224,6 +296,7 @@ impl NodeTable {
     pub(super) fn remove_name(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
         if let Some(mut state) = self.map.get_mut(&node) {
             state.aliases.retain(|a| a.parent != parent || *a.name != *name);
+            self.write(|ledger, tree| ledger.unnamed(tree, node, parent, name));
             if pin.is_some() {
                 state.extra().pin = pin;
             }
@@ -232,9 +305,16 @@ impl NodeTable {
 
     /// A name is there now.
     pub(super) fn add_name(&self, node: Node, parent: Node, name: &[u8]) {
-        if let Some(mut state) = self.map.get_mut(&node) {
-            state.add_alias(parent, name);
+        if let Some(mut state) = self.map.get_mut(&node)
+            && state.add_alias(parent, name)
+        {
+            self.write(|ledger, tree| ledger.named(tree, node, state.identity, state.kind, parent, name));
         }
+    }
+
+    /// Has it an open file?
+    pub(super) fn is_open(&self, node: Node) -> bool {
+        self.map.get(&node).is_some_and(|s| s.extra.as_ref().is_some_and(|e| !e.handles.is_empty()))
     }
 
     pub(super) fn add_handle(&self, node: Node, handle: Handle) {
@@ -266,11 +346,12 @@ impl State {
         self.extra.get_or_insert_default()
     }
 
-    fn add_alias(&mut self, parent: Node, name: &[u8]) {
+    /// True where the name was not known.
+    fn add_alias(&mut self, parent: Node, name: &[u8]) -> bool {
         if let Some(at) = self.aliases.iter().position(|a| a.parent == parent && *a.name == *name) {
             // The freshest name is tried first.
             self.aliases.swap(0, at);
-            return;
+            return false;
         }
         let alias = Alias { parent, name: name.into() };
         if self.kind == super::found::DIRECTORY {
@@ -284,6 +365,7 @@ impl State {
             // It has a name again (a link to an unlinked open file's descriptor, or a rename back).
             extra.pin = None;
         }
+        true
     }
 }
 

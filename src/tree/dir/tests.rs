@@ -532,3 +532,131 @@ fn descriptors_do_not_grow_with_the_walk() {
     }
     assert_eq!((s.tree.node_count(), s.tree.pool.cached()), (1, 0));
 }
+
+/// The servers of one mount, one after the other: dropping a tree writes nothing down, so it is as good as a kill.
+struct Servers {
+    dir: tempfile::TempDir,
+    kept: Kept,
+}
+
+impl Servers {
+    fn new() -> Self {
+        Servers { dir: tempfile::tempdir().unwrap(), kept: Ledger::make().unwrap() }
+    }
+
+    fn next(&self) -> DirTree {
+        let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let sockets = (clone(&self.kept.sockets.0), clone(&self.kept.sockets.1));
+        let pool = FdPool::with_ledger(Kept { memory: clone(&self.kept.memory), sockets }).unwrap();
+        let root = crate::sys::fs::open_path(self.dir.path()).unwrap();
+        DirTree::open(root, DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Rw) }, pool).unwrap()
+    }
+}
+
+fn bytes(tree: &DirTree, node: Node, handle: Handle) -> Result<Vec<u8>> {
+    let mut all = Vec::new();
+    tree.read(node, handle, 0, 1 << 16, &mut |b| all.extend_from_slice(b))?;
+    Ok(all)
+}
+
+#[test]
+fn the_next_server_answers_for_nodes_and_open_files_of_the_last_one() {
+    let servers = Servers::new();
+    let name = OsStr::new;
+    let first = servers.next();
+    let dir = first.mkdir(&ME, ROOT, name("dir"), new(0o755)).unwrap().attr.node;
+    let sub = first.mkdir(&ME, dir, name("sub"), new(0o755)).unwrap().attr.node;
+    let make = |tree: &DirTree, at: &str, mode: u32| {
+        let (entry, opened) = tree.create(&ME, sub, name(at), new(0o100_000 | mode), libc::O_RDWR).unwrap();
+        tree.write(entry.attr.node, opened.handle, 0, at.as_bytes(), 0, false).unwrap();
+        (entry.attr.node, opened.handle)
+    };
+    let plain = make(&first, "plain", 0o644);
+    let unlinked = make(&first, "unlinked", 0o644);
+    let read_only = make(&first, "read-only", 0o444);
+    let closed = make(&first, "closed", 0o644);
+    first.release(closed.0, closed.1);
+    let gone = make(&first, "gone", 0o644);
+    first.release(gone.0, gone.1);
+    first.unlink(&ME, sub, name("unlinked")).unwrap();
+    first.unlink(&ME, sub, name("gone")).unwrap();
+    first.forget(gone.0, 1);
+    first.link(&ME, plain.0, ROOT, name("link")).unwrap();
+    first.rename(&ME, (ROOT, name("dir")), (ROOT, name("moved")), 0).unwrap();
+    first.unlink(&ME, sub, name("plain")).unwrap();
+    let stream = first.opendir(&ME, sub).unwrap().handle;
+    let mut cookie = 0;
+    let mut left = 3;
+    let mut listed = Vec::new();
+    let mut page = |tree: &DirTree, cookie: &mut u64, left: &mut usize| {
+        tree.readdir(&ME, sub, stream, *cookie, ListMode::Names, &mut |item| {
+            if *left == 0 {
+                return Fit::Full;
+            }
+            *left -= 1;
+            *cookie = item.cookie;
+            listed.push(item.name.to_str().unwrap().to_owned());
+            Fit::Taken
+        })
+    };
+    page(&first, &mut cookie, &mut left).unwrap();
+    drop(first);
+
+    for round in 0..3 {
+        let next = servers.next();
+        for (at, (node, handle)) in [("plain", plain), ("unlinked", unlinked), ("read-only", read_only)] {
+            let (attr, _) = next.getattr(node, None).unwrap_or_else(|e| panic!("{at}, round {round}: {e}"));
+            assert_eq!(attr.nlink, u32::from(at != "unlinked"), "{at}");
+            assert_eq!(bytes(&next, node, handle).unwrap(), at.as_bytes(), "{at}");
+            assert_eq!(next.write(node, handle, 0, at.as_bytes(), 0, false), Ok(at.len()), "{at}");
+        }
+        assert_eq!(next.getattr(closed.0, None).unwrap().0.size, 6);
+        assert_eq!(bytes(&next, closed.0, closed.1), Err(Errno::BADF));
+        assert_eq!(next.getattr(gone.0, None), Err(Errno::STALE));
+        assert_eq!(next.getattr(sub, None).unwrap().0.mode, 0o040_755);
+        // A number is given again only when it was given back.
+        let other = next.open(&ME, closed.0, libc::O_RDONLY).unwrap().handle;
+        assert!(![plain.1, unlinked.1, read_only.1, stream].contains(&other));
+        next.release(closed.0, other);
+    }
+
+    let last = servers.next();
+    left = usize::MAX;
+    page(&last, &mut cookie, &mut left).unwrap();
+    listed.sort();
+    assert_eq!(listed, [".", "..", "closed", "read-only"]);
+    last.releasedir(sub, stream);
+    for (node, handle) in [plain, unlinked, read_only] {
+        last.release(node, handle);
+    }
+    assert_eq!((last.handle_count(), last.pool.usage().0), (0, 1), "the pin of the unlinked file");
+    // The kernel gives back what all servers counted, in one message each.
+    for (node, count) in [(plain.0, 2), (unlinked.0, 1), (read_only.0, 1), (closed.0, 1), (sub, 1), (dir, 1)] {
+        last.forget(node, count);
+    }
+    assert_eq!((last.node_count(), last.pool.usage().0), (1, 0));
+    drop(last);
+    let empty = servers.next();
+    assert_eq!((empty.node_count(), empty.pool.usage().0), (1, 0));
+}
+
+#[test]
+fn references_of_earlier_servers_come_back_with_the_last_forget_only() {
+    let servers = Servers::new();
+    std::fs::write(servers.dir.path().join("f"), "").unwrap();
+    let find = |tree: &DirTree| match tree.lookup(&ME, ROOT, OsStr::new("f")).unwrap() {
+        Lookup::Found(entry) => entry.attr.node,
+        Lookup::Absent(_) => panic!("it is there"),
+    };
+    let first = servers.next();
+    let node = find(&first);
+    find(&first);
+    drop(first);
+    let next = servers.next();
+    assert_eq!(find(&next), node);
+    next.forget(node, 1); // a lookup whose answer the kernel could not use
+    assert!(next.getattr(node, None).is_ok());
+    find(&next);
+    next.forget(node, 3); // the inode is dropped: two of the first server, one of this one
+    assert_eq!(next.getattr(node, None), Err(Errno::STALE));
+}
