@@ -18,6 +18,7 @@ use super::outlive::{HandleNote, Inherited};
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
 use crate::tree::Caching;
+use crate::tree::again::is_resent;
 
 /// Largest read answered: fuser's own largest message. The kernel asks for 1 MiB at most.
 const MAX_READ: u32 = 16 << 20;
@@ -328,6 +329,28 @@ impl DirTree {
         kill_privileges: bool,
     ) -> Result<usize> {
         let file = self.file(node, handle)?;
+        if flags.contains(OFlags::APPEND)
+            && is_resent()
+            && let Some(done) = appended_before(file.fd(), offset, data)
+        {
+            if done == data.len() {
+                return Ok(done);
+            }
+            // Cut short by the kill: the rest, behind what is there.
+            let rest = self.write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
+            return Ok(done + rest);
+        }
+        self.write_file_now(&file, offset, data, flags, kill_privileges)
+    }
+
+    fn write_file_now(
+        &self,
+        file: &Descriptor,
+        offset: u64,
+        data: &[u8],
+        flags: OFlags,
+        kill_privileges: bool,
+    ) -> Result<usize> {
         // At the end as the file system knows it: another writer on the host may have moved it.
         let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
         let write = || {
@@ -400,6 +423,22 @@ impl DirTree {
         let length = length.min(MAX_COPY) as usize;
         fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
     }
+}
+
+/// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
+/// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
+fn appended_before(fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+    let mut there = vec![0_u8; data.len()];
+    let mut got = 0;
+    while got < there.len() {
+        match rustix::io::pread(fd, &mut there[got..], offset + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+    (got > 0 && there[..got] == data[..got]).then_some(got)
 }
 
 /// A descriptor to read or write through.
