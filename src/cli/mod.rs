@@ -12,6 +12,7 @@ mod mount;
 mod output;
 mod probe;
 mod recover;
+mod shown;
 mod unmount;
 
 use std::ffi::OsString;

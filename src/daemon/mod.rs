@@ -27,6 +27,7 @@ use crate::fuse::mount::{Method, OtherUsers};
 use crate::fuse::session::Resend;
 use crate::plan::Plan;
 
+pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
 pub use spawn::{Options, start};
 pub use supervise::worker_of;

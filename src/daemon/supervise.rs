@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
-use super::sources::Sources;
+use super::sources::{Legacy, Sources};
 use super::{GO, Job, Report, TARGET, WORK, hex, settle, spawn, unhex};
 use crate::backend::{ProcessId, Traces};
 use crate::error::{Error, Kind, Result, Told, show};
@@ -147,6 +147,7 @@ struct Supervisor {
     job: Job,
     job_file: OwnedFd,
     sources: Sources,
+    legacy: Legacy,
     /// The program we run: the worker is the same one, also after the file was replaced.
     program: OwnedFd,
     me: ProcessId,
@@ -187,10 +188,11 @@ impl Supervisor {
         let sources = Sources::open(&job.plan)?;
         let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
         let job_file = memory_file("fsprov-job", &text)?;
+        let legacy = Legacy::new(&job.plan)?;
         caller.ask(&Report::Started { supervisor: me })?;
         fault::point("server.worker")?;
 
-        let mut worker = Worker::start(&program, &job, &sources, &job_file)?;
+        let mut worker = Worker::start(&program, &job, &sources, &legacy, &job_file)?;
         let built = worker.expect("build its trees").and_then(|message| match message {
             FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
             other => Err(unexpected(&other)),
@@ -207,6 +209,7 @@ impl Supervisor {
             job,
             job_file,
             sources,
+            legacy,
             program,
             me,
             signals,
@@ -279,17 +282,37 @@ impl Supervisor {
         const OP: &str = "watch the worker";
         let worker = self.worker.as_mut().ok_or_else(|| Error::new(Kind::Helper, OP, "", "there is none"))?;
         loop {
-            let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+            let mut fds = [
+                PollFd::new(&self.signals, PollFlags::IN),
+                PollFd::new(&worker.pidfd, PollFlags::IN),
+                PollFd::new(&worker.channel, PollFlags::IN),
+            ];
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(Error::sys(OP, worker.id, e)),
             }
-            if !fds[0].revents().is_empty() {
+            let [signal, ended, said] = fds.map(|fd| !fd.revents().is_empty());
+            if said {
+                // What a dead worker said last is in the socket still.
+                while let Some((message, fds)) = worker.channel.receive_now()? {
+                    match message {
+                        FromWorker::Keep(tree, node) => self.legacy.keep(tree, node, fds),
+                        FromWorker::Release(tree, node) => self.legacy.release(tree, node),
+                        other => log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id),
+                    }
+                }
+            }
+            if signal {
                 return Ok(Event::Signal);
             }
-            if !fds[1].revents().is_empty() {
+            if ended {
                 let status = worker.child.wait().map_err(|e| Error::io(OP, worker.id, e))?;
                 return Ok(Event::WorkerEnded(status));
+            }
+            if said && worker.channel.is_closed() {
+                // It closed its end and lives: wait for its end alone, or this would spin.
+                let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+                let _ = poll(&mut fds, None);
             }
         }
     }
@@ -331,7 +354,7 @@ impl Supervisor {
     }
 
     fn start_again(&mut self) -> Result<InFlight> {
-        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.job_file)?;
+        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.legacy, &self.job_file)?;
         let begun = worker
             .expect("build its trees")
             .and_then(|message| match message {
@@ -452,7 +475,7 @@ fn take_away(info: &MountInfo, how: Unmount) -> Result<()> {
 }
 
 impl Worker {
-    fn start(program: &OwnedFd, job: &Job, sources: &Sources, job_file: &OwnedFd) -> Result<Self> {
+    fn start(program: &OwnedFd, job: &Job, sources: &Sources, legacy: &Legacy, job_file: &OwnedFd) -> Result<Self> {
         const OP: &str = "start worker";
         let (channel, theirs) = Channel::pair()?;
         let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
@@ -467,7 +490,7 @@ impl Worker {
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
         let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None };
-        sources.send(job_file, &worker.channel)?;
+        sources.send(job_file, legacy, &worker.channel)?;
         Ok(worker)
     }
 

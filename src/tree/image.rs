@@ -291,6 +291,10 @@ impl Tree for ImageTree {
         false
     }
 
+    fn opens_without_asking(&self) -> bool {
+        true
+    }
+
     fn is_without_xattrs(&self) -> bool {
         !self.index.has_xattrs()
     }

@@ -7,6 +7,8 @@
 //! programs see. The root of every tree is [`ROOT`]. Ids stay below 2^56: the route table puts the tree's number above.
 //! Errors are errnos, since that is what the kernel takes.
 
+pub mod again;
+pub mod device;
 pub mod dir;
 pub mod image;
 pub mod route;
@@ -266,6 +268,11 @@ pub trait Tree: Send + Sync {
 
     /// True where a node may change other than through us: the kernel may keep nothing for ever.
     fn is_live(&self) -> bool;
+    /// True where every open of a file or directory succeeds and leaves nothing to remember: the kernel need not ask
+    /// (FUSE_NO_OPEN_SUPPORT, FUSE_NO_OPENDIR_SUPPORT).
+    fn opens_without_asking(&self) -> bool {
+        false
+    }
     /// True where no node has an extended attribute and none can get one: the kernel need not ask.
     fn is_without_xattrs(&self) -> bool {
         false

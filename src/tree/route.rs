@@ -339,9 +339,13 @@ impl RouteTree {
         Ok(Entry { attr, generation: 0, entry_ttl: FOREVER, attr_ttl: ttl })
     }
 
-    /// EEXIST where something would be made on a routed name, EBUSY where one would go.
+    /// EEXIST where something would be made on a routed name, EBUSY where one would go; EROFS before EBUSY where nothing may go.
     fn refuse_routed(&self, parent: Node, name: &OsStr, errno: Errno) -> Result<()> {
-        if self.route(parent, name).is_some() { Err(errno) } else { Ok(()) }
+        if self.route(parent, name).is_none() {
+            return Ok(());
+        }
+        let is_image = matches!(parent >> TREE_SHIFT, 0 | MADE_UP);
+        Err(if errno == Errno::BUSY && is_image { Errno::ROFS } else { errno })
     }
 
     /// Both in one tree, or EXDEV.
@@ -543,6 +547,10 @@ impl Tree for RouteTree {
 
     fn is_live(&self) -> bool {
         self.live
+    }
+
+    fn opens_without_asking(&self) -> bool {
+        self.trees.iter().all(|tree| tree.opens_without_asking())
     }
 
     fn is_without_xattrs(&self) -> bool {
