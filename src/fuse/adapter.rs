@@ -554,9 +554,15 @@ impl Filesystem for FuseAdapter {
     }
 
     fn flush(&self, request: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        self.request(request, Operation::Flush, |tree| match tree.flush(node.0, fh.0) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::Flush, node, e)),
+        self.request(request, Operation::Flush, |tree| {
+            // Where opens need no asking nothing is written, so no close has anything to report: never ask again.
+            if self.no_open {
+                return reply.error(fuser::Errno::ENOSYS);
+            }
+            match tree.flush(node.0, fh.0) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::Flush, node, e)),
+            }
         });
     }
 
