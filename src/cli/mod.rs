@@ -3,6 +3,7 @@
 //! Parsing touches no environment but the variables named in the definition; each verb's file resolves and runs it. Must not
 //! know system calls.
 
+mod bench;
 mod config;
 mod docs;
 mod image;
@@ -70,6 +71,8 @@ enum Verb {
     Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
     Probe(probe::Probe),
+    /// Measure how each backend does here, on your image
+    Bench(bench::Bench),
     /// Work with the images in the store
     Image(image::Image),
     /// Show the configuration
@@ -193,6 +196,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Inspect(verb) => verb.run(global),
         Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
+        Verb::Bench(verb) => verb.run(global),
         Verb::Image(verb) => verb.run(global),
         Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),

@@ -1,0 +1,366 @@
+//! `fsprov bench`: how each backend does here, on the user's own image. scripts/bench is the long form, with peers.
+
+use std::ffi::OsString;
+use std::fs;
+use std::io::Read as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use clap::Args;
+use serde::Serialize;
+
+use super::{Format, Global, output};
+use crate::backend::{self, Detach, Support};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageRef;
+use crate::plan::{BackendKind, Ownership};
+use crate::provisioner::{Request, Selector};
+
+/// How often each is measured; the middle one is shown. Odd.
+const ROUNDS: usize = 3;
+/// Small files read in one measurement: what a language's runtime opens when it starts, and more.
+const SMALL_FILES: usize = 2000;
+/// Largest of them.
+const SMALL: u64 = 64 << 10;
+/// As much of the largest file is read.
+const LARGE: u64 = 256 << 20;
+/// As many names are looked at: a walk of /usr, and an end for what is much larger.
+const WALK: usize = 200_000;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Each backend that works here puts the image in place in a temporary directory; it is walked and read, three times over, \
+and compared with a kernel bind mount (where that needs privilege you lack: with the image's own directory, which is as \
+fast). `copy` is left out: it takes as long as copying the image, and is then as fast as the directory.
+
+Example:
+  fsprov bench ./some/rootfs")]
+pub(super) struct Bench {
+    #[command(flatten)]
+    format: Format,
+    /// The image, or a directory that is a root filesystem
+    #[arg(default_value = "/usr")]
+    image: OsString,
+}
+
+/// Seconds. The unit is part of the name in the JSON.
+#[derive(Clone, Debug, Serialize)]
+#[allow(clippy::struct_field_names)]
+struct Times {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mount_s: Option<f64>,
+    first_walk_s: f64,
+    second_walk_s: f64,
+    small_files_s: f64,
+    small_files_again_s: f64,
+    large_file_s: f64,
+}
+
+#[derive(Serialize)]
+struct Row {
+    subject: String,
+    #[serde(flatten)]
+    times: Times,
+}
+
+#[derive(Serialize)]
+struct Missing {
+    backend: BackendKind,
+    reason: String,
+    remedy: String,
+}
+
+#[derive(Serialize)]
+struct Report {
+    image: String,
+    names: usize,
+    small_files: usize,
+    large_file_bytes: u64,
+    /// The first row is what the others are compared with.
+    rows: Vec<Row>,
+    missing: Vec<Missing>,
+}
+
+/// What there is to read in an image, relative to its root; found once, so that every backend reads the same.
+struct Work {
+    names: usize,
+    small: Vec<PathBuf>,
+    large: Option<(PathBuf, u64)>,
+}
+
+impl Bench {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let image = ImageRef::parse(&self.image)?;
+        let provisioner = global.provisioner()?;
+        let stage = tempfile::Builder::new()
+            .prefix("fsprov-bench-")
+            .tempdir()
+            .map_err(|e| Error::io("make", "a temporary directory", e))?;
+        let mut missing = Vec::new();
+        let mut subjects = Vec::new();
+        for kind in [BackendKind::Bind, BackendKind::Fuse, BackendKind::Overlay] {
+            match backend::of(kind).host_support(provisioner.host()) {
+                Support::Yes => subjects.push(kind),
+                Support::No { reason, remedy } => missing.push(Missing { backend: kind, reason, remedy }),
+            }
+        }
+        let mut work: Option<Work> = None;
+        let mut rows: Vec<(String, Vec<Times>)> = Vec::new();
+        for round in 0..ROUNDS {
+            for kind in subjects.clone() {
+                let request = Request {
+                    image: image.clone(),
+                    rootfs: stage.path().join("rootfs"),
+                    backend: Some(kind),
+                    sandbox: None,
+                    volumes: Vec::new(),
+                    id: None,
+                    ownership: Ownership::default(),
+                };
+                let begin = Instant::now();
+                let record = match provisioner.provision(&request) {
+                    Ok(record) => record,
+                    // It works here, but not for this image: many layers under bind. A later round fails as it did.
+                    Err(error) if round == 0 && error.kind() == Kind::Unsupported => {
+                        missing.push(Missing { backend: kind, reason: error.to_string(), remedy: String::new() });
+                        subjects.retain(|k| *k != kind);
+                        continue;
+                    }
+                    Err(error) => return Err(error),
+                };
+                let mounted = begin.elapsed();
+                let rootfs = record.plan.rootfs.clone();
+                let layer = match record.plan.layers.as_slice() {
+                    [layer] if !subjects.contains(&BackendKind::Bind) => Some(layer.root.clone()),
+                    _ => None,
+                };
+                let work = work.get_or_insert_with(|| look(record.plan.layers.first().map_or(&rootfs, |l| &l.root)));
+                if let Some(layer) = layer.filter(|_| kind == subjects[0]) {
+                    note(&mut rows, "directory", measure(&layer, work, None));
+                }
+                note(&mut rows, kind.name(), measure(&rootfs, work, Some(mounted)));
+                provisioner.destroy(&Selector::parse(rootfs.as_os_str()), Detach::Lazy)?;
+            }
+        }
+        let Some(work) = work else {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "measure",
+                show(&self.image),
+                "no backend works here for this image",
+            )
+            .hint("fsprov probe says what each lacks"));
+        };
+        let report = Report {
+            image: show(&self.image),
+            names: work.names,
+            small_files: work.small.len(),
+            large_file_bytes: work.large.as_ref().map_or(0, |(_, size)| *size),
+            rows: rows.into_iter().map(|(subject, times)| Row { subject, times: medians(&times) }).collect(),
+            missing,
+        };
+        if self.format.json { output::json(&report) } else { tell(&report) }
+    }
+}
+
+fn note(rows: &mut Vec<(String, Vec<Times>)>, subject: &str, times: Times) {
+    match rows.iter_mut().find(|(s, _)| s == subject) {
+        Some((_, all)) => all.push(times),
+        None => rows.push((subject.to_owned(), vec![times])),
+    }
+}
+
+/// Walk a tree: every name is asked for its attributes. What cannot be entered is passed over, by every backend alike.
+fn walk(root: &Path, mut found: impl FnMut(&Path, &fs::Metadata)) -> usize {
+    let mut names = 0;
+    let mut directories = vec![root.to_owned()];
+    while let Some(directory) = directories.pop() {
+        let Ok(items) = fs::read_dir(&directory) else { continue };
+        for item in items.flatten() {
+            if names == WALK {
+                return names;
+            }
+            names += 1;
+            let Ok(metadata) = item.metadata() else { continue };
+            let path = item.path();
+            found(&path, &metadata);
+            if metadata.is_dir() {
+                directories.push(path);
+            }
+        }
+    }
+    names
+}
+
+/// Choose what to read. It warms the machine's caches, too, so that no backend is the first to wait for the disk.
+fn look(root: &Path) -> Work {
+    let (mut small, mut large) = (Vec::new(), None::<(PathBuf, u64)>);
+    let names = walk(root, |path, metadata| {
+        let Ok(relative) = path.strip_prefix(root) else { return };
+        if !metadata.is_file() || fs::File::open(path).is_err() {
+            return;
+        }
+        if metadata.len() <= SMALL && small.len() < SMALL_FILES {
+            small.push(relative.to_owned());
+        }
+        if large.as_ref().is_none_or(|(_, size)| *size < metadata.len()) {
+            large = Some((relative.to_owned(), metadata.len()));
+        }
+    });
+    let work = Work { names, small, large: large.map(|(path, size)| (path, size.min(LARGE))) };
+    let _ = measure(root, &work, None);
+    work
+}
+
+fn measure(root: &Path, work: &Work, mounted: Option<Duration>) -> Times {
+    let seconds = |work: &mut dyn FnMut()| {
+        let begin = Instant::now();
+        work();
+        begin.elapsed().as_secs_f64()
+    };
+    let mut buffer = vec![0; 1 << 20];
+    let mut read = |path: &Path, limit: u64| {
+        let Ok(file) = fs::File::open(root.join(path)) else { return };
+        let mut file = file.take(limit);
+        while file.read(&mut buffer).is_ok_and(|n| n > 0) {}
+    };
+    let mut walked = || {
+        walk(root, |_, _| ());
+    };
+    let (first_walk_s, second_walk_s) = (seconds(&mut walked), seconds(&mut walked));
+    let mut small = || work.small.iter().for_each(|path| read(path, SMALL));
+    let (small_files_s, small_files_again_s) = (seconds(&mut small), seconds(&mut small));
+    let large_file_s = seconds(&mut || {
+        if let Some((path, size)) = &work.large {
+            read(path, *size);
+        }
+    });
+    let mount_s = mounted.map(|m| m.as_secs_f64());
+    Times { mount_s, first_walk_s, second_walk_s, small_files_s, small_files_again_s, large_file_s }
+}
+
+fn medians(all: &[Times]) -> Times {
+    let median = |pick: fn(&Times) -> f64| {
+        let mut values: Vec<f64> = all.iter().map(pick).collect();
+        values.sort_by(f64::total_cmp);
+        values.get(values.len() / 2).copied().unwrap_or_default()
+    };
+    Times {
+        mount_s: all.iter().all(|t| t.mount_s.is_some()).then(|| median(|t| t.mount_s.unwrap_or_default())),
+        first_walk_s: median(|t| t.first_walk_s),
+        second_walk_s: median(|t| t.second_walk_s),
+        small_files_s: median(|t| t.small_files_s),
+        small_files_again_s: median(|t| t.small_files_again_s),
+        large_file_s: median(|t| t.large_file_s),
+    }
+}
+
+fn milliseconds(seconds: f64) -> String {
+    format!("{:.1} ms", seconds * 1000.0)
+}
+
+/// `12.3 ms x1.4`: the time, and how many times that of the first row.
+fn compared(seconds: f64, base: f64) -> String {
+    if base > 0.0 { format!("{} x{:.1}", milliseconds(seconds), seconds / base) } else { milliseconds(seconds) }
+}
+
+fn tell(report: &Report) -> Result<()> {
+    let Some(base) = report.rows.first().map(|r| r.times.clone()) else { return Ok(()) };
+    output::line(&format!(
+        "{}: {} names walked, {} small files and {} of a large one read; medians of {ROUNDS}, compared with {}",
+        report.image,
+        report.names,
+        report.small_files,
+        output::size(report.large_file_bytes),
+        report.rows[0].subject
+    ))?;
+    let rows: Vec<[String; 7]> = report
+        .rows
+        .iter()
+        .map(|Row { subject, times: t }| {
+            [
+                subject.clone(),
+                t.mount_s.map_or_else(|| "-".into(), milliseconds),
+                compared(t.first_walk_s, base.first_walk_s),
+                compared(t.second_walk_s, base.second_walk_s),
+                compared(t.small_files_s, base.small_files_s),
+                compared(t.small_files_again_s, base.small_files_again_s),
+                compared(t.large_file_s, base.large_file_s),
+            ]
+        })
+        .collect();
+    let heading = ["BACKEND", "MOUNT", "FIRST WALK", "AGAIN", "SMALL FILES", "AGAIN", "LARGE FILE"];
+    output::table(heading, &rows)?;
+    for missing in &report.missing {
+        output::line(&format!("{}: no: {}", missing.backend, missing.reason))?;
+        if !missing.remedy.is_empty() {
+            output::line(&format!("    {}", missing.remedy))?;
+        }
+    }
+    if let Some(fuse) = report.rows.iter().find(|r| r.subject == BackendKind::Fuse.name()) {
+        output::line(&meaning(&fuse.times, &base))?;
+    }
+    Ok(())
+}
+
+/// Slower than this is worth a word: below, measurements of one run differ by as much.
+const NOTICEABLE: f64 = 1.3;
+
+fn meaning(fuse: &Times, base: &Times) -> String {
+    let again = fuse.second_walk_s.max(1e-9) / base.second_walk_s.max(1e-9);
+    let first = fuse.first_walk_s.max(1e-9) / base.first_walk_s.max(1e-9);
+    let files = fuse.small_files_again_s.max(1e-9) / base.small_files_again_s.max(1e-9);
+    if again.max(files) <= NOTICEABLE {
+        format!(
+            "Under fuse, what was used once costs no more than with the kernel alone; the first look at it costs {first:.1} times as much."
+        )
+    } else {
+        format!(
+            "Under fuse, what was used before costs {:.1} times what the kernel alone takes: an image in the store              (`fsprov image import`) is served from its index, a plain directory is asked again and again.",
+            again.max(files)
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn times(value: f64) -> Times {
+        Times {
+            mount_s: Some(value),
+            first_walk_s: value,
+            second_walk_s: value,
+            small_files_s: value,
+            small_files_again_s: value,
+            large_file_s: value,
+        }
+    }
+
+    #[test]
+    fn the_middle_one_counts() {
+        let all = [times(9.0), times(1.0), times(2.0)];
+        assert!((medians(&all).first_walk_s - 2.0).abs() < f64::EPSILON);
+        assert_eq!(medians(&all).mount_s, Some(2.0));
+        assert_eq!(medians(&[Times { mount_s: None, ..times(1.0) }]).mount_s, None);
+    }
+
+    #[test]
+    fn a_walk_sees_every_name_and_the_choice_is_relative() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("d")).unwrap();
+        fs::write(dir.path().join("d/small"), b"x").unwrap();
+        fs::write(dir.path().join("large"), vec![0; 100_000]).unwrap();
+        let work = look(dir.path());
+        assert_eq!((work.names, work.small), (3, vec![PathBuf::from("d/small")]));
+        assert_eq!(work.large, Some((PathBuf::from("large"), 100_000)));
+    }
+
+    #[test]
+    fn what_it_means_follows_from_the_ratios() {
+        assert!(meaning(&times(1.0), &times(1.0)).contains("no more than with the kernel"));
+        assert!(meaning(&times(5.0), &times(1.0)).contains("5.0 times"));
+        assert_eq!(compared(0.010, 0.005), "10.0 ms x2.0");
+        assert_eq!(compared(0.010, 0.0), "10.0 ms");
+    }
+}
