@@ -3,7 +3,7 @@
 use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
 
 /// A builder with `directories` directories of `files` files each, named as packages name theirs.
-pub fn image(directories: u32, files: u32) -> Builder {
+pub(crate) fn image(directories: u32, files: u32) -> Builder {
     let mut builder = Builder::new();
     builder.begin_layer(Whiteouts::Plain).expect("the first layer");
     for d in 0..directories {
@@ -20,7 +20,7 @@ pub fn image(directories: u32, files: u32) -> Builder {
 
 /// The index of [`image`], mapped from a file as a server maps it.
 #[allow(dead_code)] // not every bench needs one
-pub fn mapped(directories: u32, files: u32) -> Index {
+pub(crate) fn mapped(directories: u32, files: u32) -> Index {
     let dir = tempfile::tempdir().expect("a temporary directory");
     let path = dir.path().join("index");
     image(directories, files).write_file(&path).expect("an index");

@@ -494,12 +494,11 @@ impl Oracle {
                 if !self.lead_to(path, id) {
                     return false;
                 }
-                match self.tree.get_mut(path) {
-                    Some(found @ (_, true, _)) => found.2 = layer,
-                    _ => {
-                        self.remove(path);
-                        self.tree.insert(path.clone(), (id, true, layer));
-                    }
+                if let Some(found @ (_, true, _)) = self.tree.get_mut(path) {
+                    found.2 = layer;
+                } else {
+                    self.remove(path);
+                    self.tree.insert(path.clone(), (id, true, layer));
                 }
             }
             Step::File(path) => {
