@@ -4,6 +4,7 @@
 //! [`Tree::is_without_xattrs`]) and from [`AdapterOptions`].
 
 use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -106,6 +107,57 @@ impl Counters {
     fn count(&self, operation: Operation) {
         self.by_kind[operation as usize].fetch_add(1, Ordering::Relaxed);
     }
+}
+
+/// A request that an earlier server had read and not answered has this bit in its number (FUSE_UNIQUE_RESEND, linux/fuse.h,
+/// Linux 6.9). That server may have done it already.
+const RESENT: u64 = 1 << 63;
+
+/// What making something came to, where the request may have been worked on before: what is there already, and is what was
+/// asked for (`fits`), was made by that request.
+fn made(
+    tree: &dyn Tree,
+    request: &Request,
+    result: Result<Entry, Errno>,
+    at: (INodeNo, &OsStr),
+    fits: impl FnOnce(&Entry) -> bool,
+) -> Result<Entry, Errno> {
+    if result != Err(Errno::EXIST) || request.unique().0 & RESENT == 0 {
+        return result;
+    }
+    match tree.lookup(&caller(request), at.0.0, at.1)? {
+        Lookup::Found(entry) if fits(&entry) => Ok(entry),
+        Lookup::Found(entry) => {
+            tree.forget(entry.attr.node, 1);
+            Err(Errno::EXIST)
+        }
+        Lookup::Absent(_) => Err(Errno::EXIST),
+    }
+}
+
+/// The same for what takes something away: it is gone, as asked.
+fn unmade(request: &Request, result: Result<(), Errno>, gone: Errno) -> Result<(), Errno> {
+    if result == Err(gone) && request.unique().0 & RESENT != 0 { Ok(()) } else { result }
+}
+
+/// The same for a rename: the old name is gone and the new one is there. (An exchange looks the same done and undone: it is
+/// done again.)
+fn moved(tree: &dyn Tree, request: &Request, result: Result<(), Errno>, to: (INodeNo, &OsStr)) -> Result<(), Errno> {
+    if result != Err(Errno::NOENT) || request.unique().0 & RESENT == 0 {
+        return result;
+    }
+    match tree.lookup(&caller(request), to.0.0, to.1)? {
+        Lookup::Found(entry) => {
+            // The lookup also tells the tree of the new name, which the earlier server may not have written down.
+            tree.forget(entry.attr.node, 1);
+            Ok(())
+        }
+        Lookup::Absent(_) => result,
+    }
+}
+
+fn same_type(mode: u32) -> impl FnOnce(&Entry) -> bool {
+    move |entry| entry.attr.mode & libc::S_IFMT == mode & libc::S_IFMT
 }
 
 /// A tree as a FUSE file system.
@@ -407,37 +459,63 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEntry,
     ) {
         let new = New { mode, umask, rdev };
-        self.request(Operation::MkNod, |tree| match tree.mknod(&caller(request), parent.0, name, new) {
-            Ok(entry) => give_entry(reply, &entry),
-            Err(e) => reply.error(failed(Operation::MkNod, parent, e)),
+        self.request(Operation::MkNod, |tree| {
+            match made(
+                tree,
+                request,
+                tree.mknod(&caller(request), parent.0, name, new),
+                (parent, name),
+                same_type(mode),
+            ) {
+                Ok(entry) => give_entry(reply, &entry),
+                Err(e) => reply.error(failed(Operation::MkNod, parent, e)),
+            }
         });
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let new = New { mode, umask, rdev: 0 };
-        self.request(Operation::MkDir, |tree| match tree.mkdir(&caller(request), parent.0, name, new) {
-            Ok(entry) => give_entry(reply, &entry),
-            Err(e) => reply.error(failed(Operation::MkDir, parent, e)),
+        self.request(Operation::MkDir, |tree| {
+            match made(
+                tree,
+                request,
+                tree.mkdir(&caller(request), parent.0, name, new),
+                (parent, name),
+                same_type(libc::S_IFDIR),
+            ) {
+                Ok(entry) => give_entry(reply, &entry),
+                Err(e) => reply.error(failed(Operation::MkDir, parent, e)),
+            }
         });
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::Unlink, |tree| match tree.unlink(&caller(request), parent.0, name) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::Unlink, parent, e)),
+        self.request(Operation::Unlink, |tree| {
+            match unmade(request, tree.unlink(&caller(request), parent.0, name), Errno::NOENT) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::Unlink, parent, e)),
+            }
         });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RmDir, |tree| match tree.rmdir(&caller(request), parent.0, name) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::RmDir, parent, e)),
+        self.request(Operation::RmDir, |tree| {
+            match unmade(request, tree.rmdir(&caller(request), parent.0, name), Errno::NOENT) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::RmDir, parent, e)),
+            }
         });
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
         self.request(Operation::SymLink, |tree| {
-            match tree.symlink(&caller(request), parent.0, name, target.as_os_str()) {
+            let result = tree.symlink(&caller(request), parent.0, name, target.as_os_str());
+            let same_target = |entry: &Entry| {
+                let mut same = false;
+                let read = tree.readlink(entry.attr.node, &mut |text| same = text == target.as_os_str().as_bytes());
+                read.is_ok() && same
+            };
+            match made(tree, request, result, (parent, name), same_target) {
                 Ok(entry) => give_entry(reply, &entry),
                 Err(e) => reply.error(failed(Operation::SymLink, parent, e)),
             }
@@ -455,7 +533,8 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEmpty,
     ) {
         self.request(Operation::Rename, |tree| {
-            match tree.rename(&caller(request), (parent.0, name), (new_parent.0, new_name), flags.bits()) {
+            let result = tree.rename(&caller(request), (parent.0, name), (new_parent.0, new_name), flags.bits());
+            match moved(tree, request, result, (new_parent, new_name)) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(failed(Operation::Rename, parent, e)),
             }
@@ -463,9 +542,13 @@ impl Filesystem for FuseAdapter {
     }
 
     fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.request(Operation::Link, |tree| match tree.link(&caller(request), node.0, parent.0, name) {
-            Ok(entry) => give_entry(reply, &entry),
-            Err(e) => reply.error(failed(Operation::Link, node, e)),
+        self.request(Operation::Link, |tree| {
+            match made(tree, request, tree.link(&caller(request), node.0, parent.0, name), (parent, name), |entry| {
+                entry.attr.node == node.0
+            }) {
+                Ok(entry) => give_entry(reply, &entry),
+                Err(e) => reply.error(failed(Operation::Link, node, e)),
+            }
         });
     }
 
@@ -699,9 +782,11 @@ impl Filesystem for FuseAdapter {
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RemoveXattr, |tree| match tree.removexattr(&caller(request), node.0, name) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::RemoveXattr, node, e)),
+        self.request(Operation::RemoveXattr, |tree| {
+            match unmade(request, tree.removexattr(&caller(request), node.0, name), Errno::NODATA) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::RemoveXattr, node, e)),
+            }
         });
     }
 

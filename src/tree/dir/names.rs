@@ -159,7 +159,11 @@ impl DirTree {
             Removal::File => AtFlags::empty(),
             Removal::Directory => AtFlags::REMOVEDIR,
         };
-        self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags))?;
+        let removed = self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags));
+        if let Err(e) = removed {
+            self.still_named(known.as_ref());
+            return Err(e);
+        }
         if let Some((node, pin)) = known {
             self.lost(node, parent, name, pin);
         }
@@ -177,16 +181,24 @@ impl DirTree {
         }
         let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
         // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
-        let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
-        Ok(Some((node, pin.map(Arc::new))))
+        let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}"));
+        if let (Some(ledger), Ok(pin)) = (self.pool.ledger(), &pin)
+            && self.nodes.is_open(node)
+        {
+            // Before the name goes: a kill in between would lose an open file.
+            ledger.keep_fd(Keep::Node(self.number, node), pin.fd());
+        }
+        Ok(Some((node, pin.ok().map(Arc::new))))
+    }
+
+    /// What would have lost its last name did not.
+    fn still_named(&self, known: Option<&(Node, Option<Arc<Held>>)>) {
+        if let (Some(ledger), Some((node, Some(_)))) = (self.pool.ledger(), known) {
+            ledger.release_fd(Keep::Node(self.number, *node));
+        }
     }
 
     fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
-        if let (Some(ledger), Some(pin)) = (self.pool.ledger(), &pin)
-            && self.nodes.is_open(node)
-        {
-            ledger.keep_fd(Keep::Node(self.number, node), pin.fd());
-        }
         self.nodes.remove_name(node, parent, name, pin);
         self.pool.remove(self.number, node);
     }
@@ -204,7 +216,11 @@ impl DirTree {
             Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
             _ => None,
         };
-        self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags))?;
+        let renamed = self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags));
+        if let Err(e) = renamed {
+            self.still_named(victim.as_ref());
+            return Err(e);
+        }
         if target.is_some_and(|t| t.identity == moved.identity) {
             return Ok(()); // two links to one file: rename(2) does nothing
         }
