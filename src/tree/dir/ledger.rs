@@ -7,6 +7,7 @@
 //! ```text
 //! page 0      magic, version, which log is in force, the lengths of both
 //! handles     a slot for each open file: node, tree and flags
+//! counts      a slot for each node: the references that the kernel holds
 //! log 0, 1    records: a node has a name, has lost it, is forgotten, a device was met. One is in force; a full one is written
 //!             again without what is no more, into the other
 //! ```
@@ -43,7 +44,14 @@ const HANDLES_AT: usize = 4096;
 /// Open files at once that survive: as many descriptors as a process usually may have at most (fs.nr_open is 2^20).
 const HANDLE_SLOTS: usize = 1 << 19;
 const SLOT_BYTES: usize = 16;
-const LOGS_AT: usize = HANDLES_AT + HANDLE_SLOTS * SLOT_BYTES;
+const COUNTS_AT: usize = HANDLES_AT + HANDLE_SLOTS * SLOT_BYTES;
+/// Nodes whose references are known exactly: as many as a tree may have (`MAX_NODES`).
+const COUNT_SLOTS: u32 = 8 << 20;
+const LOGS_AT: usize = COUNTS_AT + COUNT_SLOTS as usize * 4;
+/// Where page 0 has the lengths of the logs, and how many handle and count slots were ever used.
+const LENGTHS_WORD: usize = 24;
+const HANDLES_WORD: usize = 40;
+const COUNTS_WORD: usize = 48;
 /// Room of one log: 8 million nodes (`MAX_NODES`) with names of a hundred bytes. Only what is written takes memory.
 const LOG_BYTES: usize = 1 << 30;
 const FILE_BYTES: usize = LOGS_AT + 2 * LOG_BYTES;
@@ -57,7 +65,7 @@ const UNNAMED: u8 = 2;
 const FORGOTTEN: u8 = 3;
 const DEVICE: u8 = 4;
 
-/// Length (2), kind (1), tree (1), 4 unused, node (8).
+/// Length (2), kind (1), tree (1), count slot (4), node (8).
 const HEAD: usize = 16;
 /// Parent (8), device (8), inode (8), generation (4), type (4).
 const NAMED_HEAD: usize = HEAD + 32;
@@ -77,6 +85,17 @@ pub(super) struct OldNode {
     pub(super) identity: Identity,
     pub(super) kind: u32,
     pub(super) aliases: Vec<Alias>,
+    pub(super) count: CountSlot,
+    pub(super) references: u64,
+}
+
+/// Where the references of a node are counted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct CountSlot(u32);
+
+impl CountSlot {
+    /// Nowhere: there is no ledger, or no slot is left.
+    pub(super) const NONE: CountSlot = CountSlot(u32::MAX);
 }
 
 /// What an earlier server left for one tree.
@@ -126,6 +145,8 @@ struct Pages {
     dead: usize,
     free_slots: Vec<u32>,
     next_slot: u32,
+    free_counts: Vec<u32>,
+    next_count: u32,
     inherited: HashMap<u32, Inheritance>,
     full: bool,
     /// A log that is not in force any more and still takes memory.
@@ -171,6 +192,8 @@ impl Ledger {
             dead: 0,
             free_slots: Vec::new(),
             next_slot: 0,
+            free_counts: Vec::new(),
+            next_count: 0,
             inherited: HashMap::new(),
             full: false,
             stale: None,
@@ -203,32 +226,50 @@ impl Ledger {
         self.pages().inherited.remove(&tree).unwrap_or_default()
     }
 
-    pub(super) fn named(&self, tree: u32, node: Node, identity: Identity, kind: u32, parent: Node, name: &[u8]) {
-        let mut body = [0_u8; NAMED_HEAD - HEAD];
-        body[0..8].copy_from_slice(&parent.to_ne_bytes());
-        body[8..16].copy_from_slice(&identity.dev.to_ne_bytes());
-        body[16..24].copy_from_slice(&identity.ino.to_ne_bytes());
-        body[24..28].copy_from_slice(&identity.generation.to_ne_bytes());
-        body[28..32].copy_from_slice(&kind.to_ne_bytes());
-        self.pages().append(NAMED, tree, node, &[&body, name]);
+    /// Count one reference to a new node.
+    pub(super) fn new_count(&self) -> CountSlot {
+        let mut pages = self.pages();
+        let slot = match pages.free_counts.pop() {
+            Some(slot) => slot,
+            None if pages.next_count < COUNT_SLOTS => {
+                pages.next_count += 1;
+                let used = u64::from(pages.next_count);
+                pages.set_word(COUNTS_WORD, used);
+                pages.next_count - 1
+            }
+            None => return CountSlot::NONE,
+        };
+        pages.set_count(CountSlot(slot), 1);
+        CountSlot(slot)
+    }
+
+    pub(super) fn set_count(&self, slot: CountSlot, references: u64) {
+        self.pages().set_count(slot, references);
+    }
+
+    pub(super) fn named(&self, tree: u32, node: Node, known: &OldNode, parent: Node, name: &[u8]) {
+        self.pages().append_name(tree, node, known, parent, name);
     }
 
     pub(super) fn unnamed(&self, tree: u32, node: Node, parent: Node, name: &[u8]) {
         let mut pages = self.pages();
         // It and the record it undoes.
         pages.dead += 2 * padded(HEAD + 8 + name.len());
-        pages.append(UNNAMED, tree, node, &[&parent.to_ne_bytes(), name]);
+        pages.append(UNNAMED, tree, CountSlot::NONE, node, &[&parent.to_ne_bytes(), name]);
     }
 
-    pub(super) fn forgotten(&self, tree: u32, node: Node) {
+    pub(super) fn forgotten(&self, tree: u32, node: Node, count: CountSlot) {
         let mut pages = self.pages();
         // It and about what named the node.
         pages.dead += HEAD + padded(NAMED_HEAD + 16);
-        pages.append(FORGOTTEN, tree, node, &[]);
+        pages.append(FORGOTTEN, tree, CountSlot::NONE, node, &[]);
+        if count != CountSlot::NONE {
+            pages.free_counts.push(count.0);
+        }
     }
 
     pub(super) fn device(&self, tree: u32, index: u64, dev: u64) {
-        self.pages().append(DEVICE, tree, index, &[&dev.to_ne_bytes()]);
+        self.pages().append(DEVICE, tree, CountSlot::NONE, index, &[&dev.to_ne_bytes()]);
     }
 
     /// A number for an open file.
@@ -323,7 +364,7 @@ impl Pages {
         LOGS_AT + log * LOG_BYTES
     }
 
-    fn append(&mut self, kind: u8, tree: u32, node: Node, parts: &[&[u8]]) {
+    fn append(&mut self, kind: u8, tree: u32, count: CountSlot, node: Node, parts: &[&[u8]]) {
         let bytes: usize = HEAD + parts.iter().map(|p| p.len()).sum::<usize>();
         if self.full {
             return;
@@ -340,6 +381,7 @@ impl Pages {
         self.map[at..at + 2].copy_from_slice(&(bytes as u16).to_ne_bytes());
         self.map[at + 2] = kind;
         self.map[at + 3] = tree as u8;
+        self.map[at + 4..at + 8].copy_from_slice(&count.0.to_ne_bytes());
         self.map[at + 8..at + HEAD].copy_from_slice(&node.to_ne_bytes());
         let mut to = at + HEAD;
         for part in parts {
@@ -347,11 +389,28 @@ impl Pages {
             to += part.len();
         }
         self.length += padded(bytes);
-        self.set_word(24 + 8 * self.log, self.length as u64);
+        self.set_word(LENGTHS_WORD + 8 * self.log, self.length as u64);
+    }
+
+    fn append_name(&mut self, tree: u32, node: Node, known: &OldNode, parent: Node, name: &[u8]) {
+        let mut body = [0_u8; NAMED_HEAD - HEAD];
+        body[0..8].copy_from_slice(&parent.to_ne_bytes());
+        body[8..16].copy_from_slice(&known.identity.dev.to_ne_bytes());
+        body[16..24].copy_from_slice(&known.identity.ino.to_ne_bytes());
+        body[24..28].copy_from_slice(&known.identity.generation.to_ne_bytes());
+        body[28..32].copy_from_slice(&known.kind.to_ne_bytes());
+        self.append(NAMED, tree, known.count, node, &[&body, name]);
+    }
+
+    fn set_count(&mut self, slot: CountSlot, references: u64) {
+        if slot != CountSlot::NONE {
+            let at = COUNTS_AT + slot.0 as usize * 4;
+            self.map[at..at + 4].copy_from_slice(&u32::try_from(references).unwrap_or(u32::MAX).to_ne_bytes());
+        }
     }
 
     /// Every record of the log in force, in order.
-    fn records(&self) -> impl Iterator<Item = (u8, u32, Node, &[u8])> {
+    fn records(&self) -> impl Iterator<Item = (u8, u32, CountSlot, Node, &[u8])> {
         let log = &self.map[Self::start(self.log)..Self::start(self.log) + self.length];
         let mut at = 0;
         std::iter::from_fn(move || {
@@ -359,20 +418,31 @@ impl Pages {
             let bytes = usize::from(u16::from_ne_bytes([head[0], head[1]]));
             let body = log.get(at + HEAD..at + bytes.max(HEAD))?;
             at += padded(bytes.max(HEAD));
-            Some((head[2], u32::from(head[3]), u64_at(head, 8), body))
+            Some((head[2], u32::from(head[3]), CountSlot(u32_at(head, 4)), u64_at(head, 8), body))
         })
     }
 
     fn replay(&self) -> HashMap<u32, Inheritance> {
         let mut all: HashMap<u32, Inheritance> = HashMap::new();
-        for (kind, tree, node, body) in self.records() {
+        for (kind, tree, count, node, body) in self.records() {
             let old = all.entry(tree).or_default();
             match kind {
                 NAMED if body.len() >= NAMED_HEAD - HEAD => {
                     let identity =
                         Identity { dev: u64_at(body, 8), ino: u64_at(body, 16), generation: u32_at(body, 24) };
                     let alias = Alias { parent: u64_at(body, 0), name: body[NAMED_HEAD - HEAD..].into() };
-                    let fresh = || OldNode { identity, kind: u32_at(body, 28), aliases: Vec::new() };
+                    let fresh = || OldNode {
+                        identity,
+                        kind: u32_at(body, 28),
+                        aliases: Vec::new(),
+                        count,
+                        references: match count {
+                            CountSlot(slot) if slot < COUNT_SLOTS => {
+                                u64::from(u32_at(&self.map, COUNTS_AT + slot as usize * 4))
+                            }
+                            _ => 1,
+                        },
+                    };
                     let at = old.nodes.entry(node).or_insert_with(fresh);
                     if at.identity != identity {
                         *at = fresh();
@@ -403,9 +473,12 @@ impl Pages {
 
     fn read_back(&mut self) {
         self.log = (self.word(16) as usize).min(1);
-        self.length = (self.word(24 + 8 * self.log) as usize).min(LOG_BYTES);
+        self.length = (self.word(LENGTHS_WORD + 8 * self.log) as usize).min(LOG_BYTES);
         self.inherited = self.replay();
-        let highest = self.word(40).min(HANDLE_SLOTS as u64) as u32;
+        self.next_count = self.word(COUNTS_WORD).min(u64::from(COUNT_SLOTS)) as u32;
+        let used: HashSet<u32> = self.inherited.values().flat_map(|t| t.nodes.values().map(|n| n.count.0)).collect();
+        self.free_counts = (0..self.next_count).filter(|slot| !used.contains(slot)).collect();
+        let highest = self.word(HANDLES_WORD).min(HANDLE_SLOTS as u64) as u32;
         self.next_slot = highest;
         for slot in 0..highest {
             match self.read_slot(slot) {
@@ -423,26 +496,20 @@ impl Pages {
         let all = self.replay();
         let before = self.length;
         (self.log, self.length, self.dead) = (1 - self.log, 0, 0);
-        self.set_word(24 + 8 * self.log, 0);
+        self.set_word(LENGTHS_WORD + 8 * self.log, 0);
         for (tree, old) in all {
             for (index, dev) in old.devices.iter().enumerate() {
-                self.append(DEVICE, tree, index as u64, &[&dev.to_ne_bytes()]);
+                self.append(DEVICE, tree, CountSlot::NONE, index as u64, &[&dev.to_ne_bytes()]);
             }
             for (node, old) in old.nodes {
-                let mut body = [0_u8; NAMED_HEAD - HEAD];
-                body[8..16].copy_from_slice(&old.identity.dev.to_ne_bytes());
-                body[16..24].copy_from_slice(&old.identity.ino.to_ne_bytes());
-                body[24..28].copy_from_slice(&old.identity.generation.to_ne_bytes());
-                body[28..32].copy_from_slice(&old.kind.to_ne_bytes());
                 // The first is the freshest, which the replay puts first again if it comes last.
                 for alias in old.aliases.iter().rev() {
-                    body[0..8].copy_from_slice(&alias.parent.to_ne_bytes());
-                    self.append(NAMED, tree, node, &[&body, &alias.name]);
+                    self.append_name(tree, node, &old, alias.parent, &alias.name);
                 }
                 if old.aliases.is_empty() {
                     // A node without a name: named and unnamed.
-                    self.append(NAMED, tree, node, &[&body, b"-"]);
-                    self.append(UNNAMED, tree, node, &[&0_u64.to_ne_bytes(), b"-"]);
+                    self.append_name(tree, node, &old, 0, b"-");
+                    self.append(UNNAMED, tree, CountSlot::NONE, node, &[&0_u64.to_ne_bytes(), b"-"]);
                 }
             }
         }
@@ -470,8 +537,8 @@ impl Pages {
         }
         // The node last: with 0 the slot is free.
         self.set_word(at, open.map_or(0, |o| o.node));
-        if u64::from(slot) >= self.word(40) {
-            self.set_word(40, u64::from(slot) + 1);
+        if u64::from(slot) >= self.word(HANDLES_WORD) {
+            self.set_word(HANDLES_WORD, u64::from(slot) + 1);
         }
     }
 
@@ -599,16 +666,22 @@ mod tests {
 
     const FILE: Identity = Identity { dev: 7, ino: 9, generation: 3 };
 
+    fn file(ledger: &Ledger, kind: u32) -> OldNode {
+        OldNode { identity: FILE, kind, aliases: Vec::new(), count: ledger.new_count(), references: 1 }
+    }
+
     #[test]
     fn the_next_server_knows_what_this_one_knew() {
         let kept = Ledger::make().unwrap();
         let first = Ledger::take_over(again(&kept)).unwrap();
         assert!(first.inheritance(0).nodes.is_empty());
-        first.named(0, 100, FILE, 0o100_000, 1, b"a");
-        first.named(0, 100, FILE, 0o100_000, 2, b"b");
-        first.named(1, 100, FILE, 0o040_000, 1, b"other tree");
-        first.named(0, 101, FILE, 0o100_000, 1, b"gone");
-        first.forgotten(0, 101);
+        let (known, gone) = (file(&first, 0o100_000), file(&first, 0o100_000));
+        first.named(0, 100, &known, 1, b"a");
+        first.named(0, 100, &known, 2, b"b");
+        first.set_count(known.count, 77);
+        first.named(1, 100, &file(&first, 0o040_000), 1, b"other tree");
+        first.named(0, 101, &gone, 1, b"gone");
+        first.forgotten(0, 101, gone.count);
         first.unnamed(0, 100, 1, b"a");
         first.device(0, 1, 4711);
         let open = OldHandle { node: 100, flags: OFlags::RDWR, directory: false };
@@ -622,7 +695,7 @@ mod tests {
             let next = Ledger::take_over(again(&kept)).unwrap();
             let old = next.inheritance(0);
             assert_eq!(old.nodes.len(), 1);
-            assert_eq!(old.nodes[&100].identity, FILE);
+            assert_eq!((old.nodes[&100].identity, old.nodes[&100].references), (FILE, 77));
             assert_eq!(old.nodes[&100].aliases, [Alias { parent: 2, name: b"b"[..].into() }]);
             assert_eq!(old.devices[1], 4711);
             assert!(old.handles.is_empty());
@@ -634,7 +707,8 @@ mod tests {
         }
         let last = Ledger::take_over(again(&kept)).unwrap();
         assert_eq!(last.open_handle(0, open), Ok(one), "a free slot is used again");
-        last.forgotten(0, 100);
+        assert_eq!(last.new_count(), gone.count, "as is a free count");
+        last.forgotten(0, 100, known.count);
         last.release_fd(Keep::Node(0, 100));
         assert!(Ledger::take_over(kept).unwrap().inheritance(0).pins.is_empty());
     }
@@ -643,18 +717,22 @@ mod tests {
     fn a_long_log_is_written_again_without_what_is_no_more() {
         let kept = Ledger::make().unwrap();
         let ledger = Ledger::take_over(again(&kept)).unwrap();
-        ledger.named(0, 5, FILE, 0o100_000, 1, b"stays");
-        ledger.named(0, 6, FILE, 0o100_000, 1, b"nameless");
+        let known = file(&ledger, 0o100_000);
+        ledger.named(0, 5, &known, 1, b"stays");
+        ledger.set_count(known.count, 3);
+        ledger.named(0, 6, &file(&ledger, 0o100_000), 1, b"nameless");
         ledger.unnamed(0, 6, 1, b"nameless");
         for round in 0..200_000_u64 {
-            ledger.named(0, 1000 + round, FILE, 0o100_000, 1, b"comes and goes");
-            ledger.forgotten(0, 1000 + round);
+            let passing = file(&ledger, 0o100_000);
+            ledger.named(0, 1000 + round, &passing, 1, b"comes and goes");
+            ledger.forgotten(0, 1000 + round, passing.count);
         }
+        assert!(ledger.pages().next_count <= 3);
         assert!(ledger.pages().length < 2 * COMPACT_FROM, "{}", ledger.pages().length);
         drop(ledger);
         let old = Ledger::take_over(kept).unwrap().inheritance(0);
         assert_eq!(old.nodes.len(), 2);
-        assert_eq!(*old.nodes[&5].aliases[0].name, *b"stays");
+        assert_eq!((&*old.nodes[&5].aliases[0].name, old.nodes[&5].references), (&b"stays"[..], 3));
         assert!(old.nodes[&6].aliases.is_empty());
     }
 

@@ -18,7 +18,7 @@ use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
-use super::ledger::{Inheritance, Ledger};
+use super::ledger::{CountSlot, Inheritance, Ledger, OldNode};
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
 /// Most nodes a tree remembers. The kernel gives them back when it needs memory (FORGET); one costs about 200 bytes, so this
@@ -55,10 +55,9 @@ struct Extra {
 struct State {
     identity: Identity,
     kind: u32,
-    /// Counted by this server.
     references: u64,
-    /// An earlier server counted more, nobody knows how many.
-    inherited: bool,
+    /// Where the ledger has them.
+    count: CountSlot,
     aliases: Vec<Alias>,
     extra: Option<Box<Extra>>,
 }
@@ -111,8 +110,8 @@ impl NodeTable {
                 State {
                     identity: known.identity,
                     kind: known.kind,
-                    references: 0,
-                    inherited: true,
+                    references: known.references.max(1),
+                    count: known.count,
                     aliases: known.aliases,
                     extra,
                 },
@@ -134,7 +133,7 @@ impl NodeTable {
                 kind: root.kind(),
                 // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
                 references: 1,
-                inherited: false,
+                count: CountSlot::NONE,
                 aliases: Vec::new(),
                 extra: None,
             },
@@ -216,24 +215,30 @@ impl NodeTable {
                     }
                     state.kind = found.kind();
                     state.references = state.references.saturating_add(1);
-                    if state.add_alias(parent, name) {
-                        self.write(|ledger, tree| ledger.named(tree, node, identity, state.kind, parent, name));
-                    }
+                    let renamed = state.add_alias(parent, name);
+                    self.write(|ledger, tree| {
+                        ledger.set_count(state.count, state.references);
+                        if renamed {
+                            ledger.named(tree, node, &state.to_ledger(), parent, name);
+                        }
+                    });
                     return Ok(node);
                 }
                 MapEntry::Vacant(at) => {
                     if full {
                         return Err(Errno::NOMEM);
                     }
-                    self.write(|ledger, tree| ledger.named(tree, node, identity, found.kind(), parent, name));
-                    at.insert(State {
+                    let count = self.ledger.as_ref().map_or(CountSlot::NONE, |(ledger, _)| ledger.new_count());
+                    let state = State {
                         identity,
                         kind: found.kind(),
                         references: 1,
-                        inherited: false,
+                        count,
                         aliases: vec![Alias { parent, name: name.into() }],
                         extra: None,
-                    });
+                    };
+                    self.write(|ledger, tree| ledger.named(tree, node, &state.to_ledger(), parent, name));
+                    at.insert(state);
                     return Ok(node);
                 }
             }
@@ -249,16 +254,14 @@ impl NodeTable {
             return false;
         };
         let state = at.get_mut();
-        // What an earlier server gave out comes back in one message with what we gave out since, when the kernel drops the
-        // inode: that one is larger than what we know of.
-        let all = if state.inherited { count > state.references } else { count >= state.references };
         // More than it has is taken as all of them: the count comes from outside.
         state.references = state.references.saturating_sub(count);
-        if !all {
+        if state.references > 0 {
+            self.write(|ledger, _| ledger.set_count(state.count, state.references));
             return false;
         }
         let state = at.remove();
-        self.write(|ledger, tree| ledger.forgotten(tree, node));
+        self.write(|ledger, tree| ledger.forgotten(tree, node, state.count));
         drop(state); // the pin, and with it its descriptor
         true
     }
@@ -308,7 +311,7 @@ impl NodeTable {
         if let Some(mut state) = self.map.get_mut(&node)
             && state.add_alias(parent, name)
         {
-            self.write(|ledger, tree| ledger.named(tree, node, state.identity, state.kind, parent, name));
+            self.write(|ledger, tree| ledger.named(tree, node, &state.to_ledger(), parent, name));
         }
     }
 
@@ -344,6 +347,17 @@ impl NodeTable {
 impl State {
     fn extra(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
+    }
+
+    /// As the ledger has it; names go one by one.
+    fn to_ledger(&self) -> OldNode {
+        OldNode {
+            identity: self.identity,
+            kind: self.kind,
+            aliases: Vec::new(),
+            count: self.count,
+            references: self.references,
+        }
     }
 
     /// True where the name was not known.

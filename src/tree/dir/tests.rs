@@ -641,7 +641,7 @@ fn the_next_server_answers_for_nodes_and_open_files_of_the_last_one() {
 }
 
 #[test]
-fn references_of_earlier_servers_come_back_with_the_last_forget_only() {
+fn references_of_earlier_servers_are_counted_on() {
     let servers = Servers::new();
     std::fs::write(servers.dir.path().join("f"), "").unwrap();
     let find = |tree: &DirTree| match tree.lookup(&ME, ROOT, OsStr::new("f")).unwrap() {
@@ -654,9 +654,14 @@ fn references_of_earlier_servers_come_back_with_the_last_forget_only() {
     drop(first);
     let next = servers.next();
     assert_eq!(find(&next), node);
-    next.forget(node, 1); // a lookup whose answer the kernel could not use
+    next.forget(node, 2);
     assert!(next.getattr(node, None).is_ok());
-    find(&next);
-    next.forget(node, 3); // the inode is dropped: two of the first server, one of this one
-    assert_eq!(next.getattr(node, None), Err(Errno::STALE));
+    drop(next);
+    let last = servers.next();
+    find(&last);
+    last.forget(node, 1);
+    assert!(last.getattr(node, None).is_ok());
+    last.forget(node, 1);
+    assert_eq!(last.getattr(node, None), Err(Errno::STALE));
+    assert_eq!(servers.next().node_count(), 1);
 }
