@@ -10,6 +10,7 @@
 //! │   └── index                    the layer index
 //! ├── layers/<sha256-diff id>/     a layer of OCI images, shared between them: rootfs/ and index
 //! ├── staging/<boot id>-…/         half-made images; its maker holds a flock on it
+//! ├── aside/                       what verify found damaged and took out of the store
 //! ├── cache/index/<key>            indexes of images that are not in the store
 //! └── containers/<container id>/   one provisioned rootfs
 //!     ├── lock                     flock: whoever changes this rootfs
@@ -60,6 +61,10 @@ impl StatePaths {
     pub fn layer(&self, diff_id: &ImageId) -> PathBuf {
         self.layers().join(diff_id.as_str())
     }
+    /// Where damaged images and layers are moved.
+    pub fn aside(&self) -> PathBuf {
+        self.root.join("aside")
+    }
     /// The directory where images are made.
     pub fn staging(&self) -> PathBuf {
         self.root.join("staging")
@@ -84,6 +89,8 @@ pub mod image {
     pub const MANIFEST: &str = "manifest";
     /// What we know about the image beside its manifest.
     pub const META: &str = "meta.json";
+    /// The config of an OCI image.
+    pub const CONFIG: &str = "config";
     /// The tree.
     pub const ROOTFS: &str = "rootfs";
     /// The layer index.

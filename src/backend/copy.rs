@@ -56,7 +56,13 @@ impl Backend for Copy {
         let root = open_empty(&plan.rootfs)?;
         let mut traces = Traces { copied: Some(identity(&root)?), ..Traces::default() };
         journal.note(&traces)?;
-        let made = fill(plan, &root, &mut traces, journal);
+        let mut assembly = None;
+        let made = fill(plan, &root, &mut assembly, &mut traces, journal);
+        if made.is_ok() {
+            assembly.into_iter().for_each(Assembly::keep);
+            return made;
+        }
+        // The volumes before the mount points that were made in them: dropping `assembly` removes those.
         made.map_err(|e| e.with_undo(take_away(plan, &traces, Detach::Lazy).map(|_| ())))
     }
 
@@ -92,7 +98,13 @@ fn identity(root: &OwnedFd) -> Result<Copied> {
     Ok(Copied { dev: stat.st_dev, ino: stat.st_ino, mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid })
 }
 
-fn fill(plan: &Plan, root: &OwnedFd, traces: &mut Traces, journal: &mut dyn Journal) -> Result<()> {
+fn fill<'a>(
+    plan: &'a Plan,
+    root: &OwnedFd,
+    assembly: &mut Option<Assembly<'a>>,
+    traces: &mut Traces,
+    journal: &mut dyn Journal,
+) -> Result<()> {
     fault::point("copy.layers")?;
     let layers: Vec<PathBuf> = plan.layers.iter().map(|l| l.root.clone()).collect();
     Copier::new(root, &plan.ownership).run(&layers)?;
@@ -100,9 +112,8 @@ fn fill(plan: &Plan, root: &OwnedFd, traces: &mut Traces, journal: &mut dyn Jour
         let volumes = attach::prepare(plan)?;
         let path = attach::open_mount_point(&plan.rootfs)?;
         let id = mount::mount_id(&path)?;
-        let mut assembly = Assembly::new(BackendKind::Copy, path, id, Missing::Make);
+        let assembly = assembly.insert(Assembly::new(BackendKind::Copy, path, id, Missing::Make));
         assembly.attach(volumes, RootState::Attached)?;
-        assembly.keep();
     }
     fault::point("copy.note")?;
     traces.parts = Some(mountinfo::mounts_below(&plan.rootfs)?.iter().map(|m| m.id).collect());

@@ -29,11 +29,14 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 /// What the supervisor tells the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum ToWorker {
-    /// The job, with a memory file that holds it and the ledger (a memory file, both ends of a socket pair). `sources`
-    /// descriptors follow.
-    Job { sources: usize },
+    /// The job, with a memory file that holds it. So many descriptors of each sort follow.
+    Job { sources: usize, logs: usize, kept: usize },
     /// Some of the sources, in order: layers, index, volumes.
     Sources,
+    /// Some of the memory files that trees leave their nodes in: two for each tree.
+    Logs,
+    /// Descriptors that an earlier worker gave away, by tree and node.
+    Kept(Vec<(u32, u64)>),
     /// Serve, with the connection. Bytes are hex.
     Begin { init: String, start: Begin },
     /// Tell your statistics.
@@ -60,6 +63,10 @@ pub(super) enum FromWorker {
     Failed(Told),
     /// Its statistics.
     Stats(serde_json::Value),
+    /// Keep this descriptor of a file without a name, by tree and node.
+    Keep(u32, u64),
+    /// Let it go.
+    Release(u32, u64),
 }
 
 /// One end.

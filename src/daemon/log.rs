@@ -101,7 +101,8 @@ impl Write for BoundedStderr {
 /// This process's memory in bytes: resident, and of that what is shared with files (/proc/self/statm, proc_pid_statm(5)).
 pub(super) fn memory() -> serde_json::Value {
     let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let mut pages = text.split_ascii_whitespace().map(|n| n.parse::<u64>().unwrap_or(0) * rustix::param::page_size() as u64);
+    let mut pages =
+        text.split_ascii_whitespace().map(|n| n.parse::<u64>().unwrap_or(0) * rustix::param::page_size() as u64);
     let (_, resident, shared) = (pages.next(), pages.next().unwrap_or(0), pages.next().unwrap_or(0));
     serde_json::json!({ "resident": resident, "shared": shared })
 }

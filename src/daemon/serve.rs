@@ -2,7 +2,7 @@
 //!
 //! Its exit code speaks to the supervisor: 0 the connection is gone, anything else is a death.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -20,12 +20,12 @@ use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
 use crate::fuse::session::{self, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
-use crate::tree::Tree;
-use crate::volume::Form;
 use crate::tree::device::DeviceTree;
-use crate::tree::dir::{DirOptions, DirTree, FdPool, Kept};
+use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
+use crate::tree::{Node, Tree};
+use crate::volume::Form;
 
 /// The program.
 pub(super) fn main() -> ExitCode {
@@ -74,11 +74,11 @@ struct Server {
     started: Instant,
 }
 
-fn prepare(channel: &Channel) -> Result<(FuseAdapter, Server)> {
+fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
     raise_open_files();
     let hand_over = take_job(channel)?;
     let job = hand_over.job.clone();
-    let trees = Trees::build(hand_over)?;
+    let trees = Trees::build(hand_over, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions { kills_privileges: true, ..AdapterOptions::default() };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
@@ -137,28 +137,31 @@ fn single(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
 struct HandOver {
     job: Job,
     sources: Sources,
-    ledger: Kept,
+    logs: Vec<OwnedFd>,
+    kept: Vec<((u32, u64), OwnedFd)>,
 }
 
 fn take_job(channel: &Channel) -> Result<HandOver> {
     const OP: &str = "take over a job";
     let early = || Error::new(Kind::Helper, OP, "", "the supervisor ended before it sent all of it");
-    let Some((ToWorker::Job { sources }, fds)) = channel.receive()? else { return Err(early()) };
-    let [file, memory, one, other] = <[OwnedFd; 4]>::try_from(fds).map_err(|_| early())?;
-    let ledger = Kept { memory, sockets: (one, other) };
-    let file = std::fs::File::from(file);
+    let Some((ToWorker::Job { sources, logs, kept }, fds)) = channel.receive()? else { return Err(early()) };
+    let file = std::fs::File::from(single(fds)?);
     let fail = |e| Error::io(OP, "", e);
     // The file's offset is shared with every other worker's descriptor of it.
     let mut text = vec![0_u8; usize::try_from(file.metadata().map_err(fail)?.len()).unwrap_or(0)];
     file.read_exact_at(&mut text, 0).map_err(fail)?;
     let job: Job = serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
-    let mut all = Vec::with_capacity(sources);
-    while all.len() < sources {
-        let Some((ToWorker::Sources, fds)) = channel.receive()? else { return Err(early()) };
-        all.extend(fds);
+    let (mut all_sources, mut all_logs, mut all_kept) = (Vec::new(), Vec::new(), Vec::new());
+    while all_sources.len() < sources || all_logs.len() < logs || all_kept.len() < kept {
+        match channel.receive()? {
+            Some((ToWorker::Sources, fds)) => all_sources.extend(fds),
+            Some((ToWorker::Logs, fds)) => all_logs.extend(fds),
+            Some((ToWorker::Kept(keys), fds)) => all_kept.extend(keys.into_iter().zip(fds)),
+            _ => return Err(early()),
+        }
     }
-    let sources = Sources::sort(&job.plan, all)?;
-    Ok(HandOver { job, sources, ledger })
+    let sources = Sources::sort(&job.plan, all_sources)?;
+    Ok(HandOver { job, sources, logs: all_logs, kept: all_kept })
 }
 
 /// The soft limit is often 1024 for the sake of select(2), which we do not call.
@@ -166,6 +169,25 @@ fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
     if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
         log::debug!(target: TARGET, "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
+    }
+}
+
+/// Gives descriptors of one tree to the supervisor.
+struct KeptBySupervisor {
+    channel: Arc<Channel>,
+    tree: u32,
+}
+
+impl Keeper for KeptBySupervisor {
+    fn keep(&self, node: Node, fd: BorrowedFd<'_>) {
+        if let Err(e) = self.channel.send(&FromWorker::Keep(self.tree, node), &[fd]) {
+            log::debug!(target: TARGET, "a nameless file will not outlive this process: {e}");
+        }
+    }
+    fn release(&self, node: Node) {
+        if let Err(e) = self.channel.send(&FromWorker::Release(self.tree, node), &[]) {
+            log::debug!(target: TARGET, "{e}");
+        }
     }
 }
 
@@ -178,18 +200,19 @@ struct Trees {
 }
 
 impl Trees {
-    fn build(hand_over: HandOver) -> Result<Self> {
-        let HandOver { job, sources: Sources { layers, index, volumes }, ledger } = hand_over;
+    fn build(hand_over: HandOver, channel: &Arc<Channel>) -> Result<Self> {
+        let HandOver { job, sources: Sources { layers, index, volumes }, logs, kept } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
-        let pool = FdPool::with_ledger(ledger)?;
+        let pool = FdPool::new()?;
+        let mut legacy = Inheritance { logs: logs.into_iter(), kept, channel };
         let (mut mapped, mut directories) = (None, Vec::new());
-        // Always in this order: the ledger knows a tree by its number.
-        let mut directory = |root, options| -> Result<Arc<dyn Tree>> {
-            let tree = Arc::new(DirTree::open(root, options, Arc::clone(&pool))?);
+        let mut directory = |root, options, continuity| -> Result<Arc<dyn Tree>> {
+            let tree = Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), continuity)?);
             directories.push(Arc::clone(&tree));
             Ok(tree)
         };
+        let of_image = legacy.next(0);
         let image: Arc<dyn Tree> = if let Some(index) = index {
             let tree = Arc::new(image_tree(&job, &index, layers)?);
             mapped = Some(Arc::clone(&tree));
@@ -199,19 +222,37 @@ impl Trees {
             let layer = layers.into_iter().next().ok_or_else(|| {
                 Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer")
             })?;
-            directory(layer, DirOptions::image(plan.ownership.clone()))?
+            directory(layer, DirOptions::image(plan.ownership.clone()), of_image)?
         };
         let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
-        for (volume, source) in plan.volumes.iter().zip(volumes) {
+        for (number, (volume, source)) in (1..).zip(plan.volumes.iter().zip(volumes)) {
+            let continuity = legacy.next(number);
             let (tree, form): (Arc<dyn Tree>, _) = if let Some(device) = DeviceTree::of(&source, volume.access) {
                 (Arc::new(device), Form::File)
             } else {
-                (directory(source, DirOptions::volume(volume.access))?, volume.form)
+                (directory(source, DirOptions::volume(volume.access), continuity)?, volume.form)
             };
             routed.push((volume.target.clone(), form, volume.access, tree));
         }
         let whole = Arc::new(RouteTree::build(image, routed)?);
         Ok(Trees { whole, image: mapped, directories, pool })
+    }
+}
+
+/// What earlier workers left, tree by tree.
+struct Inheritance<'a> {
+    logs: std::vec::IntoIter<OwnedFd>,
+    kept: Vec<((u32, u64), OwnedFd)>,
+    channel: &'a Arc<Channel>,
+}
+
+impl Inheritance<'_> {
+    fn next(&mut self, tree: u32) -> Option<Continuity> {
+        let logs = [self.logs.next()?, self.logs.next()?];
+        let (ours, others) = std::mem::take(&mut self.kept).into_iter().partition(|((of, _), _)| *of == tree);
+        self.kept = others;
+        let kept = Vec::into_iter(ours).map(|((_, node), fd)| (node, fd)).collect();
+        Some(Continuity { logs, kept, keeper: Arc::new(KeptBySupervisor { channel: Arc::clone(self.channel), tree }) })
     }
 }
 

@@ -21,7 +21,7 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
-use super::sources::Sources;
+use super::sources::{Legacy, Sources};
 use super::{GO, Job, Report, TARGET, WORK, hex, settle, spawn, unhex};
 use crate::backend::{ProcessId, Traces};
 use crate::error::{Error, Kind, Result, Told, show};
@@ -30,8 +30,7 @@ use crate::fuse::mount::{self, Mounted, Request};
 use crate::fuse::session::{self, InFlight};
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
-use crate::sys::raw;
-use crate::tree::dir::{Kept, Ledger};
+use crate::sys::{mountinfo, raw};
 use restarts::{Next, Restarts};
 
 /// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
@@ -148,8 +147,7 @@ struct Supervisor {
     job: Job,
     job_file: OwnedFd,
     sources: Sources,
-    /// Where workers leave what the next one needs.
-    ledger: Kept,
+    legacy: Legacy,
     /// The program we run: the worker is the same one, also after the file was replaced.
     program: OwnedFd,
     me: ProcessId,
@@ -190,11 +188,11 @@ impl Supervisor {
         let sources = Sources::open(&job.plan)?;
         let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
         let job_file = memory_file("fsprov-job", &text)?;
-        let ledger = Ledger::make()?;
+        let legacy = Legacy::new(&job.plan)?;
         caller.ask(&Report::Started { supervisor: me })?;
         fault::point("server.worker")?;
 
-        let mut worker = Worker::start(&program, &job, &sources, &ledger, &job_file)?;
+        let mut worker = Worker::start(&program, &job, &sources, &legacy, &job_file)?;
         let built = worker.expect("build its trees").and_then(|message| match message {
             FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
             other => Err(unexpected(&other)),
@@ -211,7 +209,7 @@ impl Supervisor {
             job,
             job_file,
             sources,
-            ledger,
+            legacy,
             program,
             me,
             signals,
@@ -296,8 +294,12 @@ impl Supervisor {
             let [signal, ended, said] = fds.map(|fd| !fd.revents().is_empty());
             if said {
                 // What a dead worker said last is in the socket still.
-                while let Some((message, _)) = worker.channel.receive_now::<FromWorker>()? {
-                    log::warn!(target: TARGET, "worker {} says {message:?} unasked", worker.id);
+                while let Some((message, fds)) = worker.channel.receive_now()? {
+                    match message {
+                        FromWorker::Keep(tree, node) => self.legacy.keep(tree, node, fds),
+                        FromWorker::Release(tree, node) => self.legacy.release(tree, node),
+                        other => log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id),
+                    }
                 }
             }
             if signal {
@@ -352,7 +354,7 @@ impl Supervisor {
     }
 
     fn start_again(&mut self) -> Result<InFlight> {
-        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.ledger, &self.job_file)?;
+        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.legacy, &self.job_file)?;
         let begun = worker
             .expect("build its trees")
             .and_then(|message| match message {
@@ -473,13 +475,7 @@ fn take_away(info: &MountInfo, how: Unmount) -> Result<()> {
 }
 
 impl Worker {
-    fn start(
-        program: &OwnedFd,
-        job: &Job,
-        sources: &Sources,
-        ledger: &Kept,
-        job_file: &OwnedFd,
-    ) -> Result<Self> {
+    fn start(program: &OwnedFd, job: &Job, sources: &Sources, legacy: &Legacy, job_file: &OwnedFd) -> Result<Self> {
         const OP: &str = "start worker";
         let (channel, theirs) = Channel::pair()?;
         let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
@@ -494,7 +490,7 @@ impl Worker {
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
         let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None };
-        sources.send(job_file, ledger, &worker.channel)?;
+        sources.send(job_file, legacy, &worker.channel)?;
         Ok(worker)
     }
 
@@ -567,4 +563,9 @@ pub fn worker_of(supervisor: ProcessId) -> Option<ProcessId> {
         name.starts_with("fsprov-work").then(|| ProcessId::of(pid).ok()).flatten()
     });
     workers.next()
+}
+
+/// Is our mount still in the table?
+pub(crate) fn stands(info: &MountInfo) -> Result<bool> {
+    Ok(mountinfo::by_id(info.id)?.is_some_and(|m| m.dev == info.dev))
 }

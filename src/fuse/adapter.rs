@@ -4,7 +4,6 @@
 //! [`Tree::is_without_xattrs`]) and from [`AdapterOptions`].
 
 use std::ffi::OsStr;
-use std::os::unix::ffi::OsStrExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
@@ -18,6 +17,7 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use crate::tree::again;
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
 };
@@ -41,6 +41,9 @@ pub struct AdapterOptions {
     /// which write without CAP_FSETID where the kernel asks for it.
     pub kills_privileges: bool,
 }
+
+/// The bit of a request's number that says that it was sent before (FUSE_UNIQUE_RESEND, linux/fuse.h, Linux 6.9).
+const UNIQUE_RESEND: u64 = 1 << 63;
 
 macro_rules! operations {
     ($($name:ident => $text:literal),+ $(,)?) => {
@@ -109,57 +112,6 @@ impl Counters {
     }
 }
 
-/// A request that an earlier server had read and not answered has this bit in its number (FUSE_UNIQUE_RESEND, linux/fuse.h,
-/// Linux 6.9). That server may have done it already.
-const RESENT: u64 = 1 << 63;
-
-/// What making something came to, where the request may have been worked on before: what is there already, and is what was
-/// asked for (`fits`), was made by that request.
-fn made(
-    tree: &dyn Tree,
-    request: &Request,
-    result: Result<Entry, Errno>,
-    at: (INodeNo, &OsStr),
-    fits: impl FnOnce(&Entry) -> bool,
-) -> Result<Entry, Errno> {
-    if result != Err(Errno::EXIST) || request.unique().0 & RESENT == 0 {
-        return result;
-    }
-    match tree.lookup(&caller(request), at.0.0, at.1)? {
-        Lookup::Found(entry) if fits(&entry) => Ok(entry),
-        Lookup::Found(entry) => {
-            tree.forget(entry.attr.node, 1);
-            Err(Errno::EXIST)
-        }
-        Lookup::Absent(_) => Err(Errno::EXIST),
-    }
-}
-
-/// The same for what takes something away: it is gone, as asked.
-fn unmade(request: &Request, result: Result<(), Errno>, gone: Errno) -> Result<(), Errno> {
-    if result == Err(gone) && request.unique().0 & RESENT != 0 { Ok(()) } else { result }
-}
-
-/// The same for a rename: the old name is gone and the new one is there. (An exchange looks the same done and undone: it is
-/// done again.)
-fn moved(tree: &dyn Tree, request: &Request, result: Result<(), Errno>, to: (INodeNo, &OsStr)) -> Result<(), Errno> {
-    if result != Err(Errno::NOENT) || request.unique().0 & RESENT == 0 {
-        return result;
-    }
-    match tree.lookup(&caller(request), to.0.0, to.1)? {
-        Lookup::Found(entry) => {
-            // The lookup also tells the tree of the new name, which the earlier server may not have written down.
-            tree.forget(entry.attr.node, 1);
-            Ok(())
-        }
-        Lookup::Absent(_) => result,
-    }
-}
-
-fn same_type(mode: u32) -> impl FnOnce(&Entry) -> bool {
-    move |entry| entry.attr.mode & libc::S_IFMT == mode & libc::S_IFMT
-}
-
 /// A tree as a FUSE file system.
 pub struct FuseAdapter {
     tree: Arc<dyn Tree>,
@@ -189,9 +141,10 @@ impl FuseAdapter {
 
     /// Count a request, answer it, and keep a panic from ending the thread. A reply that is dropped unanswered while the
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
-    fn request(&self, operation: Operation, work: impl FnOnce(&dyn Tree)) {
+    fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
         self.counters.count(operation);
-        if catch_unwind(AssertUnwindSafe(|| work(&*self.tree))).is_err() {
+        let is_resent = request.unique().0 & UNIQUE_RESEND != 0;
+        if catch_unwind(AssertUnwindSafe(|| again::answering(is_resent, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
         }
@@ -391,7 +344,7 @@ impl Filesystem for FuseAdapter {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.request(Operation::Lookup, |tree| match tree.lookup(&caller(request), parent.0, name) {
+        self.request(request, Operation::Lookup, |tree| match tree.lookup(&caller(request), parent.0, name) {
             Ok(Lookup::Found(entry)) => give_entry(reply, &entry),
             Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(fuser::Errno::ENOENT),
             Ok(Lookup::Absent(ttl)) => {
@@ -401,12 +354,12 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn forget(&self, _: &Request, node: INodeNo, count: u64) {
-        self.request(Operation::Forget, |tree| tree.forget(node.0, count));
+    fn forget(&self, request: &Request, node: INodeNo, count: u64) {
+        self.request(request, Operation::Forget, |tree| tree.forget(node.0, count));
     }
 
-    fn getattr(&self, _: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.request(Operation::GetAttr, |tree| match tree.getattr(node.0, handle(fh)) {
+    fn getattr(&self, request: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.request(request, Operation::GetAttr, |tree| match tree.getattr(node.0, handle(fh)) {
             Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
             Err(e) => reply.error(failed(Operation::GetAttr, node, e)),
         });
@@ -431,14 +384,16 @@ impl Filesystem for FuseAdapter {
         reply: ReplyAttr,
     ) {
         let change = Change { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
-        self.request(Operation::SetAttr, |tree| match tree.setattr(&caller(request), node.0, handle(fh), &change) {
-            Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
-            Err(e) => reply.error(failed(Operation::SetAttr, node, e)),
+        self.request(request, Operation::SetAttr, |tree| {
+            match tree.setattr(&caller(request), node.0, handle(fh), &change) {
+                Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
+                Err(e) => reply.error(failed(Operation::SetAttr, node, e)),
+            }
         });
     }
 
-    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
-        self.request(Operation::ReadLink, |tree| {
+    fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        self.request(request, Operation::ReadLink, |tree| {
             give_bytes(
                 reply,
                 |reply, e| reply.error(failed(Operation::ReadLink, node, e)),
@@ -459,63 +414,37 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEntry,
     ) {
         let new = New { mode, umask, rdev };
-        self.request(Operation::MkNod, |tree| {
-            match made(
-                tree,
-                request,
-                tree.mknod(&caller(request), parent.0, name, new),
-                (parent, name),
-                same_type(mode),
-            ) {
-                Ok(entry) => give_entry(reply, &entry),
-                Err(e) => reply.error(failed(Operation::MkNod, parent, e)),
-            }
+        self.request(request, Operation::MkNod, |tree| match tree.mknod(&caller(request), parent.0, name, new) {
+            Ok(entry) => give_entry(reply, &entry),
+            Err(e) => reply.error(failed(Operation::MkNod, parent, e)),
         });
     }
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let new = New { mode, umask, rdev: 0 };
-        self.request(Operation::MkDir, |tree| {
-            match made(
-                tree,
-                request,
-                tree.mkdir(&caller(request), parent.0, name, new),
-                (parent, name),
-                same_type(libc::S_IFDIR),
-            ) {
-                Ok(entry) => give_entry(reply, &entry),
-                Err(e) => reply.error(failed(Operation::MkDir, parent, e)),
-            }
+        self.request(request, Operation::MkDir, |tree| match tree.mkdir(&caller(request), parent.0, name, new) {
+            Ok(entry) => give_entry(reply, &entry),
+            Err(e) => reply.error(failed(Operation::MkDir, parent, e)),
         });
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::Unlink, |tree| {
-            match unmade(request, tree.unlink(&caller(request), parent.0, name), Errno::NOENT) {
-                Ok(()) => reply.ok(),
-                Err(e) => reply.error(failed(Operation::Unlink, parent, e)),
-            }
+        self.request(request, Operation::Unlink, |tree| match tree.unlink(&caller(request), parent.0, name) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::Unlink, parent, e)),
         });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RmDir, |tree| {
-            match unmade(request, tree.rmdir(&caller(request), parent.0, name), Errno::NOENT) {
-                Ok(()) => reply.ok(),
-                Err(e) => reply.error(failed(Operation::RmDir, parent, e)),
-            }
+        self.request(request, Operation::RmDir, |tree| match tree.rmdir(&caller(request), parent.0, name) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::RmDir, parent, e)),
         });
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.request(Operation::SymLink, |tree| {
-            let result = tree.symlink(&caller(request), parent.0, name, target.as_os_str());
-            let same_target = |entry: &Entry| {
-                let mut same = false;
-                let read = tree.readlink(entry.attr.node, &mut |text| same = text == target.as_os_str().as_bytes());
-                read.is_ok() && same
-            };
-            match made(tree, request, result, (parent, name), same_target) {
+        self.request(request, Operation::SymLink, |tree| {
+            match tree.symlink(&caller(request), parent.0, name, target.as_os_str()) {
                 Ok(entry) => give_entry(reply, &entry),
                 Err(e) => reply.error(failed(Operation::SymLink, parent, e)),
             }
@@ -532,9 +461,8 @@ impl Filesystem for FuseAdapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Rename, |tree| {
-            let result = tree.rename(&caller(request), (parent.0, name), (new_parent.0, new_name), flags.bits());
-            match moved(tree, request, result, (new_parent, new_name)) {
+        self.request(request, Operation::Rename, |tree| {
+            match tree.rename(&caller(request), (parent.0, name), (new_parent.0, new_name), flags.bits()) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(failed(Operation::Rename, parent, e)),
             }
@@ -542,18 +470,14 @@ impl Filesystem for FuseAdapter {
     }
 
     fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.request(Operation::Link, |tree| {
-            match made(tree, request, tree.link(&caller(request), node.0, parent.0, name), (parent, name), |entry| {
-                entry.attr.node == node.0
-            }) {
-                Ok(entry) => give_entry(reply, &entry),
-                Err(e) => reply.error(failed(Operation::Link, node, e)),
-            }
+        self.request(request, Operation::Link, |tree| match tree.link(&caller(request), node.0, parent.0, name) {
+            Ok(entry) => give_entry(reply, &entry),
+            Err(e) => reply.error(failed(Operation::Link, node, e)),
         });
     }
 
     fn open(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.request(Operation::Open, |tree| {
+        self.request(request, Operation::Open, |tree| {
             if self.no_open {
                 return reply.error(fuser::Errno::ENOSYS);
             }
@@ -573,7 +497,7 @@ impl Filesystem for FuseAdapter {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -582,7 +506,7 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.request(Operation::Read, |tree| {
+        self.request(request, Operation::Read, |tree| {
             give_bytes(
                 reply,
                 |reply, e| reply.error(failed(Operation::Read, node, e)),
@@ -594,7 +518,7 @@ impl Filesystem for FuseAdapter {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -608,14 +532,14 @@ impl Filesystem for FuseAdapter {
         // A page written back has its place already: the append was decided when it entered the cache.
         let flags =
             if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) { flags.0 & !libc::O_APPEND } else { flags.0 };
-        self.request(Operation::Write, |tree| match tree.write(node.0, fh.0, offset, data, flags, kill) {
+        self.request(request, Operation::Write, |tree| match tree.write(node.0, fh.0, offset, data, flags, kill) {
             Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(failed(Operation::Write, node, e)),
         });
     }
 
-    fn flush(&self, _: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        self.request(Operation::Flush, |tree| match tree.flush(node.0, fh.0) {
+    fn flush(&self, request: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        self.request(request, Operation::Flush, |tree| match tree.flush(node.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::Flush, node, e)),
         });
@@ -623,7 +547,7 @@ impl Filesystem for FuseAdapter {
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -631,21 +555,21 @@ impl Filesystem for FuseAdapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Release, |tree| {
+        self.request(request, Operation::Release, |tree| {
             tree.release(node.0, fh.0);
             reply.ok();
         });
     }
 
-    fn fsync(&self, _: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.request(Operation::FSync, |tree| match tree.fsync(node.0, fh.0, data_only) {
+    fn fsync(&self, request: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.request(request, Operation::FSync, |tree| match tree.fsync(node.0, fh.0, data_only) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FSync, node, e)),
         });
     }
 
     fn opendir(&self, request: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.request(Operation::OpenDir, |tree| {
+        self.request(request, Operation::OpenDir, |tree| {
             if self.no_opendir {
                 return reply.error(fuser::Errno::ENOSYS);
             }
@@ -657,7 +581,7 @@ impl Filesystem for FuseAdapter {
     }
 
     fn readdir(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.request(Operation::ReadDir, |tree| {
+        self.request(request, Operation::ReadDir, |tree| {
             let mut given = false;
             let mut add = |item: &DirItem<'_>| {
                 if reply.add(INodeNo(item.node), item.cookie, kind_out(item.kind), item.name) {
@@ -683,7 +607,7 @@ impl Filesystem for FuseAdapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.request(Operation::ReadDirPlus, |tree| {
+        self.request(request, Operation::ReadDirPlus, |tree| {
             let mut given = false;
             let mut add = |item: &DirItem<'_>| {
                 // `.` and `..` have no entry; the kernel takes their number and type alone and counts no lookup
@@ -716,22 +640,22 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn releasedir(&self, _: &Request, node: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        self.request(Operation::ReleaseDir, |tree| {
+    fn releasedir(&self, request: &Request, node: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.request(request, Operation::ReleaseDir, |tree| {
             tree.releasedir(node.0, fh.0);
             reply.ok();
         });
     }
 
-    fn fsyncdir(&self, _: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.request(Operation::FSyncDir, |tree| match tree.fsyncdir(node.0, fh.0, data_only) {
+    fn fsyncdir(&self, request: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.request(request, Operation::FSyncDir, |tree| match tree.fsyncdir(node.0, fh.0, data_only) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FSyncDir, node, e)),
         });
     }
 
-    fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
-        self.request(Operation::StatFs, |tree| match tree.statfs(node.0) {
+    fn statfs(&self, request: &Request, node: INodeNo, reply: ReplyStatfs) {
+        self.request(request, Operation::StatFs, |tree| match tree.statfs(node.0) {
             Ok(s) => reply.statfs(s.blocks, s.bfree, s.bavail, s.files, s.ffree, s.bsize, s.namelen, s.frsize),
             Err(e) => reply.error(failed(Operation::StatFs, node, e)),
         });
@@ -747,14 +671,16 @@ impl Filesystem for FuseAdapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::SetXattr, |tree| match tree.setxattr(&caller(request), node.0, name, value, flags) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::SetXattr, node, e)),
+        self.request(request, Operation::SetXattr, |tree| {
+            match tree.setxattr(&caller(request), node.0, name, value, flags) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::SetXattr, node, e)),
+            }
         });
     }
 
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.request(Operation::GetXattr, |tree| {
+        self.request(request, Operation::GetXattr, |tree| {
             if tree.is_without_xattrs() {
                 return reply.error(fuser::Errno::ENOSYS); // never asked again
             }
@@ -767,8 +693,8 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        self.request(Operation::ListXattr, |tree| {
+    fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        self.request(request, Operation::ListXattr, |tree| {
             if tree.is_without_xattrs() {
                 return reply.error(fuser::Errno::ENOSYS);
             }
@@ -782,17 +708,15 @@ impl Filesystem for FuseAdapter {
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RemoveXattr, |tree| {
-            match unmade(request, tree.removexattr(&caller(request), node.0, name), Errno::NODATA) {
-                Ok(()) => reply.ok(),
-                Err(e) => reply.error(failed(Operation::RemoveXattr, node, e)),
-            }
+        self.request(request, Operation::RemoveXattr, |tree| match tree.removexattr(&caller(request), node.0, name) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::RemoveXattr, node, e)),
         });
     }
 
-    fn access(&self, _: &Request, node: INodeNo, mask: fuser::AccessFlags, reply: ReplyEmpty) {
+    fn access(&self, request: &Request, node: INodeNo, mask: fuser::AccessFlags, reply: ReplyEmpty) {
         // Asked only where the kernel does not check by itself (default_permissions).
-        self.request(Operation::Access, |tree| match tree.access(node.0, mask.bits()) {
+        self.request(request, Operation::Access, |tree| match tree.access(node.0, mask.bits()) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::Access, node, e)),
         });
@@ -809,21 +733,23 @@ impl Filesystem for FuseAdapter {
         reply: ReplyCreate,
     ) {
         let new = New { mode, umask, rdev: 0 };
-        self.request(Operation::Create, |tree| match tree.create(&caller(request), parent.0, name, new, flags) {
-            Ok((entry, opened)) => reply.created(
-                &entry.entry_ttl.min(entry.attr_ttl),
-                &attr_out(&entry.attr),
-                Generation(entry.generation),
-                FileHandle(opened.handle),
-                file_flags(opened.cache),
-            ),
-            Err(e) => reply.error(failed(Operation::Create, parent, e)),
+        self.request(request, Operation::Create, |tree| {
+            match tree.create(&caller(request), parent.0, name, new, flags) {
+                Ok((entry, opened)) => reply.created(
+                    &entry.entry_ttl.min(entry.attr_ttl),
+                    &attr_out(&entry.attr),
+                    Generation(entry.generation),
+                    FileHandle(opened.handle),
+                    file_flags(opened.cache),
+                ),
+                Err(e) => reply.error(failed(Operation::Create, parent, e)),
+            }
         });
     }
 
     fn fallocate(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -831,14 +757,14 @@ impl Filesystem for FuseAdapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::FAllocate, |tree| match tree.fallocate(node.0, fh.0, offset, length, mode) {
+        self.request(request, Operation::FAllocate, |tree| match tree.fallocate(node.0, fh.0, offset, length, mode) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FAllocate, node, e)),
         });
     }
 
-    fn lseek(&self, _: &Request, node: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.request(Operation::LSeek, |tree| match tree.lseek(node.0, fh.0, offset, whence) {
+    fn lseek(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.request(request, Operation::LSeek, |tree| match tree.lseek(node.0, fh.0, offset, whence) {
             Ok(at) => reply.offset(at),
             Err(e) => reply.error(failed(Operation::LSeek, node, e)),
         });
@@ -846,7 +772,7 @@ impl Filesystem for FuseAdapter {
 
     fn copy_file_range(
         &self,
-        _: &Request,
+        request: &Request,
         node_in: INodeNo,
         fh_in: FileHandle,
         offset_in: u64,
@@ -857,7 +783,7 @@ impl Filesystem for FuseAdapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.request(Operation::CopyFileRange, |tree| {
+        self.request(request, Operation::CopyFileRange, |tree| {
             let (from, to) = ((node_in.0, fh_in.0, offset_in), (node_out.0, fh_out.0, offset_out));
             match tree.copy_file_range(from, to, length) {
                 Ok(copied) => reply.written(copied as u32),
@@ -870,7 +796,7 @@ impl Filesystem for FuseAdapter {
     // one host), poll is always ready, ioctl and bmap are refused.
     fn getlk(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: LockOwner,
@@ -880,12 +806,12 @@ impl Filesystem for FuseAdapter {
         _: u32,
         reply: fuser::ReplyLock,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
     fn setlk(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: LockOwner,
@@ -896,16 +822,16 @@ impl Filesystem for FuseAdapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
-    fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: fuser::ReplyBmap) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+    fn bmap(&self, request: &Request, _: INodeNo, _: u32, _: u64, reply: fuser::ReplyBmap) {
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
     fn ioctl(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: fuser::IoctlFlags,
@@ -915,12 +841,12 @@ impl Filesystem for FuseAdapter {
         reply: fuser::ReplyIoctl,
     ) {
         // ENOTTY: "no such ioctl on this file", which programs expect (ioctl(2)).
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOTTY));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOTTY));
     }
 
     fn poll(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: fuser::PollNotifier,
@@ -928,7 +854,7 @@ impl Filesystem for FuseAdapter {
         _: fuser::PollFlags,
         reply: fuser::ReplyPoll,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 }
 

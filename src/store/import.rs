@@ -12,8 +12,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, RenameFlags, mkdirat, renameat_with};
 use rustix::io::Errno;
 
+use sha2::Sha512;
+
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk};
+use super::oci::Layout;
 use super::place::{Again, Placed, Placer, normalize};
 use super::staging::{self, Staging};
 use super::stream::{self, Archive, ChunkReader, ProgressFn, Sink};
@@ -24,6 +27,7 @@ use crate::fault;
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::appc::{Checked, Manifest};
+use crate::image::oci::Platform;
 use crate::index::{Builder, What, Whiteouts};
 use crate::paths::image;
 
@@ -36,6 +40,8 @@ pub enum ImageSource {
     Directory(PathBuf),
     /// An ACI on standard input.
     Stdin,
+    /// The tree of another image of the store ([`Store::flatten`]).
+    Flattened(ImageId),
 }
 
 impl ImageSource {
@@ -54,6 +60,7 @@ impl std::fmt::Display for ImageSource {
         match self {
             ImageSource::Archive(path) | ImageSource::Directory(path) => f.write_str(&show(path)),
             ImageSource::Stdin => f.write_str("standard input"),
+            ImageSource::Flattened(id) => write!(f, "the layers of {id}"),
         }
     }
 }
@@ -69,6 +76,10 @@ pub struct ImportOptions {
     pub strictness: Strictness,
     /// What it may ask for.
     pub limits: Limits,
+    /// Which image of an OCI index or docker archive: its name there (`debian:12`, or a tag).
+    pub reference: Option<String>,
+    /// For which platform, of an OCI index; this host's otherwise.
+    pub platform: Option<Platform>,
     /// Told of progress.
     pub progress: Option<ProgressFn>,
 }
@@ -110,7 +121,13 @@ pub struct Imported {
 }
 
 /// What one pass over an archive gave.
-struct Unpacked {
+enum Unpacked {
+    Appc(Appc),
+    /// It is an OCI layout or a docker archive, unpacked to be read.
+    Layout(PathBuf),
+}
+
+struct Appc {
     manifest: Vec<u8>,
     placed: Placed,
     index: Builder,
@@ -136,12 +153,17 @@ impl Store {
                 let archive = Archive::open(path)?;
                 self.import_archive(archive, source, options)
             }
+            ImageSource::Flattened(id) => Err(Error::new(Kind::Usage, "import", id, "it is in the store")
+                .hint("Store::flatten makes one layer of it")),
             ImageSource::Stdin => {
                 let input = Box::new(std::io::stdin());
                 let archive = Archive { name: source.to_string(), input, total: None };
                 self.import_archive(archive, source, options)
             }
             ImageSource::Directory(path) => {
+                if let Some(layout) = Layout::at(path, &source.to_string())? {
+                    return self.import_layout(&layout, source, options);
+                }
                 let tree = tarwrite::DirectoryImage::open(path, options.name.as_deref(), &options.limits)?;
                 self.import_stream(|sink| tree.write(sink), source, options)
             }
@@ -153,7 +175,7 @@ impl Store {
         self.import_stream(producer, source, options)
     }
 
-    fn import_stream(
+    pub(super) fn import_stream(
         &self,
         produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
         source: &ImageSource,
@@ -161,8 +183,17 @@ impl Store {
     ) -> Result<Imported> {
         let staging = Staging::make(&self.paths, "import")?;
         let name = source.to_string();
-        let (unpacked, digest) = stream::run(produce, |reader| unpack(reader, &name, staging.path(), &options.limits))?;
-        let id = ImageId::from_sha512(&digest);
+        let (unpacked, digest) =
+            stream::run::<Sha512, _>(produce, |reader| unpack(reader, &name, staging.path(), &options.limits))?;
+        let unpacked = match unpacked {
+            Unpacked::Appc(unpacked) => unpacked,
+            Unpacked::Layout(at) => {
+                let why = "it looks like an OCI layout or docker archive, and lacks index.json and manifest.json";
+                let layout = Layout::at(&at, &name)?.ok_or_else(|| Error::new(Kind::Invalid, "read", &name, why))?;
+                return self.import_layout(&layout, source, options);
+            }
+        };
+        let id = ImageId::from_sha512(&digest.into());
         if let Some(expected) = &options.expected_id
             && *expected != id
         {
@@ -189,10 +220,12 @@ impl Store {
             );
         }
         fault::point("store.manifest")?;
-        write_new(&staging.path().join(image::MANIFEST), &unpacked.manifest)?;
+        let dir = staging.path().join("image");
+        write_new(&dir.join(image::MANIFEST), &unpacked.manifest)?;
         fault::point("store.index")?;
-        write_new(&staging.path().join(image::INDEX), &unpacked.index.finish()?)?;
-        let outcome = self.publish(&staging, &meta)?;
+        write_new(&dir.join(image::INDEX), &unpacked.index.finish()?)?;
+        let gone = || Error::new(Kind::Busy, "publish", &meta.source, "what it needs was taken away");
+        let outcome = self.publish(&staging, &dir, &meta, &[])?.ok_or_else(gone)?;
         let meta = match outcome {
             Outcome::Created => meta,
             Outcome::Existing => self.add_name(&meta.id, options.name.as_deref())?,
@@ -206,29 +239,40 @@ impl Store {
         })
     }
 
-    /// Bring a staged image to the disk and give it its place.
-    pub(super) fn publish(&self, staging: &Staging, meta: &Meta) -> Result<Outcome> {
+    /// Bring a staged image, `dir`, and its staged layers to the disk and give them their places. `None`: a layer that the
+    /// image needs and that is not among `layers` is no more.
+    pub(super) fn publish(
+        &self,
+        staging: &Staging,
+        dir: &Path,
+        meta: &Meta,
+        layers: &[(ImageId, PathBuf)],
+    ) -> Result<Option<Outcome>> {
         staging.sync()?;
         fault::point("store.meta")?;
-        meta.write(&staging.path().join(image::META))?;
+        meta.write(&dir.join(image::META))?;
         let to = self.paths.image(&meta.id);
         let _in_use = self.lock_shared()?;
+        self.publish_layers(layers)?;
+        if meta.layers.iter().any(|layer| self.check_layer(layer).is_err()) {
+            return Ok(None);
+        }
         // A damaged image may lie in the place: it is moved away, once.
         for _ in 0..2 {
             fault::point("store.rename")?;
-            match rename_out(staging, &to) {
+            match renameat_with(CWD, dir, CWD, &to, RenameFlags::NOREPLACE) {
                 Ok(()) => {
                     let synced =
                         fault::point("store.parent").and_then(|()| crate::sys::durable::sync_dir(&self.paths.images()));
                     // What may not last is not there: the next import starts afresh.
                     return match synced {
-                        Ok(()) => Ok(Outcome::Created),
-                        Err(error) => Err(error.with_undo(rename_back(&to, staging))),
+                        Ok(()) => Ok(Some(Outcome::Created)),
+                        Err(error) => Err(error.with_undo(rename_back(&to, dir))),
                     };
                 }
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {
                     match self.check_shallow(&meta.id) {
-                        Ok(_) => return Ok(Outcome::Existing),
+                        Ok(_) => return Ok(Some(Outcome::Existing)),
                         Err(error) => log::warn!("{error}: it is replaced by this import"),
                     }
                     staging::remove_aside(&self.paths, &to)?;
@@ -240,14 +284,8 @@ impl Store {
     }
 }
 
-/// Rename the content of a staging directory to its place. The staging directory itself stays with its lock.
-fn rename_out(staging: &Staging, to: &Path) -> rustix::io::Result<()> {
-    renameat_with(CWD, staging.path(), CWD, to, RenameFlags::NOREPLACE)
-}
-
-fn rename_back(from: &Path, staging: &Staging) -> Result<()> {
-    renameat_with(CWD, from, CWD, staging.path(), RenameFlags::NOREPLACE)
-        .map_err(|e| Error::sys("take back", show(from), e))
+fn rename_back(from: &Path, to: &Path) -> Result<()> {
+    renameat_with(CWD, from, CWD, to, RenameFlags::NOREPLACE).map_err(|e| Error::sys("take back", show(from), e))
 }
 
 /// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
@@ -266,7 +304,7 @@ fn check_name(name: &str) -> Result<()> {
     }
 }
 
-fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
     let failed = |e| Error::io("write", show(path), e);
@@ -274,10 +312,12 @@ fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).map_err(failed)
 }
 
-/// Place an ACI in `dir`, its tree in `dir/rootfs`.
-fn unpack(reader: &mut ChunkReader, name: &str, dir: &Path, limits: &Limits) -> Result<Unpacked> {
-    let rootfs = dir.join(image::ROOTFS);
-    mkdirat(CWD, &rootfs, Mode::RWXU).map_err(|e| Error::sys("make", show(&rootfs), e))?;
+/// Place an ACI in `staging/image`, its tree in `staging/image/rootfs`; what turns out to be a layout in `staging/layout`.
+fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits) -> Result<Unpacked> {
+    let rootfs = staging.join("image").join(image::ROOTFS);
+    for dir in [&staging.join("image"), &rootfs] {
+        mkdirat(CWD, dir, Mode::RWXU).map_err(|e| Error::sys("make", show(dir), e))?;
+    }
     let root = std::fs::File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
     let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse);
     let mut index = Builder::new();
@@ -287,6 +327,11 @@ fn unpack(reader: &mut ChunkReader, name: &str, dir: &Path, limits: &Limits) -> 
     let mut has_root = false;
     while let Some(mut member) = tar.next()? {
         let path = normalize(&member.path, limits, false)?;
+        if manifest.is_none() && !has_root && super::oci::is_layout_name(&path) {
+            let at = staging.join("layout");
+            unpack_layout(member, path, &mut tar, &at, limits)?;
+            return Ok(Unpacked::Layout(at));
+        }
         match place_of(&path) {
             Place::Top if matches!(member.what, What::Directory) => {}
             Place::Manifest if matches!(member.what, What::File { .. }) => {
@@ -320,7 +365,37 @@ fn unpack(reader: &mut ChunkReader, name: &str, dir: &Path, limits: &Limits) -> 
     if !has_root {
         return Err(missing("rootfs"));
     }
-    Ok(Unpacked { manifest, placed: placer.finish()?, index })
+    Ok(Unpacked::Appc(Appc { manifest, placed: placer.finish()?, index }))
+}
+
+/// Place the files of a layout below `at`: they are read from there, since an archive may have them in any order.
+fn unpack_layout(
+    first: Member,
+    path: Vec<u8>,
+    tar: &mut TarReader<&mut ChunkReader>,
+    at: &Path,
+    limits: &Limits,
+) -> Result<()> {
+    mkdirat(CWD, at, Mode::RWXU).map_err(|e| Error::sys("make", show(at), e))?;
+    let root = std::fs::File::open(at).map_err(|e| Error::io("open", show(at), e))?;
+    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse);
+    let mut next = Some((first, path));
+    while let Some((mut member, path)) = next.take() {
+        if !matches!(member.what, What::File { .. } | What::Directory | What::Symlink(_)) {
+            return Err(refuse(&member, "a layout has files and directories"));
+        }
+        // The files are ours to read, whatever their modes.
+        (member.mode, member.uid, member.gid) = (0o700, 0, 0);
+        member.xattrs.clear();
+        if !path.is_empty() {
+            placer.place(member, path, |_| Ok(Vec::new()), |take| tar.body(take))?;
+        }
+        if let Some(member) = tar.next()? {
+            let path = normalize(&member.path, limits, false)?;
+            next = Some((member, path));
+        }
+    }
+    tar.finish()
 }
 
 enum Place<'a> {

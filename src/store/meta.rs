@@ -59,6 +59,9 @@ pub struct Meta {
     /// Its layers in `layers/`, bottom first; empty: its tree is its own `rootfs`.
     #[serde(default)]
     pub layers: Vec<ImageId>,
+    /// The images below its own tree, bottom first, as its dependencies led to them (AppC).
+    #[serde(default)]
+    pub dependencies: Vec<ImageId>,
 }
 
 impl Meta {
@@ -77,6 +80,7 @@ impl Meta {
             bytes: 0,
             on_disk: OnDisk::Exact,
             layers: Vec::new(),
+            dependencies: Vec::new(),
         }
     }
 

@@ -4,10 +4,14 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
+mod export;
+mod gc;
 mod import;
+mod layer;
 mod limits;
 mod lock;
 mod meta;
+mod oci;
 mod pax;
 mod place;
 mod resolve;
@@ -15,16 +19,21 @@ mod staging;
 mod stream;
 mod tarread;
 mod tarwrite;
+mod tree;
+mod verify;
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 
+pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
+pub use layer::LayerWhiteouts;
 pub use limits::Limits;
 pub use lock::StoreLock;
 pub use meta::{ImageKind, Meta, OnDisk};
 pub use resolve::ResolvedImage;
 pub use stream::{Progress, ProgressFn};
+pub use verify::{Damage, Repair};
 
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
@@ -118,6 +127,7 @@ impl Store {
     pub fn remove(&self, image: &ImageRef, uses: Uses<'_>) -> Result<Meta> {
         let held = self.lock_exclusive()?;
         let meta = self.find(image)?;
+        gc::refuse_if_needed(&meta.id, &self.dependents(&meta.id)?)?;
         let by: Vec<String> = uses()?.into_iter().filter(|one| one.image == meta.id).map(|one| one.by).collect();
         if !by.is_empty() {
             return Err(Error::new(Kind::Busy, "remove image", image, format!("it is in use by {}", by.join(", ")))

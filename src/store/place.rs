@@ -434,8 +434,23 @@ impl Placer {
         Ok(())
     }
 
+    /// The directories that no entry spoke of.
+    pub(crate) fn implied(&self) -> Vec<Vec<u8>> {
+        let mut paths: Vec<Vec<u8>> =
+            self.dirs.iter().filter(|(_, note)| !note.said).map(|(path, _)| path.clone()).collect();
+        if !self.dirs.contains_key(&[][..]) {
+            paths.push(Vec::new());
+        }
+        paths.sort_unstable();
+        paths
+    }
+
     /// Set the times of the directories. Gives what was placed.
     pub(crate) fn finish(mut self) -> Result<Placed> {
+        if !self.dirs.contains_key(&[][..]) {
+            fs::fchmod(&self.root, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys("set mode", "\"/\"", e))?;
+            self.dirs.insert(Vec::new(), DirNote { said: false, mtime: Time::default() });
+        }
         let mut dirs: Vec<(Vec<u8>, DirNote)> = std::mem::take(&mut self.dirs).into_iter().collect();
         // Neighbours share their parents' descriptors.
         dirs.sort_unstable_by(|a, b| a.0.cmp(&b.0));

@@ -2,8 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
+use super::oci::Layout;
 use super::stream::{Archive, digest};
-use super::{ImageSource, ImportOptions, Meta, Store};
+use super::{ImageSource, ImportOptions, Meta, Outcome, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
@@ -33,7 +34,8 @@ impl Store {
     /// Find an image. Who means to use it holds [`Store::lock_shared`] before and until a record names it.
     ///
     /// A path may be a directory that is a root filesystem, a directory that holds `manifest` and `rootfs` (as Mesos's store
-    /// has them; it is used where it is), or an archive. An archive is imported into the store unless its id is there.
+    /// has them; it is used where it is), an OCI layout, or an archive. The last two are imported into the store unless
+    /// they are there.
     ///
     /// Errors: [`Kind::NotFound`]; [`Kind::Usage`] where several images fit, with their names.
     pub fn resolve(&self, image: &ImageRef) -> Result<ResolvedImage> {
@@ -47,10 +49,11 @@ impl Store {
         }
     }
 
-    fn resolved(&self, meta: Meta) -> ResolvedImage {
+    pub(super) fn resolved(&self, meta: Meta) -> ResolvedImage {
         let dir = self.paths.image(&meta.id);
         let layers = if meta.layers.is_empty() {
-            vec![dir.join(image::ROOTFS)]
+            let below = meta.dependencies.iter().map(|id| self.paths.image(id).join(image::ROOTFS));
+            below.chain([dir.join(image::ROOTFS)]).collect()
         } else {
             meta.layers.iter().map(|layer| self.paths.layer(layer).join(image::ROOTFS)).collect()
         };
@@ -67,6 +70,10 @@ impl Store {
         let at = std::fs::canonicalize(path).map_err(|e| Error::io("find image", show(path), e))?;
         if !at.is_dir() {
             return self.resolve_archive(at);
+        }
+        let source = ImageSource::Directory(at.clone());
+        if Layout::at(&at, &source.to_string())?.is_some() {
+            return self.resolve_by_import(&source, &ImportOptions::default());
         }
         let Some(found) = mesos_layout(&at) else {
             return Ok(ResolvedImage { id: None, name: None, layers: vec![at], index: None, manifest: None });
@@ -88,15 +95,18 @@ impl Store {
         let options = ImportOptions { strictness: Strictness::Lenient, ..ImportOptions::default() };
         // Hashing alone is far cheaper than placing, and an archive that is mounted once is mounted again.
         let id = ImageId::from_sha512(&digest(Archive::open(&path)?, &options.limits)?);
-        let meta = match self.check_shallow(&id) {
-            Ok(meta) => meta,
-            Err(_) => {
-                log::info!("{} is not in the store yet: importing it", show(&path));
-                let options = ImportOptions { expected_id: Some(id.clone()), ..options };
-                self.import(&ImageSource::Archive(path), &options)?;
-                self.check_shallow(&id)?
-            }
-        };
+        if let Ok(meta) = self.check_shallow(&id) {
+            return Ok(self.resolved(meta));
+        }
+        self.resolve_by_import(&ImageSource::Archive(path), &options)
+    }
+
+    fn resolve_by_import(&self, source: &ImageSource, options: &ImportOptions) -> Result<ResolvedImage> {
+        let imported = self.import(source, options)?;
+        if imported.outcome == Outcome::Created {
+            log::info!("{source} was not in the store yet: it is now, as {}", imported.id);
+        }
+        let meta = self.check_shallow(&imported.id)?;
         Ok(self.resolved(meta))
     }
 

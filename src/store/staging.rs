@@ -62,10 +62,6 @@ impl Staging {
         &self.path
     }
 
-    pub(super) fn dir(&self) -> &OwnedFd {
-        &self.dir
-    }
-
     /// Bring everything to the disk; an error of any write since the staging directory was made is told here (Linux 5.8).
     pub(super) fn sync(&self) -> Result<()> {
         fault::point("store.sync")?;
@@ -126,6 +122,10 @@ pub(super) fn remove_aside(paths: &StatePaths, path: &Path) -> Result<()> {
 pub(super) struct Aside(Staging);
 
 impl Aside {
+    pub(super) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
     pub(super) fn remove(self) -> Result<()> {
         fault::point("store.delete")?;
         remove_tree(self.0.path()).map(|_| ())

@@ -10,7 +10,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use sha2::{Digest as _, Sha512};
+use sha2::digest::Output;
+use sha2::{Digest, Sha512};
 
 use super::limits::Limits;
 use super::tarread::from_io;
@@ -135,22 +136,25 @@ impl Read for ChunkReader {
     }
 }
 
-/// Run `produce` beside `take`; gives what `take` gives, and the SHA-512 of all that was produced.
-pub(crate) fn run<T>(
+/// Run `produce` beside `take`; gives what `take` gives, and the digest of all that was produced.
+pub(crate) fn run<D: Digest, T>(
     produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
     take: impl FnOnce(&mut ChunkReader) -> Result<T>,
-) -> Result<(T, [u8; 64])> {
+) -> Result<(T, Output<D>)>
+where
+    Output<D>: Send,
+{
     let (parse, chunks) = sync_channel(DEPTH);
     let (hash, to_hash) = sync_channel::<Chunk>(DEPTH);
     std::thread::scope(|scope| {
         let hasher = std::thread::Builder::new()
             .name("hash".into())
             .spawn_scoped(scope, move || {
-                let mut sha = Sha512::new();
+                let mut sha = D::new();
                 while let Ok(chunk) = to_hash.recv() {
                     sha.update(&*chunk);
                 }
-                <[u8; 64]>::from(sha.finalize())
+                sha.finalize()
             })
             .map_err(|e| Error::io("start thread", "hash", e))?;
         std::thread::Builder::new()
@@ -291,7 +295,7 @@ fn decoder<'a>(
 /// SHA-512 of the uncompressed bytes alone, nothing placed.
 pub(crate) fn digest(archive: Archive, limits: &Limits) -> Result<[u8; 64]> {
     let name = archive.name.clone();
-    let ((), digest) = run(archive.producer(limits, None), |reader| {
+    let ((), digest) = run::<Sha512, _>(archive.producer(limits, None), |reader| {
         loop {
             let length = reader.fill_buf().map_err(|e| from_io(&name, e))?.len();
             if length == 0 {
@@ -300,7 +304,7 @@ pub(crate) fn digest(archive: Archive, limits: &Limits) -> Result<[u8; 64]> {
             reader.consume(length);
         }
     })?;
-    Ok(digest)
+    Ok(digest.into())
 }
 
 #[cfg(test)]

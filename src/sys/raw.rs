@@ -175,10 +175,3 @@ pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno
     let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
     if done < 0 { Err(last_errno()) } else { Ok(()) }
 }
-
-/// Map the first `length` bytes of a memory file, shared and writable.
-pub fn map_shared(file: impl AsFd, length: usize) -> std::io::Result<memmap2::MmapMut> {
-    // SAFETY: the file is a memory file of our own making, never shrunk, and no other process writes it while this mapping
-    // lives: the server that had it before is gone when the next one takes it over.
-    unsafe { memmap2::MmapOptions::new().len(length).map_mut(file.as_fd().as_raw_fd()) }
-}

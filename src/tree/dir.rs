@@ -6,14 +6,14 @@
 //!
 //! * `fds`: descriptors and their bounds
 //! * `found`: what statx tells
-//! * `nodes`: the node table (private to the tree; its guards are never held across a system call)
+//! * `nodes`: the node table (private to the tree; its guards are never held across a system call that could wait)
+//! * `outlive`: what the next server process needs to go on
 //! * `identity`: acting as the caller
 //! * `reach`: from a node to a descriptor
 //! * `names`: lookup, and what makes and removes names
 //! * `attrs`: attributes and extended attributes
 //! * `files`: open files
 //! * `list`: directories
-//! * `ledger`: what the next server must know after this one died
 //!
 //! Lock order: a handle's own lock, then the descriptor pool; a guard of the node table alone.
 
@@ -22,10 +22,10 @@ mod fds;
 mod files;
 mod found;
 mod identity;
-mod ledger;
 mod list;
 mod names;
 mod nodes;
+mod outlive;
 mod reach;
 
 use std::ffi::OsStr;
@@ -45,7 +45,7 @@ use crate::volume::Access;
 
 pub use fds::FdPool;
 pub use identity::ActAs;
-pub use ledger::{Kept, Ledger};
+pub use outlive::{Continuity, Keeper};
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
@@ -109,6 +109,7 @@ pub struct DirTree {
     nodes: nodes::NodeTable,
     handles: files::Handles,
     readers: list::Readers,
+    outlive: Option<Arc<outlive::Outlive>>,
 }
 
 impl Drop for DirTree {
@@ -123,6 +124,17 @@ impl DirTree {
     /// # Errors
     /// It is neither.
     pub fn open(root: OwnedFd, options: DirOptions, pool: Arc<FdPool>) -> crate::Result<Self> {
+        Self::open_again(root, options, pool, None)
+    }
+
+    /// [`DirTree::open`], going on with what an earlier process left and leaving what the next one needs: nodes, open files and
+    /// directories, files that have no name any more.
+    pub fn open_again(
+        root: OwnedFd,
+        options: DirOptions,
+        pool: Arc<FdPool>,
+        continuity: Option<Continuity>,
+    ) -> crate::Result<Self> {
         const OP: &str = "serve directory";
         let name = || crate::sys::fs::path_of(&root).map_or_else(|_| "?".to_owned(), crate::error::show);
         let found = found::stat_fd(&root).map_err(|e| crate::Error::sys(OP, name(), e))?;
@@ -136,20 +148,28 @@ impl DirTree {
             .hint("use --backend bind for a socket, FIFO or device"));
         }
         let number = pool.register();
-        let nodes = match pool.ledger() {
-            None => nodes::NodeTable::new(&found),
-            Some(ledger) => {
-                let hold = |fd| pool.hold(fd).ok().map(Arc::new);
-                let old = ledger.inheritance(number);
-                nodes::NodeTable::inheriting(&found, Arc::clone(ledger), number, old, hold)
+        let (nodes, handles, outlive) = match continuity {
+            None => (nodes::NodeTable::new(&found), files::Handles::default(), None),
+            Some(continuity) => {
+                let (outlive, inherited, kept) = outlive::Outlive::take_over(continuity);
+                let outlive = Arc::new(outlive);
+                let nodes = nodes::NodeTable::inherit(&found, &inherited, Arc::clone(&outlive));
+                for (node, fd) in kept {
+                    match pool.hold(fd) {
+                        Ok(pin) => nodes.pin(node, pin),
+                        Err(e) => log::warn!(target: "fsprov::tree::dir", "hold a removed file again: {e}"),
+                    }
+                }
+                (nodes, files::Handles::inherit(&inherited), Some(outlive))
             }
         };
         Ok(DirTree {
             root: Arc::new(root),
             root_mount: found.mount,
             nodes,
-            handles: files::Handles::default(),
+            handles,
             readers: list::Readers::default(),
+            outlive,
             options,
             pool,
             number,
@@ -200,13 +220,14 @@ impl Tree for DirTree {
     fn forget(&self, node: Node, count: u64) {
         if self.nodes.forget(node, count) {
             self.pool.remove(self.number, node);
-            if let Some(ledger) = self.pool.ledger() {
-                ledger.release_fd(ledger::Keep::Node(self.number, node));
+            if let Some(outlive) = &self.outlive {
+                outlive.release(node);
             }
+            self.nodes.tidy();
         }
     }
     fn getattr(&self, node: Node, handle: Option<Handle>) -> Result<(Attr, Duration)> {
-        let found = match handle.and_then(|h| self.handle(node, h).ok()) {
+        let found = match handle.and_then(|h| self.handle(h)) {
             Some(open) => open.stat()?,
             None => self.stat(node)?,
         };
@@ -250,8 +271,8 @@ impl Tree for DirTree {
     fn releasedir(&self, node: Node, handle: Handle) {
         self.close_handle(node, handle);
     }
-    fn flush(&self, node: Node, handle: Handle) -> Result<()> {
-        self.flush_file(node, handle)
+    fn flush(&self, _: Node, handle: Handle) -> Result<()> {
+        self.flush_file(handle)
     }
     fn release(&self, node: Node, handle: Handle) {
         self.close_handle(node, handle);

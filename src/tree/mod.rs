@@ -7,6 +7,7 @@
 //! programs see. The root of every tree is [`ROOT`]. Ids stay below 2^56: the route table puts the tree's number above.
 //! Errors are errnos, since that is what the kernel takes.
 
+pub mod again;
 pub mod device;
 pub mod dir;
 pub mod image;

@@ -219,11 +219,13 @@ fn copy_wants_an_empty_directory_and_leaves_one() {
     plan.volumes = vec![volume(&place.path("layer"), "/etc/passwd", Access::Rw)];
     assert_eq!(fail(COPY, &plan).kind(), Kind::Usage);
     assert_eq!(fs::read_dir(&plan.rootfs).unwrap().count(), 0);
-    plan.volumes = vec![volume(&place.path("layer"), "/data", Access::Rw)];
+    let v = place.dir("v");
+    plan.volumes = vec![volume(&v, "/data", Access::Rw), volume(&place.path("layer"), "/data/in/v", Access::Ro)];
     for at in 1..=2 {
         let mut notes = Notes { fail_at: Some(at), ..Notes::default() };
         assert!(COPY.provision(&Host::probe(), &plan, &mut notes).is_err());
         assert_eq!(fs::read_dir(&plan.rootfs).unwrap().count(), 0, "{at}");
+        assert_eq!(fs::read_dir(&v).unwrap().count(), 0, "{at}");
         assert!(place.mounts().is_empty());
     }
     plan.volumes.clear();

@@ -10,7 +10,7 @@ use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::run::Outcome;
 use crate::common::stage::Call;
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Need, Stage, system};
 
 const LOG: &str = "fsprov::fault=trace";
@@ -93,7 +93,7 @@ pub(crate) const PROVISION_FAILS: Case = Case::needing(
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         let found = steps(stage, mount(stage, &image));
         unmount(stage).run().ok();
         assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
@@ -111,7 +111,7 @@ pub(crate) const PROVISION_FAILS: Case = Case::needing(
             assert_clean(stage, step, "failed");
             let _ = std::fs::remove_dir_all(stage.path("sandbox"));
         }
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+        assert_same(&before, &picture(&image), "the image");
     },
 );
 
@@ -121,7 +121,7 @@ pub(crate) const PROVISION_DIES: Case = Case::needing(
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         let found = steps(stage, mount(stage, &image));
         unmount(stage).run().ok();
         assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
@@ -152,7 +152,7 @@ pub(crate) const PROVISION_DIES: Case = Case::needing(
             mount(stage, &image).run().ok();
             unmount(stage).run().ok();
         }
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+        assert_same(&before, &picture(&image), "the image");
     },
 );
 

@@ -14,6 +14,7 @@ use super::names::{PERMISSION_BITS, SET_GID};
 use super::{Attr, Caller, Change, DirTree, Errno, Handle, Node, Result, SetTime, Statfs};
 use crate::plan::IdRange;
 use crate::tree::access_read_only;
+use crate::tree::again::is_resent;
 use crate::volume::Access;
 use std::time::Duration;
 
@@ -54,7 +55,7 @@ impl DirTree {
         change: &Change,
     ) -> Result<(Attr, Duration)> {
         let act_as = self.options.act_as;
-        let open = handle.and_then(|h| self.handle(node, h).ok());
+        let open = handle.and_then(|h| self.handle(h));
         let (fd, found) = self.fd(node)?;
         if change.uid.is_some() || change.gid.is_some() {
             let (uid, gid) = self.owner_on_disk(change.uid, change.gid)?;
@@ -174,13 +175,23 @@ impl DirTree {
         let path = proc_path(&fd);
         let flags = XattrFlags::from_bits_retain(flags as u32);
         // With groups: a POSIX ACL takes set-group-id away from one who is not in the group (posix_acl_update_mode).
-        self.options.act_as.run_with_groups(caller, || fs::setxattr(path.as_str(), name.as_bytes(), value, flags))
+        let set = |flags| {
+            self.options.act_as.run_with_groups(caller, || fs::setxattr(path.as_str(), name.as_bytes(), value, flags))
+        };
+        match set(flags) {
+            // Made by this request when it came first: setting it to its value is the rest of it.
+            Err(Errno::EXIST) if is_resent() => set(flags.difference(XattrFlags::CREATE)),
+            other => other,
+        }
     }
 
     pub(super) fn remove_xattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
         let (fd, _) = self.fd(node)?;
         let path = proc_path(&fd);
-        self.options.act_as.run(caller, || fs::removexattr(path.as_str(), name.as_bytes()))
+        match self.options.act_as.run(caller, || fs::removexattr(path.as_str(), name.as_bytes())) {
+            Err(Errno::NODATA) if is_resent() => Ok(()),
+            other => other,
+        }
     }
 }
 

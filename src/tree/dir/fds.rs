@@ -11,7 +11,6 @@ use std::sync::{Arc, Mutex};
 use lru::LruCache;
 use rustix::fs::{self, CWD, Mode, OFlags, ResolveFlags};
 
-use super::ledger::{Kept, Ledger};
 use crate::tree::{Errno, Node, Result};
 
 /// Directory descriptors kept open between requests, all trees of a server together. A walk works in a handful of
@@ -43,7 +42,6 @@ pub struct FdPool {
     next_tree: AtomicU32,
     held: AtomicUsize,
     limit: usize,
-    ledger: Option<Arc<Ledger>>,
 }
 
 impl std::fmt::Debug for FdPool {
@@ -82,22 +80,6 @@ impl FdPool {
         Self::with_limit(soft.saturating_sub(CACHED_FDS + RESERVED_FDS).max(MIN_OPEN_FILES))
     }
 
-    /// The same for a server whose nodes and open files the next one shall know, and which knows those of the one before. Trees
-    /// must be opened with it in the same order each time.
-    ///
-    /// # Errors
-    /// /proc is not mounted, or the ledger is not of this version.
-    pub fn with_ledger(kept: Kept) -> crate::Result<Arc<Self>> {
-        let pool = Self::new()?;
-        let mut pool = Arc::into_inner(pool).expect("nobody else has it yet");
-        pool.ledger = Some(Ledger::take_over(kept)?);
-        Ok(Arc::new(pool))
-    }
-
-    pub(super) fn ledger(&self) -> Option<&Arc<Ledger>> {
-        self.ledger.as_ref()
-    }
-
     /// A pool with this cap on open files.
     pub(super) fn with_limit(limit: usize) -> crate::Result<Arc<Self>> {
         let proc_fd =
@@ -109,7 +91,6 @@ impl FdPool {
             next_tree: AtomicU32::new(0),
             held: AtomicUsize::new(0),
             limit,
-            ledger: None,
         }))
     }
 
@@ -240,7 +221,6 @@ mod tests {
             next_tree: AtomicU32::new(0),
             held: AtomicUsize::new(0),
             limit: 1,
-            ledger: None,
         });
         let fd = || fs::openat(CWD, "/", OFlags::PATH, Mode::empty()).unwrap();
         let first = small.hold(fd()).unwrap();

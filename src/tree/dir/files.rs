@@ -13,11 +13,12 @@ use rustix::io::ReadWriteFlags;
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
 use super::identity::without_set_id_privilege;
-use super::ledger::{Keep, OldHandle};
 use super::list::Stream;
+use super::outlive::{HandleNote, Inherited};
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
 use crate::tree::Caching;
+use crate::tree::again::is_resent;
 
 /// Largest read answered: fuser's own largest message. The kernel asks for 1 MiB at most.
 const MAX_READ: u32 = 16 << 20;
@@ -29,21 +30,35 @@ const MAX_COPY: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     map: DashMap<Handle, Arc<Open>>,
+    /// Opened through an earlier process, and not used since.
+    inherited: DashMap<Handle, HandleNote>,
     last: AtomicU64,
 }
 
 impl Handles {
+    /// Go on with what an earlier process had open.
+    pub(super) fn inherit(inherited: &Inherited) -> Self {
+        let last = inherited.handles.keys().copied().max().unwrap_or(0);
+        Handles {
+            map: DashMap::new(),
+            inherited: inherited.handles.iter().map(|(h, n)| (*h, *n)).collect(),
+            last: AtomicU64::new(last),
+        }
+    }
+
     pub(super) fn get(&self, handle: Handle) -> Option<Arc<Open>> {
         self.map.get(&handle).map(|open| Arc::clone(&open))
     }
 
-    /// A number for an open file, where no ledger gives one. Never 0, which stands for none.
-    fn next(&self) -> Handle {
-        self.last.fetch_add(1, Ordering::Relaxed) + 1
+    pub(super) fn add(&self, open: Open) -> Handle {
+        // Never 0, which stands for none.
+        let handle = self.last.fetch_add(1, Ordering::Relaxed) + 1;
+        self.map.insert(handle, Arc::new(open));
+        handle
     }
 
     pub(super) fn len(&self) -> usize {
-        self.map.len()
+        self.map.len() + self.inherited.len()
     }
 }
 
@@ -74,6 +89,15 @@ impl Open {
         }
     }
 
+    /// A file of which there is no more than an O_PATH descriptor yet: it is opened when it is used.
+    fn parked(fd: Held, flags: u32) -> Self {
+        Open {
+            flags: OFlags::from_bits_retain(flags) & OFlags::ACCMODE,
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: true }),
+            stream: Mutex::default(),
+        }
+    }
+
     fn slot(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -97,21 +121,21 @@ impl Open {
         Ok(Arc::clone(&slot.fd))
     }
 
-    /// Could it be opened again as it is? Not where the mode is 0444 and we are no root.
-    fn can_be_had_again(&self, pool: &FdPool) -> bool {
-        let held = self.any();
-        let name = super::fds::fd_name(held.fd());
-        fs::accessat(pool.proc_fd(), name.as_str(), self.access(), fs::AtFlags::EACCESS).is_ok()
-    }
-
     /// Keep the file but not the right to write, as long as that can be had again.
     fn park(&self, pool: &Arc<FdPool>) {
-        if !self.can_be_had_again(pool) {
-            return;
-        }
         let mut slot = self.slot();
-        // Somebody may be writing through it just now.
-        if slot.parked || Arc::strong_count(&slot.fd) > 1 {
+        // Somebody is writing through it just now, or it could not be opened for writing again (mode 0444).
+        let busy = Arc::strong_count(&slot.fd) > 1;
+        if slot.parked
+            || busy
+            || fs::accessat(
+                pool.proc_fd(),
+                super::fds::fd_name(slot.fd.fd()).as_str(),
+                self.access(),
+                fs::AtFlags::EACCESS,
+            )
+            .is_err()
+        {
             return;
         }
         if let Ok(fd) = pool.reopen(slot.fd.fd(), OFlags::PATH).and_then(|fd| pool.hold(fd)) {
@@ -188,82 +212,64 @@ impl DirTree {
 
     /// A handle for a file just opened.
     pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags) -> Result<Opened> {
-        let open = Open::new(self.pool.hold(fd)?, self.backing_flags(flags));
-        let handle = self.add_handle(node, open, false)?;
+        let held = self.pool.hold(fd)?;
+        let open = Open::new(held, self.backing_flags(flags));
+        let note = HandleNote { node, flags: open.flags.bits(), directory: false };
+        let handle = self.handles.add(open);
         self.nodes.add_handle(node, handle);
+        self.note_handle(handle, note);
         Ok(Opened { handle, cache: Caching::Fresh })
     }
 
-    /// Enter an open file or directory, here and in the ledger.
-    pub(super) fn add_handle(&self, node: Node, open: Open, directory: bool) -> Result<Handle> {
-        let handle = match self.pool.ledger() {
-            None => self.handles.next(),
-            Some(ledger) => {
-                let handle = ledger.open_handle(self.number, OldHandle { node, flags: open.flags, directory })?;
-                if open.is_writable() && !open.can_be_had_again(&self.pool) {
-                    ledger.keep_fd(Keep::Handle(handle), open.any().fd());
-                }
-                handle
-            }
-        };
-        self.handles.map.insert(handle, Arc::new(open));
-        Ok(handle)
-    }
-
-    /// An open file or directory: one of ours, or one that an earlier server opened and we open again.
-    pub(super) fn handle(&self, node: Node, handle: Handle) -> Result<Arc<Open>> {
-        if let Some(open) = self.handles.get(handle) {
-            return Ok(open);
+    pub(super) fn note_handle(&self, handle: Handle, note: HandleNote) {
+        if let Some(outlive) = &self.outlive {
+            outlive.open(handle, note);
         }
-        if let Some(open) = self.kept_handle(node, handle) {
-            return Ok(open);
-        }
-        let old = self.old_handle(node, handle).ok_or(Errno::BADF)?;
-        let fd = if old.directory {
-            fs::openat(
-                &*self.place(node)?,
-                ".",
-                OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC,
-                fs::Mode::empty(),
-            )?
-        } else {
-            self.pool.reopen(&self.fd(node)?.0, old.flags | OFlags::NONBLOCK | OFlags::NOCTTY)?
-        };
-        self.revive(handle, fd, old.flags)
-    }
-
-    fn old_handle(&self, node: Node, handle: Handle) -> Option<OldHandle> {
-        self.pool.ledger()?.old_handle(self.number, handle).filter(|old| old.node == node)
-    }
-
-    /// An open file whose descriptor an earlier server kept for us.
-    pub(super) fn kept_handle(&self, node: Node, handle: Handle) -> Option<Arc<Open>> {
-        let old = self.old_handle(node, handle)?;
-        let fd = self.pool.ledger()?.old_descriptor(handle)?;
-        self.revive(handle, fd, old.flags).ok()
-    }
-
-    fn revive(&self, handle: Handle, fd: OwnedFd, flags: OFlags) -> Result<Arc<Open>> {
-        let open = Arc::new(Open::new(self.pool.hold(fd)?, flags));
-        // Two requests may have opened it: the first one stays.
-        Ok(Arc::clone(&self.handles.map.entry(handle).or_insert(open)))
     }
 
     pub(super) fn close_handle(&self, node: Node, handle: Handle) {
         self.nodes.remove_handle(node, handle);
+        self.handles.inherited.remove(&handle);
         let open = self.handles.map.remove(&handle);
         drop(open); // closed here, outside the map
-        // Last: from here on the number is another file's.
-        if let Some(ledger) = self.pool.ledger() {
-            ledger.close_handle(handle);
+        if let Some(outlive) = &self.outlive {
+            outlive.close(handle);
+            self.nodes.tidy();
         }
+    }
+
+    /// What this handle has open; if an earlier process opened it, it is opened again.
+    pub(super) fn handle(&self, handle: Handle) -> Option<Arc<Open>> {
+        if let Some(open) = self.handles.get(handle) {
+            return Some(open);
+        }
+        let note = self.handles.inherited.get(&handle).map(|n| *n)?;
+        let again = self.open_again_by_node(note);
+        let open = again.inspect_err(|e| log::warn!(target: "fsprov::tree::dir", "open a file again: {e}")).ok()?;
+        // Another thread may have been faster: then its one counts.
+        let open = Arc::clone(&self.handles.map.entry(handle).or_insert_with(|| Arc::new(open)));
+        self.handles.inherited.remove(&handle);
+        self.nodes.add_handle(note.node, handle);
+        Some(open)
+    }
+
+    fn open_again_by_node(&self, note: HandleNote) -> Result<Open> {
+        if note.directory {
+            let place = self.place(note.node)?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let fd = fs::openat(&place, ".", flags, fs::Mode::empty())?;
+            return Ok(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
+        }
+        let (fd, _) = self.fd(note.node)?;
+        let place = self.pool.reopen(&fd, OFlags::PATH)?;
+        Ok(Open::parked(self.pool.hold(place)?, note.flags))
     }
 
     fn file(&self, node: Node, handle: Handle) -> Result<Descriptor> {
         if handle == 0 && self.options.immutable {
             return self.content(node).map(Descriptor::Cached);
         }
-        self.handle(node, handle)?.io(&self.pool).map(Descriptor::Open)
+        self.handle(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
     }
 
     /// A descriptor of a regular file of an immutable tree.
@@ -323,6 +329,28 @@ impl DirTree {
         kill_privileges: bool,
     ) -> Result<usize> {
         let file = self.file(node, handle)?;
+        if flags.contains(OFlags::APPEND)
+            && is_resent()
+            && let Some(done) = appended_before(file.fd(), offset, data)
+        {
+            if done == data.len() {
+                return Ok(done);
+            }
+            // Cut short by the kill: the rest, behind what is there.
+            let rest = self.write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
+            return Ok(done + rest);
+        }
+        self.write_file_now(&file, offset, data, flags, kill_privileges)
+    }
+
+    fn write_file_now(
+        &self,
+        file: &Descriptor,
+        offset: u64,
+        data: &[u8],
+        flags: OFlags,
+        kill_privileges: bool,
+    ) -> Result<usize> {
         // At the end as the file system knows it: another writer on the host may have moved it.
         let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
         let write = || {
@@ -348,11 +376,10 @@ impl DirTree {
         if kill_privileges { without_set_id_privilege(write) } else { write() }
     }
 
-    pub(super) fn flush_file(&self, node: Node, handle: Handle) -> Result<()> {
-        if handle == 0 {
+    pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
+        let Some(open) = self.handle(handle) else {
             return Ok(()); // an immutable tree's, which has none
-        }
-        let open = self.handle(node, handle)?;
+        };
         if !open.is_writable() {
             return Ok(());
         }
@@ -396,6 +423,22 @@ impl DirTree {
         let length = length.min(MAX_COPY) as usize;
         fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
     }
+}
+
+/// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
+/// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
+fn appended_before(fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+    let mut there = vec![0_u8; data.len()];
+    let mut got = 0;
+    while got < there.len() {
+        match rustix::io::pread(fd, &mut there[got..], offset + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+    (got > 0 && there[..got] == data[..got]).then_some(got)
 }
 
 /// A descriptor to read or write through.

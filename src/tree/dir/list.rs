@@ -13,6 +13,7 @@ use rustix::fs::{self, FileType, Mode, OFlags, RawDir, SeekFrom};
 
 use super::files::Open;
 use super::found::{self, DIRECTORY};
+use super::outlive::HandleNote;
 use super::{Attr, Caller, DirItem, DirTree, Entry, Errno, Fit, Handle, ListMode, Node, Opened, Result};
 use crate::tree::{Caching, ROOT, Timespec};
 
@@ -124,7 +125,8 @@ impl DirTree {
         let place = self.place(node)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = self.options.act_as.run(caller, || fs::openat(&place, ".", flags, Mode::empty()))?;
-        let handle = self.add_handle(node, Open::new(self.pool.hold(fd)?, OFlags::RDONLY), true)?;
+        let handle = self.handles.add(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
+        self.note_handle(handle, HandleNote { node, flags: 0, directory: true });
         Ok(Opened { handle, cache: if self.options.immutable { Caching::Keep } else { Caching::Fresh } })
     }
 
@@ -136,9 +138,10 @@ impl DirTree {
         mode: ListMode,
         out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
     ) -> Result<()> {
-        let open = match handle {
-            0 if self.options.immutable => self.shared_reader(node)?,
-            handle => self.handle(node, handle)?,
+        let open = match self.handle(handle) {
+            Some(open) => open,
+            None if handle == 0 && self.options.immutable => self.shared_reader(node)?,
+            None => return Err(Errno::BADF),
         };
         let dev = self.nodes.reach(node)?.identity.dev;
         let held = open.any();

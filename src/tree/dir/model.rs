@@ -5,10 +5,13 @@
 //! `FSPROV_MODEL_STEPS=100000` sets the number of steps, `FSPROV_MODEL_SEED` the seed, which is printed.
 
 use std::collections::BTreeMap;
+use std::os::fd::{BorrowedFd, OwnedFd};
+use std::sync::{Arc, Mutex};
 
 use proptest::collection::vec;
 use proptest::prelude::any;
 use proptest::test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner};
+use rustix::fs::{MemfdFlags, memfd_create};
 
 use super::*;
 use crate::tree::ROOT;
@@ -157,7 +160,7 @@ impl Model {
 /// The tree under test, with what a kernel knows of it.
 struct World {
     dir: tempfile::TempDir,
-    kept: Kept,
+    held: Held,
     tree: DirTree,
     model: Model,
     /// By inode of the model: its node and how many references the kernel has.
@@ -166,21 +169,49 @@ struct World {
     open: Vec<(usize, Handle)>,
 }
 
-fn serve(dir: &tempfile::TempDir, kept: &Kept) -> DirTree {
-    let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
-    let sockets = (clone(&kept.sockets.0), clone(&kept.sockets.1));
-    let pool = FdPool::with_ledger(Kept { memory: clone(&kept.memory), sockets }).unwrap();
-    let root = crate::sys::fs::open_path(dir.path()).unwrap();
-    DirTree::open(root, DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Rw) }, pool).unwrap()
+/// What outlives a server: its logs, and the descriptors it gave away.
+struct Held {
+    logs: [OwnedFd; 2],
+    keeper: Arc<Kept>,
+}
+
+#[derive(Default)]
+struct Kept(Mutex<BTreeMap<Node, OwnedFd>>);
+
+impl Keeper for Kept {
+    fn keep(&self, node: Node, fd: BorrowedFd<'_>) {
+        self.0.lock().unwrap().insert(node, fd.try_clone_to_owned().unwrap());
+    }
+    fn release(&self, node: Node) {
+        self.0.lock().unwrap().remove(&node);
+    }
+}
+
+impl Held {
+    fn new() -> Self {
+        let memory = || memfd_create("fsprov-model", MemfdFlags::CLOEXEC).unwrap();
+        Held { logs: [memory(), memory()], keeper: Arc::default() }
+    }
+
+    /// The next server. Dropping the one before writes nothing down, so it is as good as a kill.
+    fn serve(&self, dir: &tempfile::TempDir) -> DirTree {
+        let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
+        let kept = self.keeper.0.lock().unwrap().iter().map(|(node, fd)| (*node, clone(fd))).collect();
+        let logs = [clone(&self.logs[0]), clone(&self.logs[1])];
+        let continuity = Continuity { logs, kept, keeper: Arc::clone(&self.keeper) as Arc<dyn Keeper> };
+        let root = crate::sys::fs::open_path(dir.path()).unwrap();
+        let options = DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Rw) };
+        DirTree::open_again(root, options, FdPool::new().unwrap(), Some(continuity)).unwrap()
+    }
 }
 
 impl World {
     fn new() -> Self {
         let dir = tempfile::tempdir().unwrap();
-        let kept = Ledger::make().unwrap();
-        let tree = serve(&dir, &kept);
+        let held = Held::new();
+        let tree = held.serve(&dir);
         let root = Inode { body: Body::Dir(BTreeMap::new()), names: 1, parent: 0 };
-        World { dir, kept, tree, model: Model(vec![root]), known: BTreeMap::new(), open: Vec::new() }
+        World { dir, held, tree, model: Model(vec![root]), known: BTreeMap::new(), open: Vec::new() }
     }
 
     fn learn(&mut self, at: usize, node: Node) {
@@ -348,7 +379,7 @@ impl World {
             17 => self.evict(one),
             18 if three % 4 == 0 => {
                 // The server dies; the next one takes over.
-                self.tree = serve(&self.dir, &self.kept);
+                self.tree = self.held.serve(&self.dir);
             }
             _ => self.check_directory(dir),
         }
@@ -411,6 +442,7 @@ impl World {
         }
         assert_eq!((self.tree.node_count(), self.tree.handle_count()), (1, 0), "nodes and handles left");
         assert_eq!(self.tree.pool.usage().0, 0, "descriptors left");
+        assert!(self.held.keeper.0.lock().unwrap().is_empty(), "descriptors given away and not taken back");
     }
 }
 

@@ -8,17 +8,17 @@
 //! bits  0..48   inode number, or a 48-bit hash of one that is larger (overlayfs puts the layer in the high bits)
 //! ```
 //!
-//! Guards of the map are never held across a system call: what a call needs is copied out first.
+//! Guards of the map are never held across a system call that could wait: what such a call needs is copied out first. What
+//! the next process must know is written to the log under the guard ([`super::outlive`]), in the order in which it happened.
 
-use std::os::fd::OwnedFd;
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, RwLock};
 
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
-use super::ledger::{CountSlot, Inheritance, Ledger, OldNode};
+use super::outlive::{Inherited, Outlive};
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
 /// Most nodes a tree remembers. The kernel gives them back when it needs memory (FORGET); one costs about 200 bytes, so this
@@ -56,8 +56,6 @@ struct State {
     identity: Identity,
     kind: u32,
     references: u64,
-    /// Where the ledger has them.
-    count: CountSlot,
     aliases: Vec<Alias>,
     extra: Option<Box<Extra>>,
 }
@@ -77,75 +75,65 @@ pub(super) struct NodeTable {
     root: Identity,
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
-    /// Where it is written down for the next server, and this tree's number there.
-    ledger: Option<(Arc<Ledger>, u32)>,
+    outlive: Option<Arc<Outlive>>,
 }
 
 impl NodeTable {
     pub(super) fn new(root: &Found) -> Self {
-        Self::with_ledger(root, None)
-    }
-
-    /// A table that is written down, and begins with `old` from an earlier server.
-    pub(super) fn inheriting(
-        root: &Found,
-        ledger: Arc<Ledger>,
-        tree: u32,
-        old: Inheritance,
-        mut hold: impl FnMut(OwnedFd) -> Option<Arc<Held>>,
-    ) -> Self {
-        let table = Self::with_ledger(root, Some((ledger, tree)));
-        if old.devices.first().is_some_and(|&dev| dev == root.identity.dev) {
-            *table.devices.write().unwrap_or_else(PoisonError::into_inner) = old.devices;
-        } else {
-            table.write(|ledger, tree| ledger.device(tree, 0, root.identity.dev));
-        }
-        let mut pins = old.pins;
-        for (node, mut known) in old.nodes {
-            known.aliases.truncate(MAX_ALIASES);
-            let pin = pins.remove(&node).and_then(&mut hold);
-            let extra = pin.map(|pin| Box::new(Extra { pin: Some(pin), ..Extra::default() }));
-            table.map.insert(
-                node,
-                State {
-                    identity: known.identity,
-                    kind: known.kind,
-                    references: known.references.max(1),
-                    count: known.count,
-                    aliases: known.aliases,
-                    extra,
-                },
-            );
-        }
-        for (handle, node) in old.handles {
-            table.add_handle(node, handle);
-        }
-        table
-    }
-
-    fn with_ledger(root: &Found, ledger: Option<(Arc<Ledger>, u32)>) -> Self {
-        let devices = RwLock::new(vec![root.identity.dev]);
-        let table = NodeTable { root: root.identity, devices, map: DashMap::new(), ledger };
+        let table = NodeTable {
+            root: root.identity,
+            devices: RwLock::new(vec![root.identity.dev]),
+            map: DashMap::new(),
+            outlive: None,
+        };
         table.map.insert(
             ROOT,
-            State {
-                identity: root.identity,
-                kind: root.kind(),
-                // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
-                references: 1,
-                count: CountSlot::NONE,
-                aliases: Vec::new(),
-                extra: None,
-            },
+            // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
+            State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None },
         );
         table
     }
 
-    /// Write something down. No system call: it may be under a guard.
-    fn write(&self, record: impl FnOnce(&Ledger, u32)) {
-        if let Some((ledger, tree)) = &self.ledger {
-            record(ledger, *tree);
+    /// A table that goes on with what an earlier process left, and writes down what the next one needs.
+    pub(super) fn inherit(root: &Found, inherited: &Inherited, outlive: Arc<Outlive>) -> Self {
+        let mut table = Self::new(root);
+        table.devices.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).extend(&inherited.devices);
+        for note in inherited.nodes.values() {
+            // How many references the kernel holds is not written down. It gives all of them back at once when it evicts an
+            // inode, and that is at least one.
+            let state = State {
+                identity: note.identity,
+                kind: note.kind,
+                references: 1,
+                aliases: note.aliases.clone(),
+                extra: None,
+            };
+            table.map.insert(note.node, state);
         }
+        table.outlive = Some(outlive);
+        table
+    }
+
+    /// Hold a nameless file by a descriptor that was kept elsewhere.
+    pub(super) fn pin(&self, node: Node, pin: Held) {
+        if let Some(mut state) = self.map.get_mut(&node) {
+            state.extra().pin = Some(Arc::new(pin));
+        }
+    }
+
+    fn write_down(&self, node: Node, state: &State) {
+        if let Some(outlive) = &self.outlive {
+            outlive.node(node, state.identity, state.kind, &state.aliases);
+        }
+    }
+
+    /// Shorten the log if it is mostly old records. Takes as long as there are nodes, and no guard for longer than one.
+    pub(super) fn tidy(&self) {
+        let Some(copying) = self.outlive.as_deref().and_then(Outlive::start_copying) else { return };
+        for state in self.map.iter().filter(|s| *s.key() != ROOT) {
+            copying.node(*state.key(), state.identity, state.kind, &state.aliases);
+        }
+        copying.finish();
     }
 
     pub(super) fn len(&self) -> usize {
@@ -172,10 +160,10 @@ impl NodeTable {
             return Ok(0);
         }
         let find = |list: &[u64]| list.iter().position(|&d| d == dev).map(|i| i as u64);
-        if let Some(index) = find(&self.devices.read().unwrap_or_else(PoisonError::into_inner)) {
+        if let Some(index) = find(&self.devices.read().unwrap_or_else(std::sync::PoisonError::into_inner)) {
             return Ok(index);
         }
-        let mut list = self.devices.write().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.devices.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         if let Some(index) = find(&list) {
             return Ok(index);
         }
@@ -183,9 +171,10 @@ impl NodeTable {
             return Err(Errno::NFILE);
         }
         list.push(dev);
-        let index = list.len() as u64 - 1;
-        self.write(|ledger, tree| ledger.device(tree, index, dev));
-        Ok(index)
+        if let Some(outlive) = &self.outlive {
+            outlive.device(dev);
+        }
+        Ok(list.len() as u64 - 1)
     }
 
     /// One reference more to the file found under this name, which becomes known if it was not.
@@ -206,39 +195,36 @@ impl NodeTable {
                         node = (node & !INO_MASK) | ((node + 1) & INO_MASK).max(ROOT + 1);
                         continue;
                     }
+                    let mut changed = false;
                     if state.identity.generation != identity.generation {
                         // The number was reused: no old name leads to the new file. References stay counted, the
                         // kernel gives them back by this number.
                         state.identity = identity;
                         state.aliases.clear();
                         state.extra = None;
+                        changed = true;
                     }
+                    changed |= state.kind != found.kind();
                     state.kind = found.kind();
                     state.references = state.references.saturating_add(1);
-                    let renamed = state.add_alias(parent, name);
-                    self.write(|ledger, tree| {
-                        ledger.set_count(state.count, state.references);
-                        if renamed {
-                            ledger.named(tree, node, &state.to_ledger(), parent, name);
-                        }
-                    });
+                    changed |= state.add_alias(parent, name);
+                    if changed {
+                        self.write_down(node, state);
+                    }
                     return Ok(node);
                 }
                 MapEntry::Vacant(at) => {
                     if full {
                         return Err(Errno::NOMEM);
                     }
-                    let count = self.ledger.as_ref().map_or(CountSlot::NONE, |(ledger, _)| ledger.new_count());
-                    let state = State {
+                    let state = at.insert(State {
                         identity,
                         kind: found.kind(),
                         references: 1,
-                        count,
                         aliases: vec![Alias { parent, name: name.into() }],
                         extra: None,
-                    };
-                    self.write(|ledger, tree| ledger.named(tree, node, &state.to_ledger(), parent, name));
-                    at.insert(state);
+                    });
+                    self.write_down(node, &state);
                     return Ok(node);
                 }
             }
@@ -257,11 +243,12 @@ impl NodeTable {
         // More than it has is taken as all of them: the count comes from outside.
         state.references = state.references.saturating_sub(count);
         if state.references > 0 {
-            self.write(|ledger, _| ledger.set_count(state.count, state.references));
             return false;
         }
+        if let Some(outlive) = &self.outlive {
+            outlive.forget(node);
+        }
         let state = at.remove();
-        self.write(|ledger, tree| ledger.forgotten(tree, node, state.count));
         drop(state); // the pin, and with it its descriptor
         true
     }
@@ -299,10 +286,10 @@ impl NodeTable {
     pub(super) fn remove_name(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
         if let Some(mut state) = self.map.get_mut(&node) {
             state.aliases.retain(|a| a.parent != parent || *a.name != *name);
-            self.write(|ledger, tree| ledger.unnamed(tree, node, parent, name));
             if pin.is_some() {
                 state.extra().pin = pin;
             }
+            self.write_down(node, &state);
         }
     }
 
@@ -311,13 +298,8 @@ impl NodeTable {
         if let Some(mut state) = self.map.get_mut(&node)
             && state.add_alias(parent, name)
         {
-            self.write(|ledger, tree| ledger.named(tree, node, &state.to_ledger(), parent, name));
+            self.write_down(node, &state);
         }
-    }
-
-    /// Has it an open file?
-    pub(super) fn is_open(&self, node: Node) -> bool {
-        self.map.get(&node).is_some_and(|s| s.extra.as_ref().is_some_and(|e| !e.handles.is_empty()))
     }
 
     pub(super) fn add_handle(&self, node: Node, handle: Handle) {
@@ -349,18 +331,7 @@ impl State {
         self.extra.get_or_insert_default()
     }
 
-    /// As the ledger has it; names go one by one.
-    fn to_ledger(&self) -> OldNode {
-        OldNode {
-            identity: self.identity,
-            kind: self.kind,
-            aliases: Vec::new(),
-            count: self.count,
-            references: self.references,
-        }
-    }
-
-    /// True where the name was not known.
+    /// False: it was known already.
     fn add_alias(&mut self, parent: Node, name: &[u8]) -> bool {
         if let Some(at) = self.aliases.iter().position(|a| a.parent == parent && *a.name == *name) {
             // The freshest name is tried first.

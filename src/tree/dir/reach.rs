@@ -58,7 +58,7 @@ impl DirTree {
                 other => return other,
             }
         }
-        match self.open_elsewhere(node, &reach) {
+        match self.open_elsewhere(&reach) {
             Some(open) => open.stat(),
             None => Err(Errno::STALE),
         }
@@ -86,15 +86,14 @@ impl DirTree {
             }
         }
         // Removed on the host while it is open here: the open descriptor still leads to it.
-        match self.open_elsewhere(node, &reach) {
+        match self.open_elsewhere(&reach) {
             Some(open) => with_stat(Fd::Held(open.any())),
             None => Err(Errno::STALE),
         }
     }
 
-    fn open_elsewhere(&self, node: Node, reach: &Reach) -> Option<Arc<super::files::Open>> {
-        // Only what is open: to open one again that an earlier server had would lead back here.
-        reach.handles.iter().find_map(|&h| self.handles.get(h).or_else(|| self.kept_handle(node, h)))
+    fn open_elsewhere(&self, reach: &Reach) -> Option<Arc<super::files::Open>> {
+        reach.handles.iter().find_map(|&h| self.handles.get(h))
     }
 
     /// An O_PATH descriptor of a directory, to start from. ENOTDIR: it is none.

@@ -1,0 +1,198 @@
+//! Images out of the store again: as an ACI, as a tar of the tree, as an OCI layout; and many layers made one.
+
+use std::io::Write;
+use std::path::Path;
+
+use sha2::{Digest as _, Sha256};
+
+use super::import::{ImageSource, ImportOptions, Imported};
+use super::meta::{ImageKind, Meta, read_bounded};
+use super::oci::describe;
+use super::tree::Tree;
+use super::{Store, StoreLock};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageRef;
+use crate::image::MAX_MANIFEST_BYTES;
+use crate::image::appc::{self, Pair};
+use crate::image::oci::{Config, Digest, Index, Manifest, Platform, REF_NAME, RootFs, media_type};
+use crate::paths::image;
+
+impl Store {
+    /// Write an image as an ACI: its manifest, or one made for it if it is an OCI image, and its tree in one layer, with true
+    /// owners, modes and devices whoever imported it. What `out` takes is neither compressed nor brought to the disk.
+    pub fn export_aci(&self, image: &ImageRef, out: &mut dyn Write) -> Result<()> {
+        let (meta, tree, _in_use) = self.tree(image)?;
+        tree.write_aci(&self.appc_manifest(&meta, None)?, out)
+    }
+
+    /// Write an image's tree as a tar archive.
+    pub fn export_tar(&self, image: &ImageRef, out: &mut dyn Write) -> Result<()> {
+        let (_, tree, _in_use) = self.tree(image)?;
+        tree.write_tar(out)
+    }
+
+    /// Write an image as an OCI layout of one layer into `dir`, which must not exist.
+    pub fn export_oci(&self, image: &ImageRef, dir: &Path) -> Result<()> {
+        let (meta, tree, _in_use) = self.tree(image)?;
+        let fail = |e: std::io::Error| Error::io("write OCI layout", show(dir), e);
+        let blobs = dir.join("blobs/sha256");
+        std::fs::create_dir(dir).and_then(|()| std::fs::create_dir_all(&blobs)).map_err(fail)?;
+        let new_layer = blobs.join(".layer");
+        let mut layer = Hashed {
+            out: std::io::BufWriter::new(std::fs::File::create(&new_layer).map_err(fail)?),
+            sha: Sha256::new(),
+            bytes: 0,
+        };
+        tree.write_tar(&mut layer)?;
+        layer.flush().map_err(fail)?;
+        let layer_digest = Digest::from_sha256(&layer.sha.finalize().into());
+        std::fs::rename(&new_layer, blobs.join(layer_digest.hex())).map_err(fail)?;
+        let blob = |media: &str, bytes: &[u8]| {
+            let digest = Digest::from_sha256(&Sha256::digest(bytes).into());
+            std::fs::write(blobs.join(digest.hex()), bytes).map_err(fail)?;
+            Ok::<_, Error>(describe(media, digest, bytes.len() as u64))
+        };
+        let config = blob(media_type::CONFIG, &self.oci_config(&meta, &layer_digest)?)?;
+        let manifest = Manifest {
+            schema_version: 2,
+            media_type: Some(media_type::MANIFEST.into()),
+            config,
+            layers: vec![describe(media_type::LAYER, layer_digest, layer.bytes)],
+        };
+        let mut manifest = blob(media_type::MANIFEST, &json(&manifest)?)?;
+        manifest.annotations = meta.names.first().map(|name| [(REF_NAME.to_owned(), name.clone())].into());
+        let index = Index { schema_version: 2, media_type: Some(media_type::INDEX.into()), manifests: vec![manifest] };
+        std::fs::write(dir.join("index.json"), json(&index)?).map_err(fail)?;
+        std::fs::write(dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).map_err(fail)
+    }
+
+    /// Make a new image of one layer with the tree of another: the bind backend takes it. `name` is an AC identifier.
+    pub fn flatten(&self, image: &ImageRef, name: &str) -> Result<Imported> {
+        let (meta, tree, in_use) = self.tree(image)?;
+        let manifest = self.appc_manifest(&meta, Some(name))?;
+        let source = ImageSource::Flattened(meta.id.clone());
+        let options = ImportOptions { strictness: crate::image::Strictness::Lenient, ..ImportOptions::default() };
+        let done = self.import_stream(move |sink| tree.write_aci(&manifest, sink), &source, &options);
+        drop(in_use);
+        done.map_err(|e| e.within("flatten", image))
+    }
+
+    fn tree(&self, image: &ImageRef) -> Result<(Meta, Tree, StoreLock)> {
+        let in_use = self.lock_shared()?;
+        let meta = self.find(image)?;
+        let found = self.resolved(meta.clone());
+        let index = found.index.ok_or_else(|| Error::new(Kind::Integrity, "read image", image, "it has no index"))?;
+        Ok((meta, Tree::open(&index, &found.layers)?, in_use))
+    }
+
+    /// The image's own manifest where it is AppC's and describes one layer, else one made of what we know.
+    fn appc_manifest(&self, meta: &Meta, name: Option<&str>) -> Result<Vec<u8>> {
+        let path = self.paths.image(&meta.id).join(image::MANIFEST);
+        if meta.kind == ImageKind::Appc {
+            let bytes = read_bounded(&path, MAX_MANIFEST_BYTES as u64)?;
+            let mut manifest = appc::Manifest::parse(&bytes, crate::image::Strictness::Lenient)?.manifest;
+            if name.is_none() && manifest.dependencies.is_empty() {
+                return Ok(bytes);
+            }
+            // The tree holds what they give, and no more than they leave.
+            manifest.dependencies.clear();
+            manifest.path_whitelist.clear();
+            if let Some(name) = name {
+                manifest.name = appc::Manifest::named(name)?.name;
+            }
+            return json(&manifest);
+        }
+        let known = || meta.names.first().map_or("image".to_owned(), |name| ac_identifier(name));
+        let mut manifest = appc::Manifest::named(&name.map_or_else(known, str::to_owned))?;
+        let label = |name: &str, value: &str| Pair { name: name.into(), value: value.into() };
+        manifest.labels = meta
+            .labels
+            .iter()
+            .map(|(name, value)| match (name.as_str(), value.as_str()) {
+                ("arch", "arm64") => label("arch", "aarch64"),
+                ("arch", "386") => label("arch", "i386"),
+                (name, value) => label(name, value),
+            })
+            .collect();
+        json(&manifest)
+    }
+
+    fn oci_config(&self, meta: &Meta, layer: &Digest) -> Result<Vec<u8>> {
+        let rootfs = RootFs { kind: "layers".into(), diff_ids: vec![layer.clone()] };
+        if meta.kind == ImageKind::Oci {
+            // All that the config says stays, but for the layers.
+            let bytes = read_bounded(&self.paths.image(&meta.id).join(image::CONFIG), MAX_MANIFEST_BYTES as u64)?;
+            let mut config: serde_json::Map<String, serde_json::Value> =
+                crate::image::parse_json("OCI config", &bytes)?;
+            let rootfs = serde_json::to_value(&rootfs).map_err(|e| Error::new(Kind::Io, "write", "OCI config", e))?;
+            config.insert("rootfs".into(), rootfs);
+            config.remove("history");
+            return json(&config);
+        }
+        let mut platform = Platform::host();
+        if let Some(arch) = meta.label("arch") {
+            platform.architecture = match arch {
+                "aarch64" => "arm64".into(),
+                "i386" => "386".into(),
+                arch => arch.into(),
+            };
+        }
+        json(&Config { platform, rootfs })
+    }
+}
+
+/// An AC identifier as near to a name as they allow.
+fn ac_identifier(name: &str) -> String {
+    let mut text = String::new();
+    for c in name.to_lowercase().chars() {
+        match c {
+            'a'..='z' | '0'..='9' => text.push(c),
+            '-' | '.' | '_' | '~' | '/' if text.ends_with(|c: char| c.is_ascii_alphanumeric()) => text.push(c),
+            _ if text.ends_with(|c: char| c.is_ascii_alphanumeric()) => text.push('-'),
+            _ => {}
+        }
+    }
+    let text = text.trim_end_matches(|c: char| !c.is_ascii_alphanumeric());
+    if text.is_empty() { "image".into() } else { text.into() }
+}
+
+fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
+    serde_json::to_vec(value).map_err(|e| Error::new(Kind::Io, "write", "JSON", e))
+}
+
+struct Hashed<W> {
+    out: W,
+    sha: Sha256,
+    bytes: u64,
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let count = self.out.write(data)?;
+        self.sha.update(&data[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_become_ac_identifiers() {
+        for (name, want) in [
+            ("debian:12", "debian-12"),
+            ("docker.io/library/Debian:12", "docker.io/library/debian-12"),
+            ("--x//y--", "x/y"),
+            ("::", "image"),
+        ] {
+            assert_eq!(ac_identifier(name), want);
+            assert!(appc::is_ac_identifier(&ac_identifier(name)), "{name}");
+        }
+    }
+}

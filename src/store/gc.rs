@@ -1,0 +1,161 @@
+//! What nobody needs any more: layers without an image, images without a user, what dead importers left.
+//!
+//! Who is needed is worked out under the exclusive lock (ostree#2808 did it before, and pruned fresh imports); what is not is
+//! moved away under it, and deleted after it.
+
+use std::collections::HashSet;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+
+use super::staging::{self, Aside};
+use super::{Meta, Store, Uses, ids_below};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageId;
+
+/// What to collect beside what is of no use to anybody.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Prune {
+    /// Layers that no image names, and what dead importers left.
+    #[default]
+    Garbage,
+    /// Images that nobody uses, too.
+    UnusedImages,
+}
+
+/// What was collected.
+#[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct Collected {
+    /// Images removed.
+    pub images: Vec<ImageId>,
+    /// Layers removed, by diff id.
+    pub layers: Vec<ImageId>,
+    /// Half-made images of importers that died.
+    pub staging: usize,
+    /// Bytes that the disk got back.
+    pub bytes: u64,
+}
+
+/// What an image takes on the disk.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Usage {
+    /// The image, or the layer.
+    pub id: ImageId,
+    /// Its names; empty for a layer.
+    pub names: Vec<String>,
+    /// Bytes on the disk of what is its alone.
+    pub own_bytes: u64,
+    /// Bytes on the disk of the layers it shares with others.
+    pub shared_bytes: u64,
+}
+
+impl Store {
+    /// Collect garbage. An image that cannot be read keeps all layers: what it names is not known.
+    pub fn gc(&self, prune: Prune, uses: Uses<'_>) -> Result<Collected> {
+        let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
+        let mut gone: Vec<Aside> = Vec::new();
+        let held = self.lock_exclusive()?;
+        let used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
+        let mut needed: HashSet<ImageId> = HashSet::new();
+        let mut is_whole = true;
+        let mut kept = Vec::new();
+        for id in self.ids()? {
+            match self.meta(&id) {
+                Ok(meta) => kept.push(meta),
+                Err(error) => {
+                    log::warn!("{error}: no layer is collected while this image is damaged");
+                    is_whole = false;
+                }
+            }
+        }
+        if prune == Prune::UnusedImages {
+            // What an image in use stands on is in use.
+            let below: HashSet<ImageId> = kept
+                .iter()
+                .filter(|meta| used.contains(&meta.id))
+                .flat_map(|meta| meta.dependencies.iter().cloned())
+                .collect();
+            for meta in kept.extract_if(.., |meta| !used.contains(&meta.id) && !below.contains(&meta.id)) {
+                gone.push(staging::move_aside(&self.paths, &self.paths.image(&meta.id))?);
+                done.images.push(meta.id);
+            }
+        }
+        needed.extend(kept.into_iter().flat_map(|meta| meta.layers));
+        if is_whole {
+            for id in ids_below(&self.paths.layers())? {
+                if !needed.contains(&id) {
+                    gone.push(staging::move_aside(&self.paths, &self.paths.layer(&id))?);
+                    done.layers.push(id);
+                }
+            }
+        }
+        drop(held);
+        for aside in gone {
+            done.bytes += bytes_on_disk(aside.path()).unwrap_or(0);
+            aside.remove()?;
+        }
+        Ok(done)
+    }
+
+    /// What each image takes on the disk, and each layer that no image names.
+    pub fn usage(&self) -> Result<Vec<Usage>> {
+        let _in_use = self.lock_shared()?;
+        let metas = self.list()?;
+        let sharers = |layer: &ImageId| metas.iter().filter(|meta| meta.layers.contains(layer)).count();
+        let mut found = Vec::new();
+        for meta in &metas {
+            let mut own_bytes = bytes_on_disk(&self.paths.image(&meta.id))?;
+            let mut shared_bytes = 0;
+            let mut seen = HashSet::new();
+            for layer in meta.layers.iter().filter(|layer| seen.insert((*layer).clone())) {
+                let bytes = bytes_on_disk(&self.paths.layer(layer))?;
+                if sharers(layer) > 1 { shared_bytes += bytes } else { own_bytes += bytes }
+            }
+            found.push(Usage { id: meta.id.clone(), names: meta.names.clone(), own_bytes, shared_bytes });
+        }
+        for id in ids_below(&self.paths.layers())? {
+            if sharers(&id) == 0 {
+                let own_bytes = bytes_on_disk(&self.paths.layer(&id))?;
+                found.push(Usage { id, names: Vec::new(), own_bytes, shared_bytes: 0 });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Images that stand on this one.
+    pub(super) fn dependents(&self, id: &ImageId) -> Result<Vec<Meta>> {
+        Ok(self.list()?.into_iter().filter(|meta| meta.dependencies.contains(id)).collect())
+    }
+}
+
+/// Blocks of everything below `dir`, each inode once.
+fn bytes_on_disk(dir: &Path) -> Result<u64> {
+    let fail = |e| Error::io("measure", show(dir), e);
+    let mut seen = HashSet::new();
+    let mut total = 0;
+    let mut stack = vec![dir.to_owned()];
+    while let Some(path) = stack.pop() {
+        let meta = match std::fs::symlink_metadata(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+            other => other.map_err(fail)?,
+        };
+        if meta.nlink() < 2 || meta.is_dir() || seen.insert(meta.ino()) {
+            total += meta.blocks() * 512;
+        }
+        if meta.is_dir() {
+            for entry in std::fs::read_dir(&path).map_err(fail)? {
+                stack.push(entry.map_err(fail)?.path());
+            }
+        }
+    }
+    Ok(total)
+}
+
+/// Refuse to remove what others stand on.
+pub(super) fn refuse_if_needed(id: &ImageId, by: &[Meta]) -> Result<()> {
+    if by.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<&str> = by.iter().map(|meta| meta.names.first().map_or(meta.id.short(), |name| name)).collect();
+    Err(Error::new(Kind::Busy, "remove", id, format!("it is a dependency of {}", names.join(", ")))
+        .hint("remove those first"))
+}

@@ -1,0 +1,132 @@
+//! What is known of one shared layer, and how its whiteouts lie on the disk.
+//!
+//! A layer's index has the whiteouts as its archive has them (`.wh.NAME`); they take effect when the index of an image is
+//! made. On the disk they have the form that the kernel's overlayfs reads: a character device 0:0 of the name that is hidden,
+//! and the attribute `overlay.opaque` = `y` on an opaque directory: `trusted.` where we may set it, else `user.` (mount with
+//! `userxattr`). Anybody may make that device since Linux 5.8; before, as an ordinary user, the `.wh.` file stays and
+//! [`LayerMeta::whiteouts`] says so.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::Path;
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
+use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
+
+use super::meta::{OnDisk, read_bounded};
+use super::place::Placed;
+use crate::error::{Error, Kind, Result, show};
+use crate::paths::image;
+use crate::sys::durable::{Survives, write_file};
+use crate::sys::fs::open_beneath;
+
+/// Longest record read: it has a line for each directory that no entry spoke of.
+const MAX_BYTES: u64 = 64 << 20;
+const VERSION: u32 = 1;
+
+/// Has a layer whiteouts?
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum LayerWhiteouts {
+    /// None.
+    None,
+    /// Some.
+    Some,
+}
+
+/// What is known of one layer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(super) struct LayerMeta {
+    version: u32,
+    pub(super) entries: u64,
+    pub(super) bytes: u64,
+    pub(super) on_disk: OnDisk,
+    pub(super) whiteouts: LayerWhiteouts,
+    /// Directories that no entry spoke of, in hex: merged, they leave the lower layer's attributes as they are.
+    #[serde(default)]
+    implied: Vec<String>,
+}
+
+impl LayerMeta {
+    pub(super) fn new(placed: &Placed, implied: Vec<Vec<u8>>, has_whiteouts: bool) -> Self {
+        LayerMeta {
+            version: VERSION,
+            entries: placed.entries,
+            bytes: placed.bytes,
+            on_disk: if placed.is_exact() { OnDisk::Exact } else { OnDisk::IndexOnly },
+            whiteouts: if has_whiteouts { LayerWhiteouts::Some } else { LayerWhiteouts::None },
+            implied: implied.iter().map(|path| data_encoding::HEXLOWER.encode(path)).collect(),
+        }
+    }
+
+    pub(super) fn implied(&self) -> Result<HashSet<Vec<u8>>> {
+        let decode = |text: &String| data_encoding::HEXLOWER.decode(text.as_bytes());
+        let paths: std::result::Result<_, _> = self.implied.iter().map(decode).collect();
+        paths.map_err(|e| Error::new(Kind::Integrity, "read", "layer record", e))
+    }
+
+    pub(super) fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join(image::META);
+        let refuse = |why: String| Error::new(Kind::Integrity, "read", show(&path), why);
+        let meta: LayerMeta =
+            serde_json::from_slice(&read_bounded(&path, MAX_BYTES)?).map_err(|e| refuse(e.to_string()))?;
+        if meta.version == VERSION { Ok(meta) } else { Err(refuse(format!("its version is {}", meta.version))) }
+    }
+
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        let path = dir.join(image::META);
+        let text = serde_json::to_vec(self).map_err(|e| Error::new(Kind::Io, "write", show(&path), e))?;
+        // Brought to the disk with the rest of the layer, before it is published.
+        write_file(&path, &text, Survives::Crash)
+    }
+}
+
+/// Put the whiteouts of a layer on the disk in overlayfs's form. `paths` are those of its `.wh.` entries.
+pub(super) fn make_whiteouts(root: &OwnedFd, paths: &[Vec<u8>]) -> Result<()> {
+    for path in paths {
+        let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
+            Some(slash) => (&path[..slash], &path[slash + 1..]),
+            None => (&b"."[..], &path[..]),
+        };
+        let fail = |e| Error::sys("make whiteout", format!("{:?}", String::from_utf8_lossy(path)), e);
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        let dir = open_beneath(root, Path::new(OsStr::from_bytes(parent)), flags).map_err(fail)?;
+        let stat = fs::fstat(&dir).map_err(fail)?;
+        let file = OsStr::from_bytes(name);
+        if name == b".wh..wh..opq" {
+            match fs::fsetxattr(&dir, c"trusted.overlay.opaque", b"y", XattrFlags::empty()) {
+                Ok(()) => {}
+                Err(Errno::PERM | Errno::OPNOTSUPP) => {
+                    match fs::fsetxattr(&dir, c"user.overlay.opaque", b"y", XattrFlags::empty()) {
+                        Ok(()) => {}
+                        // The index still says it; overlay cannot serve such a layer, and the file tells who looks.
+                        Err(Errno::PERM | Errno::OPNOTSUPP) => continue,
+                        Err(e) => return Err(fail(e)),
+                    }
+                }
+                Err(e) => return Err(fail(e)),
+            }
+        } else if !name.starts_with(b".wh..wh.") {
+            let hidden = OsStr::from_bytes(&name[b".wh.".len()..]);
+            let mode = Mode::from_raw_mode(0);
+            match fs::mknodat(&dir, hidden, FileType::CharacterDevice, mode, fs::makedev(0, 0)) {
+                // The layer brings its own: that one is what shows.
+                Ok(()) | Err(Errno::EXIST) => {}
+                Err(Errno::PERM) => continue,
+                Err(e) => return Err(fail(e)),
+            }
+        }
+        fs::unlinkat(&dir, file, AtFlags::empty())
+            .or_else(|e| if e == Errno::ISDIR { Ok(()) } else { Err(e) })
+            .map_err(fail)?;
+        let times = fs::Timestamps {
+            last_access: fs::Timespec { tv_sec: 0, tv_nsec: fs::UTIME_OMIT },
+            last_modification: fs::Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as i64 },
+        };
+        fs::futimens(&dir, &times).map_err(fail)?;
+    }
+    Ok(())
+}
