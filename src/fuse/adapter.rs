@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -84,11 +84,19 @@ const OPERATIONS: usize = Operation::ALL.len();
 pub struct Counters {
     by_kind: [AtomicU64; OPERATIONS],
     panics: AtomicU64,
+    latency: [AtomicU64; LATENCIES],
 }
+
+/// Classes of latency: below 1 us, 2 us, 4 us, ... and the last one for all above 8 s.
+const LATENCIES: usize = 25;
 
 impl Default for Counters {
     fn default() -> Self {
-        Counters { by_kind: [const { AtomicU64::new(0) }; OPERATIONS], panics: AtomicU64::new(0) }
+        Counters {
+            by_kind: [const { AtomicU64::new(0) }; OPERATIONS],
+            panics: AtomicU64::new(0),
+            latency: [const { AtomicU64::new(0) }; LATENCIES],
+        }
     }
 }
 
@@ -106,6 +114,17 @@ impl Counters {
     /// Requests that ended in a panic, and EIO.
     pub fn panics(&self) -> u64 {
         self.panics.load(Ordering::Relaxed)
+    }
+
+    /// How many requests took how long to answer: the n-th is of those below 2^n microseconds and not below half of that.
+    pub fn latencies(&self) -> [u64; LATENCIES] {
+        std::array::from_fn(|class| self.latency[class].load(Ordering::Relaxed))
+    }
+
+    fn took(&self, time: Duration) {
+        let us = time.as_micros() as u64;
+        let class = (u64::BITS - us.leading_zeros()) as usize;
+        self.latency[class.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
     }
 
     fn count(&self, operation: Operation) {
@@ -150,6 +169,7 @@ impl FuseAdapter {
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
     fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
         self.counters.count(operation);
+        let begun = Instant::now();
         // Forgets come in batches, many to one read: there is nothing to wait for between them.
         let paced = operation != Operation::Forget;
         if paced {
@@ -160,6 +180,7 @@ impl FuseAdapter {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
         }
+        self.counters.took(begun.elapsed());
         if paced {
             self.pace.end();
         }
