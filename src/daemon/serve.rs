@@ -92,6 +92,7 @@ fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::
     };
     let connection = single(fds)?;
     let init = unhex(&init)?;
+    adapter.pace().watch(&connection).map_err(|e| Error::io("watch the connection", "", e))?;
     let ready = match &start {
         Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
         Begin::Again { reply, resend } => {

@@ -17,6 +17,7 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use super::pace::Pace;
 use crate::tree::again;
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
@@ -139,6 +140,7 @@ pub struct FuseAdapter {
     /// The kernel takes ENOSYS from open for "never ask again".
     no_open: bool,
     no_opendir: bool,
+    pace: Arc<Pace>,
 }
 
 impl std::fmt::Debug for FuseAdapter {
@@ -150,7 +152,7 @@ impl std::fmt::Debug for FuseAdapter {
 impl FuseAdapter {
     /// An adapter for a tree.
     pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions) -> Self {
-        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false }
+        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false, pace: Arc::default() }
     }
 
     /// Its counters, which go on counting.
@@ -158,17 +160,30 @@ impl FuseAdapter {
         Arc::clone(&self.counters)
     }
 
+    /// How its threads wait for requests: tell it the connection ([`Pace::watch`]).
+    pub fn pace(&self) -> Arc<Pace> {
+        Arc::clone(&self.pace)
+    }
+
     /// Count a request, answer it, and keep a panic from ending the thread. A reply that is dropped unanswered while the
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
     fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
         self.counters.count(operation);
         let begun = Instant::now();
+        // Forgets come in batches, many to one read: there is nothing to wait for between them.
+        let paced = operation != Operation::Forget;
+        if paced {
+            self.pace.begin();
+        }
         let is_resent = request.unique().0 & UNIQUE_RESEND != 0;
         if catch_unwind(AssertUnwindSafe(|| again::answering(is_resent, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
         }
         self.counters.took(begun.elapsed());
+        if paced {
+            self.pace.end();
+        }
     }
 }
 

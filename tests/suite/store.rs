@@ -584,6 +584,7 @@ const IMPORTED: &str = "
 
 const LISTED: &str = "
     .bytes number
+    .dependencies[]
     .entries number
     .id string
     .imported_at number
