@@ -133,7 +133,7 @@ pub(crate) const KILLED_UNSEEN: Case = Case::new("workers_die_unseen", on::fuse,
         scope.spawn(|| {
             load.run("read small", |n| {
                 Ok(read_all(&w.join(format!("r{}", n % 40)))? == content(n % 40, 1 + n % 40 * 997))
-            })
+            });
         });
         scope.spawn(|| load.run("read big", |_| Ok(read_all(&w.join("big"))? == big)));
         scope.spawn(|| {
@@ -205,7 +205,7 @@ pub(crate) const KILLED_UNSEEN: Case = Case::new("workers_die_unseen", on::fuse,
         failures.len(),
         &failures[..failures.len().min(10)]
     );
-    let want: String = (0..appended.load(Ordering::Relaxed)).map(|n| format!("{n:08}\n")).collect();
+    let want = (0..appended.load(Ordering::Relaxed)).fold(String::new(), |text, n| text + &format!("{n:08}\n"));
     assert!(fs::read_to_string(stage.path("sandbox/w/log")).expect("the log") == want, "lines are missing or double");
     assert!(load.done.load(Ordering::Relaxed) > 200, "too little was done to tell");
     let longest = Duration::from_micros(load.longest_us.load(Ordering::Relaxed));
