@@ -117,7 +117,7 @@ fn prometheus(plan: &Plan, stats: &Value) -> String {
         stats["worker"]["latency_us_below_power_of_two"].as_array().into_iter().flatten().map(number).enumerate()
     {
         so_far += count;
-        let below = (1_u64 << power) as f64 / 1e6;
+        let below = f64::from(1_u32 << power.min(31)) / 1e6;
         let _ = writeln!(text, "fsprov_request_seconds_bucket{{id=\"{id}\",le=\"{below}\"}} {so_far}");
     }
     let _ = writeln!(text, "fsprov_request_seconds_bucket{{id=\"{id}\",le=\"+Inf\"}} {so_far}");

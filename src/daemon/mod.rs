@@ -4,6 +4,7 @@
 //! * `supervise`: the supervisor: one thread, cwd `/`, no file of the store or of its own mount open (closing one would wait for
 //!   the worker, which may be dead)
 //! * `serve`: the worker: builds the trees, runs the session
+//! * `confine`: what the worker may not do
 //! * `control`: what can be asked of a running server
 //! * `channel`, `log`, `sources`: what they share
 //!
@@ -11,6 +12,7 @@
 //! written it down: the supervisor waits for a word before each step, and takes everything back when the caller dies.
 
 mod channel;
+mod confine;
 pub mod control;
 mod log;
 mod serve;

@@ -76,6 +76,7 @@ struct Server {
 
 fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
     raise_open_files();
+    super::confine::confine();
     let hand_over = take_job(channel)?;
     let job = hand_over.job.clone();
     let trees = Trees::build(hand_over, channel)?;
@@ -261,8 +262,9 @@ impl Server {
     fn stats(&self) -> serde_json::Value {
         let by_kind: serde_json::Map<_, _> = Operation::ALL
             .iter()
-            .map(|&o| (o.name().to_owned(), self.counters.of(o).into()))
-            .filter(|(_, count)| *count != serde_json::Value::from(0))
+            .map(|&o| (o, self.counters.of(o)))
+            .filter(|(_, count)| *count > 0)
+            .map(|(o, count)| (o.name().to_owned(), count.into()))
             .collect();
         let (held, limit) = self.trees.pool.usage();
         serde_json::json!({

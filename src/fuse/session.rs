@@ -6,7 +6,6 @@
 
 use std::io::{IoSlice, IoSliceMut};
 use std::os::fd::{AsFd, OwnedFd};
-use std::time::Duration;
 
 use fuser::{Config, Filesystem, Session, SessionACL};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -142,11 +141,10 @@ fn resend(connection: &OwnedFd) -> Result<InFlight> {
     message[..4].copy_from_slice(&16_u32.to_ne_bytes());
     message[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
     match rustix::io::write(connection, &message) {
-        Ok(_) => Ok(InFlight::Safe),
         // A kernel that does not know the code.
         Err(Errno::INVAL) => Ok(InFlight::Lost),
-        // Unmounted or aborted meanwhile: the session's first read says so.
-        Err(Errno::NODEV | Errno::PERM | Errno::NOTCONN | Errno::CONNABORTED) => Ok(InFlight::Safe),
+        // The errors: unmounted or aborted meanwhile, as the session's first read says.
+        Ok(_) | Err(Errno::NODEV | Errno::PERM | Errno::NOTCONN | Errno::CONNABORTED) => Ok(InFlight::Safe),
         Err(e) => Err(Error::sys("ask for requests in flight again", "/dev/fuse", e)),
     }
 }
@@ -175,22 +173,6 @@ impl<F: Filesystem> Ready<F> {
 /// (fusectl, Documentation/filesystems/fuse.rst).
 pub fn waiting(minor: u32) -> Option<u64> {
     std::fs::read_to_string(format!("/sys/fs/fuse/connections/{minor}/waiting")).ok()?.trim().parse().ok()
-}
-
-/// How often [`lost`] looks, and how long it sleeps between.
-const LOST_LOOKS: (u32, Duration) = (20, Duration::from_millis(100));
-
-/// Are there requests that will never be answered? Only to be asked while the server has nothing to do (`is_idle`): a count
-/// that stays above zero all that time is of requests nobody has.
-pub fn lost(minor: u32, is_idle: impl Fn() -> bool) -> bool {
-    let (looks, pause) = LOST_LOOKS;
-    for _ in 0..looks {
-        if !is_idle() || waiting(minor).is_none_or(|n| n == 0) {
-            return false;
-        }
-        std::thread::sleep(pause);
-    }
-    true
 }
 
 #[cfg(test)]

@@ -6,6 +6,7 @@ use crate::common::Case;
 
 mod cli;
 mod clients;
+mod crash;
 mod destroy;
 mod faults;
 mod posix;
@@ -30,6 +31,8 @@ pub(crate) const CASES: &[Case] = &[
     cli::USAGE,
     clients::BWRAP,
     clients::CHROOT,
+    crash::KILLED_UNSEEN,
+    crash::RESTARTED,
     destroy::AT_ONCE,
     destroy::BUSY,
     destroy::DETACHED,
