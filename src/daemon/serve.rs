@@ -92,6 +92,7 @@ fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::
     };
     let connection = single(fds)?;
     let init = unhex(&init)?;
+    adapter.pace().watch(&connection).map_err(|e| Error::io("watch the connection", "", e))?;
     let ready = match &start {
         Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
         Begin::Again { reply, resend } => {
@@ -270,6 +271,7 @@ impl Server {
             "requests": by_kind,
             "requests_total": self.counters.total(),
             "panics": self.counters.panics(),
+            "latency_us_below_power_of_two": self.counters.latencies().to_vec(),
             "nodes": self.trees.directories.iter().map(|t| t.node_count()).sum::<usize>(),
             "handles": self.trees.directories.iter().map(|t| t.handle_count()).sum::<usize>(),
             "image_files_open": self.trees.image.as_ref().map_or(0, |t| t.open_files()),

@@ -7,7 +7,7 @@ use std::path::Path;
 
 use rustix::fs::{self, CWD, FileType, MemfdFlags, Mode, OFlags, memfd_create};
 
-use super::channel::{Channel, MAX_FDS, ToWorker};
+use super::channel::{Channel, FromWorker, MAX_FDS, ToWorker};
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::Plan;
 use crate::tree::device::DeviceTree;
@@ -120,16 +120,19 @@ impl Legacy {
         Ok(Legacy { logs: logs.collect::<Result<_>>()?, kept: BTreeMap::new() })
     }
 
-    pub(super) fn keep(&mut self, tree: u32, node: u64, fds: Vec<OwnedFd>) {
-        if self.kept.len() < MAX_KEPT
-            && let Some(fd) = fds.into_iter().next()
-        {
-            self.kept.insert((tree, node), fd);
+    /// Take what a worker says. Gives back what is not for us.
+    pub(super) fn hear(&mut self, message: FromWorker, fds: Vec<OwnedFd>) -> Option<FromWorker> {
+        match message {
+            FromWorker::Keep(tree, node) => {
+                let room = self.kept.len() < MAX_KEPT;
+                if let Some(fd) = fds.into_iter().next().filter(|_| room) {
+                    self.kept.insert((tree, node), fd);
+                }
+            }
+            FromWorker::Release(tree, node) => drop(self.kept.remove(&(tree, node))),
+            other => return Some(other),
         }
-    }
-
-    pub(super) fn release(&mut self, tree: u32, node: u64) {
-        self.kept.remove(&(tree, node));
+        None
     }
 
     /// How many descriptors of nameless files are kept.

@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -17,6 +17,7 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use super::pace::Pace;
 use crate::tree::again;
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
@@ -83,11 +84,19 @@ const OPERATIONS: usize = Operation::ALL.len();
 pub struct Counters {
     by_kind: [AtomicU64; OPERATIONS],
     panics: AtomicU64,
+    latency: [AtomicU64; LATENCIES],
 }
+
+/// Classes of latency: below 1 us, 2 us, 4 us, ... and the last one for all above 8 s.
+const LATENCIES: usize = 25;
 
 impl Default for Counters {
     fn default() -> Self {
-        Counters { by_kind: [const { AtomicU64::new(0) }; OPERATIONS], panics: AtomicU64::new(0) }
+        Counters {
+            by_kind: [const { AtomicU64::new(0) }; OPERATIONS],
+            panics: AtomicU64::new(0),
+            latency: [const { AtomicU64::new(0) }; LATENCIES],
+        }
     }
 }
 
@@ -107,6 +116,17 @@ impl Counters {
         self.panics.load(Ordering::Relaxed)
     }
 
+    /// How many requests took how long to answer: the n-th is of those below 2^n microseconds and not below half of that.
+    pub fn latencies(&self) -> [u64; LATENCIES] {
+        std::array::from_fn(|class| self.latency[class].load(Ordering::Relaxed))
+    }
+
+    fn took(&self, time: Duration) {
+        let us = time.as_micros() as u64;
+        let class = (u64::BITS - us.leading_zeros()) as usize;
+        self.latency[class.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
+    }
+
     fn count(&self, operation: Operation) {
         self.by_kind[operation as usize].fetch_add(1, Ordering::Relaxed);
     }
@@ -120,6 +140,7 @@ pub struct FuseAdapter {
     /// The kernel takes ENOSYS from open for "never ask again".
     no_open: bool,
     no_opendir: bool,
+    pace: Arc<Pace>,
 }
 
 impl std::fmt::Debug for FuseAdapter {
@@ -131,7 +152,7 @@ impl std::fmt::Debug for FuseAdapter {
 impl FuseAdapter {
     /// An adapter for a tree.
     pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions) -> Self {
-        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false }
+        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false, pace: Arc::default() }
     }
 
     /// Its counters, which go on counting.
@@ -139,14 +160,29 @@ impl FuseAdapter {
         Arc::clone(&self.counters)
     }
 
+    /// How its threads wait for requests: tell it the connection ([`Pace::watch`]).
+    pub fn pace(&self) -> Arc<Pace> {
+        Arc::clone(&self.pace)
+    }
+
     /// Count a request, answer it, and keep a panic from ending the thread. A reply that is dropped unanswered while the
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
     fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
         self.counters.count(operation);
+        let begun = Instant::now();
+        // Forgets come in batches, many to one read: there is nothing to wait for between them.
+        let paced = operation != Operation::Forget;
+        if paced {
+            self.pace.begin();
+        }
         let is_resent = request.unique().0 & UNIQUE_RESEND != 0;
         if catch_unwind(AssertUnwindSafe(|| again::answering(is_resent, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
+        }
+        self.counters.took(begun.elapsed());
+        if paced {
+            self.pace.end();
         }
     }
 }

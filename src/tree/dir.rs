@@ -364,4 +364,6 @@ impl Tree for DirTree {
 #[cfg(test)]
 mod attack;
 #[cfg(test)]
+mod model;
+#[cfg(test)]
 mod tests;
