@@ -3,6 +3,18 @@
 //!
 //! `FSPROV_TEST_ARCHIVES=10000` sets how many random archives are compared with tar (300 otherwise).
 
+#![allow(
+    clippy::format_push_string,
+    clippy::match_same_arms,
+    clippy::maybe_infinite_iter,
+    clippy::range_minus_one,
+    clippy::range_plus_one,
+    clippy::type_complexity,
+    clippy::uninlined_format_args,
+    clippy::unnecessary_debug_formatting,
+    reason = "tables and messages of a test"
+)]
+
 #[path = "archives/agree.rs"]
 mod agree;
 #[path = "archives/hostile.rs"]

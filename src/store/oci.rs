@@ -422,5 +422,5 @@ fn place_layer(reader: &mut ChunkReader, root: OwnedFd, name: &str, limits: &Lim
     let implied = placer.implied();
     let placed = placer.finish()?;
     super::layer::make_whiteouts(&root_again, &whiteouts)?;
-    Ok((LayerMeta::new(&placed, implied, !whiteouts.is_empty()), index))
+    Ok((LayerMeta::new(&placed, &implied, !whiteouts.is_empty()), index))
 }

@@ -385,10 +385,9 @@ impl Placer {
         let target_name = OsStr::from_bytes(target_name);
         let stat = fs::statat(&at, target_name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|_| refuse(format!("its target {:?} is not there yet", lossy(target))))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => return Err(refuse(format!("its target {:?} is a directory", lossy(target)))),
-            // One more name of a symlink: GNU tar packs those. What it points to is not looked at, by us or by linkat.
-            _ => {}
+        // One more name of a symlink is taken: GNU tar packs those. What it points to is not looked at, by us or by linkat.
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            return Err(refuse(format!("its target {:?} is a directory", lossy(target))));
         }
         if target == entry.path {
             return Err(refuse("it is a hard link to itself".into()));
@@ -536,7 +535,7 @@ fn write_at(file: &OwnedFd, mut data: &[u8], mut at: u64, positioned: bool) -> r
 }
 
 fn hash_zeros(sha: &mut Sha256, mut length: u64) {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     while length > 0 {
         let count = length.min(ZEROS.len() as u64);
         sha.update(&ZEROS[..count as usize]);
