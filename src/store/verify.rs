@@ -138,7 +138,7 @@ impl Store {
         }
         let layers = self.resolved(meta.clone()).layers;
         let own = match (&*meta.layers, &*meta.dependencies) {
-            ([], []) => Own::Whole,
+            ([], []) if !meta.is_filtered => Own::Whole,
             _ => Own::Merged,
         };
         found.extend(verify_tree(&dir.join(image::INDEX), &layers, meta.on_disk, own));
