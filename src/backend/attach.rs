@@ -7,6 +7,7 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -26,6 +27,12 @@ const UNMOUNT: &str = "unmount";
 
 /// Most holders named in a message.
 const HOLDERS_SHOWN: usize = 5;
+
+/// How often users of a mount are looked for before it counts as busy: a process that is just ending, or has just been forked
+/// and not yet begun its program, shows for a moment.
+const BUSY_TRIES: u32 = 4;
+/// How long between two looks.
+const BUSY_PAUSE: Duration = Duration::from_millis(25);
 
 /// What to do about a volume's mount point that is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,8 +65,8 @@ pub(super) fn open_resolved_path(path: &Path) -> rustix::io::Result<OwnedFd> {
 }
 
 /// Open every source and build its mount, before anything is attached anywhere.
-pub(super) fn prepare(volumes: &[Volume]) -> Result<Vec<Prepared<'_>>> {
-    volumes
+pub(super) fn prepare(plan: &Plan) -> Result<Vec<Prepared<'_>>> {
+    plan.volumes
         .iter()
         .map(|volume| {
             let op = || format!("{} ({})", volume.target, show(&volume.source));
@@ -79,7 +86,7 @@ pub(super) fn prepare(volumes: &[Volume]) -> Result<Vec<Prepared<'_>>> {
                 ));
             }
             let piece =
-                Piece::bind(fd, Depth::Recursive, &attrs_of(volume)).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?;
+                Piece::bind(fd, &plan.state_dir, &attrs_of(volume)).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?;
             Ok(Prepared { volume, piece })
         })
         .collect()
@@ -109,19 +116,13 @@ pub(super) struct Assembly<'a> {
 
 impl<'a> Assembly<'a> {
     /// `root`: the root directory in which targets are resolved; a detached mount, an attached one, or a plain directory.
-    pub(super) fn new(backend: BackendKind, root: OwnedFd, missing: Missing) -> Result<Self> {
-        let root_id = mount::mount_id(&root)?;
-        Ok(Assembly { backend, missing, root, root_id, attached: Vec::new(), made: MadeEntries::default() })
+    pub(super) fn new(backend: BackendKind, root: OwnedFd, root_id: u64, missing: Missing) -> Self {
+        Assembly { backend, missing, root, root_id, attached: Vec::new(), made: MadeEntries::default() }
     }
 
     /// The root directory.
     pub(super) fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
-    }
-
-    /// Ids of the volumes' mounts.
-    pub(super) fn volume_ids(&self) -> Vec<u64> {
-        self.attached.iter().map(|(id, _)| *id).collect()
     }
 
     /// Attach the volumes in their order. `EINVAL` from the first one on a root that is itself detached comes back as
@@ -149,7 +150,7 @@ impl<'a> Assembly<'a> {
             }
             fault::point("attach.volume")?;
             let volume = next.volume;
-            let made = next.piece.attach(&target, Depth::Recursive, &attrs_of(volume))?;
+            let made = next.piece.attach(&target, &attrs_of(volume), &mut |_| Ok(()))?;
             let id = mount::mount_id(&made)?;
             self.attached.push((id, volume));
             mount::make_private(&made)?;
@@ -177,7 +178,7 @@ impl<'a> Assembly<'a> {
         let mode = fs::fstat(&target).map_err(|e| target_error(volume, e))?.st_mode;
         check_kinds(volume, FileType::from_raw_mode(mode))?;
         let id = mount::mount_id(&target)?;
-        if mount::is_mount_root(&target) {
+        if mount::is_mount_root(&target)? {
             let covered = self.attached.iter().find(|(other, _)| *other == id);
             if let Some((_, other)) = covered {
                 return Err(Error::new(
@@ -375,27 +376,28 @@ pub(super) fn put_in_place(
     root_attrs: &AttrSet<'_>,
     journal: &mut dyn Journal,
 ) -> Result<()> {
-    let volumes = prepare(&plan.volumes)?;
+    let volumes = prepare(plan)?;
     let point = open_mount_point(&plan.rootfs)?;
     let mut traces = Traces::default();
+    let mut note = |root: BorrowedFd<'_>| -> Result<()> {
+        traces.mount_id = Some(mount::mount_id(root)?);
+        traces.unique_mount_id = mount::unique_mount_id(root);
+        journal.note(&traces)?;
+        fault::point("attach.root")
+    };
     let (mut assembly, rest) = match root {
-        Piece::Detached(tree) => {
-            let mut assembly = Assembly::new(backend, tree, Missing::Refuse)?;
-            let rest =
-                if has_peers(&point)? { Some(volumes) } else { assembly.attach(volumes, RootState::Detached)? };
-            traces.mount_id = Some(assembly.root_id);
-            traces.unique_mount_id = mount::unique_mount_id(assembly.root());
-            journal.note(&traces)?;
-            fault::point("attach.root")?;
+        Piece::Detached(tree) if !has_peers(&point)? => {
+            let id = mount::mount_id(&tree)?;
+            let mut assembly = Assembly::new(backend, tree, id, Missing::Refuse);
+            let rest = assembly.attach(volumes, RootState::Detached)?;
+            note(assembly.root())?;
             mount::move_mount_to(assembly.root(), &point).map_err(|e| Error::sys("mount on", show(&plan.rootfs), e))?;
             (assembly, rest)
         }
-        classic @ Piece::Classic(_) => {
-            fault::point("attach.root")?;
-            let root = classic.attach(&point, Depth::Recursive, root_attrs)?;
-            traces.mount_id = Some(mount::mount_id(&root)?);
-            traces.unique_mount_id = mount::unique_mount_id(&root);
-            (Assembly::new(backend, root, Missing::Refuse)?, Some(volumes))
+        alone => {
+            let root = alone.attach(&point, root_attrs, &mut note)?;
+            let id = traces.mount_id.unwrap_or_default();
+            (Assembly::new(backend, root, id, Missing::Refuse), Some(volumes))
         }
     };
     match finish(&mut assembly, rest, plan, &mut traces, journal) {
@@ -405,7 +407,7 @@ pub(super) fn put_in_place(
         }
         Err(e) => {
             // The mount before the mount points that were made below it: dropping `assembly` removes those.
-            let undone = take_away(&plan.rootfs, &traces, Detach::Lazy).map(|_| ());
+            let undone = take_away(plan, &traces, Detach::Lazy).map(|_| ());
             drop(assembly);
             Err(e.with_undo(undone))
         }
@@ -428,7 +430,6 @@ fn finish<'a>(
 ) -> Result<()> {
     mount::make_private(assembly.root())?;
     if let Some(rest) = rest {
-        journal.note(traces)?;
         assembly.attach(rest, RootState::Attached)?;
     }
     let seen = open_mount_point(&plan.rootfs)?;
@@ -489,7 +490,9 @@ fn find(rootfs: &Path, traces: &Traces) -> Result<Option<Vec<MountInfo>>> {
 }
 
 /// Unmount our rootfs at `rootfs`, with its volumes. `false`: it was not there.
-pub(super) fn take_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
+pub(super) fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+    let rootfs = plan.rootfs.as_path();
+    clear_stage(&plan.state_dir)?;
     let Some(tree) = find(rootfs, traces)? else { return Ok(false) };
     check_foreign(rootfs, &tree[1..], traces.parts.as_deref(), how)?;
     match how {
@@ -500,6 +503,17 @@ pub(super) fn take_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<b
         Detach::IfIdle => unmount_idle(rootfs, &tree)?,
     }
     Ok(true)
+}
+
+/// Mounts that were being built in our own directory when we were killed.
+pub(super) fn clear_stage(stage: &Path) -> Result<()> {
+    let table = mountinfo::read()?;
+    let below = mountinfo::subtree_below(table.clone(), stage);
+    for mount in mountinfo::stack_at(table, stage).iter().chain(&below).rev() {
+        fault::point("attach.unmount")?;
+        mount::unmount(&mount.point, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(&mount.point), e))?;
+    }
+    Ok(())
 }
 
 /// Unmount the volumes with these ids at or below `rootfs`, which is a plain directory. `false`: none was there.
@@ -548,7 +562,16 @@ fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how:
 
 /// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
 fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
-    let holders: Vec<_> = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+    let mut holders = Vec::new();
+    for n in 0..BUSY_TRIES {
+        if n > 0 {
+            std::thread::sleep(BUSY_PAUSE);
+        }
+        holders = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+        if holders.is_empty() {
+            break;
+        }
+    }
     if !holders.is_empty() {
         let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
         if holders.len() > HOLDERS_SHOWN {

@@ -15,7 +15,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
 use crate::plan::{BackendKind, IdRange, Ownership, Plan};
-use crate::sys::mount::{AttrSet, Depth, Piece};
+use crate::sys::mount::{AttrSet, Piece};
 use crate::sys::process::UserNamespace;
 
 /// The bind backend.
@@ -46,7 +46,7 @@ impl Backend for Bind {
                 return no;
             }
             // Whether this layer's file system takes it shows only by trying; the mount is detached and goes again.
-            if let Err(e) = build(layer, &plan.ownership) {
+            if let Err(e) = build(plan, layer) {
                 return refusal(&e);
             }
         }
@@ -56,12 +56,12 @@ impl Backend for Bind {
     fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
         let layer = plan.single_layer(BackendKind::Bind)?;
         fault::point("bind.build")?;
-        let root = build(layer, &plan.ownership)?;
+        let root = build(plan, layer)?;
         attach::put_in_place(BackendKind::Bind, plan, root, &READ_ONLY, journal)
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
-        attach::take_away(&plan.rootfs, traces, how)
+        attach::take_away(plan, traces, how)
     }
 
     fn health(&self, plan: &Plan, traces: &Traces) -> Health {
@@ -73,13 +73,13 @@ const READ_ONLY: AttrSet<'static> =
     AttrSet { read_only: true, nosuid: false, nodev: false, noexec: false, private: true, idmap: None };
 
 /// The root's mount, detached.
-fn build(layer: &Path, ownership: &Ownership) -> Result<Piece> {
+fn build(plan: &Plan, layer: &Path) -> Result<Piece> {
     const OP: &str = "bind layer";
     let dir = fs::openat(fs::CWD, layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| Error::sys(OP, show(layer), e))?;
-    let namespace = id_map(ownership)?;
+    let namespace = id_map(&plan.ownership)?;
     let attrs = AttrSet { idmap: namespace.as_ref().map(|fd| fd.as_fd()), ..READ_ONLY };
-    Piece::bind(dir, Depth::Recursive, &attrs).map_err(|e| match e {
+    Piece::bind(dir, &plan.state_dir, &attrs).map_err(|e| match e {
         Errno::INVAL if namespace.is_some() => Error::new(
             Kind::Unsupported,
             OP,

@@ -14,7 +14,6 @@ use crate::fuse::mount::{self, Method};
 use crate::host::Host;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mount::Unmount;
-use crate::volume::Form;
 
 const TARGET: &str = "fsprov::backend::fuse";
 
@@ -49,10 +48,10 @@ impl Backend for Fuse {
         if let no @ Support::No { .. } = self.host_support(host) {
             return no;
         }
-        if let Some(volume) = plan.volumes.iter().find(|v| v.form == Form::Special) {
+        if let Some(volume) = plan.volumes.iter().find(|v| !daemon::servable(v)) {
             return Support::no(
                 format!(
-                    "the source of volume {} is a socket, FIFO or device, which the FUSE server does not open",
+                    "the source of volume {} is a special file, and none of /dev/{{null,zero,full,random,urandom}}",
                     volume.target
                 ),
                 "use --backend bind, or make the directory that holds it the volume",
@@ -91,6 +90,11 @@ impl Backend for Fuse {
         let connection = ours.map(|m| m.dev.1).or(traces.fuse_connection);
         let was_served = end_server(plan, traces, connection, patience, how == Detach::Lazy && was_mounted)?;
         Ok(was_mounted || was_served)
+    }
+
+    fn refresh(&self, traces: &Traces) -> Traces {
+        let worker = traces.supervisor.and_then(daemon::worker_of).or(traces.worker);
+        Traces { worker, ..traces.clone() }
     }
 
     fn health(&self, plan: &Plan, traces: &Traces) -> Health {

@@ -6,8 +6,10 @@
 mod attach;
 pub mod bind;
 pub mod copy;
+mod copytree;
 pub mod fuse;
 pub mod overlay;
+mod whiteout;
 
 use serde::{Deserialize, Serialize};
 
@@ -70,6 +72,24 @@ pub struct Traces {
     /// The minor number of the FUSE superblock's device: names the connection below /sys/fs/fuse/connections.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fuse_connection: Option<u32>,
+    /// The directory that a copy was made into.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub copied: Option<Copied>,
+}
+
+/// A directory that the copy backend filled, and how it was before.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Copied {
+    /// Its device (st_dev).
+    pub dev: u64,
+    /// Its inode.
+    pub ino: u64,
+    /// Its permission bits before.
+    pub mode: u32,
+    /// Its owner before.
+    pub uid: u32,
+    /// Its group before.
+    pub gid: u32,
 }
 
 /// Where a backend writes down its [`Traces`]; durable when the call returns.
@@ -116,6 +136,11 @@ pub trait Backend {
     /// Take the rootfs away: every mount of ours on it (none that others put there), its server, and what `traces` names.
     /// `false`: there was nothing. Safe to call again after a failure, and after success.
     fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
+
+    /// What `traces` would be if they were noted now: a worker may have been replaced since.
+    fn refresh(&self, traces: &Traces) -> Traces {
+        traces.clone()
+    }
 
     /// How it fares. Never blocks on a server that does not answer.
     fn health(&self, plan: &Plan, traces: &Traces) -> Health;

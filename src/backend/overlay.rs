@@ -1,30 +1,518 @@
-//! The overlay backend.
-use super::{Backend, Detach, Health, Journal, Support, Traces};
-use crate::error::{Error, Kind, Result};
+//! The overlay backend: the kernel's overlayfs over the layers, read-only. A few system calls, and a walk over the directories
+//! of the layers where there are several, to find their whiteouts.
+//!
+//! Nothing is written to a layer. What overlayfs must be told beyond them goes into layers of our own, between and above the
+//! image's: whiteouts in its form (device 0:0, opaque directories), and mount points that the image lacks.
+//! Mounts inside a layer's directory are not part of the rootfs (the bind backend shows them).
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
+use std::io::Read as _;
+use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatVfsMountFlags, XattrFlags};
+use rustix::io::Errno;
+use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags};
+
+use super::whiteout::{self, Mark};
+use super::{Backend, Detach, Health, Journal, Support, Traces, attach};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::host::Host;
 use crate::plan::{BackendKind, Plan};
+use crate::sys::attrs::{self, At};
+use crate::sys::fs::{open_beneath, open_in_root, path_of};
+use crate::sys::mount::{self, AttrSet, Piece};
+use crate::sys::{process, remove};
+use crate::volume::{Form, Volume};
 
 /// The overlay backend.
 #[derive(Debug)]
 pub struct Overlay;
 
+/// Most lower layers of one overlay: OVL_MAX_STACK of Linux. Ours count too.
+const MAX_LAYERS: usize = 500;
+
+const OP: &str = "make overlay of";
+
 impl Backend for Overlay {
     fn kind(&self) -> BackendKind {
         BackendKind::Overlay
     }
-    fn host_support(&self, _: &Host) -> Support {
-        Support::no("this build has no overlay backend", "")
+
+    fn host_support(&self, host: &Host) -> Support {
+        // It is built detached; mount_setattr alone has a substitute.
+        let missing: Vec<_> = mount::missing_calls().into_iter().filter(|call| *call != "mount_setattr").collect();
+        if host.mount.is_yes() && !missing.is_empty() {
+            return Support::no(
+                format!("this kernel, or a seccomp filter, lacks {}", missing.join(" and ")),
+                "Linux 5.2; or use --backend fuse",
+            );
+        }
+        host.overlay().into()
     }
-    fn support(&self, _: &Host, _: &Plan) -> Support {
-        Support::no("this build has no overlay backend", "")
+
+    fn support(&self, host: &Host, plan: &Plan) -> Support {
+        if let Err(e) = plan.require_layers().and_then(|()| check_count(plan, plan.layers.len())) {
+            return Support::no(e.cause(), e.remedy());
+        }
+        if !plan.ownership.is_identity() {
+            return Support::no(
+                "overlayfs cannot be idmapped: it presents the owners that the layers have",
+                "use --backend fuse, or --backend bind for an image of one layer",
+            );
+        }
+        self.host_support(host)
     }
-    fn provision(&self, _: &Host, plan: &Plan, _: &mut dyn Journal) -> Result<()> {
-        Err(Error::new(Kind::Unsupported, "provision", &plan.id, "this build has no overlay backend"))
+
+    fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
+        plan.require_layers()?;
+        let work = plan.state_dir.join(WORK);
+        fault::point("overlay.build")?;
+        let made = build(plan, &work)
+            .and_then(|root| attach::put_in_place(BackendKind::Overlay, plan, root, &AttrSet::default(), journal));
+        made.map_err(|e| e.with_undo(remove::remove_tree(&work).map(|_| ())))
     }
-    fn destroy(&self, _: &Host, _: &Plan, _: &Traces, _: Detach) -> Result<bool> {
-        Ok(false)
+
+    fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+        let there = attach::take_away(plan, traces, how)?;
+        fault::point("overlay.remove")?;
+        Ok(remove::remove_tree(&plan.state_dir.join(WORK))? || there)
     }
-    fn health(&self, _: &Plan, _: &Traces) -> Health {
-        Health::Gone
+
+    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
+        attach::health(&plan.rootfs, traces)
     }
+}
+
+/// Our own layers lie here, below the plan's `state_dir`.
+const WORK: &str = "overlay";
+
+fn check_count(plan: &Plan, layers: usize) -> Result<()> {
+    if layers <= MAX_LAYERS {
+        return Ok(());
+    }
+    Err(Error::new(
+        Kind::Unsupported,
+        OP,
+        show(&plan.rootfs),
+        format!("it takes {layers} layers, and overlayfs at most {MAX_LAYERS}"),
+    )
+    .hint("use --backend fuse, or flatten the image"))
+}
+
+/// The overlay's mount, detached.
+fn build(plan: &Plan, work: &Path) -> Result<Piece> {
+    fs::mkdir(work, Mode::RWXU).map_err(|e| Error::sys(OP, show(work), e))?;
+    let mut stack = with_whiteouts(&without_repeats(plan)?, work)?;
+    if stack.len() < 2 {
+        // One lower layer alone is refused without an upper one.
+        let empty = work.join("empty");
+        fs::mkdir(&empty, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys(OP, show(&empty), e))?;
+        stack.insert(0, empty);
+    }
+    let root = mount_stack(plan, &stack, work)?;
+    let Some(skeleton) = make_skeleton(plan, &root, work)? else {
+        return Ok(Piece::Detached(root));
+    };
+    stack.push(skeleton);
+    check_count(plan, stack.len())?;
+    drop(root);
+    Ok(Piece::Detached(mount_stack(plan, &stack, work)?))
+}
+
+/// The layers, bottom first, each once: overlayfs refuses a repeated one (ELOOP), and images have them (empty ones above all).
+/// The topmost of its places counts: there it brings and hides all that it brought and hid below.
+fn without_repeats(plan: &Plan) -> Result<Vec<PathBuf>> {
+    let mut seen = BTreeSet::new();
+    let mut layers = Vec::with_capacity(plan.layers.len());
+    for layer in plan.layers.iter().rev() {
+        let stat = fs::fstat(open_layer(&layer.root)?).map_err(|e| Error::sys(OP, show(&layer.root), e))?;
+        if seen.insert((stat.st_dev, stat.st_ino)) {
+            layers.push(layer.root.clone());
+        }
+    }
+    layers.reverse();
+    Ok(layers)
+}
+
+// ---- whiteouts ----
+
+#[derive(Debug, Default)]
+struct Hidden {
+    opaque: bool,
+    names: BTreeSet<OsString>,
+}
+
+type HiddenDirs = BTreeMap<PathBuf, Hidden>;
+
+/// The layers, bottom first, with ours in between: whiteouts that one layer has for those below it lie below it, and what hides
+/// the `.wh.` files themselves lies above it. Both are one layer of ours, since the one's above is the other's below.
+fn with_whiteouts(layers: &[PathBuf], work: &Path) -> Result<Vec<PathBuf>> {
+    if layers.len() == 1 {
+        return Ok(layers.to_vec());
+    }
+    let mut above: Vec<HiddenDirs> = layers.iter().map(|_| HiddenDirs::new()).collect();
+    for (n, layer) in layers.iter().enumerate() {
+        let root = open_layer(layer)?;
+        for found in whiteout::scan(&root, layer)? {
+            above[n].entry(found.dir.clone()).or_default().names.insert(found.name);
+            let Some(below) = n.checked_sub(1) else { continue };
+            let hidden = above[below].entry(found.dir).or_default();
+            match found.mark {
+                Mark::Hides(name) => {
+                    hidden.names.insert(name);
+                }
+                Mark::Opaque => hidden.opaque = true,
+                Mark::Meta => {}
+            }
+        }
+    }
+    let mut stack = Vec::with_capacity(layers.len());
+    for (n, layer) in layers.iter().enumerate() {
+        stack.push(layer.clone());
+        if above[n].is_empty() {
+            continue;
+        }
+        let ours = work.join(format!("whiteouts-{n}"));
+        // Directories of ours stand in for those of the layer above where it has them, else for those of the layer itself.
+        let models: Vec<&PathBuf> = layers.iter().skip(n).take(2).rev().collect();
+        make_whiteouts(&ours, &above[n], &models)?;
+        stack.push(ours);
+    }
+    Ok(stack)
+}
+
+fn make_whiteouts(ours: &Path, hidden: &HiddenDirs, models: &[&PathBuf]) -> Result<()> {
+    let fail = |e: Errno| Error::sys(OP, show(ours), e);
+    fs::mkdir(ours, Mode::RWXU).map_err(fail)?;
+    let root = open_dir(ours).map_err(fail)?;
+    let models = models.iter().map(|m| open_layer(m)).collect::<Result<Vec<_>>>()?;
+    let mut made = BTreeSet::new();
+    for (dir, what) in hidden {
+        // What is below a name that is gone is gone with it.
+        if parts(dir).iter().any(|part| is_hidden(hidden, part)) {
+            continue;
+        }
+        for part in parts(dir) {
+            if part.as_os_str() != "." && made.insert(part.clone()) {
+                fs::mkdirat(&root, &part, Mode::RWXU).map_err(fail)?;
+            }
+        }
+        let at = open_beneath(&root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
+        for name in &what.names {
+            // Allowed without privilege since Linux 5.8.
+            fs::mknodat(&at, name, FileType::CharacterDevice, Mode::empty(), 0).map_err(fail)?;
+        }
+        if what.opaque {
+            fs::fsetxattr(&at, opaque_xattr()?, b"y", XattrFlags::empty()).map_err(fail)?;
+        }
+    }
+    // Last, and the innermost first: making an entry changes its directory's times.
+    made.insert(PathBuf::from("."));
+    for dir in made.iter().rev() {
+        let model = models.iter().find_map(|m| open_beneath(m, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
+        if let Some(model) = model {
+            imitate(&model, &open_beneath(&root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?)
+                .map_err(fail)?;
+        }
+    }
+    Ok(())
+}
+
+fn is_hidden(hidden: &HiddenDirs, path: &Path) -> bool {
+    let (Some(dir), Some(name)) = (path.parent(), path.file_name()) else { return false };
+    let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+    hidden.get(dir).is_some_and(|what| what.names.contains(name))
+}
+
+/// Outside the first user namespace overlayfs keeps its marks in `user.` attributes (option `userxattr`, Linux 5.11).
+fn opaque_xattr() -> Result<&'static str> {
+    Ok(if process::in_initial_user_namespace()? { "trusted.overlay.opaque" } else { "user.overlay.opaque" })
+}
+
+/// A directory of ours covers one of the image: it must look the same.
+fn imitate(model: &OwnedFd, ours: &OwnedFd) -> rustix::io::Result<()> {
+    let stat = fs::fstat(model)?;
+    let fidelity = attrs::copy(At::itself(model), &stat, At::itself(ours))?;
+    if fidelity == attrs::Fidelity::Partial {
+        log::debug!(target: "fsprov::overlay", "owner or attributes of a directory could not be taken over");
+    }
+    Ok(())
+}
+
+/// The path and its parents, outermost first.
+fn parts(path: &Path) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> = path.ancestors().filter(|p| !p.as_os_str().is_empty()).map(Path::to_path_buf).collect();
+    all.reverse();
+    all
+}
+
+fn open_layer(layer: &Path) -> Result<OwnedFd> {
+    fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open layer", show(layer), e))
+}
+
+fn open_dir(path: &Path) -> rustix::io::Result<OwnedFd> {
+    fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+// ---- missing mount points ----
+
+/// A layer of ours with the mount points that the image lacks; `None`: it has them all. `root` is the overlay without it.
+fn make_skeleton(plan: &Plan, root: &OwnedFd, work: &Path) -> Result<Option<PathBuf>> {
+    let mut missing = Vec::new();
+    for (n, volume) in plan.volumes.iter().enumerate() {
+        // Below another volume the image says nothing.
+        let below = |outer: &Volume| volume.target.as_path().starts_with(outer.target.as_path());
+        if plan.volumes[..n].iter().any(below) {
+            continue;
+        }
+        if let Some(path) = missing_path(root, volume)? {
+            missing.push((path, volume.form));
+        }
+    }
+    if missing.is_empty() {
+        return Ok(None);
+    }
+    let skeleton = work.join("skeleton");
+    let fail = |e: Errno| Error::sys("make missing mount points in", show(&skeleton), e);
+    fs::mkdir(&skeleton, Mode::from_raw_mode(0o755)).map_err(fail)?;
+    let ours = open_dir(&skeleton).map_err(fail)?;
+    let mut made = BTreeSet::from([PathBuf::from(".")]);
+    for (path, form) in &missing {
+        for part in parts(path) {
+            if *form != Form::Directory && part == *path {
+                match make_file(&ours, &part) {
+                    Ok(()) | Err(Errno::EXIST) => {}
+                    Err(e) => return Err(fail(e)),
+                }
+            } else if made.insert(part.clone()) {
+                fs::mkdirat(&ours, &part, Mode::from_raw_mode(0o755)).map_err(fail)?;
+            }
+        }
+    }
+    for dir in made.iter().rev() {
+        // Those that the image has must look as they do there.
+        let Ok(model) = open_beneath(root, dir, OFlags::PATH | OFlags::DIRECTORY) else { continue };
+        imitate(&model, &open_beneath(&ours, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?).map_err(fail)?;
+    }
+    Ok(Some(skeleton))
+}
+
+fn make_file(dir: &OwnedFd, path: &Path) -> rustix::io::Result<()> {
+    let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    fs::openat(dir, path, flags, Mode::from_raw_mode(0o644)).map(drop)
+}
+
+/// Where in the image the volume's mount point would have to be, symlinks resolved; `None`: it is there.
+fn missing_path(root: &OwnedFd, volume: &Volume) -> Result<Option<PathBuf>> {
+    const OP: &str = "mount volume";
+    match open_in_root(root, volume.target.relative(), OFlags::PATH) {
+        Err(Errno::NOENT) => {}
+        // Whatever else is wrong is said when the volume is attached.
+        _ => return Ok(None),
+    }
+    let names: Vec<_> = volume.target.names().collect();
+    let mut prefix = PathBuf::new();
+    let mut parent = root.try_clone().map_err(|e| Error::io(OP, &volume.target, e))?;
+    for (n, name) in names.iter().enumerate() {
+        prefix.push(name);
+        match open_in_root(root, &prefix, OFlags::PATH) {
+            Ok(found) => parent = found,
+            Err(Errno::NOENT) => {
+                // A symlink that leads nowhere: mounting refuses it by name.
+                if fs::statat(&parent, *name, AtFlags::SYMLINK_NOFOLLOW).is_ok() {
+                    return Ok(None);
+                }
+                // A detached mount has no place in the file tree: the kernel gives the path from its root.
+                let real = path_of(&parent)?;
+                let relative: PathBuf =
+                    real.components().filter(|c| matches!(c, Component::Normal(_))).chain(rest(&names[n..])).collect();
+                return Ok(Some(relative));
+            }
+            Err(e) => return Err(Error::sys(OP, &volume.target, e)),
+        }
+    }
+    Ok(None)
+}
+
+fn rest<'a>(names: &'a [&'a OsStr]) -> impl Iterator<Item = Component<'a>> {
+    names.iter().map(|name| Component::Normal(name))
+}
+
+// ---- mounting ----
+
+/// What every overlay of ours is told. Layers come from outside: attributes in them that make overlayfs follow paths
+/// (redirect_dir) or take data from elsewhere (metacopy) are not heeded.
+const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
+
+/// A detached overlay of `stack`, bottom first.
+fn mount_stack(plan: &Plan, stack: &[PathBuf], work: &Path) -> Result<OwnedFd> {
+    check_count(plan, stack.len())?;
+    let opened = stack.iter().map(|layer| open_layer(layer)).collect::<Result<Vec<_>>>()?;
+    let userxattr = !process::in_initial_user_namespace()?;
+    let attrs = flags_of(&opened).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
+    match mount_new(&opened, userxattr, attrs) {
+        Err(Failure { errno: Errno::NOSYS, .. } | Failure { step: Step::Lower, errno: Errno::INVAL, .. }) => {
+            log::info!(target: "fsprov::overlay", "this kernel has no fsconfig lowerdir+ (Linux 6.7): mount(2) instead");
+            mount_classic(&opened, userxattr, attrs, work)
+        }
+        other => other.map_err(|f| {
+            let error = Error::sys(OP, show(&plan.rootfs), f.errno);
+            match f.said.as_str() {
+                "" => error,
+                said => Error::new(error.kind(), OP, show(&plan.rootfs), format!("{} ({said})", error.cause())),
+            }
+        }),
+    }
+}
+
+/// The flags that layers' mounts have (nosuid, nodev, noexec) stay: overlayfs itself forgets them.
+fn flags_of(layers: &[OwnedFd]) -> rustix::io::Result<MountAttrFlags> {
+    let mut attrs = MountAttrFlags::MOUNT_ATTR_RDONLY;
+    for layer in layers {
+        let flags = fs::fstatvfs(layer)?.f_flag;
+        attrs.set(
+            MountAttrFlags::MOUNT_ATTR_NOSUID,
+            attrs.contains(MountAttrFlags::MOUNT_ATTR_NOSUID) || flags.contains(StatVfsMountFlags::NOSUID),
+        );
+        attrs.set(
+            MountAttrFlags::MOUNT_ATTR_NODEV,
+            attrs.contains(MountAttrFlags::MOUNT_ATTR_NODEV) || flags.contains(StatVfsMountFlags::NODEV),
+        );
+        attrs.set(
+            MountAttrFlags::MOUNT_ATTR_NOEXEC,
+            attrs.contains(MountAttrFlags::MOUNT_ATTR_NOEXEC) || flags.contains(StatVfsMountFlags::NOEXEC),
+        );
+    }
+    Ok(attrs)
+}
+
+#[derive(Debug)]
+enum Step {
+    Lower,
+    Other,
+}
+
+#[derive(Debug)]
+struct Failure {
+    step: Step,
+    errno: Errno,
+    /// What the kernel said about it.
+    said: String,
+}
+
+fn mount_new(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags) -> std::result::Result<OwnedFd, Failure> {
+    let context = calls::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Failure {
+        step: Step::Other,
+        errno,
+        said: String::new(),
+    })?;
+    let fail = |step| {
+        let context = &context;
+        move |errno| Failure { step, errno, said: messages(context) }
+    };
+    calls::fsconfig_set_string(&context, "source", "fsprov").map_err(fail(Step::Other))?;
+    for layer in layers.iter().rev() {
+        add_lower(&context, layer).map_err(fail(Step::Lower))?;
+    }
+    for (key, value) in OPTIONS {
+        calls::fsconfig_set_string(&context, key, value).map_err(fail(Step::Other))?;
+    }
+    if userxattr {
+        calls::fsconfig_set_flag(&context, "userxattr").map_err(fail(Step::Other))?;
+    }
+    calls::fsconfig_create(&context).map_err(fail(Step::Other))?;
+    calls::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attrs).map_err(fail(Step::Other))
+}
+
+fn add_lower(context: &OwnedFd, layer: &OwnedFd) -> rustix::io::Result<()> {
+    match calls::fsconfig_set_fd(context, "lowerdir+", layer) {
+        // A descriptor is taken since Linux 6.13; a string, of less than 256 bytes, since 6.7.
+        Err(Errno::INVAL) => {
+            calls::fsconfig_set_string(context, "lowerdir+", format!("/proc/self/fd/{}", layer.as_raw_fd()))
+        }
+        other => other,
+    }
+}
+
+/// Most messages read from a file system context, one a read: the kernel keeps eight.
+const MAX_MESSAGES: usize = 8;
+
+fn messages(context: &OwnedFd) -> String {
+    let Ok(duplicate) = context.try_clone() else { return String::new() };
+    let mut file = std::fs::File::from(duplicate);
+    let mut said = Vec::new();
+    let mut buffer = [0_u8; 512];
+    for _ in 0..MAX_MESSAGES {
+        match file.read(&mut buffer) {
+            Ok(length) if length > 0 => said.push(String::from_utf8_lossy(&buffer[..length]).trim().to_owned()),
+            _ => break,
+        }
+    }
+    said.join("; ")
+}
+
+/// One page of options for mount(2), less its end.
+const MAX_CLASSIC_OPTIONS: usize = 4095;
+
+/// Mount with mount(2) in our own directory, and take a detached copy of that.
+fn mount_classic(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags, work: &Path) -> Result<OwnedFd> {
+    let mut options = String::from("lowerdir=");
+    for (n, layer) in layers.iter().rev().enumerate() {
+        if n > 0 {
+            options.push(':');
+        }
+        // Short, and without any character that would have to be escaped.
+        let _ = write!(options, "/proc/self/fd/{}", layer.as_raw_fd());
+    }
+    for (key, value) in OPTIONS {
+        let _ = write!(options, ",{key}={value}");
+    }
+    if userxattr {
+        options.push_str(",userxattr");
+    }
+    if options.len() > MAX_CLASSIC_OPTIONS {
+        return Err(Error::new(
+            Kind::Unsupported,
+            OP,
+            format!("{} layers", layers.len()),
+            "one page of mount options is too small",
+        )
+        .hint("Linux 6.7 takes up to 500 layers; or use --backend fuse"));
+    }
+    let stage = work.join("stage");
+    let fail = |e: Errno| Error::sys(OP, show(&stage), e);
+    match fs::mkdir(&stage, Mode::RWXU) {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(e) => return Err(fail(e)),
+    }
+    let data = std::ffi::CString::new(options).map_err(|e| Error::new(Kind::Io, OP, show(&stage), e))?;
+    calls::mount("fsprov", &stage, "overlay", calls::MountFlags::RDONLY, Some(data.as_c_str())).map_err(fail)?;
+    let taken = clone_read_only(&stage, attrs).map_err(fail);
+    let undone = mount::unmount(&stage, mount::Unmount::Lazy).map_err(fail);
+    match taken {
+        Ok(tree) => undone.map(|()| tree),
+        Err(e) => Err(e.with_undo(undone)),
+    }
+}
+
+fn clone_read_only(stage: &Path, attrs: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
+    let root = fs::open(stage, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let tree = mount::open_tree_clone(&root, mount::Depth::One)?;
+    mount::set_attr(
+        &tree,
+        &AttrSet {
+            read_only: true,
+            nosuid: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOSUID),
+            nodev: attrs.contains(MountAttrFlags::MOUNT_ATTR_NODEV),
+            noexec: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOEXEC),
+            private: true,
+            idmap: None,
+        },
+    )?;
+    Ok(tree)
 }

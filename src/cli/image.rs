@@ -87,6 +87,8 @@ struct Rm {
     /// Its name, its id, or the beginning of its id
     #[arg(required = true)]
     image: Vec<OsString>,
+    #[command(flatten)]
+    format: Format,
 }
 
 impl Image {
@@ -234,10 +236,14 @@ impl Rm {
             let all = images_in_use(store.paths())?;
             Ok(all.into_iter().map(|(image, by)| Use { image, by: format!("rootfs {by}") }).collect())
         };
+        let mut removed = Vec::new();
         for image in &self.image {
             let gone = store.remove(&ImageRef::parse(image)?, &uses)?;
-            output::line(&format!("removed {} ({})", gone.names.join(" "), gone.id))?;
+            if !self.format.json {
+                output::line(&format!("removed {} ({})", gone.names.join(" "), gone.id))?;
+            }
+            removed.push(gone.id);
         }
-        Ok(())
+        if self.format.json { output::json(&removed) } else { Ok(()) }
     }
 }

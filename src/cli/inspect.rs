@@ -5,6 +5,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
+use super::shown::Shown;
 use super::{Format, Global, output};
 use crate::error::{Result, show};
 use crate::provisioner::{Selector, Status};
@@ -23,7 +24,7 @@ pub(super) struct Inspect {
 impl Inspect {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let status = global.provisioner()?.inspect(&Selector::parse(&self.which))?;
-        if self.format.json { output::json(&status) } else { output::text(&describe(&status)) }
+        if self.format.json { output::json(&Shown::of(&status)) } else { output::text(&describe(&status)) }
     }
 }
 

@@ -2,6 +2,7 @@
 
 use clap::Args;
 
+use super::shown::Shown;
 use super::{Format, Global, output};
 use crate::error::{Result, show};
 
@@ -21,7 +22,7 @@ impl List {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let all = global.provisioner()?.list()?;
         if self.format.json {
-            return output::json(&all);
+            return output::json(&all.iter().map(Shown::of).collect::<Vec<_>>());
         }
         let rows: Vec<_> = all
             .iter()

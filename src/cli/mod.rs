@@ -12,6 +12,9 @@ mod mount;
 mod output;
 mod probe;
 mod recover;
+mod restart;
+mod shown;
+mod stats;
 mod unmount;
 
 use std::ffi::OsString;
@@ -65,6 +68,10 @@ enum Verb {
     List(list::List),
     /// Show all about one rootfs
     Inspect(inspect::Inspect),
+    /// Show what a rootfs's FUSE server does
+    Stats(stats::Stats),
+    /// Put a new worker, of this program, in the place of a FUSE server's
+    Restart(restart::Restart),
     /// Bring every rootfs back into order after a crash or a reboot
     Recover(recover::Recover),
     /// Show which backends work on this host, and what the others lack
@@ -190,6 +197,8 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Unmount(verb) => verb.run(global),
         Verb::List(verb) => verb.run(global),
         Verb::Inspect(verb) => verb.run(global),
+        Verb::Stats(verb) => verb.run(global),
+        Verb::Restart(verb) => verb.run(global),
         Verb::Recover(verb) => verb.run(global),
         Verb::Probe(verb) => verb.run(global),
         Verb::Image(verb) => verb.run(global),

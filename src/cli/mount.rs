@@ -5,13 +5,14 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum as _};
 
+use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, settings};
 use crate::backend::Detach;
 use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
-use crate::provisioner::{Provisioner, Record, Request, Selector};
+use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 use crate::volume::{ContainerPath, VolumeSpec};
 
@@ -111,7 +112,7 @@ impl Mount {
 
     fn report(&self, record: &Record) -> Result<()> {
         if self.format.json {
-            return output::json(record);
+            return output::json(&Shown::new(record, Condition::Ready));
         }
         output::line(&format!(
             "mounted {} at {} (id {}, backend {})",

@@ -3,8 +3,11 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
     SendAncillaryMessage, SendFlags, SocketFlags, SocketType, recvmsg, sendmsg, socketpair,
@@ -20,13 +23,20 @@ pub(super) const MAX_FDS: usize = 250;
 /// is 208 KiB.
 const MAX_MESSAGE: usize = 64 * 1024;
 
+/// How long a full socket is waited for: one end that is stopped must not stop the other.
+const SEND_PATIENCE: Duration = Duration::from_secs(2);
+
 /// What the supervisor tells the worker.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum ToWorker {
-    /// The job, with a memory file that holds it. `sources` descriptors follow.
-    Job { sources: usize },
+    /// The job, with a memory file that holds it. So many descriptors of each sort follow.
+    Job { sources: usize, logs: usize, kept: usize },
     /// Some of the sources, in order: layers, index, volumes.
     Sources,
+    /// Some of the memory files that trees leave their nodes in: two for each tree.
+    Logs,
+    /// Descriptors that an earlier worker gave away, by tree and node.
+    Kept(Vec<(u32, u64)>),
     /// Serve, with the connection. Bytes are hex.
     Begin { init: String, start: Begin },
     /// Tell your statistics.
@@ -53,6 +63,10 @@ pub(super) enum FromWorker {
     Failed(Told),
     /// Its statistics.
     Stats(serde_json::Value),
+    /// Keep this descriptor of a file without a name, by tree and node.
+    Keep(u32, u64),
+    /// Let it go.
+    Release(u32, u64),
 }
 
 /// One end.
@@ -74,8 +88,12 @@ impl From<OwnedFd> for Channel {
 impl Channel {
     /// A channel, and the descriptor of its other end.
     pub(super) fn pair() -> Result<(Channel, OwnedFd)> {
-        let (one, other) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None)
-            .map_err(|e| Error::sys("make a socket pair", "", e))?;
+        let fail = |e| Error::sys("make a socket pair", "", e);
+        let (one, other) =
+            socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(fail)?;
+        for end in [&one, &other] {
+            set_socket_timeout(end, Timeout::Send, Some(SEND_PATIENCE)).map_err(fail)?;
+        }
         Ok((Channel(one), other))
     }
 
@@ -98,14 +116,29 @@ impl Channel {
 
     /// The next message; waits for it. `None`: the other end is closed.
     pub(super) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+        self.next(RecvFlags::empty())
+    }
+
+    /// The next message that is there. `None`: there is none, or the other end is closed and nothing is left.
+    pub(super) fn receive_now<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+        self.next(RecvFlags::DONTWAIT)
+    }
+
+    /// Has the other end gone?
+    pub(super) fn is_closed(&self) -> bool {
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok() && fds[0].revents().contains(PollFlags::HUP)
+    }
+
+    fn next<M: for<'de> Deserialize<'de>>(&self, flags: RecvFlags) -> Result<Option<(M, Vec<OwnedFd>)>> {
         const OP: &str = "read a message of a server process";
         let mut bytes = vec![0_u8; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
         let got = loop {
-            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, RecvFlags::CMSG_CLOEXEC) {
+            match recvmsg(&self.0, &mut [IoSliceMut::new(&mut bytes)], &mut control, flags | RecvFlags::CMSG_CLOEXEC) {
                 Err(Errno::INTR) => {}
-                Err(Errno::CONNRESET) => return Ok(None),
+                Err(Errno::CONNRESET | Errno::AGAIN) => return Ok(None),
                 Err(e) => return Err(Error::sys(OP, "", e)),
                 Ok(got) => break got,
             }
@@ -140,12 +173,13 @@ mod tests {
         let other = Channel::from(other);
         let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let many: Vec<_> = std::iter::repeat_n(file.as_fd(), MAX_FDS).collect();
-        one.send(&ToWorker::Job { sources: MAX_FDS }, &many).unwrap();
+        one.send(&ToWorker::Sources, &many).unwrap();
         one.send(&ToWorker::Stats, &[]).unwrap();
         let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
-        assert!(matches!(message, ToWorker::Job { sources: MAX_FDS }) && fds.len() == MAX_FDS);
+        assert!(matches!(message, ToWorker::Sources) && fds.len() == MAX_FDS);
         let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
         assert!(matches!(message, ToWorker::Stats) && fds.is_empty());
+        assert!(other.receive_now::<ToWorker>().unwrap().is_none());
         drop(one);
         assert!(other.receive::<ToWorker>().unwrap().is_none());
         assert!(other.send(&FromWorker::Built, &[]).is_err());

@@ -4,12 +4,14 @@
 //! * `supervise`: the supervisor: one thread, cwd `/`, no file of the store or of its own mount open (closing one would wait for
 //!   the worker, which may be dead)
 //! * `serve`: the worker: builds the trees, runs the session
+//! * `control`: what can be asked of a running server
 //! * `channel`, `log`, `sources`: what they share
 //!
 //! A job reaches the supervisor over a socket, never in its arguments. Nothing of the mount is relied on before the caller has
 //! written it down: the supervisor waits for a word before each step, and takes everything back when the caller dies.
 
 mod channel;
+pub mod control;
 mod log;
 mod serve;
 mod sources;
@@ -27,6 +29,7 @@ use crate::fuse::mount::{Method, OtherUsers};
 use crate::fuse::session::Resend;
 use crate::plan::Plan;
 
+pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
 pub use spawn::{Options, start};
 pub use supervise::worker_of;

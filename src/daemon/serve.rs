@@ -2,10 +2,11 @@
 //!
 //! Its exit code speaks to the supervisor: 0 the connection is gone, anything else is a death.
 
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::Instant;
 
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -15,14 +16,16 @@ use super::sources::Sources;
 use super::supervise::take_stdin;
 use super::{Job, TARGET, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
-use crate::fuse::adapter::{AdapterOptions, FuseAdapter};
+use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
 use crate::fuse::session::{self, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
-use crate::tree::Tree;
-use crate::tree::dir::{DirOptions, DirTree, FdPool};
+use crate::tree::device::DeviceTree;
+use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
+use crate::tree::{Node, Tree};
+use crate::volume::Form;
 
 /// The program.
 pub(super) fn main() -> ExitCode {
@@ -47,26 +50,40 @@ pub(super) fn main() -> ExitCode {
 }
 
 fn work(channel: Channel) -> Result<()> {
-    let failed = |error: Error, channel: &Channel| {
+    let channel = Arc::new(channel);
+    let failed = |error: Error| {
         // The supervisor may be gone; our log has it too.
         let _ = channel.send(&FromWorker::Failed(Told::from(&error)), &[]);
         error
     };
-    let (adapter, job) = prepare(&channel).map_err(|e| failed(e, &channel))?;
+    let (adapter, server) = prepare(&channel).map_err(failed)?;
     channel.send(&FromWorker::Built, &[])?;
-    let session = begin(adapter, &job, &channel).map_err(|e| failed(e, &channel))?;
-    let threads = std::thread::Builder::new().name("fsprov-control".into()).spawn(move || control(&channel));
-    threads.map_err(|e| Error::io("start thread", "control", e))?;
+    let session = begin(adapter, &server.job, &channel).map_err(failed)?;
+    std::thread::Builder::new()
+        .name("fsprov-control".into())
+        .spawn(move || control(&channel, &server))
+        .map_err(|e| Error::io("start thread", "control", e))?;
     session.run()
 }
 
-fn prepare(channel: &Channel) -> Result<(FuseAdapter, Job)> {
+/// What statistics are taken from.
+struct Server {
+    job: Job,
+    trees: Trees,
+    counters: Arc<Counters>,
+    started: Instant,
+}
+
+fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
     raise_open_files();
-    let (job, sources) = take_job(channel)?;
-    let tree = build(&job, sources)?;
+    let hand_over = take_job(channel)?;
+    let job = hand_over.job.clone();
+    let trees = Trees::build(hand_over, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions { kills_privileges: true, ..AdapterOptions::default() };
-    Ok((FuseAdapter::new(tree, options), job))
+    let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
+    let counters = adapter.counters();
+    Ok((adapter, Server { job, trees, counters, started: Instant::now() }))
 }
 
 fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::Ready<FuseAdapter>> {
@@ -75,6 +92,7 @@ fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::
     };
     let connection = single(fds)?;
     let init = unhex(&init)?;
+    adapter.pace().watch(&connection).map_err(|e| Error::io("watch the connection", "", e))?;
     let ready = match &start {
         Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
         Begin::Again { reply, resend } => {
@@ -87,14 +105,14 @@ fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::
 }
 
 /// The supervisor's later wishes. Ends with the supervisor; the session does not: the rootfs goes on without one.
-fn control(channel: &Channel) {
+fn control(channel: &Channel, server: &Server) {
     loop {
         match channel.receive::<ToWorker>() {
             Ok(Some((ToWorker::Level(level), _))) => {
                 super::log::set_level(&level);
             }
             Ok(Some((ToWorker::Stats, _))) => {
-                let _ = channel.send(&FromWorker::Stats(serde_json::Value::Null), &[]);
+                let _ = channel.send(&FromWorker::Stats(server.stats()), &[]);
             }
             Ok(Some((other, _))) => log::warn!(target: TARGET, "unexpected message: {other:?}"),
             Ok(None) => {
@@ -116,26 +134,35 @@ fn single(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     Ok(fd)
 }
 
-fn take_job(channel: &Channel) -> Result<(Job, Sources)> {
+/// What the supervisor hands over.
+struct HandOver {
+    job: Job,
+    sources: Sources,
+    logs: Vec<OwnedFd>,
+    kept: Vec<((u32, u64), OwnedFd)>,
+}
+
+fn take_job(channel: &Channel) -> Result<HandOver> {
     const OP: &str = "take over a job";
-    let Some((ToWorker::Job { sources: expected }, fds)) = channel.receive()? else {
-        return Err(Error::new(Kind::Helper, OP, "", "the supervisor sent none"));
-    };
+    let early = || Error::new(Kind::Helper, OP, "", "the supervisor ended before it sent all of it");
+    let Some((ToWorker::Job { sources, logs, kept }, fds)) = channel.receive()? else { return Err(early()) };
     let file = std::fs::File::from(single(fds)?);
     let fail = |e| Error::io(OP, "", e);
     // The file's offset is shared with every other worker's descriptor of it.
     let mut text = vec![0_u8; usize::try_from(file.metadata().map_err(fail)?.len()).unwrap_or(0)];
     file.read_exact_at(&mut text, 0).map_err(fail)?;
     let job: Job = serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
-    let mut all = Vec::with_capacity(expected);
-    while all.len() < expected {
-        let Some((ToWorker::Sources, fds)) = channel.receive()? else {
-            return Err(Error::new(Kind::Helper, OP, "", "the supervisor ended before it sent all sources"));
-        };
-        all.extend(fds);
+    let (mut all_sources, mut all_logs, mut all_kept) = (Vec::new(), Vec::new(), Vec::new());
+    while all_sources.len() < sources || all_logs.len() < logs || all_kept.len() < kept {
+        match channel.receive()? {
+            Some((ToWorker::Sources, fds)) => all_sources.extend(fds),
+            Some((ToWorker::Logs, fds)) => all_logs.extend(fds),
+            Some((ToWorker::Kept(keys), fds)) => all_kept.extend(keys.into_iter().zip(fds)),
+            _ => return Err(early()),
+        }
     }
-    let sources = Sources::sort(&job.plan, all)?;
-    Ok((job, sources))
+    let sources = Sources::sort(&job.plan, all_sources)?;
+    Ok(HandOver { job, sources, logs: all_logs, kept: all_kept })
 }
 
 /// The soft limit is often 1024 for the sake of select(2), which we do not call.
@@ -146,27 +173,114 @@ fn raise_open_files() {
     }
 }
 
-/// The tree that the rootfs shows.
-fn build(job: &Job, sources: Sources) -> Result<Arc<dyn Tree>> {
-    let plan = &job.plan;
-    let Sources { layers, index, volumes } = sources;
-    // One pool for all directory trees: a number of volumes does not multiply descriptors.
-    let pool = FdPool::new()?;
-    let image: Arc<dyn Tree> = if let Some(index) = index {
-        Arc::new(image_tree(job, &index, layers)?)
-    } else {
-        plan.single_layer(BackendKind::Fuse)?;
-        let layer = layers.into_iter().next().ok_or_else(|| {
-            Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer")
-        })?;
-        Arc::new(DirTree::open(layer, DirOptions::image(plan.ownership.clone()), Arc::clone(&pool))?)
-    };
-    let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
-    for (volume, source) in plan.volumes.iter().zip(volumes) {
-        let tree = DirTree::open(source, DirOptions::volume(volume.access), Arc::clone(&pool))?;
-        routed.push((volume.target.clone(), volume.form, volume.access, Arc::new(tree) as Arc<dyn Tree>));
+/// Gives descriptors of one tree to the supervisor.
+struct KeptBySupervisor {
+    channel: Arc<Channel>,
+    tree: u32,
+}
+
+impl Keeper for KeptBySupervisor {
+    fn keep(&self, node: Node, fd: BorrowedFd<'_>) {
+        if let Err(e) = self.channel.send(&FromWorker::Keep(self.tree, node), &[fd]) {
+            log::debug!(target: TARGET, "a nameless file will not outlive this process: {e}");
+        }
     }
-    Ok(Arc::new(RouteTree::build(image, routed)?))
+    fn release(&self, node: Node) {
+        if let Err(e) = self.channel.send(&FromWorker::Release(self.tree, node), &[]) {
+            log::debug!(target: TARGET, "{e}");
+        }
+    }
+}
+
+/// What the rootfs shows, and the trees it is made of.
+struct Trees {
+    whole: Arc<dyn Tree>,
+    image: Option<Arc<ImageTree>>,
+    directories: Vec<Arc<DirTree>>,
+    pool: Arc<FdPool>,
+}
+
+impl Trees {
+    fn build(hand_over: HandOver, channel: &Arc<Channel>) -> Result<Self> {
+        let HandOver { job, sources: Sources { layers, index, volumes }, logs, kept } = hand_over;
+        let plan = &job.plan;
+        // One pool for all directory trees: a number of volumes does not multiply descriptors.
+        let pool = FdPool::new()?;
+        let mut legacy = Inheritance { logs: logs.into_iter(), kept, channel };
+        let (mut mapped, mut directories) = (None, Vec::new());
+        let mut directory = |root, options, continuity| -> Result<Arc<dyn Tree>> {
+            let tree = Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), continuity)?);
+            directories.push(Arc::clone(&tree));
+            Ok(tree)
+        };
+        let of_image = legacy.next(0);
+        let image: Arc<dyn Tree> = if let Some(index) = index {
+            let tree = Arc::new(image_tree(&job, &index, layers)?);
+            mapped = Some(Arc::clone(&tree));
+            tree
+        } else {
+            plan.single_layer(BackendKind::Fuse)?;
+            let layer = layers.into_iter().next().ok_or_else(|| {
+                Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer")
+            })?;
+            directory(layer, DirOptions::image(plan.ownership.clone()), of_image)?
+        };
+        let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
+        for (number, (volume, source)) in (1..).zip(plan.volumes.iter().zip(volumes)) {
+            let continuity = legacy.next(number);
+            let (tree, form): (Arc<dyn Tree>, _) = if let Some(device) = DeviceTree::of(&source, volume.access) {
+                (Arc::new(device), Form::File)
+            } else {
+                (directory(source, DirOptions::volume(volume.access), continuity)?, volume.form)
+            };
+            routed.push((volume.target.clone(), form, volume.access, tree));
+        }
+        let whole = Arc::new(RouteTree::build(image, routed)?);
+        Ok(Trees { whole, image: mapped, directories, pool })
+    }
+}
+
+/// What earlier workers left, tree by tree.
+struct Inheritance<'a> {
+    logs: std::vec::IntoIter<OwnedFd>,
+    kept: Vec<((u32, u64), OwnedFd)>,
+    channel: &'a Arc<Channel>,
+}
+
+impl Inheritance<'_> {
+    fn next(&mut self, tree: u32) -> Option<Continuity> {
+        let logs = [self.logs.next()?, self.logs.next()?];
+        let (ours, others) = std::mem::take(&mut self.kept).into_iter().partition(|((of, _), _)| *of == tree);
+        self.kept = others;
+        let kept = Vec::into_iter(ours).map(|((_, node), fd)| (node, fd)).collect();
+        Some(Continuity { logs, kept, keeper: Arc::new(KeptBySupervisor { channel: Arc::clone(self.channel), tree }) })
+    }
+}
+
+impl Server {
+    fn stats(&self) -> serde_json::Value {
+        let by_kind: serde_json::Map<_, _> = Operation::ALL
+            .iter()
+            .map(|&o| (o.name().to_owned(), self.counters.of(o).into()))
+            .filter(|(_, count)| *count != serde_json::Value::from(0))
+            .collect();
+        let (held, limit) = self.trees.pool.usage();
+        serde_json::json!({
+            "rootfs": show(&self.job.plan.rootfs),
+            "uptime_s": self.started.elapsed().as_secs(),
+            "requests": by_kind,
+            "requests_total": self.counters.total(),
+            "panics": self.counters.panics(),
+            "latency_us_below_power_of_two": self.counters.latencies().to_vec(),
+            "nodes": self.trees.directories.iter().map(|t| t.node_count()).sum::<usize>(),
+            "handles": self.trees.directories.iter().map(|t| t.handle_count()).sum::<usize>(),
+            "image_files_open": self.trees.image.as_ref().map_or(0, |t| t.open_files()),
+            "files_held": held,
+            "files_limit": limit,
+            "directories_cached": self.trees.pool.cached(),
+            "memory": super::log::memory(),
+        })
+    }
 }
 
 fn image_tree(job: &Job, index: &OwnedFd, layers: Vec<OwnedFd>) -> Result<ImageTree> {

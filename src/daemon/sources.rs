@@ -1,15 +1,17 @@
 //! What a rootfs is made of, as descriptors opened before it is mounted: the mount may hide any of these paths, its own image's
 //! too, and a worker that comes later must find the same files.
 
+use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{self, CWD, FileType, Mode, OFlags};
+use rustix::fs::{self, CWD, FileType, MemfdFlags, Mode, OFlags, memfd_create};
 
-use super::channel::{Channel, MAX_FDS, ToWorker};
+use super::channel::{Channel, FromWorker, MAX_FDS, ToWorker};
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::Plan;
-use crate::volume::Form;
+use crate::tree::device::DeviceTree;
+use crate::volume::{Form, Volume};
 
 /// O_PATH descriptors: holding them opens nothing, and closing them sends no request to anyone.
 #[derive(Debug)]
@@ -38,7 +40,7 @@ impl Sources {
         let volumes = plan.volumes.iter().map(|v| match v.form {
             Form::Directory => open("open the source of volume", &v.source, FileType::Directory),
             Form::File => open("open the source of volume", &v.source, FileType::RegularFile),
-            Form::Special => Err(special(&v.source)),
+            Form::Special => device(v),
         });
         Ok(Sources {
             layers: layers.collect::<Result<_>>()?,
@@ -51,11 +53,18 @@ impl Sources {
         self.layers.iter().chain(&self.index).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
     }
 
-    /// Hand the job and the sources to a worker.
-    pub(super) fn send(&self, job: &OwnedFd, to: &Channel) -> Result<()> {
-        let all = self.all();
-        to.send(&ToWorker::Job { sources: all.len() }, &[job.as_fd()])?;
-        all.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Sources, some))
+    /// Hand the job, the sources and what earlier workers left to a worker.
+    pub(super) fn send(&self, job: &OwnedFd, legacy: &Legacy, to: &Channel) -> Result<()> {
+        let (all, logs) = (self.all(), legacy.logs.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>());
+        let counts = ToWorker::Job { sources: all.len(), logs: logs.len(), kept: legacy.kept.len() };
+        to.send(&counts, &[job.as_fd()])?;
+        all.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Sources, some))?;
+        logs.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Logs, some))?;
+        let kept: Vec<_> = legacy.kept.iter().map(|(key, fd)| (*key, fd.as_fd())).collect();
+        kept.chunks(MAX_FDS).try_for_each(|some| {
+            let (keys, fds): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
+            to.send(&ToWorker::Kept(keys), &fds)
+        })
     }
 
     /// The worker's side: sort `fds` by the plan.
@@ -78,13 +87,67 @@ impl Sources {
     }
 }
 
+fn device(volume: &Volume) -> Result<OwnedFd> {
+    let source = fs::openat(CWD, &volume.source, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open the source of volume", show(&volume.source), e))?;
+    if DeviceTree::of(&source, volume.access).is_some() { Ok(source) } else { Err(special(&volume.source)) }
+}
+
+/// Can the FUSE server serve this volume?
+pub(crate) fn servable(volume: &Volume) -> bool {
+    volume.form != Form::Special || device(volume).is_ok()
+}
+
+/// What workers leave to the next one.
+#[derive(Debug)]
+pub(super) struct Legacy {
+    /// Two memory files for each tree: the image's, then each volume's.
+    logs: Vec<OwnedFd>,
+    /// Files without a name that are in use, by tree and node.
+    kept: BTreeMap<(u32, u64), OwnedFd>,
+}
+
+/// Most descriptors of nameless files that are kept: a program can make any number of them. One that is not kept is lost with
+/// the worker, and its users get ESTALE then.
+const MAX_KEPT: usize = 4096;
+
+impl Legacy {
+    pub(super) fn new(plan: &Plan) -> Result<Self> {
+        let logs = (0..2 * (1 + plan.volumes.len())).map(|_| {
+            memfd_create("fsprov-nodes", MemfdFlags::CLOEXEC)
+                .map_err(|e| Error::sys("make memory file", "fsprov-nodes", e))
+        });
+        Ok(Legacy { logs: logs.collect::<Result<_>>()?, kept: BTreeMap::new() })
+    }
+
+    /// Take what a worker says. Gives back what is not for us.
+    pub(super) fn hear(&mut self, message: FromWorker, fds: Vec<OwnedFd>) -> Option<FromWorker> {
+        match message {
+            FromWorker::Keep(tree, node) => {
+                let room = self.kept.len() < MAX_KEPT;
+                if let Some(fd) = fds.into_iter().next().filter(|_| room) {
+                    self.kept.insert((tree, node), fd);
+                }
+            }
+            FromWorker::Release(tree, node) => drop(self.kept.remove(&(tree, node))),
+            other => return Some(other),
+        }
+        None
+    }
+
+    /// How many descriptors of nameless files are kept.
+    pub(super) fn kept(&self) -> usize {
+        self.kept.len()
+    }
+}
+
 /// The refusal of a socket, FIFO or device as a volume.
 pub(crate) fn special(source: &Path) -> Error {
     Error::new(
         Kind::Unsupported,
         "open the source of volume",
         show(source),
-        "the FUSE server opens regular files and directories only; this is a socket, FIFO or device",
+        "the FUSE server serves regular files, directories and /dev/{null,zero,full,random,urandom}; this is another special file",
     )
     .hint("use --backend bind, or make the directory that holds it the volume")
 }

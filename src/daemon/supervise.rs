@@ -21,7 +21,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
-use super::sources::Sources;
+use super::control::{Listener, Question};
+use super::sources::{Legacy, Sources};
 use super::{GO, Job, Report, TARGET, WORK, hex, settle, spawn, unhex};
 use crate::backend::{ProcessId, Traces};
 use crate::error::{Error, Kind, Result, Told, show};
@@ -30,7 +31,7 @@ use crate::fuse::mount::{self, Mounted, Request};
 use crate::fuse::session::{self, InFlight};
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
-use crate::sys::{mountinfo, raw};
+use crate::sys::raw;
 use restarts::{Next, Restarts};
 
 /// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
@@ -39,6 +40,8 @@ const WORKER_PATIENCE: Duration = Duration::from_secs(40);
 const CALLER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a worker may take to end once its mount is gone.
 const END_PATIENCE: Duration = Duration::from_secs(3);
+/// How long a worker may take to tell its statistics: a thread of its own does.
+const STATS_PATIENCE: Duration = Duration::from_secs(2);
 /// How long an unmount may take: dirty pages are written back through the worker.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
 
@@ -147,6 +150,7 @@ struct Supervisor {
     job: Job,
     job_file: OwnedFd,
     sources: Sources,
+    legacy: Legacy,
     /// The program we run: the worker is the same one, also after the file was replaced.
     program: OwnedFd,
     me: ProcessId,
@@ -154,6 +158,8 @@ struct Supervisor {
     standing: Standing,
     worker: Option<Worker>,
     restarts: Restarts,
+    /// `None`: the state directory did not let us; the rootfs is served all the same.
+    control: Option<Listener>,
 }
 
 fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
@@ -187,10 +193,14 @@ impl Supervisor {
         let sources = Sources::open(&job.plan)?;
         let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
         let job_file = memory_file("fsprov-job", &text)?;
+        let legacy = Legacy::new(&job.plan)?;
+        let control = Listener::bind(&job.plan.state_dir)
+            .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
+            .ok();
         caller.ask(&Report::Started { supervisor: me })?;
         fault::point("server.worker")?;
 
-        let mut worker = Worker::start(&program, &job, &sources, &job_file)?;
+        let mut worker = Worker::start(&program, &job, &sources, &legacy, &job_file)?;
         let built = worker.expect("build its trees").and_then(|message| match message {
             FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
             other => Err(unexpected(&other)),
@@ -207,12 +217,14 @@ impl Supervisor {
             job,
             job_file,
             sources,
+            legacy,
             program,
             me,
             signals,
             standing,
             worker: Some(worker),
             restarts: Restarts::new(),
+            control,
         };
         let known = fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
         match known {
@@ -261,6 +273,12 @@ impl Supervisor {
                     log::info!(target: TARGET, "asked to end");
                     return self.finish(Unmount::IfIdle);
                 }
+                Event::Asked => {
+                    if let Err(error) = self.serve_client() {
+                        log::error!(target: TARGET, "{error}");
+                        return self.finish(Unmount::Lazy);
+                    }
+                }
                 Event::WorkerEnded(status) if status.success() => {
                     log::info!(target: TARGET, "{} was unmounted", show(&self.job.plan.rootfs));
                     return ExitCode::SUCCESS;
@@ -279,17 +297,40 @@ impl Supervisor {
         const OP: &str = "watch the worker";
         let worker = self.worker.as_mut().ok_or_else(|| Error::new(Kind::Helper, OP, "", "there is none"))?;
         loop {
-            let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+            let mut fds = vec![
+                PollFd::new(&self.signals, PollFlags::IN),
+                PollFd::new(&worker.pidfd, PollFlags::IN),
+                PollFd::new(&worker.channel, PollFlags::IN),
+            ];
+            fds.extend(self.control.as_ref().map(|control| PollFd::new(control, PollFlags::IN)));
             match poll(&mut fds, None) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(e) => return Err(Error::sys(OP, worker.id, e)),
             }
-            if !fds[0].revents().is_empty() {
+            let is_ready = |at: usize| fds.get(at).is_some_and(|fd| !fd.revents().is_empty());
+            let (signal, ended, said, asked) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
+            if said {
+                // What a dead worker said last is in the socket still.
+                while let Some((message, fds)) = worker.channel.receive_now()? {
+                    if let Some(other) = self.legacy.hear(message, fds) {
+                        log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id);
+                    }
+                }
+            }
+            if signal {
                 return Ok(Event::Signal);
             }
-            if !fds[1].revents().is_empty() {
+            if ended {
                 let status = worker.child.wait().map_err(|e| Error::io(OP, worker.id, e))?;
                 return Ok(Event::WorkerEnded(status));
+            }
+            if asked {
+                return Ok(Event::Asked);
+            }
+            if said && worker.channel.is_closed() {
+                // It closed its end and lives: wait for its end alone, or this would spin.
+                let mut fds = [PollFd::new(&self.signals, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+                let _ = poll(&mut fds, None);
             }
         }
     }
@@ -331,7 +372,7 @@ impl Supervisor {
     }
 
     fn start_again(&mut self) -> Result<InFlight> {
-        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.job_file)?;
+        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.legacy, &self.job_file)?;
         let begun = worker
             .expect("build its trees")
             .and_then(|message| match message {
@@ -352,6 +393,93 @@ impl Supervisor {
                 Err(error)
             }
         }
+    }
+
+    /// Answer one question. An error: there is no worker any more.
+    fn serve_client(&mut self) -> Result<()> {
+        let Some(client) = self.control.as_ref().and_then(Listener::accept) else { return Ok(()) };
+        match &client.question {
+            Question::Stats => client.answer(self.stats()),
+            Question::Level(level) => client.answer(self.set_level(level)),
+            Question::Restart(program) => {
+                let before = self.worker.as_ref().map_or(0, |w| w.id.pid);
+                let done = self.run_from(&program.clone());
+                let after = self.worker.as_ref().map(|w| w.id.pid);
+                client.answer(done.map(|()| serde_json::json!({ "worker_before": before, "worker": after })));
+                if after.is_none() {
+                    return Err(Error::new(
+                        Kind::Helper,
+                        "restart worker of",
+                        show(&self.job.plan.rootfs),
+                        "none starts",
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_level(&mut self, level: &str) -> Result<serde_json::Value> {
+        if !super::log::set_level(level) {
+            return Err(Error::new(
+                Kind::Usage,
+                "set log level",
+                level,
+                "it is none of off, error, warn, info, debug, trace",
+            ));
+        }
+        if let Some(worker) = &self.worker {
+            worker.channel.send(&ToWorker::Level(level.to_owned()), &[])?;
+        }
+        Ok(serde_json::Value::Null)
+    }
+
+    fn stats(&mut self) -> Result<serde_json::Value> {
+        const OP: &str = "ask the worker for its statistics";
+        let worker = self.worker.as_ref().ok_or_else(|| Error::new(Kind::Helper, OP, "", "there is none"))?;
+        worker.channel.send(&ToWorker::Stats, &[])?;
+        let end = Instant::now() + STATS_PATIENCE;
+        let of_worker = loop {
+            let left = end.saturating_duration_since(Instant::now());
+            let mut fds = [PollFd::new(&worker.channel, PollFlags::IN), PollFd::new(&worker.pidfd, PollFlags::IN)];
+            let ready = poll(&mut fds, Some(&timespec(left)));
+            if matches!(ready, Ok(0)) || !fds[1].revents().is_empty() {
+                return Err(Error::new(Kind::Helper, OP, worker.id, "it does not answer").hint("try again"));
+            }
+            match worker.channel.receive_now()? {
+                Some((FromWorker::Stats(value), _)) => break value,
+                Some((message, fds)) => drop(self.legacy.hear(message, fds)),
+                None => {}
+            }
+        };
+        Ok(serde_json::json!({
+            "worker": of_worker,
+            "worker_pid": worker.id.pid,
+            "supervisor_pid": self.me.pid,
+            "supervisor_memory": super::log::memory(),
+            "restarts": self.restarts.total(),
+            "nameless_files_kept": self.legacy.kept(),
+        }))
+    }
+
+    /// Put a worker run from `program` in the place of the one there is; if it does not start, one of the old program.
+    fn run_from(&mut self, program: &Path) -> Result<()> {
+        const OP: &str = "restart worker from";
+        let new = crate::sys::fs::open_path(program).map_err(|e| Error::sys(OP, show(program), e))?;
+        rustix::fs::accessat(rustix::fs::CWD, program, rustix::fs::Access::EXEC_OK, rustix::fs::AtFlags::EACCESS)
+            .map_err(|e| Error::sys(OP, show(program), e))?;
+        log::info!(target: TARGET, "restarting the worker from {}", show(program));
+        // Killed, not asked: what it was answering is sent again, which is what every death relies on.
+        if let Some(mut old) = self.worker.take() {
+            old.kill();
+            while let Some((message, fds)) = old.channel.receive_now()? {
+                self.legacy.hear(message, fds);
+            }
+        }
+        let old_program = std::mem::replace(&mut self.program, new);
+        let Err(error) = self.start_again() else { return Ok(()) };
+        self.program = old_program;
+        Err(error.with_undo(self.start_again().map(drop)))
     }
 
     /// Before Linux 6.9. Who waits for a lost request cannot be helped but by ending the connection, and everyone else's work
@@ -405,6 +533,7 @@ impl Supervisor {
 
 enum Event {
     Signal,
+    Asked,
     WorkerEnded(ExitStatus),
 }
 
@@ -452,7 +581,7 @@ fn take_away(info: &MountInfo, how: Unmount) -> Result<()> {
 }
 
 impl Worker {
-    fn start(program: &OwnedFd, job: &Job, sources: &Sources, job_file: &OwnedFd) -> Result<Self> {
+    fn start(program: &OwnedFd, job: &Job, sources: &Sources, legacy: &Legacy, job_file: &OwnedFd) -> Result<Self> {
         const OP: &str = "start worker";
         let (channel, theirs) = Channel::pair()?;
         let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
@@ -467,7 +596,7 @@ impl Worker {
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
         let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None };
-        sources.send(job_file, &worker.channel)?;
+        sources.send(job_file, legacy, &worker.channel)?;
         Ok(worker)
     }
 
@@ -540,9 +669,4 @@ pub fn worker_of(supervisor: ProcessId) -> Option<ProcessId> {
         name.starts_with("fsprov-work").then(|| ProcessId::of(pid).ok()).flatten()
     });
     workers.next()
-}
-
-/// Is our mount still in the table?
-pub(crate) fn stands(info: &MountInfo) -> Result<bool> {
-    Ok(mountinfo::by_id(info.id)?.is_some_and(|m| m.dev == info.dev))
 }

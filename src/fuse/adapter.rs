@@ -8,7 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
@@ -17,6 +17,8 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use super::pace::Pace;
+use crate::tree::again;
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
 };
@@ -40,6 +42,9 @@ pub struct AdapterOptions {
     /// which write without CAP_FSETID where the kernel asks for it.
     pub kills_privileges: bool,
 }
+
+/// The bit of a request's number that says that it was sent before (FUSE_UNIQUE_RESEND, linux/fuse.h, Linux 6.9).
+const UNIQUE_RESEND: u64 = 1 << 63;
 
 macro_rules! operations {
     ($($name:ident => $text:literal),+ $(,)?) => {
@@ -79,11 +84,19 @@ const OPERATIONS: usize = Operation::ALL.len();
 pub struct Counters {
     by_kind: [AtomicU64; OPERATIONS],
     panics: AtomicU64,
+    latency: [AtomicU64; LATENCIES],
 }
+
+/// Classes of latency: below 1 us, 2 us, 4 us, ... and the last one for all above 8 s.
+const LATENCIES: usize = 25;
 
 impl Default for Counters {
     fn default() -> Self {
-        Counters { by_kind: [const { AtomicU64::new(0) }; OPERATIONS], panics: AtomicU64::new(0) }
+        Counters {
+            by_kind: [const { AtomicU64::new(0) }; OPERATIONS],
+            panics: AtomicU64::new(0),
+            latency: [const { AtomicU64::new(0) }; LATENCIES],
+        }
     }
 }
 
@@ -103,6 +116,17 @@ impl Counters {
         self.panics.load(Ordering::Relaxed)
     }
 
+    /// How many requests took how long to answer: the n-th is of those below 2^n microseconds and not below half of that.
+    pub fn latencies(&self) -> [u64; LATENCIES] {
+        std::array::from_fn(|class| self.latency[class].load(Ordering::Relaxed))
+    }
+
+    fn took(&self, time: Duration) {
+        let us = time.as_micros() as u64;
+        let class = (u64::BITS - us.leading_zeros()) as usize;
+        self.latency[class.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
+    }
+
     fn count(&self, operation: Operation) {
         self.by_kind[operation as usize].fetch_add(1, Ordering::Relaxed);
     }
@@ -116,6 +140,7 @@ pub struct FuseAdapter {
     /// The kernel takes ENOSYS from open for "never ask again".
     no_open: bool,
     no_opendir: bool,
+    pace: Arc<Pace>,
 }
 
 impl std::fmt::Debug for FuseAdapter {
@@ -127,7 +152,7 @@ impl std::fmt::Debug for FuseAdapter {
 impl FuseAdapter {
     /// An adapter for a tree.
     pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions) -> Self {
-        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false }
+        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false, pace: Arc::default() }
     }
 
     /// Its counters, which go on counting.
@@ -135,13 +160,29 @@ impl FuseAdapter {
         Arc::clone(&self.counters)
     }
 
+    /// How its threads wait for requests: tell it the connection ([`Pace::watch`]).
+    pub fn pace(&self) -> Arc<Pace> {
+        Arc::clone(&self.pace)
+    }
+
     /// Count a request, answer it, and keep a panic from ending the thread. A reply that is dropped unanswered while the
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
-    fn request(&self, operation: Operation, work: impl FnOnce(&dyn Tree)) {
+    fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
         self.counters.count(operation);
-        if catch_unwind(AssertUnwindSafe(|| work(&*self.tree))).is_err() {
+        let begun = Instant::now();
+        // Forgets come in batches, many to one read: there is nothing to wait for between them.
+        let paced = operation != Operation::Forget;
+        if paced {
+            self.pace.begin();
+        }
+        let is_resent = request.unique().0 & UNIQUE_RESEND != 0;
+        if catch_unwind(AssertUnwindSafe(|| again::answering(is_resent, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
+        }
+        self.counters.took(begun.elapsed());
+        if paced {
+            self.pace.end();
         }
     }
 }
@@ -290,6 +331,7 @@ fn handle(handle: Option<FileHandle>) -> Option<Handle> {
 impl Filesystem for FuseAdapter {
     fn init(&mut self, _: &Request, config: &mut KernelConfig) -> std::io::Result<()> {
         let live = self.tree.is_live();
+        let freely = self.tree.opens_without_asking();
         let offered = config.capabilities();
         let mut wanted = vec![
             InitFlags::FUSE_PARALLEL_DIROPS,
@@ -322,8 +364,8 @@ impl Filesystem for FuseAdapter {
                 log::debug!(target: TARGET, "the kernel does not offer {flag:?}");
             }
         }
-        self.no_open = !live && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
-        self.no_opendir = !live && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
+        self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
+        self.no_opendir = freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
         let set = |what: &str, result: Result<(), u32>| {
             if let Err(nearest) = result {
                 log::debug!(target: TARGET, "{what}: the nearest possible is {nearest}");
@@ -338,7 +380,7 @@ impl Filesystem for FuseAdapter {
     }
 
     fn lookup(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.request(Operation::Lookup, |tree| match tree.lookup(&caller(request), parent.0, name) {
+        self.request(request, Operation::Lookup, |tree| match tree.lookup(&caller(request), parent.0, name) {
             Ok(Lookup::Found(entry)) => give_entry(reply, &entry),
             Ok(Lookup::Absent(ttl)) if ttl.is_zero() => reply.error(fuser::Errno::ENOENT),
             Ok(Lookup::Absent(ttl)) => {
@@ -348,12 +390,12 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn forget(&self, _: &Request, node: INodeNo, count: u64) {
-        self.request(Operation::Forget, |tree| tree.forget(node.0, count));
+    fn forget(&self, request: &Request, node: INodeNo, count: u64) {
+        self.request(request, Operation::Forget, |tree| tree.forget(node.0, count));
     }
 
-    fn getattr(&self, _: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
-        self.request(Operation::GetAttr, |tree| match tree.getattr(node.0, handle(fh)) {
+    fn getattr(&self, request: &Request, node: INodeNo, fh: Option<FileHandle>, reply: ReplyAttr) {
+        self.request(request, Operation::GetAttr, |tree| match tree.getattr(node.0, handle(fh)) {
             Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
             Err(e) => reply.error(failed(Operation::GetAttr, node, e)),
         });
@@ -378,14 +420,16 @@ impl Filesystem for FuseAdapter {
         reply: ReplyAttr,
     ) {
         let change = Change { mode, uid, gid, size, atime: atime.map(set_time), mtime: mtime.map(set_time) };
-        self.request(Operation::SetAttr, |tree| match tree.setattr(&caller(request), node.0, handle(fh), &change) {
-            Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
-            Err(e) => reply.error(failed(Operation::SetAttr, node, e)),
+        self.request(request, Operation::SetAttr, |tree| {
+            match tree.setattr(&caller(request), node.0, handle(fh), &change) {
+                Ok((attr, ttl)) => reply.attr(&ttl, &attr_out(&attr)),
+                Err(e) => reply.error(failed(Operation::SetAttr, node, e)),
+            }
         });
     }
 
-    fn readlink(&self, _: &Request, node: INodeNo, reply: ReplyData) {
-        self.request(Operation::ReadLink, |tree| {
+    fn readlink(&self, request: &Request, node: INodeNo, reply: ReplyData) {
+        self.request(request, Operation::ReadLink, |tree| {
             give_bytes(
                 reply,
                 |reply, e| reply.error(failed(Operation::ReadLink, node, e)),
@@ -406,7 +450,7 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEntry,
     ) {
         let new = New { mode, umask, rdev };
-        self.request(Operation::MkNod, |tree| match tree.mknod(&caller(request), parent.0, name, new) {
+        self.request(request, Operation::MkNod, |tree| match tree.mknod(&caller(request), parent.0, name, new) {
             Ok(entry) => give_entry(reply, &entry),
             Err(e) => reply.error(failed(Operation::MkNod, parent, e)),
         });
@@ -414,28 +458,28 @@ impl Filesystem for FuseAdapter {
 
     fn mkdir(&self, request: &Request, parent: INodeNo, name: &OsStr, mode: u32, umask: u32, reply: ReplyEntry) {
         let new = New { mode, umask, rdev: 0 };
-        self.request(Operation::MkDir, |tree| match tree.mkdir(&caller(request), parent.0, name, new) {
+        self.request(request, Operation::MkDir, |tree| match tree.mkdir(&caller(request), parent.0, name, new) {
             Ok(entry) => give_entry(reply, &entry),
             Err(e) => reply.error(failed(Operation::MkDir, parent, e)),
         });
     }
 
     fn unlink(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::Unlink, |tree| match tree.unlink(&caller(request), parent.0, name) {
+        self.request(request, Operation::Unlink, |tree| match tree.unlink(&caller(request), parent.0, name) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::Unlink, parent, e)),
         });
     }
 
     fn rmdir(&self, request: &Request, parent: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RmDir, |tree| match tree.rmdir(&caller(request), parent.0, name) {
+        self.request(request, Operation::RmDir, |tree| match tree.rmdir(&caller(request), parent.0, name) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::RmDir, parent, e)),
         });
     }
 
     fn symlink(&self, request: &Request, parent: INodeNo, name: &OsStr, target: &Path, reply: ReplyEntry) {
-        self.request(Operation::SymLink, |tree| {
+        self.request(request, Operation::SymLink, |tree| {
             match tree.symlink(&caller(request), parent.0, name, target.as_os_str()) {
                 Ok(entry) => give_entry(reply, &entry),
                 Err(e) => reply.error(failed(Operation::SymLink, parent, e)),
@@ -453,7 +497,7 @@ impl Filesystem for FuseAdapter {
         flags: RenameFlags,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Rename, |tree| {
+        self.request(request, Operation::Rename, |tree| {
             match tree.rename(&caller(request), (parent.0, name), (new_parent.0, new_name), flags.bits()) {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(failed(Operation::Rename, parent, e)),
@@ -462,19 +506,26 @@ impl Filesystem for FuseAdapter {
     }
 
     fn link(&self, request: &Request, node: INodeNo, parent: INodeNo, name: &OsStr, reply: ReplyEntry) {
-        self.request(Operation::Link, |tree| match tree.link(&caller(request), node.0, parent.0, name) {
+        self.request(request, Operation::Link, |tree| match tree.link(&caller(request), node.0, parent.0, name) {
             Ok(entry) => give_entry(reply, &entry),
             Err(e) => reply.error(failed(Operation::Link, node, e)),
         });
     }
 
     fn open(&self, request: &Request, node: INodeNo, flags: OpenFlags, reply: ReplyOpen) {
-        self.request(Operation::Open, |tree| {
+        self.request(request, Operation::Open, |tree| {
             if self.no_open {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.open(&caller(request), node.0, flags.0) {
-                Ok(opened) => reply.opened(FileHandle(opened.handle), file_flags(opened.cache)),
+                Ok(opened) => {
+                    let mut answer = file_flags(opened.cache);
+                    if flags.0 & libc::O_ACCMODE == libc::O_RDONLY {
+                        // Nothing was written, so closing has nothing to tell: one request less (Linux 5.16).
+                        answer |= FopenFlags::FOPEN_NOFLUSH;
+                    }
+                    reply.opened(FileHandle(opened.handle), answer);
+                }
                 Err(e) => reply.error(failed(Operation::Open, node, e)),
             }
         });
@@ -482,7 +533,7 @@ impl Filesystem for FuseAdapter {
 
     fn read(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -491,7 +542,7 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyData,
     ) {
-        self.request(Operation::Read, |tree| {
+        self.request(request, Operation::Read, |tree| {
             give_bytes(
                 reply,
                 |reply, e| reply.error(failed(Operation::Read, node, e)),
@@ -503,7 +554,7 @@ impl Filesystem for FuseAdapter {
 
     fn write(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -517,14 +568,14 @@ impl Filesystem for FuseAdapter {
         // A page written back has its place already: the append was decided when it entered the cache.
         let flags =
             if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) { flags.0 & !libc::O_APPEND } else { flags.0 };
-        self.request(Operation::Write, |tree| match tree.write(node.0, fh.0, offset, data, flags, kill) {
+        self.request(request, Operation::Write, |tree| match tree.write(node.0, fh.0, offset, data, flags, kill) {
             Ok(written) => reply.written(written as u32),
             Err(e) => reply.error(failed(Operation::Write, node, e)),
         });
     }
 
-    fn flush(&self, _: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
-        self.request(Operation::Flush, |tree| match tree.flush(node.0, fh.0) {
+    fn flush(&self, request: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
+        self.request(request, Operation::Flush, |tree| match tree.flush(node.0, fh.0) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::Flush, node, e)),
         });
@@ -532,7 +583,7 @@ impl Filesystem for FuseAdapter {
 
     fn release(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         _flags: OpenFlags,
@@ -540,21 +591,21 @@ impl Filesystem for FuseAdapter {
         _flush: bool,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Release, |tree| {
+        self.request(request, Operation::Release, |tree| {
             tree.release(node.0, fh.0);
             reply.ok();
         });
     }
 
-    fn fsync(&self, _: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.request(Operation::FSync, |tree| match tree.fsync(node.0, fh.0, data_only) {
+    fn fsync(&self, request: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.request(request, Operation::FSync, |tree| match tree.fsync(node.0, fh.0, data_only) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FSync, node, e)),
         });
     }
 
     fn opendir(&self, request: &Request, node: INodeNo, _flags: OpenFlags, reply: ReplyOpen) {
-        self.request(Operation::OpenDir, |tree| {
+        self.request(request, Operation::OpenDir, |tree| {
             if self.no_opendir {
                 return reply.error(fuser::Errno::ENOSYS);
             }
@@ -566,7 +617,7 @@ impl Filesystem for FuseAdapter {
     }
 
     fn readdir(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
-        self.request(Operation::ReadDir, |tree| {
+        self.request(request, Operation::ReadDir, |tree| {
             let mut given = false;
             let mut add = |item: &DirItem<'_>| {
                 if reply.add(INodeNo(item.node), item.cookie, kind_out(item.kind), item.name) {
@@ -592,7 +643,7 @@ impl Filesystem for FuseAdapter {
         offset: u64,
         mut reply: ReplyDirectoryPlus,
     ) {
-        self.request(Operation::ReadDirPlus, |tree| {
+        self.request(request, Operation::ReadDirPlus, |tree| {
             let mut given = false;
             let mut add = |item: &DirItem<'_>| {
                 // `.` and `..` have no entry; the kernel takes their number and type alone and counts no lookup
@@ -625,22 +676,22 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn releasedir(&self, _: &Request, node: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
-        self.request(Operation::ReleaseDir, |tree| {
+    fn releasedir(&self, request: &Request, node: INodeNo, fh: FileHandle, _flags: OpenFlags, reply: ReplyEmpty) {
+        self.request(request, Operation::ReleaseDir, |tree| {
             tree.releasedir(node.0, fh.0);
             reply.ok();
         });
     }
 
-    fn fsyncdir(&self, _: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
-        self.request(Operation::FSyncDir, |tree| match tree.fsyncdir(node.0, fh.0, data_only) {
+    fn fsyncdir(&self, request: &Request, node: INodeNo, fh: FileHandle, data_only: bool, reply: ReplyEmpty) {
+        self.request(request, Operation::FSyncDir, |tree| match tree.fsyncdir(node.0, fh.0, data_only) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FSyncDir, node, e)),
         });
     }
 
-    fn statfs(&self, _: &Request, node: INodeNo, reply: ReplyStatfs) {
-        self.request(Operation::StatFs, |tree| match tree.statfs(node.0) {
+    fn statfs(&self, request: &Request, node: INodeNo, reply: ReplyStatfs) {
+        self.request(request, Operation::StatFs, |tree| match tree.statfs(node.0) {
             Ok(s) => reply.statfs(s.blocks, s.bfree, s.bavail, s.files, s.ffree, s.bsize, s.namelen, s.frsize),
             Err(e) => reply.error(failed(Operation::StatFs, node, e)),
         });
@@ -656,14 +707,16 @@ impl Filesystem for FuseAdapter {
         _position: u32,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::SetXattr, |tree| match tree.setxattr(&caller(request), node.0, name, value, flags) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::SetXattr, node, e)),
+        self.request(request, Operation::SetXattr, |tree| {
+            match tree.setxattr(&caller(request), node.0, name, value, flags) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::SetXattr, node, e)),
+            }
         });
     }
 
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
-        self.request(Operation::GetXattr, |tree| {
+        self.request(request, Operation::GetXattr, |tree| {
             if tree.is_without_xattrs() {
                 return reply.error(fuser::Errno::ENOSYS); // never asked again
             }
@@ -676,8 +729,8 @@ impl Filesystem for FuseAdapter {
         });
     }
 
-    fn listxattr(&self, _: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
-        self.request(Operation::ListXattr, |tree| {
+    fn listxattr(&self, request: &Request, node: INodeNo, size: u32, reply: ReplyXattr) {
+        self.request(request, Operation::ListXattr, |tree| {
             if tree.is_without_xattrs() {
                 return reply.error(fuser::Errno::ENOSYS);
             }
@@ -691,15 +744,18 @@ impl Filesystem for FuseAdapter {
     }
 
     fn removexattr(&self, request: &Request, node: INodeNo, name: &OsStr, reply: ReplyEmpty) {
-        self.request(Operation::RemoveXattr, |tree| match tree.removexattr(&caller(request), node.0, name) {
+        self.request(request, Operation::RemoveXattr, |tree| match tree.removexattr(&caller(request), node.0, name) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::RemoveXattr, node, e)),
         });
     }
 
-    fn access(&self, _: &Request, _: INodeNo, _mask: fuser::AccessFlags, reply: ReplyEmpty) {
-        // The kernel checks by itself (default_permissions); ENOSYS is "do not ask".
-        self.request(Operation::Access, |_| reply.error(fuser::Errno::ENOSYS));
+    fn access(&self, request: &Request, node: INodeNo, mask: fuser::AccessFlags, reply: ReplyEmpty) {
+        // Asked only where the kernel does not check by itself (default_permissions).
+        self.request(request, Operation::Access, |tree| match tree.access(node.0, mask.bits()) {
+            Ok(()) => reply.ok(),
+            Err(e) => reply.error(failed(Operation::Access, node, e)),
+        });
     }
 
     fn create(
@@ -713,21 +769,23 @@ impl Filesystem for FuseAdapter {
         reply: ReplyCreate,
     ) {
         let new = New { mode, umask, rdev: 0 };
-        self.request(Operation::Create, |tree| match tree.create(&caller(request), parent.0, name, new, flags) {
-            Ok((entry, opened)) => reply.created(
-                &entry.entry_ttl.min(entry.attr_ttl),
-                &attr_out(&entry.attr),
-                Generation(entry.generation),
-                FileHandle(opened.handle),
-                file_flags(opened.cache),
-            ),
-            Err(e) => reply.error(failed(Operation::Create, parent, e)),
+        self.request(request, Operation::Create, |tree| {
+            match tree.create(&caller(request), parent.0, name, new, flags) {
+                Ok((entry, opened)) => reply.created(
+                    &entry.entry_ttl.min(entry.attr_ttl),
+                    &attr_out(&entry.attr),
+                    Generation(entry.generation),
+                    FileHandle(opened.handle),
+                    file_flags(opened.cache),
+                ),
+                Err(e) => reply.error(failed(Operation::Create, parent, e)),
+            }
         });
     }
 
     fn fallocate(
         &self,
-        _: &Request,
+        request: &Request,
         node: INodeNo,
         fh: FileHandle,
         offset: u64,
@@ -735,14 +793,14 @@ impl Filesystem for FuseAdapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::FAllocate, |tree| match tree.fallocate(node.0, fh.0, offset, length, mode) {
+        self.request(request, Operation::FAllocate, |tree| match tree.fallocate(node.0, fh.0, offset, length, mode) {
             Ok(()) => reply.ok(),
             Err(e) => reply.error(failed(Operation::FAllocate, node, e)),
         });
     }
 
-    fn lseek(&self, _: &Request, node: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
-        self.request(Operation::LSeek, |tree| match tree.lseek(node.0, fh.0, offset, whence) {
+    fn lseek(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        self.request(request, Operation::LSeek, |tree| match tree.lseek(node.0, fh.0, offset, whence) {
             Ok(at) => reply.offset(at),
             Err(e) => reply.error(failed(Operation::LSeek, node, e)),
         });
@@ -750,7 +808,7 @@ impl Filesystem for FuseAdapter {
 
     fn copy_file_range(
         &self,
-        _: &Request,
+        request: &Request,
         node_in: INodeNo,
         fh_in: FileHandle,
         offset_in: u64,
@@ -761,7 +819,7 @@ impl Filesystem for FuseAdapter {
         _flags: CopyFileRangeFlags,
         reply: ReplyWrite,
     ) {
-        self.request(Operation::CopyFileRange, |tree| {
+        self.request(request, Operation::CopyFileRange, |tree| {
             let (from, to) = ((node_in.0, fh_in.0, offset_in), (node_out.0, fh_out.0, offset_out));
             match tree.copy_file_range(from, to, length) {
                 Ok(copied) => reply.written(copied as u32),
@@ -774,7 +832,7 @@ impl Filesystem for FuseAdapter {
     // one host), poll is always ready, ioctl and bmap are refused.
     fn getlk(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: LockOwner,
@@ -784,12 +842,12 @@ impl Filesystem for FuseAdapter {
         _: u32,
         reply: fuser::ReplyLock,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
     fn setlk(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: LockOwner,
@@ -800,16 +858,16 @@ impl Filesystem for FuseAdapter {
         _: bool,
         reply: ReplyEmpty,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
-    fn bmap(&self, _: &Request, _: INodeNo, _: u32, _: u64, reply: fuser::ReplyBmap) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+    fn bmap(&self, request: &Request, _: INodeNo, _: u32, _: u64, reply: fuser::ReplyBmap) {
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 
     fn ioctl(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: fuser::IoctlFlags,
@@ -819,12 +877,12 @@ impl Filesystem for FuseAdapter {
         reply: fuser::ReplyIoctl,
     ) {
         // ENOTTY: "no such ioctl on this file", which programs expect (ioctl(2)).
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOTTY));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOTTY));
     }
 
     fn poll(
         &self,
-        _: &Request,
+        request: &Request,
         _: INodeNo,
         _: FileHandle,
         _: fuser::PollNotifier,
@@ -832,7 +890,7 @@ impl Filesystem for FuseAdapter {
         _: fuser::PollFlags,
         reply: fuser::ReplyPoll,
     ) {
-        self.request(Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
+        self.request(request, Operation::Other, |_| reply.error(fuser::Errno::ENOSYS));
     }
 }
 

@@ -4,4 +4,5 @@
 pub mod adapter;
 mod fusermount;
 pub mod mount;
+pub mod pace;
 pub mod session;

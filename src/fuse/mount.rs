@@ -128,15 +128,13 @@ pub fn is_ours(info: &MountInfo, source: &str) -> bool {
 }
 
 fn helper_options(request: &Request<'_>) -> String {
-    let mut options = format!(
-        "fsname={},subtype={SUBTYPE},default_permissions,nosuid,nodev,max_read={MAX_READ}",
-        fusermount::escape(request.source)
-    );
+    let mut options =
+        format!("fsname={},subtype={SUBTYPE},nosuid,nodev,max_read={MAX_READ}", fusermount::escape(request.source));
     if request.read_only {
         options.push_str(",ro");
     }
     if request.others == OtherUsers::Allowed {
-        options.push_str(",allow_other");
+        options.push_str(",allow_other,default_permissions");
     }
     options
 }
@@ -172,11 +170,13 @@ fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static 
         ("user_id", Some(rustix::process::geteuid().as_raw().to_string())),
         ("group_id", Some(rustix::process::getegid().as_raw().to_string())),
         ("max_read", Some(MAX_READ.to_string())),
-        // Always beside allow_other: without it every user could read every file.
-        ("default_permissions", None),
     ];
     if request.others != OtherUsers::Refused {
         options.push(("allow_other", None));
+        // Always beside allow_other: without it every user could read every file. Where the mounting user alone may enter, the files
+        // are that user's own whatever the image says of owners: checks against those would keep the user from reading /root, and
+        // would say EACCES before the tree can say EROFS.
+        options.push(("default_permissions", None));
     }
     options
 }
@@ -300,13 +300,10 @@ mod tests {
     fn options_for_the_helper() {
         let mut request =
             Request { point: Path::new("/r"), source: "a,b\\c", read_only: false, others: OtherUsers::Usual };
-        assert_eq!(
-            helper_options(&request),
-            "fsname=a\\,b\\\\c,subtype=fsprov,default_permissions,nosuid,nodev,max_read=1048576"
-        );
+        assert_eq!(helper_options(&request), "fsname=a\\,b\\\\c,subtype=fsprov,nosuid,nodev,max_read=1048576");
         request.read_only = true;
         request.others = OtherUsers::Allowed;
-        assert!(helper_options(&request).ends_with(",ro,allow_other"));
+        assert!(helper_options(&request).ends_with(",ro,allow_other,default_permissions"));
     }
 
     #[test]
@@ -315,7 +312,7 @@ mod tests {
         for others in [OtherUsers::Usual, OtherUsers::Allowed, OtherUsers::Refused] {
             let request = Request { point: Path::new("/r"), source: "s", read_only: true, others };
             let names: Vec<_> = kernel_options(&request, &device).into_iter().map(|o| o.0).collect();
-            assert!(names.contains(&"default_permissions"));
+            assert_eq!(names.contains(&"default_permissions"), names.contains(&"allow_other"));
             assert_eq!(names.contains(&"allow_other"), others != OtherUsers::Refused);
         }
     }

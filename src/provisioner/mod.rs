@@ -234,7 +234,8 @@ impl Provisioner {
 
     fn status(&self, id: &ContainerId) -> Result<Option<Status>> {
         let container = self.paths.container(id);
-        let Some(record) = Record::read(&container)? else { return Ok(None) };
+        let Some(mut record) = Record::read(&container)? else { return Ok(None) };
+        record.traces = backend::of(record.backend).refresh(&record.traces);
         let health = if lock::is_held(container.dir())? {
             Condition::Changing
         } else if record.elsewhere()?.is_some() {
@@ -442,6 +443,12 @@ fn remove_made(record: &Record) -> Result<()> {
 /// Where the rootfs will be: the absolute path, and the directories to make for it, outermost first.
 fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
     const OP: &str = "find mount point";
+    let unusable = |path: &Path, e: std::io::Error| match e.raw_os_error() {
+        Some(libc::ENOTCONN) => Error::io(OP, show(path), e)
+            .with_kind(Kind::Busy)
+            .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(path))),
+        _ => Error::io(OP, show(path), e),
+    };
     let wanted = std::path::absolute(wanted).map_err(|e| Error::io(OP, show(wanted), e))?;
     let mut missing = Vec::new();
     let mut at = wanted.clone();
@@ -455,16 +462,14 @@ fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
                 missing.push(name.to_owned());
                 at.pop();
             }
-            Err(e) if e.raw_os_error() == Some(libc::ENOTCONN) => {
-                return Err(Error::io(OP, show(&at), e)
-                    .with_kind(Kind::Busy)
-                    .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(&at))));
-            }
-            Err(e) => return Err(Error::io(OP, show(&at), e)),
+            Err(e) => return Err(unusable(&at, e)),
         }
     };
-    if !base.is_dir() {
-        return Err(Error::new(Kind::Usage, OP, show(&base), "it is not a directory"));
+    // canonicalize only reads links on the way: a dead mount shows when its root is asked for.
+    match std::fs::metadata(&base) {
+        Ok(meta) if meta.is_dir() => {}
+        Ok(_) => return Err(Error::new(Kind::Usage, OP, show(&base), "it is not a directory")),
+        Err(e) => return Err(unusable(&base, e)),
     }
     if base == Path::new("/") && missing.is_empty() {
         return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));

@@ -1,5 +1,6 @@
 //! System calls, wrapped: take `impl AsFd`, give `OwnedFd`, set close-on-exec. Must not know images, plans or records.
 
+pub mod attrs;
 pub mod durable;
 pub mod fs;
 pub mod mount;

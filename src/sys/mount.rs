@@ -3,7 +3,7 @@
 //! Fallbacks: each function that has one takes it on ENOSYS alone, and says so in the log once.
 
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{self, AtFlags, StatxFlags};
@@ -57,11 +57,18 @@ pub fn unique_mount_id(fd: impl AsFd) -> Option<u64> {
     (stat.stx_mask & MNT_ID_UNIQUE.bits() != 0).then_some(stat.stx_mnt_id)
 }
 
-/// Does `fd` refer to the root of its mount (STATX_ATTR_MOUNT_ROOT, Linux 5.8)? `false` where the kernel cannot tell.
-pub fn is_mount_root(fd: impl AsFd) -> bool {
+/// Does `fd` refer to the root of its mount? STATX_ATTR_MOUNT_ROOT tells since Linux 5.8; before that the mount table does, for
+/// what is attached.
+pub fn is_mount_root(fd: impl AsFd) -> Result<bool> {
+    let fd = fd.as_fd();
     let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
-    fs::statx(fd, "", flags, StatxFlags::empty())
-        .is_ok_and(|stat| stat.stx_attributes.contains(fs::StatxAttributes::MOUNT_ROOT))
+    if let Ok(stat) = fs::statx(fd, "", flags, StatxFlags::empty())
+        && stat.stx_attributes_mask.contains(fs::StatxAttributes::MOUNT_ROOT)
+    {
+        return Ok(stat.stx_attributes.contains(fs::StatxAttributes::MOUNT_ROOT));
+    }
+    let point = super::fs::path_of(fd)?;
+    Ok(mountinfo::by_id(mount_id(fd)?)?.is_some_and(|m| m.point == point))
 }
 
 /// With what is mounted below, or not?
@@ -201,12 +208,12 @@ pub fn missing_calls() -> Vec<&'static str> {
 
 static NEW_CALLS_MISSING: AtomicBool = AtomicBool::new(false);
 
-/// Say once that this kernel has not the calls, and that there is a moment in which a bind mount is writable.
+/// Say once that this kernel has not the calls.
 fn note_classic(call: &str) {
     if !NEW_CALLS_MISSING.swap(true, Ordering::Relaxed) {
         log::warn!(
             target: TARGET,
-            "this kernel has no {call}: mounting with mount(2) instead; a read-only bind mount is writable for a moment"
+            "this kernel has no {call}: bind mounts are built with mount(2), step by step, in a private place"
         );
     }
 }
@@ -217,13 +224,19 @@ pub enum Piece {
     /// A detached tree, its attributes set.
     Detached(OwnedFd),
     /// The directory or file to bind: this kernel cannot build the mount beforehand.
-    Classic(OwnedFd),
+    Classic {
+        /// What to bind.
+        source: OwnedFd,
+        /// A directory of ours that nobody else can enter, where it is built.
+        stage: PathBuf,
+    },
 }
 
 impl Piece {
-    /// What to attach for a bind mount of `source`. Idmapping has no fallback: ENOSYS comes back then.
-    pub fn bind(source: OwnedFd, depth: Depth, attrs: &AttrSet<'_>) -> rustix::io::Result<Self> {
-        let detached = open_tree_clone(&source, depth).and_then(|tree| {
+    /// What to attach for a bind mount of `source` with all that is mounted in it. `stage` is a directory of ours that nobody
+    /// else can enter. Idmapping has no fallback: ENOSYS comes back then.
+    pub fn bind(source: OwnedFd, stage: &Path, attrs: &AttrSet<'_>) -> rustix::io::Result<Self> {
+        let detached = open_tree_clone(&source, Depth::Recursive).and_then(|tree| {
             set_attr_recursive(&tree, attrs)?;
             Ok(tree)
         });
@@ -231,22 +244,29 @@ impl Piece {
             Ok(tree) => Ok(Piece::Detached(tree)),
             Err(Errno::NOSYS) if attrs.idmap.is_none() => {
                 note_classic("open_tree or mount_setattr");
-                Ok(Piece::Classic(source))
+                Ok(Piece::Classic { source, stage: stage.to_owned() })
             }
             Err(e) => Err(e),
         }
     }
 
-    /// Attach it on `target` and give the root of the new mount. `attrs` are those it was made with.
-    pub fn attach(self, target: impl AsFd, depth: Depth, attrs: &AttrSet<'_>) -> Result<OwnedFd> {
+    /// Attach it on `target` and give the root of the new mount. `attrs` are those it was made with; `before` sees that root
+    /// when everything is ready, and can still prevent it.
+    pub fn attach(
+        self,
+        target: impl AsFd,
+        attrs: &AttrSet<'_>,
+        before: &mut dyn FnMut(BorrowedFd<'_>) -> Result<()>,
+    ) -> Result<OwnedFd> {
         const OP: &str = "mount on";
         let target = target.as_fd();
         match self {
             Piece::Detached(tree) => {
+                before(tree.as_fd())?;
                 move_mount_to(&tree, target).map_err(|e| Error::sys(OP, name_of(target), e))?;
                 Ok(tree)
             }
-            Piece::Classic(source) => bind_classic(source.as_fd(), target, depth, attrs),
+            Piece::Classic { source, stage } => bind_classic(source.as_fd(), target, &stage, attrs, before),
         }
     }
 }
@@ -255,40 +275,74 @@ fn name_of(fd: BorrowedFd<'_>) -> String {
     super::fs::path_of(fd).map_or_else(|_| "an open file".into(), show)
 }
 
-/// mount(2) twice: bind, then remount with the attributes, mount by mount. The remount must repeat the flags that are there:
-/// a bind remount sets all of them, and in a user namespace dropping a locked one is EPERM (mount_namespaces(7)).
-fn bind_classic(source: BorrowedFd<'_>, target: BorrowedFd<'_>, depth: Depth, attrs: &AttrSet<'_>) -> Result<OwnedFd> {
-    const OP: &str = "bind mount on";
-    // Paths through /proc/self/fd: what a name resolves to may have changed since it was opened.
-    let magic = |fd: BorrowedFd<'_>| format!("/proc/self/fd/{}", fd.as_raw_fd());
-    let point = super::fs::path_of(target)?;
-    let fail = |e: Errno| Error::sys(OP, show(&point), e);
-    let before = mount_id_at(&point)?;
-    match depth {
-        Depth::One => mount::mount_bind(magic(source), magic(target)),
-        Depth::Recursive => mount::mount_bind_recursive(magic(source), magic(target)),
+/// Where directories are built, in the stage.
+const STAGE_DIR: &str = "stage-dir";
+/// Where files are.
+const STAGE_FILE: &str = "stage-file";
+
+/// With mount(2): bind at a private place, set the attributes mount by mount, then move the whole into place. A remount reaches
+/// no other namespace, and there must be no moment in which anybody sees a writable mount at the target.
+fn bind_classic(
+    source: BorrowedFd<'_>,
+    target: BorrowedFd<'_>,
+    stage: &Path,
+    attrs: &AttrSet<'_>,
+    before: &mut dyn FnMut(BorrowedFd<'_>) -> Result<()>,
+) -> Result<OwnedFd> {
+    const OP: &str = "bind mount at";
+    let fail = |e: Errno| Error::sys(OP, show(stage), e);
+    // What lies below a shared mount cannot be moved away (mount(2), EINVAL): a mount of its own, private.
+    mount::mount_bind(stage, stage).map_err(fail)?;
+    let built = mount::mount_change(stage, MountPropagationFlags::PRIVATE)
+        .map_err(fail)
+        .and_then(|()| build_at_stage(source, stage, attrs))
+        .and_then(|(root, place)| {
+            before(root.as_fd())?;
+            mount::mount_move(&place, magic(target)).map_err(|e| Error::sys("mount on", name_of(target), e))?;
+            Ok(root)
+        });
+    let cleared = unmount(stage, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(stage), e));
+    // Empty by now; what is still mounted on refuses to go.
+    let _ = fs::rmdir(stage.join(STAGE_DIR));
+    let _ = fs::unlink(stage.join(STAGE_FILE));
+    match built {
+        Ok(root) => cleared.map(|()| root),
+        Err(e) => Err(e.with_undo(cleared)),
     }
-    .map_err(fail)?;
-    let finish = || -> Result<OwnedFd> {
-        let flags = fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC;
-        let root = fs::openat(fs::CWD, &point, flags, fs::Mode::empty()).map_err(fail)?;
-        let id = mount_id(&root)?;
-        if id == before {
-            return Err(Error::new(Kind::Busy, OP, show(&point), "its path was changed meanwhile"));
-        }
-        if attrs.private {
-            mount::mount_change(&point, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(fail)?;
-        }
-        for mount in mountinfo::tree_of(mountinfo::read()?, id) {
-            let flags = MountFlags::BIND | existing_flags(&mount) | attrs.classic();
-            mount::mount_remount(&mount.point, flags, "").map_err(|e| Error::sys(OP, show(&mount.point), e))?;
-        }
-        Ok(root)
+}
+
+/// A path through which a descriptor is reached: what its name resolves to may have changed since it was opened.
+fn magic(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
+}
+
+fn build_at_stage(source: BorrowedFd<'_>, stage: &Path, attrs: &AttrSet<'_>) -> Result<(OwnedFd, PathBuf)> {
+    const OP: &str = "bind mount at";
+    let is_dir = fs::fstat(source).is_ok_and(|stat| fs::FileType::from_raw_mode(stat.st_mode).is_dir());
+    let place = stage.join(if is_dir { STAGE_DIR } else { STAGE_FILE });
+    let fail = |e: Errno| Error::sys(OP, show(&place), e);
+    let made = if is_dir {
+        fs::mkdir(&place, fs::Mode::RWXU)
+    } else {
+        let flags = fs::OFlags::CREATE | fs::OFlags::WRONLY | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC;
+        fs::open(&place, flags, fs::Mode::RUSR).map(drop)
     };
-    finish().map_err(|e| {
-        let undone = unmount(&point, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(&point), e));
-        e.with_undo(undone)
-    })
+    match made {
+        Ok(()) | Err(Errno::EXIST) => {}
+        Err(e) => return Err(fail(e)),
+    }
+    mount::mount_bind_recursive(magic(source), &place).map_err(fail)?;
+    let flags = fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC;
+    let root = fs::openat(fs::CWD, &place, flags, fs::Mode::empty()).map_err(fail)?;
+    if attrs.private {
+        mount::mount_change(&place, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(fail)?;
+    }
+    for mount in mountinfo::tree_of(mountinfo::read()?, mount_id(&root)?) {
+        // A bind remount sets all flags: repeat those that are there. In a user namespace dropping a locked one is EPERM.
+        let flags = MountFlags::BIND | existing_flags(&mount) | attrs.classic();
+        mount::mount_remount(&mount.point, flags, "").map_err(|e| Error::sys(OP, show(&mount.point), e))?;
+    }
+    Ok((root, place))
 }
 
 fn existing_flags(mount: &mountinfo::MountInfo) -> MountFlags {

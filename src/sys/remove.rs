@@ -38,7 +38,16 @@ pub fn remove_tree(path: &Path) -> Result<bool> {
 
 fn mount_of(at: impl AsFd, name: &CStr) -> rustix::io::Result<u64> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT | AtFlags::EMPTY_PATH;
-    statx(at, name, flags, StatxFlags::MNT_ID).map(|s| s.stx_mnt_id)
+    match statx(&at, name, flags, StatxFlags::MNT_ID) {
+        Err(Errno::NOSYS) => {}
+        other => return other.map(|s| s.stx_mnt_id),
+    }
+    let fd = if name.is_empty() {
+        rustix::io::fcntl_dupfd_cloexec(at, 0)?
+    } else {
+        openat(at, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?
+    };
+    super::mount::mount_id(fd).map_err(|e| e.errno().unwrap_or(Errno::IO))
 }
 
 fn entry(parent: &OwnedFd, name: &CStr, depth_left: usize) -> rustix::io::Result<()> {

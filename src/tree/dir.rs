@@ -6,7 +6,8 @@
 //!
 //! * `fds`: descriptors and their bounds
 //! * `found`: what statx tells
-//! * `nodes`: the node table (private to the tree; its guards are never held across a system call)
+//! * `nodes`: the node table (private to the tree; its guards are never held across a system call that could wait)
+//! * `outlive`: what the next server process needs to go on
 //! * `identity`: acting as the caller
 //! * `reach`: from a node to a descriptor
 //! * `names`: lookup, and what makes and removes names
@@ -24,6 +25,7 @@ mod identity;
 mod list;
 mod names;
 mod nodes;
+mod outlive;
 mod reach;
 
 use std::ffi::OsStr;
@@ -43,6 +45,7 @@ use crate::volume::Access;
 
 pub use fds::FdPool;
 pub use identity::ActAs;
+pub use outlive::{Continuity, Keeper};
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
@@ -106,6 +109,7 @@ pub struct DirTree {
     nodes: nodes::NodeTable,
     handles: files::Handles,
     readers: list::Readers,
+    outlive: Option<Arc<outlive::Outlive>>,
 }
 
 impl Drop for DirTree {
@@ -120,6 +124,17 @@ impl DirTree {
     /// # Errors
     /// It is neither.
     pub fn open(root: OwnedFd, options: DirOptions, pool: Arc<FdPool>) -> crate::Result<Self> {
+        Self::open_again(root, options, pool, None)
+    }
+
+    /// [`DirTree::open`], going on with what an earlier process left and leaving what the next one needs: nodes, open files and
+    /// directories, files that have no name any more.
+    pub fn open_again(
+        root: OwnedFd,
+        options: DirOptions,
+        pool: Arc<FdPool>,
+        continuity: Option<Continuity>,
+    ) -> crate::Result<Self> {
         const OP: &str = "serve directory";
         let name = || crate::sys::fs::path_of(&root).map_or_else(|_| "?".to_owned(), crate::error::show);
         let found = found::stat_fd(&root).map_err(|e| crate::Error::sys(OP, name(), e))?;
@@ -133,12 +148,28 @@ impl DirTree {
             .hint("use --backend bind for a socket, FIFO or device"));
         }
         let number = pool.register();
+        let (nodes, handles, outlive) = match continuity {
+            None => (nodes::NodeTable::new(&found), files::Handles::default(), None),
+            Some(continuity) => {
+                let (outlive, inherited, kept) = outlive::Outlive::take_over(continuity);
+                let outlive = Arc::new(outlive);
+                let nodes = nodes::NodeTable::inherit(&found, &inherited, Arc::clone(&outlive));
+                for (node, fd) in kept {
+                    match pool.hold(fd) {
+                        Ok(pin) => nodes.pin(node, pin),
+                        Err(e) => log::warn!(target: "fsprov::tree::dir", "hold a removed file again: {e}"),
+                    }
+                }
+                (nodes, files::Handles::inherit(&inherited), Some(outlive))
+            }
+        };
         Ok(DirTree {
             root: Arc::new(root),
             root_mount: found.mount,
-            nodes: nodes::NodeTable::new(&found),
-            handles: files::Handles::default(),
+            nodes,
+            handles,
             readers: list::Readers::default(),
+            outlive,
             options,
             pool,
             number,
@@ -189,10 +220,14 @@ impl Tree for DirTree {
     fn forget(&self, node: Node, count: u64) {
         if self.nodes.forget(node, count) {
             self.pool.remove(self.number, node);
+            if let Some(outlive) = &self.outlive {
+                outlive.release(node);
+            }
+            self.nodes.tidy();
         }
     }
     fn getattr(&self, node: Node, handle: Option<Handle>) -> Result<(Attr, Duration)> {
-        let found = match handle.and_then(|h| self.handles.get(h)) {
+        let found = match handle.and_then(|h| self.handle(h)) {
             Some(open) => open.stat()?,
             None => self.stat(node)?,
         };
@@ -247,6 +282,9 @@ impl Tree for DirTree {
     }
     fn fsyncdir(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
         self.sync(node, handle, data_only)
+    }
+    fn access(&self, node: Node, mask: i32) -> Result<()> {
+        self.check_access(node, mask)
     }
     fn lseek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
         self.seek(node, handle, offset, whence)
@@ -323,5 +361,9 @@ impl Tree for DirTree {
     }
 }
 
+#[cfg(test)]
+mod attack;
+#[cfg(test)]
+mod model;
 #[cfg(test)]
 mod tests;

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, Node, Opened, ROOT, Result,
-    Statfs, Timespec, Tree,
+    Statfs, Timespec, Tree, access_read_only,
 };
 use crate::index::read::{Form, Inode, Name};
 use crate::index::{Damaged, Index, MAX_NAME};
@@ -167,8 +167,12 @@ impl Tree for ImageTree {
         Ok(())
     }
 
+    fn access(&self, node: Node, mask: i32) -> Result<()> {
+        access_read_only(self.inode(node)?.mode, mask)
+    }
+
     fn open(&self, _caller: &Caller, node: Node, flags: i32) -> Result<Opened> {
-        // Type and permissions are the kernel's to check (default_permissions); that nothing is written is ours, too.
+        // That nothing is written is ours to see to; permissions are the kernel's (default_permissions), or all are this one user's.
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return Err(Errno::ROFS);
         }
@@ -285,6 +289,10 @@ impl Tree for ImageTree {
 
     fn is_live(&self) -> bool {
         false
+    }
+
+    fn opens_without_asking(&self) -> bool {
+        true
     }
 
     fn is_without_xattrs(&self) -> bool {

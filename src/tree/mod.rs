@@ -7,6 +7,8 @@
 //! programs see. The root of every tree is [`ROOT`]. Ids stay below 2^56: the route table puts the tree's number above.
 //! Errors are errnos, since that is what the kernel takes.
 
+pub mod again;
+pub mod device;
 pub mod dir;
 pub mod image;
 pub mod route;
@@ -214,6 +216,18 @@ pub struct New {
     pub rdev: u32,
 }
 
+/// The answer of [`Tree::access`] for a node of this mode where nothing can be written.
+pub(crate) fn access_read_only(mode: u32, mask: i32) -> Result<()> {
+    let is_regular = mode & libc::S_IFMT == libc::S_IFREG;
+    if mask & libc::W_OK != 0 {
+        return Err(Errno::ROFS);
+    }
+    if mask & libc::X_OK != 0 && is_regular && mode & 0o111 == 0 {
+        return Err(Errno::ACCESS);
+    }
+    Ok(())
+}
+
 /// What a tree answers. Every method may be called from several threads at once and must not block without bound.
 ///
 /// What changes something answers EROFS unless a tree says otherwise: the image tree writes none of these methods.
@@ -248,8 +262,17 @@ pub trait Tree: Send + Sync {
     /// The names of the extended attributes, each with a NUL after it.
     fn listxattr(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()>;
 
+    /// access(2), for mounts where the kernel does not check permissions itself (no `default_permissions`: one user's own mount);
+    /// `mask` is of R_OK, W_OK, X_OK. That user may read all of it; a file without an x bit is not executable for anybody.
+    fn access(&self, node: Node, mask: i32) -> Result<()>;
+
     /// True where a node may change other than through us: the kernel may keep nothing for ever.
     fn is_live(&self) -> bool;
+    /// True where every open of a file or directory succeeds and leaves nothing to remember: the kernel need not ask
+    /// (FUSE_NO_OPEN_SUPPORT, FUSE_NO_OPENDIR_SUPPORT).
+    fn opens_without_asking(&self) -> bool {
+        false
+    }
     /// True where no node has an extended attribute and none can get one: the kernel need not ask.
     fn is_without_xattrs(&self) -> bool {
         false

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, NODE_LIMIT, New,
-    Node, Opened, ROOT, Result, Statfs, Timespec, Tree,
+    Node, Opened, ROOT, Result, Statfs, Timespec, Tree, access_read_only,
 };
 use crate::error::{Error, Kind};
 use crate::volume::{Access, ContainerPath, Form};
@@ -43,6 +43,9 @@ const SYMLINK: u32 = 0o120_000;
 
 /// The server itself, where no caller asks.
 const SERVER: Caller = Caller { uid: 0, gid: 0, pid: 0 };
+
+/// A tree's number, the tree, and a node in it.
+type Place<'a> = (u64, &'a Arc<dyn Tree>, Node);
 
 /// Why a name is routed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -293,7 +296,7 @@ impl RouteTree {
     }
 
     /// The tree that a node belongs to, and the node there. None: it was made up.
-    fn tree(&self, node: Node) -> Result<Option<(u64, &Arc<dyn Tree>, Node)>> {
+    fn tree(&self, node: Node) -> Result<Option<Place<'_>>> {
         match node >> TREE_SHIFT {
             MADE_UP => Ok(None),
             number => {
@@ -304,7 +307,7 @@ impl RouteTree {
     }
 
     /// The same for what a made-up directory does not do.
-    fn real(&self, node: Node) -> Result<(u64, &Arc<dyn Tree>, Node)> {
+    fn real(&self, node: Node) -> Result<Place<'_>> {
         self.tree(node)?.ok_or(Errno::ROFS)
     }
 
@@ -336,9 +339,13 @@ impl RouteTree {
         Ok(Entry { attr, generation: 0, entry_ttl: FOREVER, attr_ttl: ttl })
     }
 
-    /// EEXIST where something would be made on a routed name, EBUSY where one would go.
+    /// EEXIST where something would be made on a routed name, EBUSY where one would go; EROFS before EBUSY where nothing may go.
     fn refuse_routed(&self, parent: Node, name: &OsStr, errno: Errno) -> Result<()> {
-        if self.route(parent, name).is_some() { Err(errno) } else { Ok(()) }
+        if self.route(parent, name).is_none() {
+            return Ok(());
+        }
+        let is_image = matches!(parent >> TREE_SHIFT, 0 | MADE_UP);
+        Err(if errno == Errno::BUSY && is_image { Errno::ROFS } else { errno })
     }
 
     /// Both in one tree, or EXDEV.
@@ -426,17 +433,13 @@ impl Tree for RouteTree {
     }
 
     fn getattr(&self, node: Node, handle: Option<Handle>) -> Result<(Attr, Duration)> {
-        match self.tree(node)? {
-            Some((number, tree, inner)) => {
-                let (attr, ttl) = tree.getattr(inner, handle)?;
-                Ok((self.attr_out(number, attr), ttl))
-            }
-            None => {
-                let mut attr = self.made(node)?.attr;
-                attr.nlink += self.routed.get(&node).map_or(0, |r| r.added_directories);
-                Ok((attr, FOREVER))
-            }
-        }
+        let Some((number, tree, inner)) = self.tree(node)? else {
+            let mut attr = self.made(node)?.attr;
+            attr.nlink += self.routed.get(&node).map_or(0, |r| r.added_directories);
+            return Ok((attr, FOREVER));
+        };
+        let (attr, ttl) = tree.getattr(inner, handle)?;
+        Ok((self.attr_out(number, attr), ttl))
     }
 
     fn readlink(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
@@ -520,6 +523,13 @@ impl Tree for RouteTree {
         }
     }
 
+    fn access(&self, node: Node, mask: i32) -> Result<()> {
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.access(inner, mask),
+            None => access_read_only(DIRECTORY, mask),
+        }
+    }
+
     fn getxattr(&self, caller: &Caller, node: Node, name: &OsStr, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         match self.tree(node)? {
             Some((_, tree, inner)) => tree.getxattr(caller, inner, name, out),
@@ -528,17 +538,19 @@ impl Tree for RouteTree {
     }
 
     fn listxattr(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
-        match self.tree(node)? {
-            Some((_, tree, inner)) => tree.listxattr(inner, out),
-            None => {
-                out(&[]);
-                Ok(())
-            }
+        if let Some((_, tree, inner)) = self.tree(node)? {
+            return tree.listxattr(inner, out);
         }
+        out(&[]);
+        Ok(())
     }
 
     fn is_live(&self) -> bool {
         self.live
+    }
+
+    fn opens_without_asking(&self) -> bool {
+        self.trees.iter().all(|tree| tree.opens_without_asking())
     }
 
     fn is_without_xattrs(&self) -> bool {
@@ -711,7 +723,7 @@ impl RouteTree {
     fn refuse_ancestor(
         &self,
         caller: &Caller,
-        (number, tree, parent): (u64, &Arc<dyn Tree>, Node),
+        (number, tree, parent): Place<'_>,
         name: &OsStr,
         errno: Errno,
     ) -> Result<()> {

@@ -7,14 +7,14 @@ use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{ExitCode, Stdio};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Completion, Failed, Trial};
 
 use super::lane::{Half, LANES};
-use super::needs::must_run;
+use super::needs::{must_run, test_user};
 use super::{Enter, Lane, Need, Stage, images, system};
 
 /// One thing that must hold.
@@ -46,8 +46,20 @@ impl Case {
 pub(crate) mod on {
     use crate::common::{Enter, Lane};
 
+    /// Every backend whose rootfs is a read-only mount.
     pub(crate) fn every_backend(lane: &Lane) -> bool {
+        with_copy(lane) && lane.backend != "copy"
+    }
+    /// And the one whose rootfs is a writable copy, no mount at all.
+    pub(crate) fn with_copy(lane: &Lane) -> bool {
         !lane.backend.is_empty()
+    }
+    pub(crate) fn copy(lane: &Lane) -> bool {
+        lane.backend == "copy"
+    }
+    /// Those that make a mount point which the image lacks.
+    pub(crate) fn makes_mount_points(lane: &Lane) -> bool {
+        ["fuse", "overlay"].contains(&lane.backend)
     }
     pub(crate) fn fuse(lane: &Lane) -> bool {
         lane.is_fuse()
@@ -179,13 +191,7 @@ fn run_one(wanted: &str, cases: &[Case]) -> ExitCode {
 /// Root started the unprivileged half: run it as the test user, from a place where that user can read and execute it (the
 /// checkout may be closed to everyone but root), in a mount namespace of its own.
 fn run_as_user() -> Result<ExitCode, String> {
-    let user = std::env::var("FSPROV_TEST_USER").unwrap_or_else(|_| "fsprov-test".into());
-    let id = |flag: &str| {
-        let output = Command::new("id").args([flag, &user]).output().map_err(|e| format!("id: {e}"))?;
-        let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-        text.parse::<u32>().map(|_| text).map_err(|_| format!("there is no user {user}: scripts/setup makes it"))
-    };
-    let (uid, gid) = (id("-u")?, id("-g")?);
+    let user = test_user()?;
     // Made while still root: the cache belongs to root.
     if Need::Minbase.check().is_ok() {
         images::minbase_aci()?;
@@ -205,11 +211,14 @@ fn run_as_user() -> Result<ExitCode, String> {
     let bin = copy(&super::stage::program(), "fsprov")?;
 
     let mut command = Enter::Root.command("setpriv".as_ref());
-    command.args(["--reuid", &uid, "--regid", &gid, "--init-groups"]).arg(&exe).args(std::env::args_os().skip(1));
+    command
+        .args(["--reuid", &user.uid, "--regid", &user.gid, "--init-groups"])
+        .arg(&exe)
+        .args(std::env::args_os().skip(1));
     command.env_clear().env(DROPPED, "1").env("FSPROV_TEST_BIN", &bin).env("LC_ALL", "C").current_dir("/");
     command
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
-        .env("HOME", format!("/home/{user}"));
+        .env("HOME", format!("/home/{}", user.name));
     for (name, value) in std::env::vars_os() {
         let keep = |name: &OsString| name.to_string_lossy().starts_with("FSPROV_TEST_") || name == "LLVM_PROFILE_FILE";
         if keep(&name) && name != "FSPROV_TEST_BIN" {

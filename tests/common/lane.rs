@@ -58,10 +58,14 @@ pub(crate) const LANES: &[Lane] = &[
     lane("root", Half::Privileged, Enter::Root, ""),
     lane("bind-root", Half::Privileged, Enter::Root, "bind"),
     lane("fuse-root", Half::Privileged, Enter::Root, "fuse"),
+    lane("overlay-root", Half::Privileged, Enter::Root, "overlay"),
+    lane("copy-root", Half::Privileged, Enter::Root, "copy"),
     lane("user", Half::Unprivileged, Enter::User, ""),
     lane("fuse-user", Half::Unprivileged, Enter::User, "fuse"),
     lane("fuse-userns", Half::Unprivileged, Enter::Userns, "fuse"),
     lane("bind-userns", Half::Unprivileged, Enter::Userns, "bind"),
+    lane("overlay-userns", Half::Unprivileged, Enter::Userns, "overlay"),
+    lane("copy-user", Half::Unprivileged, Enter::User, "copy"),
 ];
 
 impl Lane {

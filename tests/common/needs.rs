@@ -13,6 +13,8 @@ pub(crate) enum Need {
     Tool(&'static str),
     /// The Debian minbase image that scripts/setup caches.
     Minbase,
+    /// The ordinary user that root runs tests as.
+    TestUser,
     /// The program was built with `--features failpoints`.
     Failpoints,
 }
@@ -40,12 +42,31 @@ impl Need {
             Need::Minbase => super::images::minbase_source().map(drop).ok_or_else(|| {
                 "needs a Debian minbase tar in /var/cache/fsprov-test or ~/.cache/fsprov-test: scripts/setup".into()
             }),
+            Need::TestUser => test_user().map(drop),
             Need::Failpoints if !cfg!(feature = "failpoints") => {
                 Err("needs a build with --features failpoints: scripts/test".into())
             }
             Need::Root | Need::NotRoot | Need::Failpoints => Ok(()),
         }
     }
+}
+
+/// An ordinary user, with ids as text for command lines.
+pub(crate) struct TestUser {
+    pub(crate) name: String,
+    pub(crate) uid: String,
+    pub(crate) gid: String,
+}
+
+/// The ordinary user that root runs tests as.
+pub(crate) fn test_user() -> Result<TestUser, String> {
+    let name = std::env::var("FSPROV_TEST_USER").unwrap_or_else(|_| "fsprov-test".into());
+    let id = |flag: &str| {
+        let output = Command::new("id").args([flag, &name]).output().map_err(|e| format!("id: {e}"))?;
+        let text = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+        text.parse::<u32>().map(|_| text).map_err(|_| format!("needs the user {name}: scripts/setup makes it"))
+    };
+    Ok(TestUser { uid: id("-u")?, gid: id("-g")?, name })
 }
 
 /// Must what is missing fail?

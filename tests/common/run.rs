@@ -3,7 +3,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fs::File;
-use std::io::{Read as _, Seek as _, Write as _};
+use std::io::{Read as _, Seek as _};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -89,7 +89,7 @@ impl Outcome {
 }
 
 /// Run it to its end.
-pub(crate) fn run(mut command: Command, input: Option<&[u8]>) -> Outcome {
+pub(crate) fn run(mut command: Command) -> Outcome {
     let mut line = String::new();
     for word in std::iter::once(command.get_program()).chain(command.get_args()) {
         line.push_str(&quote(word));
@@ -97,14 +97,9 @@ pub(crate) fn run(mut command: Command, input: Option<&[u8]>) -> Outcome {
     }
     let (mut out, mut err) = (tempfile::tempfile().expect("temp file"), tempfile::tempfile().expect("temp file"));
     command.stdout(out.try_clone().expect("dup")).stderr(err.try_clone().expect("dup"));
-    command.stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() });
+    command.stdin(Stdio::null());
     let started = Instant::now();
     let mut child = command.spawn().unwrap_or_else(|e| panic!("start {line}: {e}"));
-    if let Some(bytes) = input {
-        let mut stdin = child.stdin.take().expect("piped");
-        // A program that ends without reading all of its input is the test's business, not an error here.
-        let _ = stdin.write_all(bytes);
-    }
     let status = loop {
         if let Some(status) = child.try_wait().expect("wait") {
             break Some(status);

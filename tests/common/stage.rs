@@ -17,12 +17,14 @@ use super::{Enter, Lane};
 /// How long a process that was told to end may take to be gone, when the case is over.
 const ENDING: Duration = Duration::from_secs(3);
 
+/// How the names of cases' directories begin.
+pub(crate) const PREFIX: &str = "fsprov-t.";
+
 pub(crate) struct Stage {
     pub(crate) lane: Lane,
     /// The case's own directory. Everything it makes, mounts and starts is below it.
     pub(crate) dir: PathBuf,
     log: RefCell<Vec<String>>,
-    rootfses: RefCell<Vec<PathBuf>>,
 }
 
 /// The program under test.
@@ -34,7 +36,7 @@ impl Stage {
     pub(crate) fn new(lane: Lane) -> Self {
         let parent = std::env::var_os("FSPROV_TEST_TMP").map_or_else(std::env::temp_dir, PathBuf::from);
         let dir = tempfile::Builder::new()
-            .prefix("fsprov-t.")
+            .prefix(PREFIX)
             .permissions(fs::Permissions::from_mode(0o755))
             .tempdir_in(&parent)
             .expect("make the case's directory")
@@ -42,7 +44,7 @@ impl Stage {
         // As mountinfo will show it.
         let dir = dir.canonicalize().expect("resolve the case's directory");
         fs::create_dir(dir.join("home")).expect("make home");
-        Stage { lane, dir, log: RefCell::default(), rootfses: RefCell::default() }
+        Stage { lane, dir, log: RefCell::default() }
     }
 
     pub(crate) fn path(&self, name: impl AsRef<Path>) -> PathBuf {
@@ -83,7 +85,7 @@ impl Stage {
         let mut command = Command::new(program());
         command.args(words(args));
         self.clean(&mut command);
-        Call { stage: self, command, input: None }
+        Call { stage: self, command }
     }
 
     /// Another program, in the same clean environment, not run yet.
@@ -91,7 +93,7 @@ impl Stage {
         let mut command = Command::new(name);
         command.args(words(args));
         self.clean(&mut command);
-        Call { stage: self, command, input: None }
+        Call { stage: self, command }
     }
 
     /// `fsprov mount --backend LANE'S OPTIONS... IMAGE ROOTFS`, not run yet. The rootfs is unmounted when the case ends, if it still is there.
@@ -103,7 +105,6 @@ impl Stage {
     ) -> Call<'_> {
         assert!(!self.lane.backend.is_empty(), "this case needs a lane with a backend");
         let rootfs = self.dir.join(rootfs);
-        self.rootfses.borrow_mut().push(rootfs.clone());
         let mut args = words(["mount", "--backend", self.lane.backend]);
         args.extend(options.into_iter().map(Into::into));
         args.push(image.as_ref().to_owned());
@@ -192,13 +193,10 @@ impl Stage {
 
     /// The case is over and passed: unmount what is still mounted, as a user would; then nothing may be left.
     pub(crate) fn finish(&self) -> Result<(), String> {
-        let mounted = |path: &Path| system::mounts().iter().any(|m| m.point == path);
-        for rootfs in self.rootfses.borrow().iter().rev() {
-            if mounted(rootfs) {
-                let outcome = self.fsprov([OsStr::new("unmount"), rootfs.as_os_str()]).run();
-                if outcome.code() != Some(0) {
-                    return Err(format!("unmount at the end of the case failed:\n{}", outcome.describe()));
-                }
+        if !self.records().is_empty() {
+            let outcome = self.fsprov(["unmount", "--all"]).run();
+            if outcome.code() != Some(0) {
+                return Err(format!("unmount at the end of the case failed:\n{}", outcome.describe()));
             }
         }
         let left = self.leftovers(ENDING);
@@ -246,12 +244,16 @@ fn open_up(dir: &Path) {
 pub(crate) struct Call<'a> {
     stage: &'a Stage,
     pub(crate) command: Command,
-    input: Option<Vec<u8>>,
 }
 
 impl Call<'_> {
     pub(crate) fn arg(mut self, arg: impl AsRef<OsStr>) -> Self {
         self.command.arg(arg);
+        self
+    }
+
+    pub(crate) fn args<I: IntoIterator<Item = S>, S: AsRef<OsStr>>(mut self, args: I) -> Self {
+        self.command.args(args);
         self
     }
 
@@ -265,13 +267,8 @@ impl Call<'_> {
         self
     }
 
-    pub(crate) fn input(mut self, bytes: impl Into<Vec<u8>>) -> Self {
-        self.input = Some(bytes.into());
-        self
-    }
-
     pub(crate) fn run(self) -> Outcome {
-        let outcome = run::run(self.command, self.input.as_deref());
+        let outcome = run::run(self.command);
         self.stage.note(outcome.describe());
         outcome
     }

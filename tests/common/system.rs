@@ -59,6 +59,12 @@ pub(crate) fn mounts_below(dir: &Path) -> Vec<Mount> {
     mounts().into_iter().filter(|m| m.point.starts_with(dir)).collect()
 }
 
+/// The mounts that no case made: an ordinary user's cases share a mount namespace with each other.
+pub(crate) fn mounts_of_others() -> Vec<Mount> {
+    let of_a_case = |m: &Mount| m.point.iter().any(|name| name.as_bytes().starts_with(super::stage::PREFIX.as_bytes()));
+    mounts().into_iter().filter(|m| !of_a_case(m)).collect()
+}
+
 /// One process, from /proc/PID/stat.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct Process {

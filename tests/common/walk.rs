@@ -14,15 +14,8 @@ use sha2::{Digest as _, Sha256};
 /// listxattr gave. Errors are part of the picture: what the source refuses, the rootfs must refuse in the same words.
 pub(crate) type Picture = BTreeMap<Vec<u8>, String>;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Owners {
-    Compare,
-    /// For trees whose owners cannot be the same: written by different users.
-    Skip,
-}
-
-/// Look at everything below `root`, except at and below the paths in `skip` (relative).
-pub(crate) fn picture(root: &Path, skip: &[&str], owners: Owners) -> Picture {
+/// Look at everything below `root`.
+pub(crate) fn picture(root: &Path) -> Picture {
     let mut seen = Picture::new();
     // (dev, ino) -> first path in byte order of those that share it: names the hard-link group.
     let mut groups: BTreeMap<(u64, u64), Vec<Vec<u8>>> = BTreeMap::new();
@@ -44,14 +37,14 @@ pub(crate) fn picture(root: &Path, skip: &[&str], owners: Owners) -> Picture {
             match fs::read_dir(&path) {
                 Ok(entries) => {
                     for entry in entries {
-                        let Ok(entry) = entry else {
-                            seen.insert([&key[..], b"/?"].concat(), "readdir: error".into());
-                            break;
+                        let entry = match entry {
+                            Ok(entry) => entry,
+                            Err(error) => {
+                                seen.insert([&key[..], b"/?"].concat(), format!("readdir: {error}"));
+                                break;
+                            }
                         };
                         let child = relative.join(entry.file_name());
-                        if skip.iter().any(|s| child == Path::new(s)) {
-                            continue;
-                        }
                         // What readdir says must be what stat says.
                         let told = entry.file_type().map(kind_letter);
                         let is = fs::symlink_metadata(root.join(&child)).map(|m| (kind_letter(m.file_type()), m.ino()));
@@ -70,7 +63,7 @@ pub(crate) fn picture(root: &Path, skip: &[&str], owners: Owners) -> Picture {
                 }
             }
         }
-        seen.insert(key, describe(&path, &meta, owners));
+        seen.insert(key, describe(&path, &meta));
     }
     for mut members in groups.into_values() {
         members.sort();
@@ -109,12 +102,10 @@ fn kind_letter(kind: fs::FileType) -> char {
     }
 }
 
-fn describe(path: &Path, meta: &fs::Metadata, owners: Owners) -> String {
+fn describe(path: &Path, meta: &fs::Metadata) -> String {
     let kind = kind_letter(meta.file_type());
-    let mut line = format!("{kind} {:04o} mtime={}.{:09}", meta.mode() & 0o7777, meta.mtime(), meta.mtime_nsec());
-    if owners == Owners::Compare {
-        line.push_str(&format!(" {}:{}", meta.uid(), meta.gid()));
-    }
+    let (mode, uid, gid) = (meta.mode() & 0o7777, meta.uid(), meta.gid());
+    let mut line = format!("{kind} {mode:04o} {uid}:{gid} mtime={}.{:09}", meta.mtime(), meta.mtime_nsec());
     match kind {
         // A directory's size and link count are the file system's own business.
         'd' => {}

@@ -37,7 +37,7 @@ pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on
         // Options that every verb takes are told by every verb.
         assert!(stage.fsprov(verb.iter().copied().chain(["--help"])).run().out().contains("--root"), "{verb:?}");
     }
-    for verb in VERBS.iter().filter(|v| ["mount", "list", "inspect", "probe", "recover", "image"].contains(&v[0])) {
+    for verb in VERBS.iter().filter(|v| !["unmount", "umount", "rm", "completions", "man"].contains(&v[v.len() - 1])) {
         let said = stage.fsprov(verb.iter().copied().chain(["--help"])).run();
         assert!(said.out().contains("--json"), "every verb that prints has --json: {}", said.describe());
     }
@@ -236,46 +236,36 @@ fn shape(value: &Value) -> Vec<String> {
 
 #[track_caller]
 pub(crate) fn assert_shape(value: &Value, want: &str, what: &str) {
-    let want: Vec<&str> = want.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
     let got = shape(value);
+    let mut want: Vec<&str> = want.lines().map(str::trim).filter(|l| !l.is_empty()).collect();
+    want.sort_unstable();
     assert_eq!(
         got, want,
         "{what}: programs read this; if the change is meant, it belongs into CHANGELOG.md. It is:\n{value:#}"
     );
 }
 
-const RECORD: &str = "
+const ROOTFS: &str = "
     .backend string
-    .boot_id string
     .created string
-    .health string
+    .id string
     .image.id null
     .image.name null
     .image.reference string
-    .made[] string
-    .mount_namespace.device number
-    .mount_namespace.inode number
-    .plan.id string
-    .plan.layers[].root string
-    .plan.ownership.gids[]
-    .plan.ownership.squash null
-    .plan.ownership.uids[]
-    .plan.rootfs string
-    .plan.state_dir string
-    .plan.volumes[].access string
-    .plan.volumes[].form string
-    .plan.volumes[].source string
-    .plan.volumes[].target string
+    .layers[].root string
+    .mount_id number
+    .mount_namespace number
+    .rootfs string
     .state string
+    .volumes[].access string
+    .volumes[].form string
+    .volumes[].source string
+    .volumes[].target string
 ";
 
-const FUSE_TRACES: &str = "
-    .traces.fuse_connection number
-    .traces.mount_id number
-    .traces.supervisor.pid number
-    .traces.supervisor.start_time number
-    .traces.worker.pid number
-    .traces.worker.start_time number
+const SERVER: &str = "
+    .supervisor_pid number
+    .worker_pid number
 ";
 
 pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::every_backend, |stage: &Stage| {
@@ -284,10 +274,8 @@ pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::every
     args.extend(sandbox(stage));
     args.extend(volume("tmp", "/tmp", "rw"));
     let mounted = stage.mount_call(&image, "rootfs", args).run().ok().json();
-    let traces = if stage.lane.is_fuse() { FUSE_TRACES } else { ".traces.mount_id number" };
-    let want = format!("{RECORD}{traces}\n.version number");
-    let without_health = want.replace(".health string", "");
-    assert_shape(&mounted, &without_health, "mount --json");
+    let want = if stage.lane.is_fuse() { format!("{ROOTFS}{SERVER}") } else { ROOTFS.to_owned() };
+    assert_shape(&mounted, &want, "mount --json");
     let listed = stage.fsprov(["list", "--json"]).run().ok().json();
     assert_shape(&listed[0], &want, "list --json");
     let inspected = stage.fsprov(["inspect", "--json", "./rootfs"]).run().ok().json();
@@ -295,34 +283,34 @@ pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::every
     // And its values.
     assert_eq!(listed.as_array().map(Vec::len), Some(1));
     assert_eq!(inspected, listed[0]);
+    assert_eq!(inspected, mounted);
     for (pointer, value) in [
         ("/backend", stage.lane.backend.to_owned()),
-        ("/health", "ready".into()),
         ("/state", "ready".into()),
-        ("/plan/rootfs", stage.path("rootfs").display().to_string()),
-        ("/plan/layers/0/root", image.display().to_string()),
-        ("/plan/volumes/0/source", stage.path("sandbox/tmp").display().to_string()),
-        ("/plan/volumes/0/target", "/tmp".into()),
-        ("/plan/volumes/0/access", "rw".into()),
-        ("/plan/volumes/0/form", "directory".into()),
+        ("/rootfs", stage.path("rootfs").display().to_string()),
+        ("/layers/0/root", image.display().to_string()),
+        ("/volumes/0/source", stage.path("sandbox/tmp").display().to_string()),
+        ("/volumes/0/target", "/tmp".into()),
+        ("/volumes/0/access", "rw".into()),
+        ("/volumes/0/form", "directory".into()),
         ("/image/reference", image.display().to_string()),
     ] {
         assert_eq!(inspected.pointer(pointer).and_then(Value::as_str), Some(&*value), "{pointer}");
     }
     if stage.lane.is_fuse() {
         let pids: Vec<i64> = stage.servers().iter().map(|p| p.pid.into()).collect();
-        let worker = inspected.pointer("/traces/worker/pid").and_then(Value::as_i64).expect("a pid");
+        let worker = inspected.pointer("/worker_pid").and_then(Value::as_i64).expect("a pid");
         assert!(pids.contains(&worker), "worker {worker} is one of {pids:?}");
     }
     let mount = system::mounts().into_iter().rfind(|m| m.point == stage.path("rootfs")).expect("mounted");
-    assert_eq!(inspected.pointer("/traces/mount_id").and_then(Value::as_u64), Some(mount.id));
+    assert_eq!(inspected.pointer("/mount_id").and_then(Value::as_u64), Some(mount.id));
     // For people, the same things.
     let table = stage.fsprov(["list"]).run().ok().out();
     let text = stage.fsprov(["inspect", "./rootfs"]).run().ok().out();
     for word in ["ready", stage.lane.backend, "rootfs"] {
         assert!(table.contains(word) && text.contains(word), "{word}:\n{table}\n{text}");
     }
-    let id = inspected.pointer("/plan/id").and_then(Value::as_str).expect("an id").to_owned();
+    let id = inspected.pointer("/id").and_then(Value::as_str).expect("an id").to_owned();
     stage.fsprov(["unmount", &id]).run().ok();
     assert_eq!(stage.fsprov(["list", "--json"]).run().ok().json(), Value::Array(Vec::new()));
     assert_eq!(stage.fsprov(["list"]).run().ok().out(), "");
@@ -381,14 +369,18 @@ pub(crate) const NO_PRIVILEGE: Case = Case::needing(
         };
         mount("bind").run().fails(5, &["bind", "unshare"]);
         stage.assert_nothing_left("after bind without privilege");
-        // fusermount3 hidden: no directory of the PATH has it.
-        let empty = stage.mkdir("empty");
-        mount("fuse").env("PATH", &empty).run().fails(5, &["fusermount3", "fuse3"]);
-        stage.assert_nothing_left("after fuse without fusermount3");
-        let said = mount("auto").env("PATH", &empty).run().fails(5, &["bind", "fuse", "overlay", "fusermount3"]);
+        // A process that can gain no privilege gets none from fusermount3 either.
+        let fsprov = crate::common::stage::program();
+        let bare = |args: &[&OsStr]| stage.tool("setpriv", ["--no-new-privs"]).arg(&fsprov).args(args).run();
+        let mount_bare = |backend: &str| {
+            bare(&["mount".as_ref(), "--backend".as_ref(), backend.as_ref(), image.as_os_str(), "rootfs".as_ref()])
+        };
+        mount_bare("fuse").fails(5, &["fusermount3", "no_new_privs"]);
+        stage.assert_nothing_left("after fuse without privilege to gain");
+        let said = mount_bare("auto").fails(5, &["bind", "fuse", "overlay", "fusermount3"]);
         assert!(said.err().lines().count() >= 4, "every backend has its line: {}", said.describe());
-        stage.assert_nothing_left("after auto without fusermount3");
-        let probe = stage.fsprov(["probe", "--json"]).env("PATH", &empty).run().ok().json();
+        stage.assert_nothing_left("after auto without privilege to gain");
+        let probe = bare(&["probe".as_ref(), "--json".as_ref()]).ok().json();
         assert_eq!(probe["auto"], Value::Null, "{probe:#}");
         // /dev/fuse closed: a file of the first namespace's root, 0600 or 0640, stands in its place.
         let masked = format!(
@@ -399,6 +391,42 @@ pub(crate) const NO_PRIVILEGE: Case = Case::needing(
         stage.tool("unshare", args).arg(&image).arg("rootfs").run().fails(5, &["/dev/fuse", "Permission denied"]);
         stage.assert_nothing_left("after fuse without /dev/fuse");
         assert!(!stage.path("rootfs").exists());
+    },
+);
+
+/// A machine without the package fuse3, as its ordinary user finds it. Root masks the program in the case's own namespace.
+pub(crate) const NO_FUSERMOUNT: Case = Case::needing(
+    "without_fusermount3_the_remedy_names_its_package",
+    |lane: &Lane| lane.backend.is_empty() && lane.enter == Enter::Root,
+    &[Need::DevFuse, Need::Tool("fusermount3"), Need::TestUser],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        for dir in std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default())
+            .chain(["/usr/bin".into(), "/bin".into()])
+        {
+            for name in ["fusermount3", "fusermount"] {
+                // What is no program any more: an empty file that nobody may run.
+                if let Ok(real) = dir.join(name).canonicalize() {
+                    stage.tool("mount", ["--bind"]).arg(stage.write("nothing", "")).arg(real).run().ok();
+                }
+            }
+        }
+        let user = crate::common::needs::test_user().expect("needed above");
+        let fsprov = stage.path("fsprov");
+        fs::copy(crate::common::stage::program(), &fsprov).expect("copy the program");
+        stage.tool("chown", ["-R", &user.name]).arg(stage.mkdir("theirs")).run().ok();
+        for (backend, words) in [("fuse", &["fusermount3", "fuse3"][..]), ("auto", &["bind", "overlay", "fusermount3"])]
+        {
+            stage
+                .tool("setpriv", ["--reuid", &user.uid, "--regid", &user.gid, "--init-groups"])
+                .arg(&fsprov)
+                .args(["mount", "--root", "theirs/state", "--backend", backend])
+                .arg(&image)
+                .arg("theirs/rootfs")
+                .run()
+                .fails(5, words);
+            assert!(!stage.path("theirs/rootfs").exists());
+        }
     },
 );
 

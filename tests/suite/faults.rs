@@ -2,7 +2,7 @@
 //!
 //! The steps are found by running with the log of `fsprov::fault`, so that a new step is tested without a line here.
 
-use std::collections::BTreeSet;
+use std::collections::BTreeMap;
 use std::time::Duration;
 
 use super::destroy::health;
@@ -10,7 +10,7 @@ use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::run::Outcome;
 use crate::common::stage::Call;
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Need, Stage, system};
 
 const LOG: &str = "fsprov::fault=trace";
@@ -29,22 +29,56 @@ fn unmount(stage: &Stage) -> Call<'_> {
     stage.fsprov(["unmount", "one"])
 }
 
-/// The steps that a command passes, in order of first passing. The server's own log counts too: it passes steps of its own.
-pub(crate) fn steps(stage: &Stage, call: Call<'_>) -> Vec<String> {
+/// One passing of a step: its name, and how often it had been passed before.
+pub(crate) struct Step {
+    pub(crate) name: String,
+    before: usize,
+}
+
+impl Step {
+    /// FAILPOINTS for this passing alone: a fault that comes once, as faults do.
+    pub(crate) fn with(&self, what: &str) -> String {
+        let skip = if self.before == 0 { String::new() } else { format!("{}*off->", self.before) };
+        format!("{}={skip}1*return({what})", self.name)
+    }
+
+    /// FAILPOINTS for this passing and all later ones: a disk that stays full, also for who undoes.
+    fn with_for_good(&self, what: &str) -> String {
+        self.with(what).replace("1*return", "return")
+    }
+}
+
+impl std::fmt::Display for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} (passing {})", self.name, self.before + 1)
+    }
+}
+
+/// Every passing of every step in a command's log.
+pub(crate) fn steps_in(log: &str) -> Vec<Step> {
+    let mut passed: BTreeMap<&str, usize> = BTreeMap::new();
+    let mut all = Vec::new();
+    for name in log.lines().filter_map(|line| line.split_once("fsprov::fault]").map(|(_, name)| name.trim())) {
+        let count = passed.entry(name).or_default();
+        all.push(Step { name: name.to_owned(), before: *count });
+        *count += 1;
+    }
+    all
+}
+
+/// The steps that a command passes. The server's own log counts too: it passes steps of its own.
+pub(crate) fn steps(stage: &Stage, call: Call<'_>) -> Vec<Step> {
     let outcome = call.env("FSPROV_LOG", LOG).run().ok();
     let mut text = outcome.err();
     for record in stage.records() {
         text.push_str(&std::fs::read_to_string(record.join("server.log")).unwrap_or_default());
     }
-    let mut seen = BTreeSet::new();
-    let named =
-        text.lines().filter_map(|line| line.split_once("fsprov::fault]").map(|(_, name)| name.trim().to_owned()));
-    named.filter(|name| seen.insert(name.clone())).collect()
+    steps_in(&text)
 }
 
 /// The volume made by the request is the only thing that a failed provision may leave: and it must not leave it either.
 #[track_caller]
-fn assert_clean(stage: &Stage, step: &str, how: &str) {
+fn assert_clean(stage: &Stage, step: &Step, how: &str) {
     stage.assert_nothing_left(&format!("after {step} {how}"));
     assert!(!stage.path("made").exists(), "after {step} {how}: directories made for the mount point stayed");
 }
@@ -59,25 +93,25 @@ pub(crate) const PROVISION_FAILS: Case = Case::needing(
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         let found = steps(stage, mount(stage, &image));
         unmount(stage).run().ok();
-        assert!(found.len() >= FEWEST_STEPS, "steps of provision: {found:?}");
+        assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
         let _ = std::fs::remove_dir_all(stage.path("sandbox"));
-        for step in &found {
-            let outcome = mount(stage, &image).env("FAILPOINTS", format!("{step}=return(EIO)")).run();
+        for (step, faults) in found.iter().flat_map(|s| [(s, s.with("EIO")), (s, s.with_for_good("EIO"))]) {
+            let outcome = mount(stage, &image).env("FAILPOINTS", faults).run();
             // A step that only destroy's part of the way must get right may be survived; then it is a good rootfs.
             if undisturbed(&outcome) {
                 assert_eq!(health(stage), "ready", "{step}");
                 unmount(stage).run().ok();
             } else {
-                outcome.fails(1, &[step, "Input/output error"]);
+                outcome.fails(1, &[&step.name, "Input/output error"]);
                 assert!(!stage.path("sandbox/new").exists(), "{step}: a volume source made for a failed mount stayed");
             }
             assert_clean(stage, step, "failed");
             let _ = std::fs::remove_dir_all(stage.path("sandbox"));
         }
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+        assert_same(&before, &picture(&image), "the image");
     },
 );
 
@@ -87,12 +121,12 @@ pub(crate) const PROVISION_DIES: Case = Case::needing(
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         let found = steps(stage, mount(stage, &image));
         unmount(stage).run().ok();
-        assert!(found.len() >= FEWEST_STEPS, "steps of provision: {found:?}");
+        assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
         for step in &found {
-            let outcome = mount(stage, &image).env("FAILPOINTS", format!("{step}=return(kill)")).run();
+            let outcome = mount(stage, &image).env("FAILPOINTS", step.with("kill")).run();
             if outcome.code().is_none() {
                 // Killed. What is left must be known, and go by its name; where nothing was written yet there is nothing to find.
                 let listed = stage.fsprov(["list", "--json"]).run().ok().json();
@@ -118,7 +152,7 @@ pub(crate) const PROVISION_DIES: Case = Case::needing(
             mount(stage, &image).run().ok();
             unmount(stage).run().ok();
         }
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+        assert_same(&before, &picture(&image), "the image");
     },
 );
 
@@ -134,11 +168,11 @@ pub(crate) const DESTROY_BREAKS: Case = Case::needing(
         for step in &found {
             for how in ["EIO", "kill"] {
                 mount(stage, &image).run().ok();
-                std::fs::write(stage.path("sandbox/tmp/kept"), step).expect("write");
-                let outcome = unmount(stage).env("FAILPOINTS", format!("{step}=return({how})")).run();
+                std::fs::write(stage.path("sandbox/tmp/kept"), &step.name).expect("write");
+                let outcome = unmount(stage).env("FAILPOINTS", step.with(how)).run();
                 match (how, outcome.code()) {
                     ("EIO", Some(0)) | ("kill", Some(0..=5)) => {}
-                    ("EIO", _) => drop(outcome.fails(1, &[step])),
+                    ("EIO", _) => drop(outcome.fails(1, &[&step.name])),
                     (_, None) => {}
                     _ => panic!("{step} {how}: {}", outcome.describe()),
                 }
@@ -149,7 +183,7 @@ pub(crate) const DESTROY_BREAKS: Case = Case::needing(
                 assert_clean(stage, step, how);
                 let kept =
                     std::fs::read_to_string(stage.path("sandbox/tmp/kept")).expect("volumes keep what is in them");
-                assert_eq!(&kept, step);
+                assert_eq!(kept, step.name);
             }
         }
     },

@@ -11,7 +11,7 @@ use rustix::io::Errno;
 
 use super::volumes::volume;
 use crate::common::harness::on;
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Need, Stage, system};
 
 /// What an operation answered, as a line; errors are answers too.
@@ -399,7 +399,7 @@ pub(crate) const SAME_ANSWERS: Case =
         assert!(wrong.is_empty(), "{} of {} answers differ:\n{}", wrong.len(), want.len(), wrong.join("\n"));
         // What came to lie on the disk is the same too, but for times, which are those of two runs.
         let still = |dir: &Path| {
-            let mut seen = picture(dir, &[], Owners::Compare);
+            let mut seen = picture(dir);
             for line in seen.values_mut() {
                 let words = line.split(' ').filter(|w| !w.starts_with("mtime=")).map(str::to_owned);
                 *line = words.collect::<Vec<_>>().join(" ");

@@ -6,7 +6,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Ti
 use rustix::io::Errno;
 
 use crate::common::harness::on;
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Enter, Lane, Need, Stage, images, system};
 
 type Attempt = (&'static str, fn(&Path) -> rustix::io::Result<()>);
@@ -75,7 +75,7 @@ pub(crate) const EVERY_CHANGE_IS_EROFS: Case =
     Case::new("every_change_is_erofs", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
         assert_read_only(&rootfs, "without volumes");
         stage.unmount(&rootfs);
@@ -85,7 +85,7 @@ pub(crate) const EVERY_CHANGE_IS_EROFS: Case =
         let rootfs = stage.mount(&image, "rootfs", ["--sandbox".into(), sandbox, "-v".into(), "work:/data".into()]);
         assert_read_only(&rootfs, "beside a writable volume");
         stage.unmount(&rootfs);
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image after all attempts");
+        assert_same(&before, &picture(&image), "the image after all attempts");
     });
 
 pub(crate) const PROGRAMS_SAY_READ_ONLY: Case =

@@ -126,7 +126,7 @@ pub(crate) const AFTER_A_CRASH: Case = Case::needing(
         let found = super::faults::steps(stage, mount());
         stage.fsprov(["unmount", "one"]).run().ok();
         for step in &found {
-            let died = mount().env("FAILPOINTS", format!("{step}=return(kill)")).run();
+            let died = mount().env("FAILPOINTS", step.with("kill")).run();
             system::survivors(Duration::from_millis(200));
             let said = recover(stage, &[]);
             if died.code().is_none() {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use rustix::io::Errno;
 
 use crate::common::harness::on;
-use crate::common::walk::{Owners, assert_same, picture};
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Enter, Lane, Stage, images, system};
 
 /// `-v SOURCE:TARGET:ACCESS`, with what the grammar takes for a separator escaped.
@@ -67,7 +67,7 @@ pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_volume", on::every_
     for name in ["data/fr", "data/fw", "data/gr", "data/gw"] {
         fs::write(image.join(name), "image").expect("write");
     }
-    let before = picture(&image, &[], Owners::Compare);
+    let before = picture(&image);
     for dir in ["sandbox/dr", "sandbox/dw", "abs/ar", "abs/aw"] {
         stage.mkdir(dir);
         stage.write(format!("{dir}/file"), "host");
@@ -131,7 +131,7 @@ pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_volume", on::every_
     // Beside the volumes the image is as it was.
     refuses(fs::write(rootfs.join("etc/passwd"), "x"), Errno::ROFS);
     stage.unmount(&rootfs);
-    assert_same(&before, &picture(&image, &[], Owners::Compare), "the image after unmount");
+    assert_same(&before, &picture(&image), "the image after unmount");
     assert_eq!(read(stage.path("sandbox/dw/from-host")), "made on the host");
 });
 
@@ -226,7 +226,7 @@ pub(crate) const NO_ESCAPE: Case = Case::new("targets_never_leave_the_image", on
     stage.mkdir("vol");
     stage.write("vol/mark", "volume");
     let host_etc = fs::read_dir("/etc").expect("read /etc").count();
-    let before: Vec<_> = system::mounts().into_iter().filter(|m| !m.point.starts_with(&stage.dir)).collect();
+    let before = system::mounts_of_others();
     for name in ["esc-abs", "esc-up", "esc-a"] {
         let rootfs = stage.mount(&image, "rootfs", volume(stage.path("vol"), &format!("/{name}"), "rw"));
         assert_eq!(read(rootfs.join("etc/mark")), "volume", "{name} means the image's own /etc");
@@ -249,8 +249,7 @@ pub(crate) const NO_ESCAPE: Case = Case::new("targets_never_leave_the_image", on
     // A symlink loop ends in an error.
     symlink("loop", image.join("loop")).expect("symlink");
     stage.mount_call(&image, "rootfs", volume(stage.path("vol"), "/loop/x", "rw")).run().fails_saying(&["/loop"]);
-    let after: Vec<_> = system::mounts().into_iter().filter(|m| !m.point.starts_with(&stage.dir)).collect();
-    assert_eq!(before, after, "mounts outside the case's directory");
+    assert_eq!(before, system::mounts_of_others(), "mounts outside the case's directory");
 });
 
 pub(crate) const SANDBOX_ESCAPE: Case =
@@ -275,9 +274,9 @@ pub(crate) const SANDBOX_ESCAPE: Case =
     });
 
 pub(crate) const MISSING_POINT_MADE_UP: Case =
-    Case::new("missing_mount_points_are_made_up", on::fuse, |stage: &Stage| {
+    Case::new("missing_mount_points_are_made_up", on::makes_mount_points, |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         stage.mkdir("vol");
         stage.write("vol/mark", "volume");
         let file = stage.write("one", "file volume");
@@ -313,24 +312,20 @@ pub(crate) const MISSING_POINT_MADE_UP: Case =
         refuses(fs::write(rootfs.join("etc/conf.d/w"), "w"), Errno::ROFS);
         refuses(fs::remove_dir(rootfs.join("opt/made")), Errno::ROFS);
         stage.unmount(&rootfs);
-        assert_same(
-            &before,
-            &picture(&image, &[], Owners::Compare),
-            "the image: made up means in the tree, not on disk",
-        );
+        assert_same(&before, &picture(&image), "the image: made up means in the tree, not on disk");
     });
 
 pub(crate) const MISSING_POINT_REFUSED: Case =
     Case::new("a_missing_mount_point_is_named_with_who_could", on::bind, |stage: &Stage| {
         let image = stage.small_image();
-        let before = picture(&image, &[], Owners::Compare);
+        let before = picture(&image);
         stage.mkdir("vol");
         for target in ["/opt", "/etc/new/deep"] {
             let outcome = stage.mount_call(&image, "rootfs", volume(stage.path("vol"), target, "rw")).run();
             outcome.fails_saying(&[target, "fuse"]);
             stage.assert_nothing_left("after a missing mount point");
         }
-        assert_same(&before, &picture(&image, &[], Owners::Compare), "the image");
+        assert_same(&before, &picture(&image), "the image");
     });
 
 pub(crate) const WRONG_REQUESTS: Case =

@@ -13,6 +13,9 @@ use super::found::{REGULAR, SYMLINK};
 use super::names::{PERMISSION_BITS, SET_GID};
 use super::{Attr, Caller, Change, DirTree, Errno, Handle, Node, Result, SetTime, Statfs};
 use crate::plan::IdRange;
+use crate::tree::access_read_only;
+use crate::tree::again::is_resent;
+use crate::volume::Access;
 use std::time::Duration;
 
 /// Longest value and longest name list the kernel takes: XATTR_SIZE_MAX and XATTR_LIST_MAX (limits.h).
@@ -34,6 +37,16 @@ fn proc_path(fd: impl AsFd) -> String {
 }
 
 impl DirTree {
+    /// As the server's own user: where this is asked, that user is the only one who may enter the mount.
+    pub(super) fn check_access(&self, node: Node, mask: i32) -> Result<()> {
+        let (fd, found) = self.fd(node)?;
+        if self.options.access == Access::Ro || found.kind() == SYMLINK {
+            return access_read_only(found.attr.mode, mask);
+        }
+        let asked = fs::Access::from_bits_truncate(mask as u32);
+        fs::accessat(self.pool.proc_fd(), fd_name(&fd).as_str(), asked, AtFlags::empty())
+    }
+
     pub(super) fn change(
         &self,
         caller: &Caller,
@@ -42,7 +55,7 @@ impl DirTree {
         change: &Change,
     ) -> Result<(Attr, Duration)> {
         let act_as = self.options.act_as;
-        let open = handle.and_then(|h| self.handles.get(h));
+        let open = handle.and_then(|h| self.handle(h));
         let (fd, found) = self.fd(node)?;
         if change.uid.is_some() || change.gid.is_some() {
             let (uid, gid) = self.owner_on_disk(change.uid, change.gid)?;
@@ -162,13 +175,23 @@ impl DirTree {
         let path = proc_path(&fd);
         let flags = XattrFlags::from_bits_retain(flags as u32);
         // With groups: a POSIX ACL takes set-group-id away from one who is not in the group (posix_acl_update_mode).
-        self.options.act_as.run_with_groups(caller, || fs::setxattr(path.as_str(), name.as_bytes(), value, flags))
+        let set = |flags| {
+            self.options.act_as.run_with_groups(caller, || fs::setxattr(path.as_str(), name.as_bytes(), value, flags))
+        };
+        match set(flags) {
+            // Made by this request when it came first: setting it to its value is the rest of it.
+            Err(Errno::EXIST) if is_resent() => set(flags.difference(XattrFlags::CREATE)),
+            other => other,
+        }
     }
 
     pub(super) fn remove_xattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
         let (fd, _) = self.fd(node)?;
         let path = proc_path(&fd);
-        self.options.act_as.run(caller, || fs::removexattr(path.as_str(), name.as_bytes()))
+        match self.options.act_as.run(caller, || fs::removexattr(path.as_str(), name.as_bytes())) {
+            Err(Errno::NODATA) if is_resent() => Ok(()),
+            other => other,
+        }
     }
 }
 

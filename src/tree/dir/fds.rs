@@ -77,6 +77,11 @@ impl FdPool {
     pub fn new() -> crate::Result<Arc<Self>> {
         let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let soft = soft.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+        Self::with_limit(soft.saturating_sub(CACHED_FDS + RESERVED_FDS).max(MIN_OPEN_FILES))
+    }
+
+    /// A pool with this cap on open files.
+    pub(super) fn with_limit(limit: usize) -> crate::Result<Arc<Self>> {
         let proc_fd =
             fs::openat(CWD, "/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|e| crate::Error::sys("open", "/proc/self/fd", e).hint("mount /proc"))?;
@@ -85,7 +90,7 @@ impl FdPool {
             proc_fd,
             next_tree: AtomicU32::new(0),
             held: AtomicUsize::new(0),
-            limit: soft.saturating_sub(CACHED_FDS + RESERVED_FDS).max(MIN_OPEN_FILES),
+            limit,
         }))
     }
 

@@ -12,10 +12,13 @@ use rustix::io::ReadWriteFlags;
 
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
+use super::identity::without_set_id_privilege;
 use super::list::Stream;
+use super::outlive::{HandleNote, Inherited};
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
 use crate::tree::Caching;
+use crate::tree::again::is_resent;
 
 /// Largest read answered: fuser's own largest message. The kernel asks for 1 MiB at most.
 const MAX_READ: u32 = 16 << 20;
@@ -27,10 +30,22 @@ const MAX_COPY: u64 = 64 << 20;
 #[derive(Debug, Default)]
 pub(super) struct Handles {
     map: DashMap<Handle, Arc<Open>>,
+    /// Opened through an earlier process, and not used since.
+    inherited: DashMap<Handle, HandleNote>,
     last: AtomicU64,
 }
 
 impl Handles {
+    /// Go on with what an earlier process had open.
+    pub(super) fn inherit(inherited: &Inherited) -> Self {
+        let last = inherited.handles.keys().copied().max().unwrap_or(0);
+        Handles {
+            map: DashMap::new(),
+            inherited: inherited.handles.iter().map(|(h, n)| (*h, *n)).collect(),
+            last: AtomicU64::new(last),
+        }
+    }
+
     pub(super) fn get(&self, handle: Handle) -> Option<Arc<Open>> {
         self.map.get(&handle).map(|open| Arc::clone(&open))
     }
@@ -43,7 +58,7 @@ impl Handles {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.map.len()
+        self.map.len() + self.inherited.len()
     }
 }
 
@@ -70,6 +85,15 @@ impl Open {
         Open {
             flags: flags & OFlags::ACCMODE,
             slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false }),
+            stream: Mutex::default(),
+        }
+    }
+
+    /// A file of which there is no more than an O_PATH descriptor yet: it is opened when it is used.
+    fn parked(fd: Held, flags: u32) -> Self {
+        Open {
+            flags: OFlags::from_bits_retain(flags) & OFlags::ACCMODE,
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: true }),
             stream: Mutex::default(),
         }
     }
@@ -189,22 +213,63 @@ impl DirTree {
     /// A handle for a file just opened.
     pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags) -> Result<Opened> {
         let held = self.pool.hold(fd)?;
-        let handle = self.handles.add(Open::new(held, self.backing_flags(flags)));
+        let open = Open::new(held, self.backing_flags(flags));
+        let note = HandleNote { node, flags: open.flags.bits(), directory: false };
+        let handle = self.handles.add(open);
         self.nodes.add_handle(node, handle);
+        self.note_handle(handle, note);
         Ok(Opened { handle, cache: Caching::Fresh })
+    }
+
+    pub(super) fn note_handle(&self, handle: Handle, note: HandleNote) {
+        if let Some(outlive) = &self.outlive {
+            outlive.open(handle, note);
+        }
     }
 
     pub(super) fn close_handle(&self, node: Node, handle: Handle) {
         self.nodes.remove_handle(node, handle);
+        self.handles.inherited.remove(&handle);
         let open = self.handles.map.remove(&handle);
         drop(open); // closed here, outside the map
+        if let Some(outlive) = &self.outlive {
+            outlive.close(handle);
+            self.nodes.tidy();
+        }
+    }
+
+    /// What this handle has open; if an earlier process opened it, it is opened again.
+    pub(super) fn handle(&self, handle: Handle) -> Option<Arc<Open>> {
+        if let Some(open) = self.handles.get(handle) {
+            return Some(open);
+        }
+        let note = self.handles.inherited.get(&handle).map(|n| *n)?;
+        let again = self.open_again_by_node(note);
+        let open = again.inspect_err(|e| log::warn!(target: "fsprov::tree::dir", "open a file again: {e}")).ok()?;
+        // Another thread may have been faster: then its one counts.
+        let open = Arc::clone(&self.handles.map.entry(handle).or_insert_with(|| Arc::new(open)));
+        self.handles.inherited.remove(&handle);
+        self.nodes.add_handle(note.node, handle);
+        Some(open)
+    }
+
+    fn open_again_by_node(&self, note: HandleNote) -> Result<Open> {
+        if note.directory {
+            let place = self.place(note.node)?;
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+            let fd = fs::openat(&place, ".", flags, fs::Mode::empty())?;
+            return Ok(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
+        }
+        let (fd, _) = self.fd(note.node)?;
+        let place = self.pool.reopen(&fd, OFlags::PATH)?;
+        Ok(Open::parked(self.pool.hold(place)?, note.flags))
     }
 
     fn file(&self, node: Node, handle: Handle) -> Result<Descriptor> {
         if handle == 0 && self.options.immutable {
             return self.content(node).map(Descriptor::Cached);
         }
-        self.handles.get(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
+        self.handle(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
     }
 
     /// A descriptor of a regular file of an immutable tree.
@@ -264,6 +329,28 @@ impl DirTree {
         kill_privileges: bool,
     ) -> Result<usize> {
         let file = self.file(node, handle)?;
+        if flags.contains(OFlags::APPEND)
+            && is_resent()
+            && let Some(done) = appended_before(file.fd(), offset, data)
+        {
+            if done == data.len() {
+                return Ok(done);
+            }
+            // Cut short by the kill: the rest, behind what is there.
+            let rest = self.write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
+            return Ok(done + rest);
+        }
+        self.write_file_now(&file, offset, data, flags, kill_privileges)
+    }
+
+    fn write_file_now(
+        &self,
+        file: &Descriptor,
+        offset: u64,
+        data: &[u8],
+        flags: OFlags,
+        kill_privileges: bool,
+    ) -> Result<usize> {
         // At the end as the file system knows it: another writer on the host may have moved it.
         let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
         let write = || {
@@ -286,11 +373,11 @@ impl DirTree {
             }
             Ok(done)
         };
-        if kill_privileges { self.options.act_as.run_killing_privileges(write) } else { write() }
+        if kill_privileges { without_set_id_privilege(write) } else { write() }
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
-        let Some(open) = self.handles.get(handle) else {
+        let Some(open) = self.handle(handle) else {
             return Ok(()); // an immutable tree's, which has none
         };
         if !open.is_writable() {
@@ -336,6 +423,22 @@ impl DirTree {
         let length = length.min(MAX_COPY) as usize;
         fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
     }
+}
+
+/// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
+/// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
+fn appended_before(fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+    let mut there = vec![0_u8; data.len()];
+    let mut got = 0;
+    while got < there.len() {
+        match rustix::io::pread(fd, &mut there[got..], offset + got as u64) {
+            Ok(0) => break,
+            Ok(n) => got += n,
+            Err(Errno::INTR) => {}
+            Err(_) => return None,
+        }
+    }
+    (got > 0 && there[..got] == data[..got]).then_some(got)
 }
 
 /// A descriptor to read or write through.

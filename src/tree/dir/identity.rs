@@ -65,24 +65,24 @@ impl ActAs {
         let _groups = Groups::take(caller);
         work()
     }
+}
 
-    /// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
-    pub(super) fn run_killing_privileges<T>(self, work: impl FnOnce() -> Result<T>) -> Result<T> {
-        let Ok(sets) = capabilities(None) else { return work() };
-        if !sets.effective.contains(CapabilitySet::FSETID) {
-            return work();
-        }
-        let mut without = sets;
-        without.effective.remove(CapabilitySet::FSETID);
-        if set_capabilities(None, without).is_err() {
-            return work();
-        }
-        let result = work();
-        if let Err(e) = set_capabilities(None, sets) {
-            log::error!(target: "fsprov::tree::dir", "put CAP_FSETID back: {e}; set-group-id may be lost on later requests");
-        }
-        result
+/// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
+pub(super) fn without_set_id_privilege<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    let Ok(sets) = capabilities(None) else { return work() };
+    if !sets.effective.contains(CapabilitySet::FSETID) {
+        return work();
     }
+    let mut without = sets;
+    without.effective.remove(CapabilitySet::FSETID);
+    if set_capabilities(None, without).is_err() {
+        return work();
+    }
+    let result = work();
+    if let Err(e) = set_capabilities(None, sets) {
+        log::error!(target: "fsprov::tree::dir", "put CAP_FSETID back: {e}; set-group-id may be lost on later requests");
+    }
+    result
 }
 
 /// This thread's file system ids are the caller's until this is dropped.

@@ -2,7 +2,6 @@
 //! entries come and go.
 
 use std::ffi::OsStr;
-use std::mem::MaybeUninit;
 use std::num::NonZeroUsize;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
@@ -14,6 +13,7 @@ use rustix::fs::{self, FileType, Mode, OFlags, RawDir, SeekFrom};
 
 use super::files::Open;
 use super::found::{self, DIRECTORY};
+use super::outlive::HandleNote;
 use super::{Attr, Caller, DirItem, DirTree, Entry, Errno, Fit, Handle, ListMode, Node, Opened, Result};
 use crate::tree::{Caching, ROOT, Timespec};
 
@@ -69,7 +69,7 @@ impl Stream {
         self.items.clear();
         self.names.clear();
         self.at = 0;
-        let mut buffer = [MaybeUninit::<u8>::uninit(); BATCH];
+        let mut buffer = Box::<[u8]>::new_uninit_slice(BATCH);
         let mut entries = RawDir::new(fd, &mut buffer);
         while let Some(entry) = entries.next() {
             let entry = entry?;
@@ -126,6 +126,7 @@ impl DirTree {
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
         let fd = self.options.act_as.run(caller, || fs::openat(&place, ".", flags, Mode::empty()))?;
         let handle = self.handles.add(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
+        self.note_handle(handle, HandleNote { node, flags: 0, directory: true });
         Ok(Opened { handle, cache: if self.options.immutable { Caching::Keep } else { Caching::Fresh } })
     }
 
@@ -137,7 +138,7 @@ impl DirTree {
         mode: ListMode,
         out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
     ) -> Result<()> {
-        let open = match self.handles.get(handle) {
+        let open = match self.handle(handle) {
             Some(open) => open,
             None if handle == 0 && self.options.immutable => self.shared_reader(node)?,
             None => return Err(Errno::BADF),

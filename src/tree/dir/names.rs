@@ -4,7 +4,7 @@
 //! removed working directory, keeps answering.
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
@@ -15,6 +15,7 @@ use super::found::{self, DIRECTORY, Found, REGULAR, TYPE_BITS};
 use super::identity::with_umask;
 use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
 use crate::tree::ROOT;
+use crate::tree::again::is_resent;
 
 /// Permission bits, setuid, setgid and sticky among them.
 pub(super) const PERMISSION_BITS: u32 = 0o7777;
@@ -26,6 +27,33 @@ pub(super) const SET_GID: u32 = 0o2000;
 pub(super) enum Removal {
     File,
     Directory,
+}
+
+/// How long ago a request may have come first: a server is back within seconds, a machine that swaps takes longer.
+const RECENT_S: u64 = 300;
+
+/// The name is taken: by this request, when it came first?
+fn made_before(dir: &OwnedFd, name: &[u8], is_it: impl Fn(&Found) -> bool) -> bool {
+    is_resent() && found::stat_name(dir, name).is_ok_and(|found| is_it(&found))
+}
+
+fn is_young(found: &Found) -> bool {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |d| d.as_secs() as i64);
+    now.abs_diff(found.attr.ctime.secs) <= RECENT_S
+}
+
+fn is_empty(dir: &OwnedFd, name: &[u8]) -> bool {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let Ok(fd) = fs::openat(dir, name, flags, Mode::empty()) else { return false };
+    let mut buffer = [std::mem::MaybeUninit::uninit(); 256];
+    let mut entries = fs::RawDir::new(fd, &mut buffer);
+    while let Some(entry) = entries.next() {
+        match entry {
+            Ok(entry) if matches!(entry.file_name().to_bytes(), b"." | b"..") => {}
+            _ => return false,
+        }
+    }
+    true
 }
 
 impl DirTree {
@@ -40,6 +68,7 @@ impl DirTree {
 
     fn known_as(&self, found: &Found, parent: Node, name: &[u8]) -> Result<Entry> {
         let node = self.nodes.remember(found, parent, name)?;
+        self.nodes.tidy();
         Ok(self.entry(found, node))
     }
 
@@ -50,12 +79,17 @@ impl DirTree {
         (parent, name): (Node, &[u8]),
         new: New,
         work: impl Fn(&OwnedFd, Mode) -> Result<()>,
+        is_it: impl Fn(&OwnedFd, &Found) -> bool,
     ) -> Result<Entry> {
         let dir = self.place(parent)?;
-        with_umask(new.umask, |take| {
+        let made = with_umask(new.umask, |take| {
             let mode = Mode::from_raw_mode(new.mode & PERMISSION_BITS & !take);
             self.as_maker(caller, new.mode, || work(&dir, mode))
-        })?;
+        });
+        match made {
+            Err(Errno::EXIST) if made_before(&dir, name, |found| is_it(&dir, found)) => {}
+            other => other?,
+        }
         self.known_as(&found::stat_name(&dir, name)?, parent, name)
     }
 
@@ -74,28 +108,48 @@ impl DirTree {
             return Err(Errno::INVAL);
         }
         let (major, minor) = found::decode_device(new.rdev);
-        self.make(caller, (parent, name), new, |dir, mode| {
-            fs::mknodat(dir, name, kind, mode, fs::makedev(major, minor))
-        })
+        self.make(
+            caller,
+            (parent, name),
+            new,
+            |dir, mode| fs::mknodat(dir, name, kind, mode, fs::makedev(major, minor)),
+            |_, found| found.kind() == new.mode & TYPE_BITS && found.attr.size == 0 && is_young(found),
+        )
     }
 
     pub(super) fn make_directory(&self, caller: &Caller, parent: Node, name: &[u8], new: New) -> Result<Entry> {
-        self.make(caller, (parent, name), new, |dir, mode| fs::mkdirat(dir, name, mode))
+        self.make(
+            caller,
+            (parent, name),
+            new,
+            |dir, mode| fs::mkdirat(dir, name, mode),
+            |dir, found| found.kind() == DIRECTORY && is_young(found) && is_empty(dir, name),
+        )
     }
 
     pub(super) fn make_symlink(&self, caller: &Caller, parent: Node, name: &[u8], target: &OsStr) -> Result<Entry> {
         let new = New { mode: 0, umask: 0, rdev: 0 };
-        self.make(caller, (parent, name), new, |dir, _| fs::symlinkat(target.as_bytes(), dir, name))
+        self.make(
+            caller,
+            (parent, name),
+            new,
+            |dir, _| fs::symlinkat(target.as_bytes(), dir, name),
+            |dir, _| fs::readlinkat(dir, name, Vec::new()).is_ok_and(|there| there.as_bytes() == target.as_bytes()),
+        )
     }
 
     pub(super) fn make_link(&self, caller: &Caller, node: Node, parent: Node, name: &[u8]) -> Result<Entry> {
-        let file = self.fd(node)?.0;
+        let (file, linked) = self.fd(node)?;
         let source = fd_name(&file);
         let new = New { mode: 0, umask: 0, rdev: 0 };
         // AT_EMPTY_PATH would need CAP_DAC_READ_SEARCH; the magic link needs nothing (open(2), O_TMPFILE).
-        self.make(caller, (parent, name), new, |dir, _| {
-            fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW)
-        })
+        self.make(
+            caller,
+            (parent, name),
+            new,
+            |dir, _| fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW),
+            |_, found| found.identity == linked.identity,
+        )
     }
 
     pub(super) fn create_file(
@@ -127,13 +181,16 @@ impl DirTree {
                 match self.opened(entry.attr.node, fd, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        self.nodes.forget(entry.attr.node, 1);
+                        crate::tree::Tree::forget(self, entry.attr.node, 1);
                         Err(e)
                     }
                 }
             }
-            Err(Errno::EXIST) if !flags.contains(OFlags::EXCL) => {
-                // Made on the host since the kernel looked.
+            Err(Errno::EXIST)
+                if !flags.contains(OFlags::EXCL)
+                    || made_before(&dir, name, |f| f.kind() == REGULAR && f.attr.size == 0 && is_young(f)) =>
+            {
+                // Made on the host since the kernel looked, or by this request when it came first.
                 let found = found::stat_name(&dir, name)?;
                 if found.kind() != REGULAR {
                     return Err(if found.kind() == DIRECTORY { Errno::ISDIR } else { Errno::NXIO });
@@ -142,7 +199,7 @@ impl DirTree {
                 match self.open_file(caller, entry.attr.node, flags) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
-                        self.nodes.forget(entry.attr.node, 1);
+                        crate::tree::Tree::forget(self, entry.attr.node, 1);
                         Err(e)
                     }
                 }
@@ -153,15 +210,33 @@ impl DirTree {
 
     pub(super) fn remove(&self, caller: &Caller, parent: Node, name: &[u8], what: Removal) -> Result<()> {
         let dir = self.place(parent)?;
-        let known = self.will_lose(&dir, parent, name)?;
+        let known = match self.will_lose(&dir, parent, name) {
+            // It is gone, as this request wants it: it was there when the kernel sent it first.
+            Err(Errno::NOENT) if is_resent() => return Ok(()),
+            other => other?,
+        };
         let flags = match what {
             Removal::File => AtFlags::empty(),
             Removal::Directory => AtFlags::REMOVEDIR,
         };
-        self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags))?;
+        let removed = self.options.act_as.run(caller, || fs::unlinkat(&dir, name, flags));
+        if let Err(e) = removed {
+            self.still_named(known.as_ref());
+            return Err(e);
+        }
         if let Some((node, pin)) = known {
             self.lost(node, parent, name, pin);
         }
+        Ok(())
+    }
+
+    /// What was to be moved is gone: did this request move it when it came first? Then what is there now is a node that the
+    /// kernel knows by the old name.
+    fn moved_before(&self, to_dir: &OwnedFd, from: (Node, &[u8]), to: (Node, &[u8])) -> Result<()> {
+        let found = found::stat_name(to_dir, to.1)?;
+        let node = self.nodes.known(&found).ok_or(Errno::NOENT)?;
+        self.nodes.add_name(node, to.0, to.1);
+        self.nodes.remove_name(node, from.0, from.1, None);
         Ok(())
     }
 
@@ -177,7 +252,18 @@ impl DirTree {
         let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
         // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
         let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
+        if let (Some(outlive), Some(pin)) = (&self.outlive, &pin) {
+            // Before the name goes: afterwards a kill would lose the file.
+            outlive.keep(node, pin.fd().as_fd());
+        }
         Ok(Some((node, pin.map(Arc::new))))
+    }
+
+    /// What would have lost its last name did not.
+    fn still_named(&self, known: Option<&(Node, Option<Arc<Held>>)>) {
+        if let (Some(outlive), Some((node, Some(_)))) = (&self.outlive, known) {
+            outlive.release(*node);
+        }
     }
 
     fn lost(&self, node: Node, parent: Node, name: &[u8], pin: Option<Arc<Held>>) {
@@ -191,14 +277,21 @@ impl DirTree {
             return Err(Errno::INVAL); // a whiteout is a device node: overlayfs's own business
         }
         let (from_dir, to_dir) = (self.place(from.0)?, self.place(to.0)?);
-        let moved = found::stat_name(&from_dir, from.1)?;
+        let moved = match found::stat_name(&from_dir, from.1) {
+            Err(Errno::NOENT) if is_resent() => return self.moved_before(&to_dir, from, to),
+            other => other?,
+        };
         let exchange = flags.contains(RenameFlags::EXCHANGE);
         let target = found::stat_name(&to_dir, to.1).ok();
         let victim = match &target {
             Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
             _ => None,
         };
-        self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags))?;
+        let renamed = self.options.act_as.run(caller, || fs::renameat_with(&from_dir, from.1, &to_dir, to.1, flags));
+        if let Err(e) = renamed {
+            self.still_named(victim.as_ref());
+            return Err(e);
+        }
         if target.is_some_and(|t| t.identity == moved.identity) {
             return Ok(()); // two links to one file: rename(2) does nothing
         }
@@ -213,6 +306,7 @@ impl DirTree {
             self.nodes.add_name(node, from.0, from.1);
             self.nodes.remove_name(node, to.0, to.1, None);
         }
+        self.nodes.tidy();
         Ok(())
     }
 }

@@ -8,7 +8,8 @@
 //! bits  0..48   inode number, or a 48-bit hash of one that is larger (overlayfs puts the layer in the high bits)
 //! ```
 //!
-//! Guards of the map are never held across a system call: what a call needs is copied out first.
+//! Guards of the map are never held across a system call that could wait: what such a call needs is copied out first. What
+//! the next process must know is written to the log under the guard ([`super::outlive`]), in the order in which it happened.
 
 use std::sync::{Arc, RwLock};
 
@@ -17,6 +18,7 @@ use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
+use super::outlive::{Inherited, Outlive};
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
 /// Most nodes a tree remembers. The kernel gives them back when it needs memory (FORGET); one costs about 200 bytes, so this
@@ -73,18 +75,65 @@ pub(super) struct NodeTable {
     root: Identity,
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
+    outlive: Option<Arc<Outlive>>,
 }
 
 impl NodeTable {
     pub(super) fn new(root: &Found) -> Self {
-        let table =
-            NodeTable { root: root.identity, devices: RwLock::new(vec![root.identity.dev]), map: DashMap::new() };
+        let table = NodeTable {
+            root: root.identity,
+            devices: RwLock::new(vec![root.identity.dev]),
+            map: DashMap::new(),
+            outlive: None,
+        };
         table.map.insert(
             ROOT,
             // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
             State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None },
         );
         table
+    }
+
+    /// A table that goes on with what an earlier process left, and writes down what the next one needs.
+    pub(super) fn inherit(root: &Found, inherited: &Inherited, outlive: Arc<Outlive>) -> Self {
+        let mut table = Self::new(root);
+        table.devices.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).extend(&inherited.devices);
+        for note in inherited.nodes.values() {
+            // How many references the kernel holds is not written down. It gives all of them back at once when it evicts an
+            // inode, and that is at least one.
+            let state = State {
+                identity: note.identity,
+                kind: note.kind,
+                references: 1,
+                aliases: note.aliases.clone(),
+                extra: None,
+            };
+            table.map.insert(note.node, state);
+        }
+        table.outlive = Some(outlive);
+        table
+    }
+
+    /// Hold a nameless file by a descriptor that was kept elsewhere.
+    pub(super) fn pin(&self, node: Node, pin: Held) {
+        if let Some(mut state) = self.map.get_mut(&node) {
+            state.extra().pin = Some(Arc::new(pin));
+        }
+    }
+
+    fn write_down(&self, node: Node, state: &State) {
+        if let Some(outlive) = &self.outlive {
+            outlive.node(node, state.identity, state.kind, &state.aliases);
+        }
+    }
+
+    /// Shorten the log if it is mostly old records. Takes as long as there are nodes, and no guard for longer than one.
+    pub(super) fn tidy(&self) {
+        let Some(copying) = self.outlive.as_deref().and_then(Outlive::start_copying) else { return };
+        for state in self.map.iter().filter(|s| *s.key() != ROOT) {
+            copying.node(*state.key(), state.identity, state.kind, &state.aliases);
+        }
+        copying.finish();
     }
 
     pub(super) fn len(&self) -> usize {
@@ -122,6 +171,9 @@ impl NodeTable {
             return Err(Errno::NFILE);
         }
         list.push(dev);
+        if let Some(outlive) = &self.outlive {
+            outlive.device(dev);
+        }
         Ok(list.len() as u64 - 1)
     }
 
@@ -140,32 +192,39 @@ impl NodeTable {
                     let state = at.get_mut();
                     if (state.identity.dev, state.identity.ino) != (identity.dev, identity.ino) {
                         // Two large inode numbers with one hash: the next number is free, or its own.
-                        node = (node & !INO_MASK) | (node + 1 & INO_MASK).max(ROOT + 1);
+                        node = (node & !INO_MASK) | ((node + 1) & INO_MASK).max(ROOT + 1);
                         continue;
                     }
+                    let mut changed = false;
                     if state.identity.generation != identity.generation {
                         // The number was reused: no old name leads to the new file. References stay counted, the
                         // kernel gives them back by this number.
                         state.identity = identity;
                         state.aliases.clear();
                         state.extra = None;
+                        changed = true;
                     }
+                    changed |= state.kind != found.kind();
                     state.kind = found.kind();
                     state.references = state.references.saturating_add(1);
-                    state.add_alias(parent, name);
+                    changed |= state.add_alias(parent, name);
+                    if changed {
+                        self.write_down(node, state);
+                    }
                     return Ok(node);
                 }
                 MapEntry::Vacant(at) => {
                     if full {
                         return Err(Errno::NOMEM);
                     }
-                    at.insert(State {
+                    let state = at.insert(State {
                         identity,
                         kind: found.kind(),
                         references: 1,
                         aliases: vec![Alias { parent, name: name.into() }],
                         extra: None,
                     });
+                    self.write_down(node, &state);
                     return Ok(node);
                 }
             }
@@ -185,6 +244,9 @@ impl NodeTable {
         state.references = state.references.saturating_sub(count);
         if state.references > 0 {
             return false;
+        }
+        if let Some(outlive) = &self.outlive {
+            outlive.forget(node);
         }
         let state = at.remove();
         drop(state); // the pin, and with it its descriptor
@@ -227,13 +289,16 @@ impl NodeTable {
             if pin.is_some() {
                 state.extra().pin = pin;
             }
+            self.write_down(node, &state);
         }
     }
 
     /// A name is there now.
     pub(super) fn add_name(&self, node: Node, parent: Node, name: &[u8]) {
-        if let Some(mut state) = self.map.get_mut(&node) {
-            state.add_alias(parent, name);
+        if let Some(mut state) = self.map.get_mut(&node)
+            && state.add_alias(parent, name)
+        {
+            self.write_down(node, &state);
         }
     }
 
@@ -266,11 +331,12 @@ impl State {
         self.extra.get_or_insert_default()
     }
 
-    fn add_alias(&mut self, parent: Node, name: &[u8]) {
+    /// False: it was known already.
+    fn add_alias(&mut self, parent: Node, name: &[u8]) -> bool {
         if let Some(at) = self.aliases.iter().position(|a| a.parent == parent && *a.name == *name) {
             // The freshest name is tried first.
             self.aliases.swap(0, at);
-            return;
+            return false;
         }
         let alias = Alias { parent, name: name.into() };
         if self.kind == super::found::DIRECTORY {
@@ -284,6 +350,7 @@ impl State {
             // It has a name again (a link to an unlinked open file's descriptor, or a rename back).
             extra.pin = None;
         }
+        true
     }
 }
 

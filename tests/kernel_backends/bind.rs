@@ -1,77 +1,7 @@
-//! The backends that use kernel mounts, driven as a library, each test with directories of its own.
-//!
-//! The whole program runs itself again in a mount namespace (root) or in a user namespace that owns one (anybody else), with a
-//! tmpfs on /tmp: nothing it mounts or makes is ever to be seen outside. Where that is not possible every test shows as
-//! ignored with the reason; with FSPROV_TEST_MUST_RUN=1 that is a failure.
+//! The bind backend, and what all of them do with volumes and in taking a rootfs away.
 
-use std::ffi::OsStr;
-use std::fs;
-use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
-use std::os::unix::process::CommandExt as _;
-use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
-use std::sync::atomic::{AtomicU32, Ordering};
+use crate::*;
 
-use fsprov::backend::{self, Backend, Detach, Health, Journal, Support, Traces};
-use fsprov::host::Host;
-use fsprov::plan::{BackendKind, IdRange, Layer, Ownership, Plan};
-use fsprov::sys::mountinfo;
-use fsprov::volume::{Access, ContainerPath, Form, Volume};
-use fsprov::{Error, Kind, Result};
-use libtest_mimic::{Arguments, Failed, Trial};
-
-const INSIDE: &str = "FSPROV_TEST_INSIDE_NAMESPACE";
-
-fn main() -> ExitCode {
-    env_logger::init();
-    let args = Arguments::from_args();
-    let reason = match std::env::var(INSIDE) {
-        Ok(_) => prepare_namespace().err(),
-        Err(_) => Some(enter_namespace()),
-    };
-    let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let trials = TESTS
-        .iter()
-        .map(|&(name, test)| match &reason {
-            None => Trial::test(name, move || {
-                test();
-                Ok(())
-            }),
-            Some(why) if must_run => {
-                let why = why.clone();
-                Trial::test(name, move || Err(Failed::from(why)))
-            }
-            Some(why) => Trial::test(format!("{name} ({why})"), || Ok(())).with_ignored_flag(true),
-        })
-        .collect();
-    libtest_mimic::run(&args, trials).exit_code()
-}
-
-/// Becomes this program inside the namespace; returns why that failed.
-fn enter_namespace() -> String {
-    let root = rustix::process::geteuid().is_root();
-    let how: &[&str] = if root { &["-m"] } else { &["-U", "-r", "-m"] };
-    let can = Command::new("unshare").args(how).arg("true").output();
-    match can {
-        Ok(out) if out.status.success() => {}
-        Ok(out) => return String::from_utf8_lossy(&out.stderr).trim().to_owned(),
-        Err(e) => return format!("unshare: {e}"),
-    }
-    let me = std::env::current_exe().expect("own path");
-    let error = Command::new("unshare").args(how).arg(me).args(std::env::args_os().skip(1)).env(INSIDE, "1").exec();
-    format!("exec unshare: {error}")
-}
-
-fn prepare_namespace() -> std::result::Result<(), String> {
-    let flags = rustix::mount::MountFlags::empty();
-    rustix::mount::mount("tmpfs", "/tmp", "tmpfs", flags, Some(c"mode=0777")).map_err(|e| format!("tmpfs on /tmp: {e}"))
-}
-
-type Test = fn();
-macro_rules! tests {
-    ($($name:ident),* $(,)?) => { const TESTS: &[(&str, Test)] = &[$((stringify!($name), $name)),*]; };
-}
 tests!(
     bind_is_read_only_and_goes_away,
     bind_needs_exactly_one_layer,
@@ -96,115 +26,13 @@ tests!(
     two_hundred_volumes,
 );
 
-static NEXT: AtomicU32 = AtomicU32::new(0);
+struct Reaped(Child);
 
-/// Directories of one test.
-struct Place {
-    base: PathBuf,
-}
-
-impl Place {
-    fn new() -> Self {
-        Self::at(Path::new(&format!("/tmp/p{}", NEXT.fetch_add(1, Ordering::Relaxed))))
+impl Drop for Reaped {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
-
-    fn at(base: &Path) -> Self {
-        let place = Place { base: base.to_owned() };
-        for dir in ["layer/etc", "layer/data", "layer/run", "layer/var", "layer/tmp", "rootfs", "state"] {
-            fs::create_dir_all(place.base.join(dir)).unwrap();
-        }
-        fs::write(place.base.join("layer/etc/passwd"), "image").unwrap();
-        fs::set_permissions(place.base.join("layer/etc/passwd"), fs::Permissions::from_mode(0o666)).unwrap();
-        symlink("/run", place.base.join("layer/var/run")).unwrap();
-        place
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.base.join(name)
-    }
-
-    fn rootfs(&self, name: &str) -> PathBuf {
-        self.base.join("rootfs").join(name)
-    }
-
-    fn dir(&self, name: &str) -> PathBuf {
-        let dir = self.base.join(name);
-        fs::create_dir_all(&dir).unwrap();
-        dir
-    }
-
-    fn plan(&self, volumes: Vec<Volume>) -> Plan {
-        Plan {
-            id: "test".parse().unwrap(),
-            rootfs: self.path("rootfs"),
-            layers: vec![Layer { root: self.path("layer") }],
-            index: None,
-            volumes: fsprov::volume::order(volumes).unwrap(),
-            ownership: Ownership::default(),
-            state_dir: self.path("state"),
-        }
-    }
-
-    /// Mounts below this test's directories.
-    fn mounts(&self) -> Vec<PathBuf> {
-        mountinfo::mounts_below(&self.base).unwrap().into_iter().map(|m| m.point).collect()
-    }
-}
-
-fn volume(source: &Path, target: &str, access: Access) -> Volume {
-    let meta = fs::metadata(source).unwrap();
-    let form = match (meta.is_dir(), meta.is_file()) {
-        (true, _) => Form::Directory,
-        (_, true) => Form::File,
-        _ => Form::Special,
-    };
-    Volume { source: source.to_owned(), target: ContainerPath::new(OsStr::new(target)).unwrap(), access, form }
-}
-
-/// Keeps what a backend wrote down; fails at the n-th note (from 1) where told to.
-#[derive(Default)]
-struct Notes {
-    last: Traces,
-    count: u32,
-    fail_at: Option<u32>,
-}
-
-impl Journal for Notes {
-    fn note(&mut self, traces: &Traces) -> Result<()> {
-        self.count += 1;
-        if self.fail_at == Some(self.count) {
-            return Err(Error::new(Kind::Io, "write record", "test", "planted"));
-        }
-        self.last = traces.clone();
-        Ok(())
-    }
-}
-
-const BIND: &dyn Backend = &backend::bind::Bind;
-
-fn provision(backend: &dyn Backend, plan: &Plan) -> Traces {
-    let host = Host::probe();
-    assert_eq!(backend.support(&host, plan), Support::Yes);
-    let mut notes = Notes::default();
-    backend.provision(&host, plan, &mut notes).unwrap();
-    assert_eq!(backend.health(plan, &notes.last), Health::Ready);
-    notes.last
-}
-
-fn fail(backend: &dyn Backend, plan: &Plan) -> Error {
-    backend.provision(&Host::probe(), plan, &mut Notes::default()).unwrap_err()
-}
-
-fn destroy(backend: &dyn Backend, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
-    backend.destroy(&Host::probe(), plan, traces, how)
-}
-
-fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
-    result.err().and_then(|e| e.raw_os_error())
-}
-
-fn mount_tmpfs(at: &Path, flags: rustix::mount::MountFlags) {
-    rustix::mount::mount("theirs", at, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
 }
 
 fn bind_is_read_only_and_goes_away() {
@@ -276,7 +104,7 @@ fn volumes_of_each_kind() {
 fn a_read_only_volume_is_so_with_its_submounts() {
     let place = Place::new();
     let source = place.dir("source/sub");
-    mount_tmpfs(&source, rustix::mount::MountFlags::empty());
+    mount_tmpfs(&source, MountFlags::empty());
     fs::write(source.join("f"), "deep").unwrap();
     let plan = place.plan(vec![volume(&place.path("source"), "/data", Access::Ro)]);
     let traces = provision(BIND, &plan);
@@ -428,9 +256,8 @@ fn paths_of_any_bytes() {
 }
 
 fn mounts_are_private_even_below_shared_ones() {
-    use rustix::mount::MountPropagationFlags;
     let place = Place::new();
-    mount_tmpfs(&place.path("rootfs"), rustix::mount::MountFlags::empty());
+    mount_tmpfs(&place.path("rootfs"), MountFlags::empty());
     rustix::mount::mount_change(place.path("rootfs"), MountPropagationFlags::SHARED).unwrap();
     // A peer, where what is mounted below the first shows up as well.
     let peer = place.dir("peer");
@@ -450,7 +277,6 @@ fn mounts_are_private_even_below_shared_ones() {
 }
 
 fn flags_of_the_source_stay() {
-    use rustix::mount::MountFlags;
     let place = Place::new();
     let locked = place.dir("locked");
     mount_tmpfs(&locked, MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC);
@@ -474,7 +300,7 @@ fn mounts_of_others_are_left_alone() {
     let traces = provision(BIND, &plan);
     let (in_image, on_volume) = (place.rootfs("tmp"), place.rootfs("data"));
     for at in [&in_image, &on_volume] {
-        mount_tmpfs(at, rustix::mount::MountFlags::empty());
+        mount_tmpfs(at, MountFlags::empty());
         fs::write(at.join("theirs"), "x").unwrap();
     }
     let before = place.mounts();
@@ -489,21 +315,12 @@ fn mounts_of_others_are_left_alone() {
     assert!(destroy(BIND, &plan, &traces, Detach::IfIdle).unwrap());
     // Lazily everything goes out of sight, and what is in it stays for who holds it.
     let traces = provision(BIND, &plan);
-    mount_tmpfs(&on_volume, rustix::mount::MountFlags::empty());
+    mount_tmpfs(&on_volume, MountFlags::empty());
     fs::write(on_volume.join("theirs"), "x").unwrap();
     let held = fs::File::open(on_volume.join("theirs")).unwrap();
     assert!(destroy(BIND, &plan, &traces, Detach::Lazy).unwrap());
     assert_eq!(held.metadata().unwrap().nlink(), 1);
     assert!(place.mounts().is_empty());
-}
-
-struct Reaped(Child);
-
-impl Drop for Reaped {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
 }
 
 /// A shell that does `what` and then waits.
@@ -550,7 +367,7 @@ fn a_mount_on_top_is_named() {
     let place = Place::new();
     let plan = place.plan(vec![]);
     let traces = provision(BIND, &plan);
-    mount_tmpfs(&plan.rootfs, rustix::mount::MountFlags::empty());
+    mount_tmpfs(&plan.rootfs, MountFlags::empty());
     for how in [Detach::IfIdle, Detach::Lazy] {
         let error = destroy(BIND, &plan, &traces, how).unwrap_err();
         assert_eq!(error.kind(), Kind::Busy);
@@ -586,7 +403,7 @@ fn the_mount_of_another_is_not_taken_for_ours() {
     let traces = provision(BIND, &plan);
     assert!(destroy(BIND, &plan, &traces, Detach::IfIdle).unwrap());
     // A free mount id is used again at once: somebody else's mount there may well get ours.
-    mount_tmpfs(&plan.rootfs, rustix::mount::MountFlags::empty());
+    mount_tmpfs(&plan.rootfs, MountFlags::empty());
     let theirs = mountinfo::mounts_at(&plan.rootfs).unwrap().pop().unwrap();
     let mistaken = Traces { mount_id: Some(theirs.id), ..traces };
     if mistaken.unique_mount_id.is_some() {
@@ -602,9 +419,9 @@ fn id_maps_shift_owners() {
     plan.ownership.gids =
         vec![IdRange { inside: 0, outside: 5000, count: 1 }, IdRange { inside: 1, outside: 7000, count: 5 }];
     let host = Host::probe();
-    if !host.initial_user_namespace {
+    if !host.initial_user_namespace || !host.new_mount_api.is_yes() {
         let Support::No { reason, .. } = BIND.support(&host, &plan) else { panic!("it cannot work here") };
-        assert!(reason.contains("CAP_SYS_ADMIN"), "{reason}");
+        assert!(reason.contains("idmapped mount"), "{reason}");
         return;
     }
     std::os::unix::fs::chown(place.path("layer/etc/passwd"), Some(3), Some(2)).unwrap();

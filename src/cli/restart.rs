@@ -1,0 +1,79 @@
+//! `fsprov restart`.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::{Format, Global, output};
+use crate::daemon::control::{self, Question};
+use crate::error::{Error, Result, show};
+use crate::plan::BackendKind;
+use crate::provisioner::{Condition, Selector};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Open files, working directories and running programs stay good; requests in flight are answered by the new worker. The supervisor, \
+which only holds the mount, stays the one that mounted.
+
+Examples:
+  fsprov restart rootfs
+  fsprov restart --all")]
+pub(super) struct Restart {
+    /// Which: its mount point or its id
+    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID")]
+    which: Vec<OsString>,
+    /// Every rootfs of the fuse backend
+    #[arg(long)]
+    all: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Restart {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let provisioner = global.provisioner()?;
+        let chosen = if self.all {
+            let mut all = provisioner.list()?;
+            all.retain(|s| s.record.backend == BackendKind::Fuse && s.health == Condition::Ready);
+            all
+        } else {
+            self.which.iter().map(|w| provisioner.inspect(&Selector::parse(w))).collect::<Result<_>>()?
+        };
+        let question = Question::Restart(this_program()?);
+        let mut answers = Vec::new();
+        let mut first_error = None;
+        for status in chosen {
+            // One that fails must not keep the others on the old version.
+            match control::ask(&status.record.plan, &question) {
+                Ok(answer) => {
+                    if !self.format.json {
+                        output::line(&format!(
+                            "restarted {} (worker {})",
+                            show(&status.record.plan.rootfs),
+                            answer["worker"]
+                        ))?;
+                    }
+                    answers.push(serde_json::json!({ "id": status.record.plan.id, "workers": answer }));
+                }
+                Err(error) => {
+                    if let Some(earlier) = first_error.replace(error) {
+                        output::complain(&earlier);
+                    }
+                }
+            }
+        }
+        if self.format.json {
+            output::json(&answers)?;
+        }
+        first_error.map_or(Ok(()), Err)
+    }
+}
+
+/// The installed program: what this process was started from, or what took its place since.
+fn this_program() -> Result<PathBuf> {
+    let path = std::env::current_exe().map_err(|e| Error::io("find", "this program", e))?;
+    // The kernel marks a file that was replaced (proc(5), /proc/PID/exe); its name has the new one.
+    let name = path.to_string_lossy();
+    Ok(name.strip_suffix(" (deleted)").map_or_else(|| path.clone(), PathBuf::from))
+}

@@ -1,0 +1,63 @@
+//! The JSON shape of a rootfs, for `mount`, `list` and `inspect`: a contract with scripts, whatever the record looks like.
+
+use std::path::Path;
+
+use serde::Serialize;
+
+use crate::plan::{BackendKind, IndexFile, Layer, Ownership};
+use crate::provisioner::{Condition, ImageNote, Record, Status};
+use crate::volume::Volume;
+
+#[derive(Serialize)]
+pub(super) struct Shown<'a> {
+    id: &'a str,
+    state: Condition,
+    #[serde(serialize_with = "path")]
+    rootfs: &'a Path,
+    backend: BackendKind,
+    image: &'a ImageNote,
+    layers: &'a [Layer],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    index: Option<&'a IndexFile>,
+    volumes: &'a [Volume],
+    #[serde(skip_serializing_if = "Ownership::is_identity")]
+    ownership: &'a Ownership,
+    created: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    mount_id: Option<u64>,
+    /// Inode of /proc/PID/ns/mnt of a process that sees it.
+    mount_namespace: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    supervisor_pid: Option<i32>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    worker_pid: Option<i32>,
+}
+
+fn path<S: serde::Serializer>(path: &&Path, to: S) -> Result<S::Ok, S::Error> {
+    crate::pathtext::serialize(path, to)
+}
+
+impl<'a> Shown<'a> {
+    pub(super) fn new(record: &'a Record, state: Condition) -> Self {
+        Shown {
+            id: record.plan.id.as_str(),
+            state,
+            rootfs: &record.plan.rootfs,
+            backend: record.backend,
+            image: &record.image,
+            layers: &record.plan.layers,
+            index: record.plan.index.as_ref(),
+            volumes: &record.plan.volumes,
+            ownership: &record.plan.ownership,
+            created: &record.created,
+            mount_id: record.traces.mount_id,
+            mount_namespace: record.mount_namespace.1,
+            supervisor_pid: record.traces.supervisor.map(|p| p.pid),
+            worker_pid: record.traces.worker.map(|p| p.pid),
+        }
+    }
+
+    pub(super) fn of(status: &'a Status) -> Self {
+        Shown::new(&status.record, status.health)
+    }
+}

@@ -1,0 +1,169 @@
+//! Owner, mode, times and extended attributes of one file, taken from another: as far as this process may.
+
+use std::ffi::{CStr, CString, OsStr};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
+use std::os::unix::ffi::OsStrExt as _;
+
+use rustix::fs::{self, AtFlags, FileType, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags};
+use rustix::io::Errno;
+
+/// Largest value and longest list of names: XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux.
+const MAX_XATTR_BYTES: usize = 64 << 10;
+
+/// Attributes that say something to overlayfs about the place where they are; elsewhere they would be read as orders.
+const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
+
+/// A name in an open directory; `.` for the directory itself. A symlink is meant as such.
+#[derive(Clone, Copy, Debug)]
+pub struct At<'a> {
+    /// The directory.
+    pub dir: BorrowedFd<'a>,
+    /// The name in it.
+    pub name: &'a OsStr,
+}
+
+impl<'a> At<'a> {
+    /// `name` in `dir`.
+    pub fn new(dir: &'a impl AsFd, name: &'a OsStr) -> Self {
+        At { dir: dir.as_fd(), name }
+    }
+
+    /// `dir` itself.
+    pub fn itself(dir: &'a impl AsFd) -> Self {
+        At { dir: dir.as_fd(), name: OsStr::new(".") }
+    }
+
+    /// There are no ...xattrat calls before Linux 6.13: a path through the descriptor.
+    fn path(self) -> rustix::io::Result<CString> {
+        let mut path = format!("/proc/self/fd/{}/", self.dir.as_raw_fd()).into_bytes();
+        path.extend_from_slice(self.name.as_bytes());
+        CString::new(path).map_err(|_| Errno::INVAL)
+    }
+}
+
+/// Did everything go over?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fidelity {
+    /// Yes.
+    Whole,
+    /// This process may not set the owner, or an attribute, or the file system does not keep it.
+    Partial,
+}
+
+impl Fidelity {
+    fn and(self, other: Fidelity) -> Fidelity {
+        if self == Fidelity::Whole { other } else { Fidelity::Partial }
+    }
+}
+
+/// Give `to` the owner, extended attributes, mode and times of `from`, whose stat is `stat`.
+pub fn copy(from: At<'_>, stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+    // Owner first: changing it clears setuid bits and file capabilities.
+    let owner = copy_owner(stat, to)?;
+    let xattrs = copy_xattrs(from, to)?;
+    // Linux keeps no mode of a symlink.
+    if !FileType::from_raw_mode(stat.st_mode).is_symlink() {
+        fs::chmodat(to.dir, to.name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())?;
+    }
+    copy_times(stat, to)?;
+    Ok(owner.and(xattrs))
+}
+
+fn copy_owner(stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+    let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
+    match fs::chownat(to.dir, to.name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+        Ok(()) => Ok(Fidelity::Whole),
+        // Not ours to give away, or an id that this user namespace does not know.
+        Err(Errno::PERM | Errno::INVAL) => Ok(Fidelity::Partial),
+        Err(e) => Err(e),
+    }
+}
+
+/// Set the times; after everything else that is done to the file.
+pub fn copy_times(stat: &Stat, to: At<'_>) -> rustix::io::Result<()> {
+    let times = Timestamps {
+        last_access: Timespec { tv_sec: stat.st_atime as _, tv_nsec: stat.st_atime_nsec as _ },
+        last_modification: Timespec { tv_sec: stat.st_mtime as _, tv_nsec: stat.st_mtime_nsec as _ },
+    };
+    fs::utimensat(to.dir, to.name, &times, AtFlags::SYMLINK_NOFOLLOW)
+}
+
+/// Copy the extended attributes that can be read and set, but for overlayfs's own.
+pub fn copy_xattrs(from: At<'_>, to: At<'_>) -> rustix::io::Result<Fidelity> {
+    let (from, to) = (from.path()?, to.path()?);
+    let mut names = vec![0_u8; 0];
+    let length = loop {
+        match fs::llistxattr(&from, &mut names[..]) {
+            Ok(_) if names.is_empty() => match fs::llistxattr_query(&from)? {
+                0 => return Ok(Fidelity::Whole),
+                _ => names.resize(MAX_XATTR_BYTES, 0),
+            },
+            Ok(length) => break length,
+            Err(Errno::OPNOTSUPP) => return Ok(Fidelity::Whole),
+            Err(e) => return Err(e),
+        }
+    };
+    let mut value = vec![0_u8; MAX_XATTR_BYTES];
+    let mut fidelity = Fidelity::Whole;
+    for name in names[..length].split_inclusive(|&b| b == 0) {
+        let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
+        if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
+            continue;
+        }
+        let copied = fs::lgetxattr(&from, name, &mut value[..])
+            .and_then(|length| fs::lsetxattr(&to, name, &value[..length], XattrFlags::empty()));
+        match copied {
+            Ok(()) | Err(Errno::NODATA) => {}
+            Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => fidelity = Fidelity::Partial,
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(fidelity)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+
+    use super::*;
+
+    #[test]
+    fn mode_times_and_attributes_go_over_and_overlay_marks_do_not() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        for name in ["a", "b"] {
+            std::fs::write(dir.path().join(name), name).unwrap();
+        }
+        symlink("a", dir.path().join("la")).unwrap();
+        symlink("a", dir.path().join("lb")).unwrap();
+        let a = dir.path().join("a");
+        std::fs::set_permissions(&a, std::fs::Permissions::from_mode(0o4751)).unwrap();
+        let has_xattrs = fs::setxattr(&a, "user.x", b"value", XattrFlags::empty()).is_ok();
+        let _ = fs::setxattr(&a, "user.overlay.opaque", b"y", XattrFlags::empty());
+        let fd = std::fs::File::open(dir.path()).unwrap();
+        for (from, to) in [("a", "b"), ("la", "lb")] {
+            let at = At::new(&fd, OsStr::new(from));
+            fs::utimensat(
+                at.dir,
+                at.name,
+                &Timestamps {
+                    last_access: Timespec { tv_sec: -5, tv_nsec: 7 },
+                    last_modification: Timespec { tv_sec: 1_000_000, tv_nsec: 123_456_789 },
+                },
+                AtFlags::SYMLINK_NOFOLLOW,
+            )
+            .unwrap();
+            let stat = fs::statat(&fd, from, AtFlags::SYMLINK_NOFOLLOW).unwrap();
+            copy(at, &stat, At::new(&fd, OsStr::new(to))).unwrap();
+            let got = std::fs::symlink_metadata(dir.path().join(to)).unwrap();
+            assert_eq!((got.mtime(), got.mtime_nsec(), got.atime()), (1_000_000, 123_456_789, -5), "{to}");
+        }
+        let b = dir.path().join("b");
+        assert_eq!(std::fs::metadata(&b).unwrap().permissions().mode() & 0o7777, 0o4751);
+        if has_xattrs {
+            let mut value = [0_u8; 16];
+            assert_eq!(fs::getxattr(&b, "user.x", &mut value[..]), Ok(5));
+            assert_eq!(fs::getxattr(&b, "user.overlay.opaque", &mut value[..]), Err(Errno::NODATA));
+        }
+        assert_eq!(std::fs::read(&a).unwrap(), b"a");
+    }
+}

@@ -1,0 +1,111 @@
+use super::*;
+use rustix::fs::{MemfdFlags, memfd_create};
+
+#[derive(Default)]
+struct Nobody;
+impl Keeper for Nobody {
+    fn keep(&self, _: Node, _: BorrowedFd<'_>) {}
+    fn release(&self, _: Node) {}
+}
+
+fn memory() -> OwnedFd {
+    memfd_create("test", MemfdFlags::CLOEXEC).unwrap()
+}
+
+struct Files([OwnedFd; 2]);
+
+impl Files {
+    fn new() -> Self {
+        Files([memory(), memory()])
+    }
+    fn take_over(&self) -> (Outlive, Inherited) {
+        let logs = [self.0[0].try_clone().unwrap(), self.0[1].try_clone().unwrap()];
+        let (outlive, inherited, _) =
+            Outlive::take_over(Continuity { logs, kept: Vec::new(), keeper: Arc::new(Nobody) });
+        (outlive, inherited)
+    }
+}
+
+fn identity(ino: u64) -> Identity {
+    Identity { dev: 7, ino, generation: 3 }
+}
+
+fn alias(parent: Node, name: &str) -> Alias {
+    Alias { parent, name: name.as_bytes().into() }
+}
+
+#[test]
+fn the_next_process_reads_what_the_last_one_wrote() {
+    let files = Files::new();
+    let (log, empty) = files.take_over();
+    assert!(empty.nodes.is_empty() && empty.handles.is_empty() && empty.devices.is_empty());
+    log.device(8);
+    log.node(5, identity(5), 0o100_000, &[alias(1, "a")]);
+    log.node(5, identity(5), 0o100_000, &[alias(1, "b\n"), alias(1, "a")]);
+    log.node(6, identity(6), 0o040_000, &[]);
+    log.forget(6);
+    let file = HandleNote { node: 5, flags: 2, directory: false };
+    log.open(1, file);
+    log.open(2, HandleNote { node: 5, flags: 0, directory: true });
+    log.close(2);
+    drop(log);
+    for _ in 0..2 {
+        let (_, inherited) = files.take_over();
+        assert_eq!(inherited.devices, [8]);
+        let note =
+            NodeNote { node: 5, identity: identity(5), kind: 0o100_000, aliases: vec![alias(1, "b\n"), alias(1, "a")] };
+        assert_eq!(inherited.nodes.into_iter().collect::<Vec<_>>(), [(5, note)]);
+        assert_eq!(inherited.handles.into_iter().collect::<Vec<_>>(), [(1, file)]);
+    }
+}
+
+#[test]
+fn a_record_cut_short_at_any_byte_is_left_out_and_written_over() {
+    let whole = {
+        let files = Files::new();
+        let (log, _) = files.take_over();
+        log.node(5, identity(5), 1, &[alias(1, "first")]);
+        let first = log.log().length[0];
+        log.node(6, identity(6), 1, &[alias(1, "second")]);
+        let mut bytes = vec![0; log.log().length[0] as usize];
+        log.log().files[0].read_exact_at(&mut bytes, 0).unwrap();
+        (bytes, first)
+    };
+    for cut in whole.1..whole.0.len() as u64 {
+        let files = Files::new();
+        let (log, _) = files.take_over();
+        log.log().files[0].write_all_at(&whole.0[..cut as usize], 0).unwrap();
+        let (log, inherited) = files.take_over();
+        assert_eq!(inherited.nodes.len(), 1, "cut at {cut}");
+        log.node(7, identity(7), 1, &[alias(1, "third")]);
+        let mut nodes: Vec<_> = files.take_over().1.nodes.into_keys().collect();
+        nodes.sort_unstable();
+        assert_eq!(nodes, [5, 7], "cut at {cut}");
+    }
+}
+
+#[test]
+fn copying_keeps_what_lives_and_a_copy_cut_short_does_not_count() {
+    let files = Files::new();
+    let (log, _) = files.take_over();
+    log.device(9);
+    log.open(4, HandleNote { node: 5, flags: 1, directory: false });
+    while log.log().length[0] < SMALL {
+        log.node(5, identity(5), 1, &[alias(1, "old")]);
+    }
+    let copying = log.start_copying().expect("long enough");
+    assert!(log.start_copying().is_none(), "one at a time");
+    log.node(6, identity(6), 1, &[alias(1, "meanwhile")]);
+    copying.node(5, identity(5), 1, &[alias(1, "old")]);
+    // Killed here, the first file is still the one that counts.
+    let half = files.take_over().1;
+    assert_eq!((half.nodes.len(), half.handles.len()), (2, 1));
+    copying.finish();
+    log.forget(6);
+    assert_eq!(log.log().length[0], 0);
+    assert!(log.log().length[1] < 1000);
+    let (log, inherited) = files.take_over();
+    assert_eq!(log.log().current, 1);
+    assert_eq!(inherited.nodes.into_keys().collect::<Vec<_>>(), [5]);
+    assert_eq!((inherited.devices, inherited.handles.len()), (vec![9], 1));
+}

@@ -1,0 +1,252 @@
+//! The backends that use kernel mounts, driven as a library, each test with directories of its own.
+//!
+//! The whole program runs itself again in a mount namespace (root) or in a user namespace that owns one (anybody else), with a
+//! tmpfs on /tmp: nothing it mounts or makes is ever to be seen outside. Where that is not possible every test shows as
+//! ignored with the reason; with FSPROV_TEST_MUST_RUN=1 that is a failure.
+
+mod bind;
+mod copy;
+mod overlay;
+
+use std::ffi::OsStr;
+use std::fs;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::process::CommandExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitCode, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+
+use fsprov::backend::{self, Backend, Detach, Health, Journal, Support, Traces};
+use fsprov::host::Host;
+use fsprov::plan::{IdRange, Layer, Ownership, Plan};
+use fsprov::sys::mountinfo;
+use fsprov::volume::{Access, ContainerPath, Form, Volume};
+use fsprov::{Error, Kind, Result};
+use libtest_mimic::{Arguments, Failed, Trial};
+use rustix::mount::{MountFlags, MountPropagationFlags};
+
+const INSIDE: &str = "FSPROV_TEST_INSIDE_NAMESPACE";
+
+fn main() -> ExitCode {
+    env_logger::init();
+    let args = Arguments::from_args();
+    let reason = match std::env::var(INSIDE) {
+        Ok(_) => prepare_namespace().err(),
+        Err(_) => Some(enter_namespace()),
+    };
+    let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
+    let trials = [bind::TESTS, overlay::TESTS, copy::TESTS]
+        .concat()
+        .into_iter()
+        .map(|(name, test)| match &reason {
+            None => Trial::test(name, move || {
+                test();
+                Ok(())
+            }),
+            Some(why) if must_run => {
+                let why = why.clone();
+                Trial::test(name, move || Err(Failed::from(why)))
+            }
+            Some(why) => Trial::test(format!("{name} ({why})"), || Ok(())).with_ignored_flag(true),
+        })
+        .collect();
+    libtest_mimic::run(&args, trials).exit_code()
+}
+
+/// Becomes this program inside the namespace; returns why that failed.
+fn enter_namespace() -> String {
+    let root = rustix::process::geteuid().is_root();
+    let how: &[&str] = if root { &["-m"] } else { &["-U", "-r", "-m"] };
+    let can = Command::new("unshare").args(how).arg("true").output();
+    match can {
+        Ok(out) if out.status.success() => {}
+        Ok(out) => return String::from_utf8_lossy(&out.stderr).trim().to_owned(),
+        Err(e) => return format!("unshare: {e}"),
+    }
+    let me = std::env::current_exe().expect("own path");
+    let error = Command::new("unshare").args(how).arg(me).args(std::env::args_os().skip(1)).env(INSIDE, "1").exec();
+    format!("exec unshare: {error}")
+}
+
+fn prepare_namespace() -> std::result::Result<(), String> {
+    let flags = MountFlags::empty();
+    rustix::mount::mount("tmpfs", "/tmp", "tmpfs", flags, Some(c"mode=0777")).map_err(|e| format!("tmpfs on /tmp: {e}"))
+}
+
+type Test = fn();
+/// The tests of one file, by name.
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        pub(crate) const TESTS: &[(&str, crate::Test)] = &[$((stringify!($name), $name)),*];
+    };
+}
+pub(crate) use tests;
+
+static NEXT: AtomicU32 = AtomicU32::new(0);
+
+/// Directories of one test.
+struct Place {
+    base: PathBuf,
+}
+
+impl Place {
+    fn new() -> Self {
+        Self::at(Path::new(&format!("/tmp/p{}", NEXT.fetch_add(1, Ordering::Relaxed))))
+    }
+
+    fn at(base: &Path) -> Self {
+        let place = Place { base: base.to_owned() };
+        for dir in ["layer/etc", "layer/data", "layer/run", "layer/var", "layer/tmp", "rootfs", "state"] {
+            fs::create_dir_all(place.base.join(dir)).unwrap();
+        }
+        fs::write(place.base.join("layer/etc/passwd"), "image").unwrap();
+        fs::set_permissions(place.base.join("layer/etc/passwd"), fs::Permissions::from_mode(0o666)).unwrap();
+        symlink("/run", place.base.join("layer/var/run")).unwrap();
+        place
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.base.join(name)
+    }
+
+    fn rootfs(&self, name: &str) -> PathBuf {
+        self.base.join("rootfs").join(name)
+    }
+
+    fn dir(&self, name: &str) -> PathBuf {
+        let dir = self.base.join(name);
+        fs::create_dir_all(&dir).unwrap();
+        dir
+    }
+
+    fn plan(&self, volumes: Vec<Volume>) -> Plan {
+        Plan {
+            id: "test".parse().unwrap(),
+            rootfs: self.path("rootfs"),
+            layers: vec![Layer { root: self.path("layer") }],
+            index: None,
+            volumes: fsprov::volume::order(volumes).unwrap(),
+            ownership: Ownership::default(),
+            state_dir: self.path("state"),
+        }
+    }
+
+    /// Mounts below this test's directories.
+    fn mounts(&self) -> Vec<PathBuf> {
+        mountinfo::mounts_below(&self.base).unwrap().into_iter().map(|m| m.point).collect()
+    }
+}
+
+fn volume(source: &Path, target: &str, access: Access) -> Volume {
+    let meta = fs::metadata(source).unwrap();
+    let form = match (meta.is_dir(), meta.is_file()) {
+        (true, _) => Form::Directory,
+        (_, true) => Form::File,
+        _ => Form::Special,
+    };
+    Volume { source: source.to_owned(), target: ContainerPath::new(OsStr::new(target)).unwrap(), access, form }
+}
+
+/// Keeps what a backend wrote down; fails at the n-th note (from 1) where told to.
+#[derive(Default)]
+struct Notes {
+    last: Traces,
+    count: u32,
+    fail_at: Option<u32>,
+}
+
+impl Journal for Notes {
+    fn note(&mut self, traces: &Traces) -> Result<()> {
+        self.count += 1;
+        if self.fail_at == Some(self.count) {
+            return Err(Error::new(Kind::Io, "write record", "test", "planted"));
+        }
+        self.last = traces.clone();
+        Ok(())
+    }
+}
+
+const BIND: &dyn Backend = &backend::bind::Bind;
+const COPY: &dyn Backend = &backend::copy::Copy;
+const OVERLAY: &dyn Backend = &backend::overlay::Overlay;
+
+fn provision(backend: &dyn Backend, plan: &Plan) -> Traces {
+    let host = Host::probe();
+    assert_eq!(backend.support(&host, plan), Support::Yes);
+    let mut notes = Notes::default();
+    backend.provision(&host, plan, &mut notes).unwrap();
+    assert_eq!(backend.health(plan, &notes.last), Health::Ready);
+    notes.last
+}
+
+fn fail(backend: &dyn Backend, plan: &Plan) -> Error {
+    backend.provision(&Host::probe(), plan, &mut Notes::default()).unwrap_err()
+}
+
+fn destroy(backend: &dyn Backend, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+    backend.destroy(&Host::probe(), plan, traces, how)
+}
+
+fn errno<T>(result: std::io::Result<T>) -> Option<i32> {
+    result.err().and_then(|e| e.raw_os_error())
+}
+
+fn mount_tmpfs(at: &Path, flags: MountFlags) {
+    rustix::mount::mount("theirs", at, "tmpfs", flags, None::<&std::ffi::CStr>).unwrap();
+}
+
+/// Writes `tree` below `dir`: names ending in `/` are directories, others files that hold their own name and `text`.
+fn fill(dir: &Path, tree: &[&str], text: &str) {
+    for name in tree {
+        let path = dir.join(name);
+        if name.ends_with('/') {
+            fs::create_dir_all(&path).unwrap();
+        } else {
+            fs::create_dir_all(path.parent().unwrap()).unwrap();
+            fs::write(path, text).unwrap();
+        }
+    }
+}
+
+/// Every name below `dir` with what is in it: `/` a directory, else the file's content.
+fn listing(dir: &Path) -> Vec<(String, String)> {
+    fn add(top: &Path, dir: &Path, out: &mut Vec<(String, String)>) {
+        for entry in fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()) {
+            let name = entry.strip_prefix(top).unwrap().to_str().unwrap().to_owned();
+            let meta = fs::symlink_metadata(&entry).unwrap();
+            if meta.is_dir() {
+                out.push((name, "/".into()));
+                add(top, &entry, out);
+            } else {
+                out.push((name, fs::read_to_string(&entry).unwrap_or_else(|e| e.to_string())));
+            }
+        }
+    }
+    let mut out = Vec::new();
+    add(dir, dir, &mut out);
+    out.sort();
+    out
+}
+
+fn layered(place: &Place, layers: &[&[&str]]) -> Plan {
+    let mut plan = place.plan(vec![]);
+    plan.layers.clear();
+    for (n, tree) in layers.iter().enumerate() {
+        let root = place.dir(&format!("l{n}"));
+        fill(&root, tree, &n.to_string());
+        plan.layers.push(Layer { root });
+    }
+    plan
+}
+
+/// False only where the calls are missing that this backend is built on (a seccomp filter, in trials of that).
+fn overlay_works_here() -> bool {
+    match OVERLAY.host_support(&Host::probe()) {
+        Support::Yes => true,
+        Support::No { reason, .. } => {
+            assert!(reason.contains("lacks open_tree"), "{reason}");
+            false
+        }
+    }
+}
