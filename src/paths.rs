@@ -95,6 +95,8 @@ pub mod image {
     pub const ROOTFS: &str = "rootfs";
     /// The layer index.
     pub const INDEX: &str = "index";
+    /// The index of an image's own tree alone, where `index` is of its dependencies too or a pathWhitelist filters it.
+    pub const OWN_INDEX: &str = "own.index";
 }
 
 /// The paths of one provisioned rootfs.

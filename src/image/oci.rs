@@ -335,7 +335,7 @@ pub fn choose<'a>(index: &'a Index, name: Option<&str>, platform: &Platform) -> 
         let one = |d: &&Descriptor| {
             let name = d.names().next().unwrap_or("");
             let platform = d.platform.as_ref().map_or(String::new(), ToString::to_string);
-            format!("{} {}", name, platform).trim().to_owned()
+            format!("{name} {platform}").trim().to_owned()
         };
         list.iter().map(one).collect::<Vec<_>>().join(", ")
     };

@@ -91,7 +91,7 @@ impl Store {
         if meta.kind == ImageKind::Appc {
             let bytes = read_bounded(&path, MAX_MANIFEST_BYTES as u64)?;
             let mut manifest = appc::Manifest::parse(&bytes, crate::image::Strictness::Lenient)?.manifest;
-            if name.is_none() && manifest.dependencies.is_empty() {
+            if name.is_none() && manifest.dependencies.is_empty() && !meta.is_filtered {
                 return Ok(bytes);
             }
             // The tree holds what they give, and no more than they leave.

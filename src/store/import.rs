@@ -28,7 +28,7 @@ use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::appc::{Checked, Manifest};
 use crate::image::oci::Platform;
-use crate::index::{Builder, What, Whiteouts};
+use crate::index::{Builder, Index, What, Whiteouts};
 use crate::paths::image;
 
 /// Where an image comes from.
@@ -223,7 +223,12 @@ impl Store {
         let dir = staging.path().join("image");
         write_new(&dir.join(image::MANIFEST), &unpacked.manifest)?;
         fault::point("store.index")?;
-        write_new(&dir.join(image::INDEX), &unpacked.index.finish()?)?;
+        let mut index = unpacked.index.finish()?;
+        if !manifest.dependencies.is_empty() || !manifest.path_whitelist.is_empty() {
+            write_new(&dir.join(image::OWN_INDEX), &index)?;
+            index = self.render(&mut meta, &manifest, &Index::from_bytes(index)?)?;
+        }
+        write_new(&dir.join(image::INDEX), &index)?;
         let gone = || Error::new(Kind::Busy, "publish", &meta.source, "what it needs was taken away");
         let outcome = self.publish(&staging, &dir, &meta, &[])?.ok_or_else(gone)?;
         let meta = match outcome {
@@ -254,7 +259,8 @@ impl Store {
         let to = self.paths.image(&meta.id);
         let _in_use = self.lock_shared()?;
         self.publish_layers(layers)?;
-        if meta.layers.iter().any(|layer| self.check_layer(layer).is_err()) {
+        let is_gone = |below: &ImageId| self.check_shallow(below).is_err();
+        if meta.layers.iter().any(|layer| self.check_layer(layer).is_err()) || meta.dependencies.iter().any(is_gone) {
             return Ok(None);
         }
         // A damaged image may lie in the place: it is moved away, once.

@@ -51,7 +51,7 @@ pub(super) struct LayerMeta {
 }
 
 impl LayerMeta {
-    pub(super) fn new(placed: &Placed, implied: Vec<Vec<u8>>, has_whiteouts: bool) -> Self {
+    pub(super) fn new(placed: &Placed, implied: &[Vec<u8>], has_whiteouts: bool) -> Self {
         LayerMeta {
             version: VERSION,
             entries: placed.entries,

@@ -35,7 +35,7 @@ impl Default for Limits {
             entries: 8_000_000,
             total_bytes: 16 << 40,
             file_bytes: 16 << 40,
-            ratio_floor: 1 << 30,
+            ratio_floor: 128 << 20,
             ratio: 1100,
             depth: 256,
             xattr_bytes: 128 << 10,

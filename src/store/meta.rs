@@ -62,6 +62,12 @@ pub struct Meta {
     /// The images below its own tree, bottom first, as its dependencies led to them (AppC).
     #[serde(default)]
     pub dependencies: Vec<ImageId>,
+    /// For each of its layers, `dependencies` and then its own: the images whose pathWhitelist holds for it.
+    #[serde(default)]
+    pub(super) filters: Vec<Vec<ImageId>>,
+    /// Does a pathWhitelist hide something that lies on the disk? Then the index alone tells what is in the image.
+    #[serde(default)]
+    pub is_filtered: bool,
 }
 
 impl Meta {
@@ -81,6 +87,8 @@ impl Meta {
             on_disk: OnDisk::Exact,
             layers: Vec::new(),
             dependencies: Vec::new(),
+            filters: Vec::new(),
+            is_filtered: false,
         }
     }
 

@@ -14,6 +14,7 @@ mod meta;
 mod oci;
 mod pax;
 mod place;
+mod render;
 mod resolve;
 mod staging;
 mod stream;

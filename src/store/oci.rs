@@ -265,7 +265,10 @@ impl Store {
         let staging = Staging::make(&self.paths, "import")?;
         let mut meta = Meta::new(id.clone(), ImageKind::Oci, source.to_string());
         let mut names: Vec<String> = options.name.iter().cloned().collect();
-        names.extend(picked.names.iter().cloned());
+        // Those of the layout are tags in it: who names the image himself does not mean them.
+        if names.is_empty() {
+            names.extend(picked.names.iter().cloned());
+        }
         for name in names {
             if !meta.names.contains(&name) {
                 meta.names.push(name);
@@ -419,5 +422,5 @@ fn place_layer(reader: &mut ChunkReader, root: OwnedFd, name: &str, limits: &Lim
     let implied = placer.implied();
     let placed = placer.finish()?;
     super::layer::make_whiteouts(&root_again, &whiteouts)?;
-    Ok((LayerMeta::new(&placed, implied, !whiteouts.is_empty()), index))
+    Ok((LayerMeta::new(&placed, &implied, !whiteouts.is_empty()), index))
 }

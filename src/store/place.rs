@@ -71,6 +71,8 @@ pub(crate) struct Placer {
     limits: Limits,
     again: Again,
     placed: Placed,
+    data_bytes: u64,
+    hole_bytes: u64,
 }
 
 /// A path of an archive as components joined by one slash: no `.`, `..` or empty one, not absolute unless `strip_root`.
@@ -132,7 +134,16 @@ fn timestamps(mtime: Time) -> Timestamps {
 impl Placer {
     /// `root` is an empty directory of ours.
     pub(crate) fn new(root: OwnedFd, limits: Limits, again: Again) -> Self {
-        Placer { root, open: Vec::new(), dirs: HashMap::new(), limits, again, placed: Placed::default() }
+        Placer {
+            root,
+            open: Vec::new(),
+            dirs: HashMap::new(),
+            limits,
+            again,
+            placed: Placed::default(),
+            data_bytes: 0,
+            hole_bytes: 0,
+        }
     }
 
     /// Place one member of an archive at `path` (normalized, below our root; empty: the root itself) and give it as the
@@ -324,6 +335,8 @@ impl Placer {
         let mut sha = Sha256::new();
         let mut at = 0_u64;
         let mut has_hole = false;
+        let (ratio, floor) = (self.limits.ratio, self.limits.ratio_floor);
+        let (data_bytes, holes) = (&mut self.data_bytes, &mut self.hole_bytes);
         fault::point("store.write")?;
         body(&mut |content| {
             match content {
@@ -331,8 +344,17 @@ impl Placer {
                     sha.update(data);
                     write_at(&file, data, at, has_hole).map_err(&failed)?;
                     at += data.len() as u64;
+                    *data_bytes += data.len() as u64;
                 }
                 Content::Hole(length) => {
+                    // Holes are zeros to whoever hashes or copies them: a bomb without a compressor.
+                    *holes = holes.saturating_add(length);
+                    if *holes > floor && *holes / ratio > *data_bytes {
+                        let why = format!(
+                            "the holes of sparse files are more than {floor} bytes, and over {ratio} for each byte of data"
+                        );
+                        return Err(Error::new(Kind::Limit, "place entry", format!("{:?}", lossy(&entry.path)), why));
+                    }
                     hash_zeros(&mut sha, length);
                     has_hole = true;
                     at += length;
@@ -363,10 +385,9 @@ impl Placer {
         let target_name = OsStr::from_bytes(target_name);
         let stat = fs::statat(&at, target_name, AtFlags::SYMLINK_NOFOLLOW)
             .map_err(|_| refuse(format!("its target {:?} is not there yet", lossy(target))))?;
-        match FileType::from_raw_mode(stat.st_mode) {
-            FileType::Directory => return Err(refuse(format!("its target {:?} is a directory", lossy(target)))),
-            // One more name of a symlink: GNU tar packs those. What it points to is not looked at, by us or by linkat.
-            _ => {}
+        // One more name of a symlink is taken: GNU tar packs those. What it points to is not looked at, by us or by linkat.
+        if FileType::from_raw_mode(stat.st_mode) == FileType::Directory {
+            return Err(refuse(format!("its target {:?} is a directory", lossy(target))));
         }
         if target == entry.path {
             return Err(refuse("it is a hard link to itself".into()));
@@ -514,7 +535,7 @@ fn write_at(file: &OwnedFd, mut data: &[u8], mut at: u64, positioned: bool) -> r
 }
 
 fn hash_zeros(sha: &mut Sha256, mut length: u64) {
-    const ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+    static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
     while length > 0 {
         let count = length.min(ZEROS.len() as u64);
         sha.update(&ZEROS[..count as usize]);

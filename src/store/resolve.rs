@@ -28,6 +28,9 @@ pub struct ResolvedImage {
     pub index: Option<PathBuf>,
     /// Its manifest, where it has one.
     pub manifest: Option<PathBuf>,
+    /// Do the layers on the disk hold what the image does not show (a pathWhitelist)? Then only a backend that goes by the
+    /// index may serve it; flattened, any may.
+    pub is_filtered: bool,
 }
 
 impl Store {
@@ -59,6 +62,7 @@ impl Store {
         };
         ResolvedImage {
             name: meta.names.first().cloned(),
+            is_filtered: meta.is_filtered,
             id: Some(meta.id),
             layers,
             index: Some(dir.join(image::INDEX)),
@@ -76,7 +80,14 @@ impl Store {
             return self.resolve_by_import(&source, &ImportOptions::default());
         }
         let Some(found) = mesos_layout(&at) else {
-            return Ok(ResolvedImage { id: None, name: None, layers: vec![at], index: None, manifest: None });
+            return Ok(ResolvedImage {
+                id: None,
+                name: None,
+                layers: vec![at],
+                index: None,
+                manifest: None,
+                is_filtered: false,
+            });
         };
         let manifest = at.join(image::MANIFEST);
         // Mesos took this image already: what it let pass, we let pass.
@@ -88,7 +99,14 @@ impl Store {
                 None
             }
         };
-        Ok(ResolvedImage { id: None, name, layers: vec![found], index: None, manifest: Some(manifest) })
+        Ok(ResolvedImage {
+            id: None,
+            name,
+            layers: vec![found],
+            index: None,
+            manifest: Some(manifest),
+            is_filtered: false,
+        })
     }
 
     fn resolve_archive(&self, path: PathBuf) -> Result<ResolvedImage> {

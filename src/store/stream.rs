@@ -204,7 +204,7 @@ impl Archive {
         progress: Option<ProgressFn>,
     ) -> impl FnOnce(&mut Sink) -> Result<()> + Send + use<> {
         let limits = limits.clone();
-        move |sink| decompress(self, &limits, progress, sink)
+        move |sink| decompress(self, &limits, progress.as_ref(), sink)
     }
 }
 
@@ -221,7 +221,7 @@ impl Read for Counted {
     }
 }
 
-fn decompress(archive: Archive, limits: &Limits, progress: Option<ProgressFn>, sink: &mut Sink) -> Result<()> {
+fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, sink: &mut Sink) -> Result<()> {
     let Archive { name, input, total } = archive;
     let read = Arc::new(AtomicU64::new(0));
     let mut input = Counted { input, read: read.clone() };
@@ -244,7 +244,7 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<ProgressFn>, s
         let came = read.load(Ordering::Relaxed);
         let grown = sink.produced + chunk.len() as u64;
         check_ratio(limits, &name, came, grown)?;
-        if let Some(progress) = &progress {
+        if let Some(progress) = progress {
             progress(Progress { read: came, total });
         }
         if !sink.send(chunk) {

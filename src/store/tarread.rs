@@ -495,7 +495,7 @@ fn padding_of(size: u64) -> u64 {
 
 /// An error of ours that travelled inside an [`std::io::Error`], or that one.
 pub(crate) fn from_io(name: &str, error: std::io::Error) -> Error {
-    if error.get_ref().is_some_and(|inner| inner.is::<Error>()) {
+    if error.get_ref().and_then(|inner| inner.downcast_ref::<Error>()).is_some() {
         let inner = error.into_inner().and_then(|inner| inner.downcast::<Error>().ok());
         return inner.map_or_else(|| Error::new(Kind::Io, "read", name, "an error was lost"), |boxed| *boxed);
     }

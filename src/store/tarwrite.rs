@@ -137,8 +137,8 @@ impl Block {
             return true;
         }
         let fits = |slash: &usize| *slash > 0 && *slash <= 155 && (1..=100).contains(&(path.len() - slash - 1));
-        let slashes = path.iter().enumerate().filter(|(_, b)| **b == b'/').map(|(i, _)| i);
-        if let Some(slash) = slashes.filter(fits).next_back() {
+        let mut slashes = path.iter().enumerate().filter(|(_, b)| **b == b'/').map(|(i, _)| i);
+        if let Some(slash) = slashes.rfind(fits) {
             self.text(345, 155, &path[..slash]);
             self.text(0, 100, &path[slash + 1..]);
             return true;

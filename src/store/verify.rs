@@ -138,7 +138,7 @@ impl Store {
         }
         let layers = self.resolved(meta.clone()).layers;
         let own = match (&*meta.layers, &*meta.dependencies) {
-            ([], []) => Own::Whole,
+            ([], []) if !meta.is_filtered => Own::Whole,
             _ => Own::Merged,
         };
         found.extend(verify_tree(&dir.join(image::INDEX), &layers, meta.on_disk, own));
@@ -195,10 +195,11 @@ fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: 
         if is_whiteout {
             continue;
         }
-        if inode.form == Form::File && read.insert(inode.row) {
-            if let Err(error) = tree.content(&inode, |_| Ok(())) {
-                found.push((shown(), error.to_string()));
-            }
+        if inode.form == Form::File
+            && read.insert(inode.row)
+            && let Err(error) = tree.content(&inode, |_| Ok(()))
+        {
+            found.push((shown(), error.to_string()));
         }
         if let Some(disk) = &disk {
             if let Some(what) = differs(disk, &path, &inode, tree, on_disk) {
@@ -243,7 +244,8 @@ fn differs(disk: &std::os::fd::OwnedFd, path: &[u8], inode: &Inode, tree: &Tree,
         return Some(format!("it is {have:?}, not {want:?}"));
     }
     if want == FileType::Symlink {
-        let target = rustix::fs::readlinkat(&dir, OsStr::from_bytes(name), Vec::new()).map(|t| t.into_bytes());
+        let target =
+            rustix::fs::readlinkat(&dir, OsStr::from_bytes(name), Vec::new()).map(std::ffi::CString::into_bytes);
         let wanted = tree.index.target(inode).ok().flatten();
         if target.ok().as_deref() != wanted {
             return Some("it points elsewhere".into());
@@ -274,7 +276,8 @@ fn strangers(root: &Path, names: &HashSet<Vec<u8>>, own: Own, found: &mut Findin
             let child =
                 if path.is_empty() { name.as_bytes().to_vec() } else { [&*path, b"/", name.as_bytes()].concat() };
             let kind = entry.file_type().map_err(fail)?;
-            if !names.contains(&child) && !(own == Own::Layer && is_whiteout(&name, kind)) {
+            let stands_for_one = own == Own::Layer && is_whiteout(&name, kind);
+            if !names.contains(&child) && !stands_for_one {
                 found.push((format!("/{}", String::from_utf8_lossy(&child)), "the image has no such file".into()));
                 if found.len() >= MAX_FINDINGS {
                     return Ok(());
