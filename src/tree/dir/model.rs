@@ -244,6 +244,22 @@ impl World {
         }
     }
 
+    /// The node that a name leads to. A kernel uses no name that it has not looked up, by whatever other name it knows the file.
+    fn look_up(&mut self, dir: usize, name: &str) -> Option<(usize, Node)> {
+        let (at, parent) = (self.model.get(dir, name), self.node(dir));
+        match self.tree.lookup(&ME, parent, OsStr::new(name)).unwrap() {
+            Lookup::Found(entry) => {
+                let at = at.unwrap_or_else(|| panic!("{name} is not there"));
+                self.learn(at, entry.attr.node);
+                Some((at, entry.attr.node))
+            }
+            Lookup::Absent(_) => {
+                assert_eq!(at, None, "{name} is there");
+                None
+            }
+        }
+    }
+
     fn check_attr(&self, at: usize, attr: &Attr) {
         let inode = &self.model.0[at];
         let (kind, size, nlink) = match &inode.body {
@@ -309,8 +325,8 @@ impl World {
                 self.made(made, expected);
             }
             4 => {
-                let Some(at) = self.model.get(dir, name) else { return };
-                let (node, parent) = (self.node(at), self.node(other));
+                let Some((at, node)) = self.look_up(dir, name) else { return };
+                let parent = self.node(other);
                 let made = self.tree.link(&ME, node, parent, os(to));
                 let expected = self.model.link(at, other, to).map(|()| at);
                 self.made(made, expected);
@@ -332,8 +348,7 @@ impl World {
                 assert_eq!(moved, self.model.rename((dir, name), (other, to), flags), "rename with {flags}");
             }
             11 => {
-                let Some(at) = self.model.get(dir, name) else { return };
-                let node = self.node(at);
+                let Some((at, node)) = self.look_up(dir, name) else { return };
                 match self.tree.open(&ME, node, libc::O_RDWR) {
                     Ok(opened) => self.open.push((at, opened.handle)),
                     Err(e) => assert!(e == Errno::NXIO && self.content(at).is_none(), "open: {e}"),
