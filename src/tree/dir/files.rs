@@ -331,7 +331,7 @@ impl DirTree {
         let file = self.file(node, handle)?;
         if flags.contains(OFlags::APPEND)
             && is_resent()
-            && let Some(done) = appended_before(file.fd(), offset, data)
+            && let Some(done) = appended_before(&self.pool, file.fd(), offset, data)
         {
             if done == data.len() {
                 return Ok(done);
@@ -427,11 +427,17 @@ impl DirTree {
 
 /// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
 /// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
-fn appended_before(fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+fn appended_before(pool: &FdPool, fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+    // Opened again: a log is mostly open for writing alone, and cannot be read through that.
+    let Ok(file) = pool.reopen(fd, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) else {
+        // It may not be read: the length alone must tell.
+        let grown = found::stat_fd(fd).ok()?.attr.size.checked_sub(offset)?;
+        return usize::try_from(grown).ok().filter(|&grown| grown > 0 && grown <= data.len());
+    };
     let mut there = vec![0_u8; data.len()];
     let mut got = 0;
     while got < there.len() {
-        match rustix::io::pread(fd, &mut there[got..], offset + got as u64) {
+        match rustix::io::pread(&file, &mut there[got..], offset + got as u64) {
             Ok(0) => break,
             Ok(n) => got += n,
             Err(Errno::INTR) => {}

@@ -532,3 +532,24 @@ fn descriptors_do_not_grow_with_the_walk() {
     }
     assert_eq!((s.tree.node_count(), s.tree.pool.cached()), (1, 0));
 }
+
+#[test]
+fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
+    use crate::tree::again::answering;
+    let s = scratch();
+    s.write("log", "one\n");
+    let node = s.node("log");
+    for flags in [libc::O_WRONLY, libc::O_RDWR] {
+        s.write("log", "one\n");
+        let opened = s.open(node, flags | libc::O_APPEND);
+        let write = |data: &[u8]| s.tree.write(node, opened.handle, 4, data, libc::O_APPEND, false);
+        assert_eq!(write(b"two\n"), Ok(4));
+        assert_eq!(answering(true, || write(b"two\n")), Ok(4));
+        assert_eq!(s.text("log"), "one\ntwo\n", "done before: not again");
+        assert_eq!(answering(true, || write(b"two\nthree\n")), Ok(10));
+        assert_eq!(s.text("log"), "one\ntwo\nthree\n", "cut short: the rest");
+        assert_eq!(answering(false, || write(b"two\n")), Ok(4));
+        assert_eq!(s.text("log"), "one\ntwo\nthree\ntwo\n", "another request of the same bytes");
+        s.tree.release(node, opened.handle);
+    }
+}
