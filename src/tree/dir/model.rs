@@ -170,7 +170,7 @@ struct World {
 }
 
 /// What outlives a server: its logs, and the descriptors it gave away.
-struct Held {
+pub(super) struct Held {
     logs: [OwnedFd; 2],
     keeper: Arc<Kept>,
 }
@@ -188,13 +188,18 @@ impl Keeper for Kept {
 }
 
 impl Held {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let memory = || memfd_create("fsprov-model", MemfdFlags::CLOEXEC).unwrap();
         Held { logs: [memory(), memory()], keeper: Arc::default() }
     }
 
+    /// Is no descriptor given away?
+    pub(super) fn is_empty(&self) -> bool {
+        self.keeper.0.lock().unwrap().is_empty()
+    }
+
     /// The next server. Dropping the one before writes nothing down, so it is as good as a kill.
-    fn serve(&self, dir: &tempfile::TempDir) -> DirTree {
+    pub(super) fn serve(&self, dir: &tempfile::TempDir) -> DirTree {
         let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
         let kept = self.keeper.0.lock().unwrap().iter().map(|(node, fd)| (*node, clone(fd))).collect();
         let logs = [clone(&self.logs[0]), clone(&self.logs[1])];
@@ -457,7 +462,7 @@ impl World {
         }
         assert_eq!((self.tree.node_count(), self.tree.handle_count()), (1, 0), "nodes and handles left");
         assert_eq!(self.tree.pool.usage().0, 0, "descriptors left");
-        assert!(self.held.keeper.0.lock().unwrap().is_empty(), "descriptors given away and not taken back");
+        assert!(self.held.is_empty(), "descriptors given away and not taken back");
     }
 }
 

@@ -553,3 +553,25 @@ fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
         s.tree.release(node, opened.handle);
     }
 }
+
+#[test]
+fn a_file_that_only_its_maker_may_write_can_be_written_through_the_next_server() {
+    // As root every file can be opened again; as an ordinary user one of mode 0444 cannot.
+    let dir = tempfile::tempdir().unwrap();
+    let held = super::model::Held::new();
+    let first = held.serve(&dir);
+    let made = first.create(&ME, ROOT, OsStr::new("f"), new(0o100_444), libc::O_RDWR).unwrap();
+    let (node, handle) = (made.0.attr.node, made.1.handle);
+    assert_eq!(first.write(node, handle, 0, b"first", 0, false), Ok(5));
+    drop(first);
+    for round in [b"second", b"third!"] {
+        let next = held.serve(&dir);
+        assert_eq!(next.write(node, handle, 0, round, 0, false), Ok(6));
+        assert_eq!(std::fs::read(dir.path().join("f")).unwrap(), round);
+    }
+    let last = held.serve(&dir);
+    last.flush(node, handle).unwrap();
+    last.release(node, handle);
+    assert!(held.is_empty(), "the descriptor was let go");
+    assert_eq!(last.write(node, handle, 0, b"closed", 0, false), Err(Errno::BADF));
+}
