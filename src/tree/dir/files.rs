@@ -271,7 +271,7 @@ impl DirTree {
         if note.directory {
             let place = self.place(note.node)?;
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let fd = fs::openat(&place, ".", flags, fs::Mode::empty())?;
+            let fd = self.pool.reopen(&place, flags)?;
             return Ok(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
         }
         let (fd, _) = self.fd(note.node)?;

@@ -493,7 +493,9 @@ fn random_requests_are_answered_as_the_model_answers() {
         .run(&vec(any::<[u8; 4]>(), 1..=2 * STEPS), |sequence| {
             let mut world = World::new();
             let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                sequence.iter().for_each(|&step| world.step(step));
+                for &step in &sequence {
+                    world.step(step);
+                }
                 world.finish();
             }));
             work.map_err(|panic| {

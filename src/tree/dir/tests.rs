@@ -575,3 +575,17 @@ fn a_file_that_only_its_maker_may_write_can_be_written_through_the_next_server()
     assert!(held.is_empty(), "the descriptor was let go");
     assert_eq!(last.write(node, handle, 0, b"closed", 0, false), Err(Errno::BADF));
 }
+
+#[test]
+fn a_directory_that_may_be_read_but_not_searched_shows_its_names() {
+    let s = scratch();
+    std::fs::create_dir_all(s.path("d/sub")).unwrap();
+    s.write("d/f", "");
+    let node = s.node("d");
+    std::fs::set_permissions(s.path("d"), std::fs::Permissions::from_mode(0o444)).unwrap();
+    for mode in [ListMode::Names, ListMode::Plus] {
+        let names: Vec<_> = s.names(node, mode).into_iter().map(|n| n.0).collect();
+        assert_eq!(names, [".", "..", "f", "sub"]);
+    }
+    std::fs::set_permissions(s.path("d"), std::fs::Permissions::from_mode(0o755)).unwrap();
+}
