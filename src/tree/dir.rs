@@ -154,13 +154,22 @@ impl DirTree {
                 let (outlive, inherited, kept) = outlive::Outlive::take_over(continuity);
                 let outlive = Arc::new(outlive);
                 let nodes = nodes::NodeTable::inherit(&found, &inherited, Arc::clone(&outlive));
-                for (node, fd) in kept {
-                    match pool.hold(fd) {
-                        Ok(pin) => nodes.pin(node, pin),
-                        Err(e) => log::warn!(target: "fsprov::tree::dir", "hold a removed file again: {e}"),
+                let handles = files::Handles::inherit(&inherited);
+                for (key, fd) in kept {
+                    match (pool.hold(fd), key & files::HANDLE_KEY) {
+                        (Ok(pin), 0) => nodes.pin(key, pin),
+                        (Ok(fd), _) => {
+                            let handle = key & !files::HANDLE_KEY;
+                            match handles.restore(handle, fd) {
+                                Some(node) => nodes.add_handle(node, handle),
+                                // Closed, and the word to let it go was lost with the process.
+                                None => outlive.release(key),
+                            }
+                        }
+                        (Err(e), _) => log::warn!(target: "fsprov::tree::dir", "hold a file again: {e}"),
                     }
                 }
-                (nodes, files::Handles::inherit(&inherited), Some(outlive))
+                (nodes, handles, Some(outlive))
             }
         };
         Ok(DirTree {

@@ -2,7 +2,7 @@
 
 use std::cell::RefCell;
 use std::io::IoSlice;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -26,6 +26,9 @@ const MAX_READ: u32 = 16 << 20;
 /// short count (copy_file_range(2)).
 const MAX_COPY: u64 = 64 << 20;
 
+/// A descriptor is given away under its node, or, with this bit, under its handle. Node ids lie below 2^56.
+pub(super) const HANDLE_KEY: u64 = 1 << 63;
+
 /// The open files and directories of a tree.
 #[derive(Debug, Default)]
 pub(super) struct Handles {
@@ -44,6 +47,13 @@ impl Handles {
             inherited: inherited.handles.iter().map(|(h, n)| (*h, *n)).collect(),
             last: AtomicU64::new(last),
         }
+    }
+
+    /// Take back a descriptor that an earlier process gave away for an open file; gives the file's node. None: it was closed.
+    pub(super) fn restore(&self, handle: Handle, fd: Held) -> Option<Node> {
+        let (_, note) = self.inherited.remove(&handle)?;
+        self.map.insert(handle, Arc::new(Open::new(fd, OFlags::from_bits_retain(note.flags))));
+        Some(note.node)
     }
 
     pub(super) fn get(&self, handle: Handle) -> Option<Arc<Open>> {
@@ -121,21 +131,18 @@ impl Open {
         Ok(Arc::clone(&slot.fd))
     }
 
+    /// Could it be opened again as it is? Not for writing where its mode is 0444 and we are no root.
+    fn can_be_had_again(&self, pool: &FdPool, fd: &Held) -> bool {
+        let name = super::fds::fd_name(fd.fd());
+        fs::accessat(pool.proc_fd(), name.as_str(), self.access(), fs::AtFlags::EACCESS).is_ok()
+    }
+
     /// Keep the file but not the right to write, as long as that can be had again.
     fn park(&self, pool: &Arc<FdPool>) {
         let mut slot = self.slot();
         // Somebody is writing through it just now, or it could not be opened for writing again (mode 0444).
         let busy = Arc::strong_count(&slot.fd) > 1;
-        if slot.parked
-            || busy
-            || fs::accessat(
-                pool.proc_fd(),
-                super::fds::fd_name(slot.fd.fd()).as_str(),
-                self.access(),
-                fs::AtFlags::EACCESS,
-            )
-            .is_err()
-        {
+        if slot.parked || busy || !self.can_be_had_again(pool, &slot.fd) {
             return;
         }
         if let Ok(fd) = pool.reopen(slot.fd.fd(), OFlags::PATH).and_then(|fd| pool.hold(fd)) {
@@ -215,9 +222,15 @@ impl DirTree {
         let held = self.pool.hold(fd)?;
         let open = Open::new(held, self.backing_flags(flags));
         let note = HandleNote { node, flags: open.flags.bits(), directory: false };
+        let only = open.is_writable() && !open.can_be_had_again(&self.pool, &open.any());
+        let only = only.then(|| open.any());
         let handle = self.handles.add(open);
         self.nodes.add_handle(node, handle);
         self.note_handle(handle, note);
+        if let (Some(outlive), Some(only)) = (&self.outlive, only) {
+            // The next server could not open it so: it gets this descriptor.
+            outlive.keep(HANDLE_KEY | handle, only.fd().as_fd());
+        }
         Ok(Opened { handle, cache: Caching::Fresh })
     }
 
@@ -234,6 +247,7 @@ impl DirTree {
         drop(open); // closed here, outside the map
         if let Some(outlive) = &self.outlive {
             outlive.close(handle);
+            outlive.release(HANDLE_KEY | handle);
             self.nodes.tidy();
         }
     }
@@ -257,7 +271,7 @@ impl DirTree {
         if note.directory {
             let place = self.place(note.node)?;
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-            let fd = fs::openat(&place, ".", flags, fs::Mode::empty())?;
+            let fd = self.pool.reopen(&place, flags)?;
             return Ok(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
         }
         let (fd, _) = self.fd(note.node)?;
@@ -331,7 +345,7 @@ impl DirTree {
         let file = self.file(node, handle)?;
         if flags.contains(OFlags::APPEND)
             && is_resent()
-            && let Some(done) = appended_before(file.fd(), offset, data)
+            && let Some(done) = appended_before(&self.pool, file.fd(), offset, data)
         {
             if done == data.len() {
                 return Ok(done);
@@ -427,11 +441,17 @@ impl DirTree {
 
 /// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
 /// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
-fn appended_before(fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+fn appended_before(pool: &FdPool, fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
+    // Opened again: a log is mostly open for writing alone, and cannot be read through that.
+    let Ok(file) = pool.reopen(fd, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) else {
+        // It may not be read: the length alone must tell.
+        let grown = found::stat_fd(fd).ok()?.attr.size.checked_sub(offset)?;
+        return usize::try_from(grown).ok().filter(|&grown| grown > 0 && grown <= data.len());
+    };
     let mut there = vec![0_u8; data.len()];
     let mut got = 0;
     while got < there.len() {
-        match rustix::io::pread(fd, &mut there[got..], offset + got as u64) {
+        match rustix::io::pread(&file, &mut there[got..], offset + got as u64) {
             Ok(0) => break,
             Ok(n) => got += n,
             Err(Errno::INTR) => {}

@@ -123,8 +123,9 @@ impl DirTree {
     pub(super) fn open_directory(&self, caller: &Caller, node: Node) -> Result<Opened> {
         self.pool.room()?;
         let place = self.place(node)?;
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let fd = self.options.act_as.run(caller, || fs::openat(&place, ".", flags, Mode::empty()))?;
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+        // Not "." in it: that would take the right to search, where reading is enough.
+        let fd = self.options.act_as.run(caller, || self.pool.reopen(&place, flags))?;
         let handle = self.handles.add(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
         self.note_handle(handle, HandleNote { node, flags: 0, directory: true });
         Ok(Opened { handle, cache: if self.options.immutable { Caching::Keep } else { Caching::Fresh } })

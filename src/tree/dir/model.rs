@@ -170,7 +170,7 @@ struct World {
 }
 
 /// What outlives a server: its logs, and the descriptors it gave away.
-struct Held {
+pub(super) struct Held {
     logs: [OwnedFd; 2],
     keeper: Arc<Kept>,
 }
@@ -188,13 +188,18 @@ impl Keeper for Kept {
 }
 
 impl Held {
-    fn new() -> Self {
+    pub(super) fn new() -> Self {
         let memory = || memfd_create("fsprov-model", MemfdFlags::CLOEXEC).unwrap();
         Held { logs: [memory(), memory()], keeper: Arc::default() }
     }
 
+    /// Is no descriptor given away?
+    pub(super) fn is_empty(&self) -> bool {
+        self.keeper.0.lock().unwrap().is_empty()
+    }
+
     /// The next server. Dropping the one before writes nothing down, so it is as good as a kill.
-    fn serve(&self, dir: &tempfile::TempDir) -> DirTree {
+    pub(super) fn serve(&self, dir: &tempfile::TempDir) -> DirTree {
         let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
         let kept = self.keeper.0.lock().unwrap().iter().map(|(node, fd)| (*node, clone(fd))).collect();
         let logs = [clone(&self.logs[0]), clone(&self.logs[1])];
@@ -241,6 +246,22 @@ impl World {
                 entry.attr.node
             }
             Lookup::Absent(_) => panic!("{name} is there"),
+        }
+    }
+
+    /// The node that a name leads to. A kernel uses no name that it has not looked up, by whatever other name it knows the file.
+    fn look_up(&mut self, dir: usize, name: &str) -> Option<(usize, Node)> {
+        let (at, parent) = (self.model.get(dir, name), self.node(dir));
+        match self.tree.lookup(&ME, parent, OsStr::new(name)).unwrap() {
+            Lookup::Found(entry) => {
+                let at = at.unwrap_or_else(|| panic!("{name} is not there"));
+                self.learn(at, entry.attr.node);
+                Some((at, entry.attr.node))
+            }
+            Lookup::Absent(_) => {
+                assert_eq!(at, None, "{name} is there");
+                None
+            }
         }
     }
 
@@ -309,8 +330,8 @@ impl World {
                 self.made(made, expected);
             }
             4 => {
-                let Some(at) = self.model.get(dir, name) else { return };
-                let (node, parent) = (self.node(at), self.node(other));
+                let Some((at, node)) = self.look_up(dir, name) else { return };
+                let parent = self.node(other);
                 let made = self.tree.link(&ME, node, parent, os(to));
                 let expected = self.model.link(at, other, to).map(|()| at);
                 self.made(made, expected);
@@ -332,8 +353,7 @@ impl World {
                 assert_eq!(moved, self.model.rename((dir, name), (other, to), flags), "rename with {flags}");
             }
             11 => {
-                let Some(at) = self.model.get(dir, name) else { return };
-                let node = self.node(at);
+                let Some((at, node)) = self.look_up(dir, name) else { return };
                 match self.tree.open(&ME, node, libc::O_RDWR) {
                     Ok(opened) => self.open.push((at, opened.handle)),
                     Err(e) => assert!(e == Errno::NXIO && self.content(at).is_none(), "open: {e}"),
@@ -442,7 +462,7 @@ impl World {
         }
         assert_eq!((self.tree.node_count(), self.tree.handle_count()), (1, 0), "nodes and handles left");
         assert_eq!(self.tree.pool.usage().0, 0, "descriptors left");
-        assert!(self.held.keeper.0.lock().unwrap().is_empty(), "descriptors given away and not taken back");
+        assert!(self.held.is_empty(), "descriptors given away and not taken back");
     }
 }
 
@@ -473,7 +493,9 @@ fn random_requests_are_answered_as_the_model_answers() {
         .run(&vec(any::<[u8; 4]>(), 1..=2 * STEPS), |sequence| {
             let mut world = World::new();
             let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                sequence.iter().for_each(|&step| world.step(step));
+                for &step in &sequence {
+                    world.step(step);
+                }
                 world.finish();
             }));
             work.map_err(|panic| {

@@ -532,3 +532,60 @@ fn descriptors_do_not_grow_with_the_walk() {
     }
     assert_eq!((s.tree.node_count(), s.tree.pool.cached()), (1, 0));
 }
+
+#[test]
+fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
+    use crate::tree::again::answering;
+    let s = scratch();
+    s.write("log", "one\n");
+    let node = s.node("log");
+    for flags in [libc::O_WRONLY, libc::O_RDWR] {
+        s.write("log", "one\n");
+        let opened = s.open(node, flags | libc::O_APPEND);
+        let write = |data: &[u8]| s.tree.write(node, opened.handle, 4, data, libc::O_APPEND, false);
+        assert_eq!(write(b"two\n"), Ok(4));
+        assert_eq!(answering(true, || write(b"two\n")), Ok(4));
+        assert_eq!(s.text("log"), "one\ntwo\n", "done before: not again");
+        assert_eq!(answering(true, || write(b"two\nthree\n")), Ok(10));
+        assert_eq!(s.text("log"), "one\ntwo\nthree\n", "cut short: the rest");
+        assert_eq!(answering(false, || write(b"two\n")), Ok(4));
+        assert_eq!(s.text("log"), "one\ntwo\nthree\ntwo\n", "another request of the same bytes");
+        s.tree.release(node, opened.handle);
+    }
+}
+
+#[test]
+fn a_file_that_only_its_maker_may_write_can_be_written_through_the_next_server() {
+    // As root every file can be opened again; as an ordinary user one of mode 0444 cannot.
+    let dir = tempfile::tempdir().unwrap();
+    let held = super::model::Held::new();
+    let first = held.serve(&dir);
+    let made = first.create(&ME, ROOT, OsStr::new("f"), new(0o100_444), libc::O_RDWR).unwrap();
+    let (node, handle) = (made.0.attr.node, made.1.handle);
+    assert_eq!(first.write(node, handle, 0, b"first", 0, false), Ok(5));
+    drop(first);
+    for round in [b"second", b"third!"] {
+        let next = held.serve(&dir);
+        assert_eq!(next.write(node, handle, 0, round, 0, false), Ok(6));
+        assert_eq!(std::fs::read(dir.path().join("f")).unwrap(), round);
+    }
+    let last = held.serve(&dir);
+    last.flush(node, handle).unwrap();
+    last.release(node, handle);
+    assert!(held.is_empty(), "the descriptor was let go");
+    assert_eq!(last.write(node, handle, 0, b"closed", 0, false), Err(Errno::BADF));
+}
+
+#[test]
+fn a_directory_that_may_be_read_but_not_searched_shows_its_names() {
+    let s = scratch();
+    std::fs::create_dir_all(s.path("d/sub")).unwrap();
+    s.write("d/f", "");
+    let node = s.node("d");
+    std::fs::set_permissions(s.path("d"), std::fs::Permissions::from_mode(0o444)).unwrap();
+    for mode in [ListMode::Names, ListMode::Plus] {
+        let names: Vec<_> = s.names(node, mode).into_iter().map(|n| n.0).collect();
+        assert_eq!(names, [".", "..", "f", "sub"]);
+    }
+    std::fs::set_permissions(s.path("d"), std::fs::Permissions::from_mode(0o755)).unwrap();
+}
