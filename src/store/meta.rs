@@ -60,7 +60,7 @@ pub struct Meta {
     #[serde(default)]
     pub layers: Vec<ImageId>,
     /// The images below its own tree, bottom first, as its dependencies led to them (AppC).
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    #[serde(default)]
     pub dependencies: Vec<ImageId>,
     /// For each of its layers, `dependencies` and then its own: the images whose pathWhitelist holds for it.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
