@@ -63,10 +63,10 @@ pub struct Meta {
     #[serde(default)]
     pub dependencies: Vec<ImageId>,
     /// For each of its layers, `dependencies` and then its own: the images whose pathWhitelist holds for it.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub(super) filters: Vec<Vec<ImageId>>,
     /// Does a pathWhitelist hide something that lies on the disk? Then the index alone tells what is in the image.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_filtered: bool,
 }
 
