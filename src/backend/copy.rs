@@ -36,7 +36,7 @@ impl Backend for Copy {
     }
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
-        if let Err(e) = plan.require_layers() {
+        if let Err(e) = plan.require_layers().and_then(|()| plan.require_unfiltered()) {
             return Support::no(e.cause(), e.remedy());
         }
         let may_chown = process::effective_caps().is_ok_and(|caps| caps.contains(CapabilitySet::CHOWN));
