@@ -7,6 +7,7 @@ use crate::common::Case;
 mod cli;
 mod clients;
 mod destroy;
+mod enosys;
 mod faults;
 mod posix;
 mod readonly;
@@ -45,6 +46,7 @@ pub(crate) const CASES: &[Case] = &[
     destroy::STATE_IS_PRIVATE,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
+    enosys::FALLBACKS,
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,
