@@ -142,8 +142,11 @@ fn helper_options(request: &Request<'_>) -> String {
 fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
     const OP: &str = "mount FUSE on";
     let name = || show(request.point);
-    let connection = fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))?;
+    let open = || {
+        fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))
+    };
+    let mut connection = open()?;
     let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let target = fs::openat(CWD, request.point, flags, Mode::empty()).map_err(|e| Error::sys(OP, name(), e))?;
     let explain = |e: Errno| match e {
@@ -154,7 +157,9 @@ fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
     };
     match attach_new(request, &connection, &target, initial) {
         Err(Errno::NOSYS) => {
-            log::info!(target: TARGET, "this kernel has no fsopen: mounting with mount(2)");
+            log::info!(target: TARGET, "this kernel has no fsopen or no move_mount: mounting with mount(2)");
+            // Where move_mount alone is missing, the superblock that fsopen made has died and its connection with it (ENOTCONN).
+            connection = open()?;
             attach_classic(request, &connection, &target, initial).map_err(explain)?;
         }
         other => other.map_err(explain)?,

@@ -8,6 +8,7 @@ mod cli;
 mod clients;
 mod crash;
 mod destroy;
+mod enosys;
 mod faults;
 mod posix;
 mod readonly;
@@ -48,6 +49,7 @@ pub(crate) const CASES: &[Case] = &[
     destroy::STATE_IS_PRIVATE,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
+    enosys::FALLBACKS,
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,

@@ -1,0 +1,118 @@
+//! Old kernels and strict seccomp profiles: the newer system calls answer ENOSYS, and all works without them or says why not.
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+
+use crate::common::harness::on;
+use crate::common::walk::{assert_same, picture};
+use crate::common::{Case, Need, Stage, system};
+
+/// `enosys NAMES PROGRAM ARGS`: the program runs with these system calls answered ENOSYS, and so does what it starts. In C: a
+/// filter is raw system calls, which this crate keeps out of its tests.
+const FILTER: &str = r#"
+#include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/prctl.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+static const struct { const char *name; unsigned nr; } calls[] = {
+    {"openat2", 437}, {"open_tree", 428}, {"move_mount", 429}, {"mount_setattr", 442}, {"statx", __NR_statx},
+};
+
+int main(int argc, char **argv) {
+    struct sock_filter code[16];
+    unsigned short n = 0;
+    if (argc < 3) return 125;
+    code[n++] = (struct sock_filter)BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr));
+    for (char *word = strtok(argv[1], ","); word; word = strtok(NULL, ",")) {
+        size_t i = 0;
+        while (i < sizeof calls / sizeof *calls && strcmp(word, calls[i].name)) i++;
+        if (i == sizeof calls / sizeof *calls) { fprintf(stderr, "enosys: %s?\n", word); return 125; }
+        code[n++] = (struct sock_filter)BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, calls[i].nr, 0, 1);
+        code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | ENOSYS);
+    }
+    code[n++] = (struct sock_filter)BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW);
+    struct sock_fprog filter = {n, code};
+    if (geteuid() != 0 && prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)) {
+        perror("enosys: no_new_privs");
+        return 125;
+    }
+    if (prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter, 0, 0)) { perror("enosys: seccomp"); return 125; }
+    execvp(argv[2], argv + 2);
+    perror("enosys: exec");
+    return 125;
+}
+"#;
+
+/// Each alone, as a kernel between two versions has it; the three of the mount API; all.
+const MISSING: &[&str] = &[
+    "openat2",
+    "mount_setattr",
+    "statx",
+    "open_tree,move_mount,mount_setattr",
+    "openat2,open_tree,move_mount,mount_setattr,statx",
+];
+
+fn filter(stage: &Stage) -> PathBuf {
+    let (source, program) = (stage.write("enosys.c", FILTER), stage.path("enosys"));
+    stage.tool("cc", ["-O1", "-Wall", "-o"]).arg(&program).arg(&source).run().ok();
+    program
+}
+
+/// An ordinary user's filter forbids setuid programs, fusermount3 among them: that lane has nothing to fall back to.
+fn lanes(lane: &crate::common::Lane) -> bool {
+    on::with_copy(lane) && !(lane.is_fuse() && lane.enter == crate::common::Enter::User)
+}
+
+pub(crate) const FALLBACKS: Case = Case::needing(
+    "works_without_the_newer_system_calls_or_says_why_not",
+    lanes,
+    &[Need::Tool("cc")],
+    |stage: &Stage| {
+        let enosys = filter(stage);
+        let image = stage.small_image();
+        let want = picture(&image);
+        let run = |missing: &str, args: &[&OsStr]| {
+            let call = stage.tool(&enosys.display().to_string(), [missing]);
+            call.arg(crate::common::stage::program()).args(args).run()
+        };
+        let rootfs = stage.path("rootfs");
+        let mut worked = 0;
+        for missing in MISSING {
+            let mount = run(
+                missing,
+                &["mount".as_ref(), "--backend".as_ref(), stage.lane.backend.as_ref(), image.as_ref(), rootfs.as_ref()],
+            );
+            if mount.code() != Some(0) {
+                // Not possible on this host, in words that name what is missing: not a bare failure.
+                let said = mount.err();
+                assert!(
+                    mount.code() == Some(5) && missing.split(',').any(|call| said.contains(call)),
+                    "without {missing}: neither works nor says why:\n{}",
+                    mount.describe()
+                );
+                stage.assert_nothing_left(missing);
+                continue;
+            }
+            worked += 1;
+            assert_same(&want, &picture(&rootfs), missing);
+            if stage.lane.backend != "copy" {
+                let refused = std::fs::write(rootfs.join("etc/new"), "x").expect_err("read-only");
+                assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
+            }
+            let listed = run(missing, &["list".as_ref(), "--json".as_ref()]).ok().json();
+            let listed = listed.as_array().map_or(0, Vec::len);
+            assert_eq!(listed, 1, "without {missing}");
+            run(missing, &["unmount".as_ref(), rootfs.as_ref()]).ok();
+            let left = system::mounts_below(&rootfs);
+            assert!(left.is_empty(), "without {missing}: {left:#?}");
+            stage.assert_nothing_left(missing);
+        }
+        assert!(worked > 0, "{} works without none of {MISSING:?}", stage.lane.backend);
+    },
+);
