@@ -1,6 +1,6 @@
 //! `--uid-map`, `--gid-map`, `--squash`: parse, validate, and find the user's subordinate ids.
 //!
-//! Parsing touches no environment; [`auto`] reads /etc/passwd, /etc/subuid and /etc/subgid (subuid(5)).
+//! Parsing touches no environment; `auto` reads /etc/passwd, /etc/subuid and /etc/subgid (subuid(5)).
 
 use std::path::Path;
 

@@ -1,7 +1,7 @@
 //! The image tree: answers from the layer index, which is memory-mapped; nothing in it ever changes.
 //!
 //! A node id is the index's row plus one, so inode numbers are the same at every mount and in every server. A question
-//! about metadata makes no system call and no allocation. Content comes from the layers' files ([`content`]), opened when
+//! about metadata makes no system call and no allocation. Content comes from the layers' files (`content`), opened when
 //! read. All answers hold for ever, absence too.
 //!
 //! What it presents: owners through [`Ownership`]; one time for all three; directories of 4096 bytes; extended attributes
