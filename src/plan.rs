@@ -105,6 +105,9 @@ pub struct Plan {
     /// The image's index, where it has one: it covers all the layers, merged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub index: Option<IndexFile>,
+    /// Does the index leave out files that the layers have (AppC's pathWhitelist)? Then they are not the tree to show.
+    #[serde(default)]
+    pub is_filtered: bool,
     /// Volumes, outer before inner (see [`crate::volume::order`]).
     pub volumes: Vec<Volume>,
     /// Presented ownership.
@@ -130,6 +133,20 @@ impl Plan {
                 show(&self.rootfs),
                 "the image has no filesystem layer",
             ));
+        }
+        Ok(())
+    }
+
+    /// For backends that show the layers themselves: the error where only the index knows what belongs to the tree.
+    pub fn require_unfiltered(&self) -> Result<()> {
+        if self.is_filtered {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "provision",
+                show(&self.rootfs),
+                "the image's pathWhitelist leaves files out, which only its index does",
+            )
+            .hint("use --backend fuse"));
         }
         Ok(())
     }

@@ -2,6 +2,8 @@
 //!
 //! `cargo test --test privileged -- NAME`; see tests/common/harness.rs for FSPROV_TEST_MUST_RUN and FSPROV_TEST_KEEP.
 
+#![allow(clippy::pedantic, reason = "tests read better with plain loops and format!; every other lint holds")]
+
 mod common;
 mod suite;
 

@@ -33,7 +33,7 @@ impl Backend for Bind {
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
         let refusal = |e: &Error| Support::no(e.cause(), e.remedy());
-        let layer = match plan.single_layer(BackendKind::Bind) {
+        let layer = match plan.require_unfiltered().and_then(|()| plan.single_layer(BackendKind::Bind)) {
             Ok(layer) => layer,
             Err(e) => return refusal(&e),
         };

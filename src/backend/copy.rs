@@ -17,6 +17,7 @@ use super::{Backend, Copied, Detach, Health, Journal, Support, Traces};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
+use crate::index::Index;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::{mount, mountinfo, process, remove};
 
@@ -36,7 +37,7 @@ impl Backend for Copy {
     }
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
-        if let Err(e) = plan.require_layers() {
+        if let Err(e) = plan.require_layers().and_then(|()| plan.require_unfiltered()) {
             return Support::no(e.cause(), e.remedy());
         }
         let may_chown = process::effective_caps().is_ok_and(|caps| caps.contains(CapabilitySet::CHOWN));
@@ -107,7 +108,8 @@ fn fill<'a>(
 ) -> Result<()> {
     fault::point("copy.layers")?;
     let layers: Vec<PathBuf> = plan.layers.iter().map(|l| l.root.clone()).collect();
-    Copier::new(root, &plan.ownership).run(&layers)?;
+    let index = plan.index.as_ref().map(|file| Index::open(&file.0)).transpose()?;
+    Copier::new(root, &plan.ownership).index(index).run(&layers)?;
     if !plan.volumes.is_empty() {
         let volumes = attach::prepare(plan)?;
         let path = attach::open_mount_point(&plan.rootfs)?;

@@ -15,8 +15,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
+use super::copyindex;
 use super::whiteout::{self, Mark};
 use crate::error::{Error, Kind, Result, show};
+use crate::index::Index;
 use crate::plan::Ownership;
 use crate::sys::attrs::{self, At, Fidelity};
 use crate::sys::fs::open_beneath;
@@ -26,7 +28,7 @@ const OP: &str = "copy";
 const TARGET: &str = "fsprov::copy";
 
 /// Deepest tree copied: two descriptors are held a level, and the usual limit on open files is 1024.
-const MAX_DEPTH: usize = 400;
+pub(super) const MAX_DEPTH: usize = 400;
 /// Files waiting to be filled; each holds a share of two directory descriptors.
 const QUEUE: usize = 64;
 /// Most threads filling files: beyond that one disk gets no faster.
@@ -40,6 +42,8 @@ const RANGE: usize = 64 << 20;
 pub(super) struct Copier<'a> {
     root: &'a OwnedFd,
     ownership: &'a Ownership,
+    /// What everything's attributes are, where the image has one; else the layers' own.
+    index: Option<Index>,
     /// Directories made so far, relative to the root, each with its attributes' source.
     dirs: BTreeMap<PathBuf, Model>,
     work: Arc<Shared>,
@@ -60,6 +64,8 @@ struct Shared {
     no_range: AtomicBool,
     partial: AtomicU64,
     devices: AtomicU64,
+    /// Files get no attributes from the layers: the index has them.
+    bare: AtomicBool,
 }
 
 impl Shared {
@@ -105,7 +111,14 @@ struct LayerWalk<'a> {
 
 impl<'a> Copier<'a> {
     pub(super) fn new(root: &'a OwnedFd, ownership: &'a Ownership) -> Self {
-        Copier { root, ownership, dirs: BTreeMap::new(), work: Arc::new(Shared::default()) }
+        Copier { root, ownership, index: None, dirs: BTreeMap::new(), work: Arc::new(Shared::default()) }
+    }
+
+    /// Take modes, owners, times and attributes from `index` instead of the layers' files.
+    pub(super) fn index(mut self, index: Option<Index>) -> Self {
+        self.work.bare.store(index.is_some(), Ordering::Relaxed);
+        self.index = index;
+        self
     }
 
     /// Copy the layers, bottom first.
@@ -114,7 +127,13 @@ impl<'a> Copier<'a> {
             // A barrier after each: the next may replace what this one brought.
             self.layer(layer, n == 0, layers.len() > 1)?;
         }
-        self.finish_directories()?;
+        if let Some(index) = &self.index {
+            let lacking = copyindex::apply(self.root, index, self.ownership)?;
+            self.work.partial.store(lacking.partial, Ordering::Relaxed);
+            self.work.devices.store(lacking.devices, Ordering::Relaxed);
+        } else {
+            self.finish_directories()?;
+        }
         let (partial, devices) = (self.work.partial.load(Ordering::Relaxed), self.work.devices.load(Ordering::Relaxed));
         if partial > 0 {
             log::info!(target: TARGET, "{partial} files keep not all of their owners and attributes: this user may not set them");
@@ -255,6 +274,9 @@ impl<'a> Copier<'a> {
                 Err(e) => return Err(fail(e)),
             },
         }
+        if self.index.is_some() {
+            return Ok(());
+        }
         let (from, to) = (At::new(&*level.from, &name), At::new(&*level.to, &name));
         let fidelity = attrs::copy(from, &presented(self.ownership, stat), to).map_err(fail)?;
         self.work.noted(fidelity);
@@ -332,7 +354,7 @@ impl<'a> Copier<'a> {
     }
 }
 
-fn presented(ownership: &Ownership, mut stat: Stat) -> Stat {
+pub(super) fn presented(ownership: &Ownership, mut stat: Stat) -> Stat {
     if let Some((uid, gid)) = ownership.squash {
         (stat.st_uid, stat.st_gid) = (uid, gid);
     } else {
@@ -370,6 +392,9 @@ fn fill(job: &Job, shared: &Shared, ownership: &Ownership, buffer: &mut Vec<u8>)
         let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let to = fs::openat(&*job.to, &job.name, flags, Mode::empty())?;
         content(&from, &to, now.st_size as u64, shared, buffer)?;
+    }
+    if shared.bare.load(Ordering::Relaxed) {
+        return Ok(Fidelity::Whole);
     }
     let (from, to) = (At::new(&*job.from, &job.name), At::new(&*job.to, &job.name));
     attrs::copy(from, &presented(ownership, job.stat), to)

@@ -6,6 +6,7 @@
 mod attach;
 pub mod bind;
 pub mod copy;
+mod copyindex;
 mod copytree;
 pub mod fuse;
 pub mod overlay;

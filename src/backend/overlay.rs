@@ -55,7 +55,11 @@ impl Backend for Overlay {
     }
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
-        if let Err(e) = plan.require_layers().and_then(|()| check_count(plan, plan.layers.len())) {
+        if let Err(e) = plan
+            .require_layers()
+            .and_then(|()| plan.require_unfiltered())
+            .and_then(|()| check_count(plan, plan.layers.len()))
+        {
             return Support::no(e.cause(), e.remedy());
         }
         if !plan.ownership.is_identity() {

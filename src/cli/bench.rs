@@ -316,7 +316,8 @@ fn meaning(fuse: &Times, base: &Times) -> String {
         )
     } else {
         format!(
-            "Under fuse, what was used before costs {:.1} times what the kernel alone takes: an image in the store              (`fsprov image import`) is served from its index, a plain directory is asked again and again.",
+            "Under fuse, what was used before costs {:.1} times what the kernel alone takes: an image in the store \
+             (`fsprov image import`) is served from its index, a plain directory is asked again and again.",
             again.max(files)
         )
     }

@@ -140,6 +140,7 @@ mod tests {
             rootfs: "/r".into(),
             layers: Vec::new(),
             index: None,
+            is_filtered: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             state_dir: "/s".into(),

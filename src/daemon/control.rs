@@ -183,6 +183,7 @@ mod tests {
             rootfs: "/r".into(),
             layers: Vec::new(),
             index: None,
+            is_filtered: false,
             volumes: Vec::new(),
             ownership: Ownership::default(),
             state_dir,

@@ -155,6 +155,7 @@ impl Provisioner {
             rootfs,
             layers: image.layers.into_iter().map(|root| Layer { root }).collect(),
             index: image.index.map(IndexFile),
+            is_filtered: image.is_filtered,
             volumes: volume::order(volumes)?,
             ownership: request.ownership.clone(),
             state_dir: container.backend(),

@@ -256,6 +256,7 @@ mod tests {
             rootfs: "/mnt/a b\n".into(),
             layers: Vec::new(),
             index: None,
+            is_filtered: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             state_dir: "/s".into(),

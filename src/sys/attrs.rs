@@ -61,12 +61,44 @@ pub fn copy(from: At<'_>, stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelit
     // Owner first: changing it clears setuid bits and file capabilities.
     let owner = copy_owner(stat, to)?;
     let xattrs = copy_xattrs(from, to)?;
-    // Linux keeps no mode of a symlink.
-    if !FileType::from_raw_mode(stat.st_mode).is_symlink() {
-        fs::chmodat(to.dir, to.name, Mode::from_raw_mode(stat.st_mode & 0o7777), AtFlags::empty())?;
-    }
-    copy_times(stat, to)?;
+    set_mode_and_times(stat, to, owner)?;
     Ok(owner.and(xattrs))
+}
+
+/// Give `to` the owner, mode and times in `stat`, and these extended attributes.
+pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+    let mut fidelity = copy_owner(stat, to)?;
+    let owner = fidelity;
+    if !xattrs.is_empty() {
+        let path = to.path()?;
+        for (name, value) in xattrs {
+            fidelity = fidelity.and(set_xattr(&path, name, value)?);
+        }
+    }
+    set_mode_and_times(stat, to, owner)?;
+    Ok(fidelity)
+}
+
+fn set_mode_and_times(stat: &Stat, to: At<'_>, owner: Fidelity) -> rustix::io::Result<()> {
+    let kind = FileType::from_raw_mode(stat.st_mode);
+    // A program must not run as somebody else than the image says: no setuid without the owner, as cp(1) does it.
+    let allowed = if kind.is_file() && owner == Fidelity::Partial { 0o1777 } else { 0o7777 };
+    // Linux keeps no mode of a symlink.
+    if !kind.is_symlink() {
+        fs::chmodat(to.dir, to.name, Mode::from_raw_mode(stat.st_mode & allowed), AtFlags::empty())?;
+    }
+    copy_times(stat, to)
+}
+
+fn set_xattr(to: &CStr, name: &CStr, value: &[u8]) -> rustix::io::Result<Fidelity> {
+    if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
+        return Ok(Fidelity::Whole);
+    }
+    match fs::lsetxattr(to, name, value, XattrFlags::empty()) {
+        Ok(()) => Ok(Fidelity::Whole),
+        Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => Ok(Fidelity::Partial),
+        Err(e) => Err(e),
+    }
 }
 
 fn copy_owner(stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {

@@ -126,6 +126,7 @@ impl Place {
             rootfs: self.path("rootfs"),
             layers: vec![Layer { root: self.path("layer") }],
             index: None,
+            is_filtered: false,
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
             state_dir: self.path("state"),

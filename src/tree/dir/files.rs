@@ -351,43 +351,10 @@ impl DirTree {
                 return Ok(done);
             }
             // Cut short by the kill: the rest, behind what is there.
-            let rest = self.write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
+            let rest = write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
             return Ok(done + rest);
         }
-        self.write_file_now(&file, offset, data, flags, kill_privileges)
-    }
-
-    fn write_file_now(
-        &self,
-        file: &Descriptor,
-        offset: u64,
-        data: &[u8],
-        flags: OFlags,
-        kill_privileges: bool,
-    ) -> Result<usize> {
-        // At the end as the file system knows it: another writer on the host may have moved it.
-        let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
-        let write = || {
-            let mut done = 0;
-            while done < data.len() {
-                let slice = [IoSlice::new(&data[done..])];
-                let result = if append.is_empty() {
-                    rustix::io::pwrite(file.fd(), &data[done..], offset + done as u64)
-                } else {
-                    rustix::io::pwritev2(file.fd(), &slice, offset + done as u64, append)
-                };
-                match result {
-                    Ok(0) => break,
-                    Ok(n) => done += n,
-                    Err(Errno::INTR) => {}
-                    Err(e) if done == 0 => return Err(e),
-                    // What is written is written; the error comes back with the next write.
-                    Err(_) => break,
-                }
-            }
-            Ok(done)
-        };
-        if kill_privileges { without_set_id_privilege(write) } else { write() }
+        write_file_now(&file, offset, data, flags, kill_privileges)
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
@@ -474,4 +441,30 @@ impl Descriptor {
             Descriptor::Cached(fd) => fd,
         }
     }
+}
+
+fn write_file_now(file: &Descriptor, offset: u64, data: &[u8], flags: OFlags, kill_privileges: bool) -> Result<usize> {
+    // At the end as the file system knows it: another writer on the host may have moved it.
+    let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
+    let write = || {
+        let mut done = 0;
+        while done < data.len() {
+            let slice = [IoSlice::new(&data[done..])];
+            let result = if append.is_empty() {
+                rustix::io::pwrite(file.fd(), &data[done..], offset + done as u64)
+            } else {
+                rustix::io::pwritev2(file.fd(), &slice, offset + done as u64, append)
+            };
+            match result {
+                Ok(0) => break,
+                Ok(n) => done += n,
+                Err(Errno::INTR) => {}
+                Err(e) if done == 0 => return Err(e),
+                // What is written is written; the error comes back with the next write.
+                Err(_) => break,
+            }
+        }
+        Ok(done)
+    };
+    if kill_privileges { without_set_id_privilege(write) } else { write() }
 }

@@ -1,0 +1,139 @@
+//! What the index says of a copied tree, put onto it: the layers of an unprivileged import hold names and bytes, and modes, owners,
+//! attributes and special files only as far as the importing user could set them.
+
+use std::ffi::{CString, OsStr};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::io::Errno;
+
+use super::copytree::{MAX_DEPTH, presented};
+use crate::error::{Error, Kind, Result, show};
+use crate::index::read::{Form, Inode};
+use crate::index::{Damaged, Index};
+use crate::plan::Ownership;
+use crate::sys::attrs::{self, At, Fidelity};
+
+const OP: &str = "set attributes of copied";
+
+/// What could not be done, for the log.
+#[derive(Default)]
+pub(super) struct Lacking {
+    /// Files that keep not all of their owners and attributes.
+    pub(super) partial: u64,
+    /// Device nodes that could not be made.
+    pub(super) devices: u64,
+}
+
+/// Give everything below `root` the attributes that `index` has for it, and make the special files that are in the index alone.
+pub(super) fn apply(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Result<Lacking> {
+    let mut pass = Pass { index, ownership, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
+    let top = index.inode(0).map_err(|e| damaged(Path::new("/"), e))?;
+    pass.directory(&top, root, Path::new(""), MAX_DEPTH)?;
+    pass.attributes(&top, At::itself(root), Path::new("/"))?;
+    Ok(pass.lacking)
+}
+
+fn damaged(path: &Path, why: Damaged) -> Error {
+    Error::new(Kind::Integrity, OP, show(path), format!("the image's index is {why}"))
+        .hint("make it again with `fsprov image index IMAGE`")
+}
+
+struct Pass<'a> {
+    index: &'a Index,
+    ownership: &'a Ownership,
+    root: &'a OwnedFd,
+    /// First path of each inode with several names.
+    done: std::collections::HashMap<u32, PathBuf>,
+    lacking: Lacking,
+}
+
+impl Pass<'_> {
+    /// Children before their directory: its mode may shut us out, and its times change with what is made in it.
+    fn directory(&mut self, inode: &Inode, dir: &OwnedFd, path: &Path, depth_left: usize) -> Result<()> {
+        let Form::Directory { first, count } = inode.form else { return Ok(()) };
+        if depth_left == 0 {
+            return Err(Error::new(Kind::Limit, OP, show(path), format!("it is more than {MAX_DEPTH} levels deep")));
+        }
+        for at in first..first + count {
+            let name = self.index.name(at).map_err(|e| damaged(path, e))?;
+            let child = self.index.inode(name.row).map_err(|e| damaged(path, e))?;
+            let name = OsStr::from_bytes(name.name);
+            self.entry(&child, dir, name, &path.join(name), depth_left)?;
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, inode: &Inode, dir: &OwnedFd, name: &OsStr, path: &Path, depth_left: usize) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let kind = FileType::from_raw_mode(inode.mode);
+        let first = self.done.get(&inode.row);
+        match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+            Ok(stat) if FileType::from_raw_mode(stat.st_mode) == kind => {}
+            Err(Errno::NOENT) if inode.form == Form::Special => {
+                if let Some(first) = first {
+                    let made = crate::sys::fs::open_beneath(self.root, first, OFlags::PATH);
+                    if made.is_ok() {
+                        return self.link(first, dir, name).map_err(fail);
+                    }
+                }
+                match fs::mknodat(dir, name, kind, Mode::RUSR | Mode::WUSR, inode.rdev.into()) {
+                    Ok(()) => {}
+                    Err(Errno::PERM) => {
+                        self.lacking.devices += 1;
+                        return Ok(());
+                    }
+                    Err(e) => return Err(fail(e)),
+                }
+            }
+            Err(e) if e != Errno::NOENT => return Err(fail(e)),
+            _ => {
+                return Err(Error::new(
+                    Kind::Integrity,
+                    OP,
+                    show(path),
+                    "the image's layers lack it or have something else there than its index says",
+                )
+                .hint("see `fsprov image verify`"));
+            }
+        }
+        if kind == FileType::Directory {
+            let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+            let below = fs::openat(dir, name, flags, Mode::empty()).map_err(fail)?;
+            self.directory(inode, &below, path, depth_left - 1)?;
+        } else if inode.nlink > 1 {
+            if self.done.contains_key(&inode.row) {
+                return Ok(());
+            }
+            self.done.insert(inode.row, path.to_owned());
+        }
+        self.attributes(inode, At::new(dir, name), path)
+    }
+
+    fn link(&self, first: &Path, dir: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
+        let (parent, file) = (first.parent().unwrap_or(Path::new("")), first.file_name().unwrap_or_default());
+        let parent = if parent.as_os_str().is_empty() { Path::new(".") } else { parent };
+        let parent = crate::sys::fs::open_beneath(self.root, parent, OFlags::PATH | OFlags::DIRECTORY)?;
+        fs::linkat(&parent, file, dir, name, AtFlags::empty())
+    }
+
+    fn attributes(&mut self, inode: &Inode, to: At<'_>, path: &Path) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let mut stat: Stat = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        (stat.st_mode, stat.st_uid, stat.st_gid) = (inode.mode, inode.uid, inode.gid);
+        // The index keeps one time for each inode.
+        (stat.st_mtime, stat.st_atime) = (inode.mtime.secs as _, inode.mtime.secs as _);
+        (stat.st_mtime_nsec, stat.st_atime_nsec) = (inode.mtime.nanos as _, inode.mtime.nanos as _);
+        let mut xattrs = Vec::new();
+        for xattr in self.index.xattrs(inode).map_err(|e| damaged(path, e))? {
+            let (name, value) = xattr.map_err(|e| damaged(path, e))?;
+            let name = CString::new(name).map_err(|_| fail(Errno::INVAL))?;
+            xattrs.push((name, value));
+        }
+        let set = attrs::set(&xattrs, &presented(self.ownership, stat), to).map_err(fail)?;
+        self.lacking.partial += u64::from(set == Fidelity::Partial);
+        Ok(())
+    }
+}
