@@ -55,11 +55,6 @@ pub(crate) mod on {
     pub(crate) fn with_copy(lane: &Lane) -> bool {
         !lane.backend.is_empty()
     }
-    /// All but the copy that an ordinary user makes of an ordinary user's import: the modes that the disk could not take are in the
-    /// index, and the copy is of what lies on the disk.
-    pub(crate) fn shows_imports_whole(lane: &Lane) -> bool {
-        with_copy(lane) && !(copy(lane) && lane.enter == Enter::User)
-    }
     pub(crate) fn copy(lane: &Lane) -> bool {
         lane.backend == "copy"
     }
