@@ -2,6 +2,7 @@
 //! it started (it is their subreaper), and takes nothing with it when it fails.
 
 use std::ffi::OsString;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Write as _;
 use std::os::unix::fs::PermissionsExt as _;
@@ -173,7 +174,7 @@ fn run_one(wanted: &str, cases: &[Case]) -> ExitCode {
     let said = std::sync::Arc::new(Mutex::new(String::new()));
     let heard = std::sync::Arc::clone(&said);
     std::panic::set_hook(Box::new(move |info| {
-        heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push_str(&format!("{info}\n"));
+        _ = writeln!(heard.lock().unwrap_or_else(std::sync::PoisonError::into_inner), "{info}");
     }));
     let stage = Stage::new(lane);
     let mut result = catch_unwind(AssertUnwindSafe(|| (case.run)(&stage))).map_err(|_| String::new());

@@ -34,9 +34,10 @@ impl Stage {
     }
 }
 
-fn file(path: PathBuf, content: impl AsRef<[u8]>, mode: u32) {
-    fs::write(&path, content).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
-    chmod(&path, mode);
+fn file(path: impl AsRef<Path>, content: impl AsRef<[u8]>, mode: u32) {
+    let path = path.as_ref();
+    fs::write(path, content).unwrap_or_else(|e| panic!("write {}: {e}", path.display()));
+    chmod(path, mode);
 }
 
 pub(crate) fn chmod(path: &Path, mode: u32) {

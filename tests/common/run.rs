@@ -2,6 +2,7 @@
 //! test instead of failing the one case that looks for it.
 
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
 use std::fs::File;
 use std::io::{Read as _, Seek as _};
 use std::os::unix::process::ExitStatusExt as _;
@@ -46,7 +47,7 @@ impl Outcome {
         for (name, bytes) in [("stdout", &self.stdout), ("stderr", &self.stderr)] {
             let shown = String::from_utf8_lossy(&bytes[..bytes.len().min(6000)]).into_owned();
             for line in shown.lines() {
-                text.push_str(&format!("  {name}| {line}\n"));
+                _ = writeln!(text, "  {name}| {line}");
             }
         }
         text

@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ffi::{OsStr, OsString};
+use std::fmt::Write as _;
 use std::fs;
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
@@ -159,6 +160,7 @@ impl Stage {
     }
 
     /// The servers that this case started and that still run.
+    #[expect(clippy::unused_self, reason = "a case is one process: its stage's servers are those of the process")]
     pub(crate) fn servers(&self) -> Vec<Process> {
         system::reap();
         system::descendants_of(system::my_pid()).into_iter().filter(|p| p.state != 'Z').collect()
@@ -172,19 +174,19 @@ impl Stage {
     /// The commands run so far, the state of mounts and processes, and what servers logged.
     pub(crate) fn report(&self) -> String {
         let mut text = self.log.borrow().join("");
-        text.push_str(&format!("\nin {}\n", self.dir.display()));
+        _ = writeln!(text, "\nin {}", self.dir.display());
         for mount in system::mounts_below(&self.dir) {
-            text.push_str(&format!("  mount {mount:?}\n"));
+            _ = writeln!(text, "  mount {mount:?}");
         }
         for process in system::descendants_of(system::my_pid()) {
-            text.push_str(&format!("  process {} {} {}\n", process.pid, process.state, process.command));
+            _ = writeln!(text, "  process {} {} {}", process.pid, process.state, process.command);
         }
         for record in self.records() {
             for name in ["record.json", "server.log"] {
                 let file = record.join(name);
                 if let Ok(content) = fs::read(&file) {
                     let content = String::from_utf8_lossy(&content[..content.len().min(4000)]).into_owned();
-                    text.push_str(&format!("  {}:\n{content}\n", file.display()));
+                    _ = writeln!(text, "  {}:\n{content}", file.display());
                 }
             }
         }

@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
+use std::fmt::Write as _;
 use std::fs;
 use std::io::Read as _;
 use std::os::unix::ffi::OsStrExt as _;
@@ -70,7 +71,7 @@ pub(crate) fn picture(root: &Path) -> Picture {
         let first = members[0].escape_ascii().to_string();
         for member in &members {
             if let Some(line) = seen.get_mut(member) {
-                line.push_str(&format!(" same-as={first}"));
+                _ = write!(line, " same-as={first}");
             }
         }
     }
@@ -109,13 +110,13 @@ fn describe(path: &Path, meta: &fs::Metadata) -> String {
     match kind {
         // A directory's size and link count are the file system's own business.
         'd' => {}
-        'f' => line.push_str(&format!(" size={} nlink={} {}", meta.len(), meta.nlink(), content(path))),
+        'f' => _ = write!(line, " size={} nlink={} {}", meta.len(), meta.nlink(), content(path)),
         'l' => {
             let target = fs::read_link(path).map_or_else(|e| e.to_string(), |t| shown(t.as_os_str()));
-            line.push_str(&format!(" -> {target}"));
+            _ = write!(line, " -> {target}");
         }
-        'c' | 'b' => line.push_str(&format!(" rdev={:#x} nlink={}", meta.rdev(), meta.nlink())),
-        _ => line.push_str(&format!(" nlink={}", meta.nlink())),
+        'c' | 'b' => _ = write!(line, " rdev={:#x} nlink={}", meta.rdev(), meta.nlink()),
+        _ => _ = write!(line, " nlink={}", meta.nlink()),
     }
     line.push_str(&xattrs(path));
     line
@@ -178,11 +179,7 @@ pub(crate) fn assert_same(want: &Picture, got: &Picture, what: &str) {
             if count <= SHOWN {
                 let missing = "(is not there)".to_owned();
                 let name = path.escape_ascii();
-                text.push_str(&format!(
-                    "  /{name}\n    want {}\n    got  {}\n",
-                    a.unwrap_or(&missing),
-                    b.unwrap_or(&missing)
-                ));
+                _ = writeln!(text, "  /{name}\n    want {}\n    got  {}", a.unwrap_or(&missing), b.unwrap_or(&missing));
             }
         }
     }

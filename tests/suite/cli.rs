@@ -335,8 +335,7 @@ pub(crate) const PROBE: Case = Case::new(
             assert_eq!(find(stage.lane.backend)["works"], true, "{said:#}");
         }
         match stage.lane.enter {
-            Enter::Root => assert_eq!(said["auto"], "bind"),
-            Enter::Userns => assert_eq!(said["auto"], "bind"),
+            Enter::Root | Enter::Userns => assert_eq!(said["auto"], "bind"),
             Enter::User => {
                 let bind = find("bind");
                 assert_eq!(bind["works"], false);

@@ -322,10 +322,12 @@ pub(crate) const ENOUGH: Case =
         assert_eq!((system::mounts_of_others(), fds()), (mounts, before));
     });
 
+/// How many [`AT_ONCE`] has.
+const COUNT: usize = 8;
+
 /// Several at once, of one image, in one state root.
 pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::with_copy, |stage: &Stage| {
     let image = stage.small_image();
-    const COUNT: usize = 8;
     let start = |verb: &str, i: usize| {
         let rootfs = stage.path(format!("rootfs-{i}"));
         let mut call = if verb == "mount" {

@@ -410,12 +410,14 @@ pub(crate) const SAME_ANSWERS: Case =
         assert_same(&still(&backing), &still(&rootfs.join("data")), "what is seen through the volume");
     });
 
+/// Lines that each writer of [`TWO_WRITERS`] appends.
+const LINES: usize = 500;
+
 pub(crate) const TWO_WRITERS: Case =
     Case::new("appending_beside_a_writer_on_the_host_loses_nothing", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         let backing = stage.mkdir("vol");
         let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
-        const LINES: usize = 500;
         let append = |path: std::path::PathBuf, who: &'static str| {
             std::thread::spawn(move || {
                 let mut file = OpenOptions::new().append(true).create(true).open(path).expect("open");

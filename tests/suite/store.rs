@@ -319,7 +319,7 @@ const HOSTILE: &[Hostile] = &[
         t.file("rootfs/escape", b"x");
     }),
     ("hard link to outside", Fate::Refused, |t, out| {
-        t.link("rootfs/h", tar::EntryType::Link, &format!("{out}/victim"))
+        t.link("rootfs/h", tar::EntryType::Link, &format!("{out}/victim"));
     }),
     ("hard link by dotdot", Fate::Refused, |t, _| {
         t.link("rootfs/h", tar::EntryType::Link, "rootfs/../../../../../../../../etc/passwd");
