@@ -4,17 +4,20 @@
 //! on two CPUs each wake-up is an interrupt to a CPU that has gone to sleep (on a virtual machine: out of the guest). One of the
 //! two goes away when the server looks for the next request for a while before it sleeps.
 //!
-//! Measured on 2 virtual CPUs (Linux 6.18, KVM), a first walk + stat of 5,023 files by one caller, as a ratio to the
-//! same walk over a warm bind mount:
+//! Measured on 2 virtual CPUs (Linux 6.18, KVM), a first walk + stat of 5,023 files in 839 directories by one caller, as a
+//! ratio to the same walk over a warm bind mount; medians of 16 to 19 samples during which others used less than 0.2 CPUs:
 //!
 //! | server | ratio |
 //! | --- | --- |
-//! | sleeps at once, 1 thread / 2 threads | 6.4 / 5.4 |
-//! | looks for 100 us, 1 / 2 threads | 3.3 / 3.6 |
-//! | pinned to the caller's CPU (sampled from /proc/TID/stat) | 5.1: the scheduler moves the caller to the idle CPU at each reply |
-//! | pinned so, and SCHED_IDLE so that it does not | 2.5, but starved by anything else that computes |
-//! | both pinned to one CPU by hand | 2.9 |
-//! | pinned to different CPUs by hand | 7.3 |
+//! | sleeps at once, 2 threads | 4.0 |
+//! | looks for 50 us / 100 us / 200 us, 2 threads | 3.9 / 4.0 / 3.5 |
+//! | looks for 200 us, 1 thread | 3.1 |
+//! | server and caller pinned to one CPU by hand | 2.4 |
+//!
+//! And earlier, of one or two such samples each, so no more than hints: pinned to the caller's CPU as sampled from
+//! /proc/TID/stat, 5.1 beside 5.4 to 6.4 unpinned, as the scheduler moves the caller to the idle CPU at each reply; pinned
+//! so and SCHED_IDLE so that it does not, 2.5, but then anything else that computes starves the server; pinned to
+//! different CPUs by hand, 7.3.
 //!
 //! So it looks, and never pins. What it must not do: burn a CPU that others want, or look in vain. It gives its CPU away
 //! between two looks and stops where someone took it; and it looks only after requests that came one upon the other.
@@ -26,8 +29,8 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long to look. A caller on another CPU needs 50 us and more to wake up and ask for the next thing.
-const LOOK: Duration = Duration::from_micros(100);
+/// How long to look. A caller on another CPU needs 50 us and more to wake up and ask for the next thing; see the table.
+const LOOK: Duration = Duration::from_micros(200);
 /// `FSPROV_FUSE_PACE` compares variants: `sleep`, or `look:MICROSECONDS` in place of [`LOOK`]. For measurements alone, and not
 /// in the help.
 const VARIANT: &str = "FSPROV_FUSE_PACE";
