@@ -1,5 +1,7 @@
 //! `fsprov image`.
 
+mod upkeep;
+
 use std::ffi::OsString;
 use std::fmt::Write as _;
 use std::path::PathBuf;
@@ -13,6 +15,7 @@ use super::{Format, Global, output};
 use crate::error::Result;
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
+use crate::image::oci::Platform;
 use crate::provisioner::images_in_use;
 use crate::store::{ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Store, Use};
 
@@ -35,13 +38,24 @@ enum Verb {
     /// Remove images from the store
     #[command(alias = "remove")]
     Rm(Rm),
+    /// Look at every byte of every image, and name what is damaged
+    Verify(upkeep::Verify),
+    /// Remove what is of no use to anybody
+    Gc(upkeep::Gc),
+    /// Show what images take on the disk
+    Du(upkeep::Du),
+    /// Write an image as an archive or a layout
+    Export(upkeep::Export),
+    /// Make one layer of many, as a new image
+    Flatten(upkeep::Flatten),
 }
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-PATH is an ACI (tar; plain, gzip, bzip2, xz or zstd, told by its content; - is standard input), a directory holding `manifest` and \
-`rootfs`, or a directory that is a root filesystem (then --name is needed). The id is sha512- and the SHA-512 of the uncompressed \
-tar. An image that is there already is not imported twice.
+PATH is an AppC image (ACI), an OCI layout or a docker archive, each as a tar (plain, gzip, bzip2, xz or zstd, told by its content; - is an ACI on \
+standard input) or unpacked as a directory; a directory holding `manifest` and `rootfs`; or a directory that is a root filesystem (then --name is \
+needed). The id of an ACI is sha512- and the SHA-512 of the uncompressed tar, that of an OCI image its manifest's digest. An image that is there \
+already is not imported twice.
 
 Examples:
   fsprov image import debian.aci
@@ -56,6 +70,12 @@ struct Import {
     /// Refuse the image unless it has this id
     #[arg(long, value_name = "ID")]
     expect: Option<ImageId>,
+    /// Which image of an OCI layout or docker archive that has several: its name or tag there
+    #[arg(long, value_name = "NAME")]
+    reference: Option<String>,
+    /// For which platform, of an OCI image made for several [default: this host's]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    platform: Option<Platform>,
     /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
     #[arg(long)]
     lenient: bool,
@@ -99,6 +119,11 @@ impl Image {
             Verb::List(verb) => verb.run(&store),
             Verb::Show(verb) => verb.run(&store),
             Verb::Rm(verb) => verb.run(&store),
+            Verb::Verify(verb) => verb.run(&store),
+            Verb::Gc(verb) => verb.run(&store),
+            Verb::Du(verb) => verb.run(&store),
+            Verb::Export(verb) => verb.run(&store),
+            Verb::Flatten(verb) => verb.run(&store),
         }
     }
 }
@@ -119,6 +144,8 @@ impl Import {
             name: self.name.clone(),
             expected_id: self.expect.clone(),
             strictness: if self.lenient { Strictness::Lenient } else { Strictness::Strict },
+            reference: self.reference.clone(),
+            platform: self.platform.clone(),
             progress: Some(show_on(&bar)),
             ..ImportOptions::default()
         };
@@ -232,13 +259,9 @@ impl Show {
 
 impl Rm {
     fn run(&self, store: &Store) -> Result<()> {
-        let uses = || {
-            let all = images_in_use(store.paths())?;
-            Ok(all.into_iter().map(|(image, by)| Use { image, by: format!("rootfs {by}") }).collect())
-        };
         let mut removed = Vec::new();
         for image in &self.image {
-            let gone = store.remove(&ImageRef::parse(image)?, &uses)?;
+            let gone = store.remove(&ImageRef::parse(image)?, &|| image_uses(store))?;
             if !self.format.json {
                 output::line(&format!("removed {} ({})", gone.names.join(" "), gone.id))?;
             }
@@ -246,4 +269,10 @@ impl Rm {
         }
         if self.format.json { output::json(&removed) } else { Ok(()) }
     }
+}
+
+/// Which images rootfses use.
+fn image_uses(store: &Store) -> Result<Vec<Use>> {
+    let all = images_in_use(store.paths())?;
+    Ok(all.into_iter().map(|(image, by)| Use { image, by: format!("rootfs {by}") }).collect())
 }

@@ -1,0 +1,209 @@
+//! `fsprov image verify`, `gc`, `du`, `export`, `flatten`: the store looked after.
+
+use std::ffi::OsString;
+use std::io::Write as _;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde::Serialize;
+
+use super::{Format, image_uses, output};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageRef;
+use crate::store::{Prune, Repair, Store};
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+Exit code 1 if anything is damaged. With --repair, what is damaged is moved out of the way into the state root's `aside` directory: import \
+the image again.
+
+Example:
+  fsprov image verify --json")]
+pub(super) struct Verify {
+    /// Move what is damaged aside
+    #[arg(long)]
+    repair: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Verify {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let found = store.verify(if self.repair { Repair::SetAside } else { Repair::No })?;
+        if self.format.json {
+            output::json(&found)?;
+        } else {
+            let rows: Vec<_> = found
+                .iter()
+                .map(|d| {
+                    let done = if d.set_aside { "set aside" } else { "-" };
+                    [d.id.short().to_owned(), show(Path::new(&d.part)), d.what.clone(), done.to_owned()]
+                })
+                .collect();
+            output::table(["ID", "PART", "DAMAGE", "REPAIR"], &rows)?;
+        }
+        let left = found.iter().filter(|d| !d.set_aside).count();
+        if left == 0 {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} findings, see above"))
+            .hint("`fsprov image verify --repair` sets the damaged images aside; then import them again"))
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(
+    alias = "prune",
+    after_help = "\
+Removes layers that no image names and what importers that died left behind; with --unused also every image that no rootfs uses.
+
+Examples:
+  fsprov image gc
+  fsprov image gc --unused --json"
+)]
+pub(super) struct Gc {
+    /// Images that no rootfs uses, too
+    #[arg(long)]
+    unused: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Gc {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let prune = if self.unused { Prune::UnusedImages } else { Prune::Garbage };
+        let done = store.gc(prune, &|| image_uses(store))?;
+        if self.format.json {
+            return output::json(&done);
+        }
+        output::line(&format!(
+            "removed {} images, {} layers, {} half-made imports: {}",
+            done.images.len(),
+            done.layers.len(),
+            done.staging,
+            output::size(done.bytes)
+        ))
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(
+    after_help = "OWN is what removing the image gives back; SHARED lies in layers that other images have too.\n\nExample:\n  fsprov image du"
+)]
+pub(super) struct Du {
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Du {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let all = store.usage()?;
+        if self.format.json {
+            return output::json(&all);
+        }
+        let rows: Vec<_> = all
+            .iter()
+            .map(|u| {
+                [
+                    u.id.short().to_owned(),
+                    if u.names.is_empty() { "(layer)".to_owned() } else { u.names.join(" ") },
+                    output::size(u.own_bytes),
+                    output::size(u.shared_bytes),
+                ]
+            })
+            .collect();
+        output::table(["ID", "NAME", "OWN", "SHARED"], &rows)
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Form {
+    /// An AppC image
+    #[default]
+    Aci,
+    /// An OCI image layout, a directory
+    Oci,
+    /// The root filesystem alone
+    Tar,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+True owners, modes and devices are written whoever imported the image. Neither form is compressed. PATH must not exist.
+
+Examples:
+  fsprov image export example.com/debian debian.aci
+  fsprov image export --format oci example.com/debian ./debian-layout")]
+pub(super) struct Export {
+    /// As what
+    #[arg(long, value_enum, default_value_t)]
+    format: Form,
+    /// Its name, its id, or the beginning of its id
+    image: OsString,
+    /// The file or directory to make
+    path: PathBuf,
+}
+
+impl Export {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let image = ImageRef::parse(&self.image)?;
+        if std::fs::symlink_metadata(&self.path).is_ok() {
+            return Err(
+                Error::new(Kind::Exists, "export to", show(&self.path), "it exists").hint("choose another PATH")
+            );
+        }
+        match self.format {
+            Form::Oci => store.export_oci(&image, &self.path).map_err(|e| {
+                let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
+                e.with_undo(crate::sys::remove::remove_tree(&path).map(|_| ()))
+            }),
+            Form::Aci => self.to_file(|out| store.export_aci(&image, out)),
+            Form::Tar => self.to_file(|out| store.export_tar(&image, out)),
+        }
+    }
+
+    /// Made beside and renamed: what is at PATH is whole.
+    fn to_file(&self, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {
+        let failed = |e: std::io::Error| Error::io("export to", show(&self.path), e);
+        let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let mut file = tempfile::Builder::new().prefix(".export-").tempfile_in(dir).map_err(failed)?;
+        {
+            let mut out = std::io::BufWriter::new(&mut file);
+            write(&mut out)?;
+            out.flush().map_err(failed)?;
+        }
+        file.persist_noclobber(&self.path).map(|_| ()).map_err(|e| failed(e.error))
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+The bind backend takes images of one layer only; others show many layers merged.
+
+Example:
+  fsprov image flatten registry.example/app --name example.com/app-flat")]
+pub(super) struct Flatten {
+    /// Its name, its id, or the beginning of its id
+    image: OsString,
+    /// The new image's name
+    #[arg(long)]
+    name: String,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Serialize)]
+struct Flattened {
+    id: String,
+    name: String,
+}
+
+impl Flatten {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let done = store.flatten(&ImageRef::parse(&self.image)?, &self.name)?;
+        if self.format.json {
+            return output::json(&Flattened { id: done.id.to_string(), name: done.name });
+        }
+        output::line(&format!("made {} ({})", done.name, done.id))
+    }
+}
