@@ -22,6 +22,10 @@ const VERBS: &[&[&str]] = &[
     &["image", "list"],
     &["image", "show"],
     &["image", "rm"],
+    &["image", "verify"],
+    &["image", "gc"],
+    &["image", "du"],
+    &["image", "flatten"],
     &["completions"],
     &["man"],
 ];

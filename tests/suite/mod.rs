@@ -78,6 +78,7 @@ pub(crate) const CASES: &[Case] = &[
     store::SAME_TREE,
     store::SHAPES,
     store::TRUE_OWNERS,
+    store::UPKEEP,
     tree::COPY_IS_WRITABLE,
     tree::SAME_TREE,
     volumes::ACROSS,

@@ -220,6 +220,47 @@ pub(crate) const LIST_AND_SHOW: Case = Case::new("image_list_and_show", on::once
     assert_eq!(listed[0]["id"], Value::String(id));
 });
 
+/// Damage is found and named, set aside on request, and mended by importing again; what is exported is what was imported.
+pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on::once_each, |stage: &Stage| {
+    let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
+    let id = sha512_id(stage, &archive);
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+    assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().json(), serde_json::json!([]));
+
+    let exported = stage.path("again.aci");
+    stage.fsprov(["image", "export", "example.com/small"]).arg(&exported).run().ok();
+    stage.fsprov(["image", "export", "example.com/small"]).arg(&exported).run().fails(1, &["again.aci", "exists"]);
+    let layout = stage.path("layout");
+    stage.fsprov(["image", "export", "--format", "oci", "example.com/small"]).arg(&layout).run().ok();
+    assert!(layout.join("index.json").is_file());
+    stage.fsprov(["image", "import", "--name", "oci-small"]).arg(&layout).run().ok();
+    let made =
+        stage.fsprov(["image", "flatten", "--json", "--name", "example.com/flat", "oci-small"]).run().ok().json();
+    assert_eq!(made["name"], "example.com/flat");
+    assert_eq!(images(stage).len(), 3);
+    let used = stage.fsprov(["image", "du", "--json"]).run().ok().json();
+    assert!(used.as_array().is_some_and(|rows| rows.len() >= 3), "{used:#}");
+
+    // Mounted, it is in use: gc takes the others alone.
+    stage.fsprov(["mount", "--backend", "fuse", "example.com/flat", "rootfs"]).run().ok();
+    stage.fsprov(["image", "gc", "--unused"]).run().ok();
+    let left = images(stage);
+    assert_eq!(left.len(), 1, "{left:#?}");
+    assert_eq!(left[0]["id"], made["id"]);
+    stage.fsprov(["unmount", "./rootfs"]).run().ok();
+
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+    let file = stage.path("state/images").join(&id).join("manifest");
+    fs::write(&file, "{}").expect("damage the manifest");
+    let found = stage.fsprov(["image", "verify"]).run().fails(1, &["1 findings", "--repair"]);
+    assert!(found.out().contains(&id[..19]) && found.out().contains("manifest"), "{}", found.describe());
+    stage.fsprov(["image", "verify", "--repair"]).run().ok();
+    assert_eq!(images(stage).len(), 1, "set aside");
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+    stage.fsprov(["image", "verify"]).run().ok();
+    assert_eq!(images(stage).len(), 2);
+});
+
 /// The digest that the user expects is checked against the bytes that were read.
 pub(crate) const EXPECTED_ID: Case = Case::new("a_wrong_expected_id_is_refused", on::once_each, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
