@@ -14,6 +14,7 @@ mod meta;
 mod oci;
 mod pax;
 mod place;
+mod reindex;
 mod render;
 mod resolve;
 mod staging;

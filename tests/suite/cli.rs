@@ -22,6 +22,7 @@ const VERBS: &[&[&str]] = &[
     &["image", "list"],
     &["image", "show"],
     &["image", "rm"],
+    &["image", "index"],
     &["image", "verify"],
     &["image", "gc"],
     &["image", "du"],

@@ -227,6 +227,13 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
     stage.fsprov(["image", "import"]).arg(&archive).run().ok();
     assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().json(), serde_json::json!([]));
 
+    let index = stage.fsprov(["image", "index", "example.com/small"]);
+    if rustix::process::geteuid().is_root() {
+        index.run().ok();
+        assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().json(), serde_json::json!([]));
+    } else {
+        index.run().fails(5, &["example.com/small", "import"]);
+    }
     let exported = stage.path("again.aci");
     stage.fsprov(["image", "export", "example.com/small"]).arg(&exported).run().ok();
     stage.fsprov(["image", "export", "example.com/small"]).arg(&exported).run().fails(1, &["again.aci", "exists"]);

@@ -38,6 +38,8 @@ enum Verb {
     /// Remove images from the store
     #[command(alias = "remove")]
     Rm(Rm),
+    /// Make the index of an image anew from its tree
+    Index(upkeep::Index),
     /// Look at every byte of every image, and name what is damaged
     Verify(upkeep::Verify),
     /// Remove what is of no use to anybody
@@ -119,6 +121,7 @@ impl Image {
             Verb::List(verb) => verb.run(&store),
             Verb::Show(verb) => verb.run(&store),
             Verb::Rm(verb) => verb.run(&store),
+            Verb::Index(verb) => verb.run(&store),
             Verb::Verify(verb) => verb.run(&store),
             Verb::Gc(verb) => verb.run(&store),
             Verb::Du(verb) => verb.run(&store),

@@ -14,6 +14,30 @@ use crate::store::{Prune, Repair, Store};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
+Refused (exit code 5) where the tree on disk does not say all, as after an import without root. A directory that is mounted as an image without \
+an import has no index: it is served as it is.
+
+Example:
+  fsprov image index example.com/debian")]
+pub(super) struct Index {
+    /// Its name, its id, or the beginning of its id
+    image: OsString,
+    #[command(flatten)]
+    format: Format,
+}
+
+impl Index {
+    pub(super) fn run(&self, store: &Store) -> Result<()> {
+        let meta = store.rebuild_index(&ImageRef::parse(&self.image)?)?;
+        if self.format.json {
+            return output::json(&[meta.id]);
+        }
+        output::line(&format!("indexed {} ({})", meta.names.join(" "), meta.id))
+    }
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
 Exit code 1 if anything is damaged. With --repair, what is damaged is moved out of the way into the state root's `aside` directory: import \
 the image again.
 
