@@ -54,6 +54,7 @@ fn main() -> std::process::ExitCode {
         Trial::test("accepted_archives_agree_with_gnu_tar", agree::with_gnu_tar),
         Trial::test("a_directory_has_one_id_and_export_gives_it_back", tree::directory_round_trip),
         Trial::test("damage_is_found_and_named", tree::damage_is_found),
+        Trial::test("damage_of_layers_is_found_and_named", tree::damage_of_layers_is_found),
         Trial::test("layers_are_shared_and_collected", tree::layers_are_collected),
     ];
     trials

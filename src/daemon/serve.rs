@@ -203,7 +203,7 @@ struct Trees {
 
 impl Trees {
     fn build(hand_over: HandOver, channel: &Arc<Channel>) -> Result<Self> {
-        let HandOver { job, sources: Sources { layers, index, volumes }, logs, kept } = hand_over;
+        let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
         let pool = FdPool::new()?;

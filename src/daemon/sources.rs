@@ -19,6 +19,9 @@ pub(super) struct Sources {
     pub(super) layers: Vec<OwnedFd>,
     pub(super) index: Option<OwnedFd>,
     pub(super) volumes: Vec<OwnedFd>,
+    /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the
+    /// rootfs was unmounted lazily and nothing names it any more. The supervisor's; a worker has none.
+    _in_use: Option<OwnedFd>,
 }
 
 fn open(op: &'static str, path: &Path, wanted: FileType) -> Result<OwnedFd> {
@@ -46,6 +49,7 @@ impl Sources {
             layers: layers.collect::<Result<_>>()?,
             index: plan.index.as_ref().map(|i| open("open index", &i.0, FileType::RegularFile)).transpose()?,
             volumes: volumes.collect::<Result<_>>()?,
+            _in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(hold).transpose()?,
         })
     }
 
@@ -83,8 +87,17 @@ impl Sources {
             layers: fds.by_ref().take(plan.layers.len()).collect(),
             index: plan.index.as_ref().and_then(|_| fds.next()),
             volumes: fds.collect(),
+            _in_use: None,
         })
     }
+}
+
+fn hold(dir: &Path) -> Result<OwnedFd> {
+    let fail = |e| Error::sys("lock", show(dir), e);
+    let fd = fs::openat(CWD, dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
+    // Whoever cleans up holds it for a moment only.
+    fs::flock(&fd, fs::FlockOperation::LockShared).map_err(fail)?;
+    Ok(fd)
 }
 
 fn device(volume: &Volume) -> Result<OwnedFd> {

@@ -3,7 +3,9 @@
 //! Names and inodes are apart, as on any Unix file system: a directory maps a name to an inode, and hard links are several
 //! names of one. Memory is some 200 bytes a file; this runs at import, never in a server.
 
+use std::collections::hash_map::RandomState;
 use std::collections::{BTreeMap, HashMap};
+use std::hash::BuildHasher as _;
 
 use super::{MAX_DEPTH, MAX_LAYERS, MAX_NAME, MAX_PATH, MAX_ROWS, MAX_TARGET, MAX_XATTR_BYTES, MAX_XATTR_NAME};
 use crate::error::{Error, Kind, Result};
@@ -161,7 +163,9 @@ pub(super) struct Inode {
 pub struct Builder {
     pub(super) inodes: Vec<Inode>,
     pub(super) xattr_sets: Vec<Vec<Xattr>>,
-    xattr_rows: HashMap<Vec<Xattr>, u32>,
+    /// Rows of `xattr_sets` by a hash of the set: the sets themselves are held once.
+    xattr_rows: HashMap<u64, Vec<u32>>,
+    xattr_hasher: RandomState,
     layers: usize,
     pub(super) whiteouts: Whiteouts,
     /// Whiteouts of the layer at hand. They are applied at its end: they reach what lies below it only, wherever in the
@@ -183,6 +187,7 @@ impl Builder {
             inodes: vec![root],
             xattr_sets: vec![Vec::new()],
             xattr_rows: HashMap::new(),
+            xattr_hasher: RandomState::new(),
             layers: 0,
             whiteouts: Whiteouts::Plain,
             hidden: Vec::new(),
@@ -398,12 +403,13 @@ impl Builder {
                 return Err(refuse(Kind::Limit, path, "its extended attributes are larger than Linux takes"));
             }
         }
-        if let Some(row) = self.xattr_rows.get(&set) {
+        let rows = self.xattr_rows.entry(self.xattr_hasher.hash_one(&set)).or_default();
+        if let Some(row) = rows.iter().find(|row| self.xattr_sets[**row as usize] == set) {
             return Ok(*row);
         }
         let row = self.xattr_sets.len() as u32;
-        self.xattr_sets.push(set.clone());
-        self.xattr_rows.insert(set, row);
+        self.xattr_sets.push(set);
+        rows.push(row);
         Ok(row)
     }
 }

@@ -119,6 +119,34 @@ impl std::fmt::Display for Selector {
 }
 
 /// Provisions and destroys the rootfses of one state root.
+///
+/// ```no_run
+/// use fsprov::backend::Detach;
+/// use fsprov::provisioner::{Provisioner, Request, Selector};
+///
+/// // A FUSE server is this program again: it must be let through, first of all.
+/// if fsprov::daemon::dispatch().is_some() {
+///     return Ok(());
+/// }
+/// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+/// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+/// // After a crash or reboot: what was mounted is mounted again, what was half-made goes.
+/// for one in provisioner.recover(None)? {
+///     println!("{one:?}");
+/// }
+/// let record = provisioner.provision(&Request {
+///     image: fsprov::id::ImageRef::parse("example.com/debian".as_ref())?,
+///     rootfs: "/srv/web/rootfs".into(),
+///     backend: None,
+///     sandbox: Some("/srv/web/work".into()),
+///     volumes: vec![fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?],
+///     id: None,
+///     ownership: Default::default(),
+/// })?;
+/// println!("{} is ready", record.plan.id);
+/// provisioner.destroy(&Selector::Id(record.plan.id), Detach::IfIdle)?;
+/// # Ok::<(), fsprov::Error>(())
+/// ```
 #[derive(Debug)]
 pub struct Provisioner {
     paths: StatePaths,

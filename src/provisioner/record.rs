@@ -133,17 +133,7 @@ impl Record {
             // Written in the moment of a power loss: what it named ended with that boot.
             return Ok(None);
         }
-        let record: Record = serde_json::from_slice(&bytes)
-            .map_err(|e| refuse(Error::new(Kind::Invalid, "read record", show(&path), e)))?;
-        if record.version != VERSION {
-            return Err(Error::new(
-                Kind::Invalid,
-                "read record",
-                show(&path),
-                format!("it has version {}, this program knows {VERSION}", record.version),
-            )
-            .hint("use the fsprov that made it"));
-        }
+        let record = Self::parse(&bytes, &show(&path)).map_err(refuse)?;
         if container.dir().file_name() != Some(record.plan.id.as_str().as_ref()) {
             return Err(refuse(Error::new(
                 Kind::Invalid,
@@ -153,6 +143,17 @@ impl Record {
             )));
         }
         Ok(Some(record))
+    }
+
+    /// The record that `bytes` are; `subject` is what messages call it.
+    pub fn parse(bytes: &[u8], subject: &str) -> Result<Self> {
+        let invalid = |why: String| Error::new(Kind::Invalid, "read record", subject, why);
+        let record: Record = serde_json::from_slice(bytes).map_err(|e| invalid(e.to_string()))?;
+        if record.version != VERSION {
+            let why = format!("it has version {}, this program knows {VERSION}", record.version);
+            return Err(invalid(why).hint("use the fsprov that made it"));
+        }
+        Ok(record)
     }
 
     /// Write the record: whoever reads it finds all of the new one or all of the old one, also after this process was killed.

@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::Path;
 
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
 use super::import::{ImageSource, ImportOptions, Imported};
@@ -11,6 +12,7 @@ use super::oci::describe;
 use super::tree::Tree;
 use super::{Store, StoreLock};
 use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::id::ImageRef;
 use crate::image::MAX_MANIFEST_BYTES;
 use crate::image::appc::{self, Pair};
@@ -20,6 +22,14 @@ use crate::paths::image;
 impl Store {
     /// Write an image as an ACI: its manifest, or one made for it if it is an OCI image, and its tree in one layer, with true
     /// owners, modes and devices whoever imported it. What `out` takes is neither compressed nor brought to the disk.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
+    /// // Whole or not there at all:
+    /// fsprov::sys::durable::make_file("debian.aci".as_ref(), |out| store.export_aci(&image, out))?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn export_aci(&self, image: &ImageRef, out: &mut dyn Write) -> Result<()> {
         let (meta, tree, _in_use) = self.tree(image)?;
         tree.write_aci(&self.appc_manifest(&meta, None)?, out)
@@ -31,8 +41,26 @@ impl Store {
         tree.write_tar(out)
     }
 
-    /// Write an image as an OCI layout of one layer into `dir`, which must not exist.
+    /// Write an image as an OCI layout of one layer to `dir`, which must not exist: it appears when it is complete.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
+    /// store.export_oci(&image, "debian-layout".as_ref())?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn export_oci(&self, image: &ImageRef, dir: &Path) -> Result<()> {
+        let fail = |e: std::io::Error| Error::io("write OCI layout", show(dir), e);
+        let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        let beside = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(fail)?;
+        let made = beside.path().join("layout");
+        self.write_layout(image, &made)?;
+        fault::point("store.export_rename")?;
+        renameat_with(CWD, &made, CWD, dir, RenameFlags::NOREPLACE)
+            .map_err(|e| Error::sys("write OCI layout", show(dir), e))
+    }
+
+    fn write_layout(&self, image: &ImageRef, dir: &Path) -> Result<()> {
         let (meta, tree, _in_use) = self.tree(image)?;
         let fail = |e: std::io::Error| Error::io("write OCI layout", show(dir), e);
         let blobs = dir.join("blobs/sha256");
@@ -48,6 +76,7 @@ impl Store {
         let layer_digest = Digest::from_sha256(&layer.sha.finalize().into());
         std::fs::rename(&new_layer, blobs.join(layer_digest.hex())).map_err(fail)?;
         let blob = |media: &str, bytes: &[u8]| {
+            fault::point("store.export_blob")?;
             let digest = Digest::from_sha256(&Sha256::digest(bytes).into());
             std::fs::write(blobs.join(digest.hex()), bytes).map_err(fail)?;
             Ok::<_, Error>(describe(media, digest, bytes.len() as u64))
@@ -67,6 +96,14 @@ impl Store {
     }
 
     /// Make a new image of one layer with the tree of another: the bind backend takes it. `name` is an AC identifier.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let many = fsprov::id::ImageRef::parse("registry.example/app:1".as_ref())?;
+    /// let flat = store.flatten(&many, "registry.example/app-flat")?;
+    /// println!("{} is one layer", flat.id);
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn flatten(&self, image: &ImageRef, name: &str) -> Result<Imported> {
         let (meta, tree, in_use) = self.tree(image)?;
         let manifest = self.appc_manifest(&meta, Some(name))?;

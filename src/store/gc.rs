@@ -49,12 +49,26 @@ pub struct Usage {
 }
 
 impl Store {
-    /// Collect garbage. An image that cannot be read keeps all layers: what it names is not known.
+    /// Collect garbage; with [`Prune::UnusedImages`] the images that nobody uses, too. An image that cannot be read keeps all layers: what it names is not known.
+    ///
+    /// ```no_run
+    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// use fsprov::store::{Prune, Store, Use};
+    /// let store = Store::open(&paths)?;
+    /// // Asked under the store's lock: what is provisioned meanwhile is in it or waits.
+    /// let uses = || {
+    ///     let all = fsprov::provisioner::images_in_use(&paths)?;
+    ///     Ok(all.into_iter().map(|(image, id)| Use { image, by: format!("rootfs {id}") }).collect())
+    /// };
+    /// let done = store.gc(Prune::UnusedImages, &uses)?;
+    /// println!("{} images, {} bytes", done.images.len(), done.bytes);
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn gc(&self, prune: Prune, uses: Uses<'_>) -> Result<Collected> {
         let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
-        let used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
+        let mut used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
         let mut needed: HashSet<ImageId> = HashSet::new();
         let mut is_whole = true;
         let mut kept = Vec::new();
@@ -68,6 +82,11 @@ impl Store {
             }
         }
         if prune == Prune::UnusedImages {
+            for meta in &kept {
+                if !used.contains(&meta.id) && super::lock::is_held(&self.paths.image(&meta.id))? {
+                    used.insert(meta.id.clone());
+                }
+            }
             // What an image in use stands on is in use.
             let below: HashSet<ImageId> = kept
                 .iter()
@@ -96,7 +115,8 @@ impl Store {
         Ok(done)
     }
 
-    /// What each image takes on the disk, and each layer that no image names.
+    /// What each image takes on the disk, and each layer that no image names. A layer of several images is in `shared_bytes` of
+    /// each.
     pub fn usage(&self) -> Result<Vec<Usage>> {
         let _in_use = self.lock_shared()?;
         let metas = self.list()?;

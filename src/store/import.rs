@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use sha2::Sha512;
 
 use super::limits::Limits;
-use super::meta::{ImageKind, Meta, OnDisk};
+use super::meta::{ImageKind, Meta, OnDisk, Origin, sha256_hex};
 use super::oci::Layout;
 use super::place::{Again, Placed, Placer, normalize};
 use super::staging::{self, Staging};
@@ -134,7 +134,23 @@ struct Appc {
 }
 
 impl Store {
-    /// Import an AppC image.
+    /// Import an image: an AppC archive or directory, an OCI layout, a docker archive. Importers of one image at the same time
+    /// all succeed, and one copy is there.
+    ///
+    /// ```
+    /// use fsprov::store::{ImageSource, ImportOptions, Outcome, Store};
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let (state_root, rootfs) = (dir.path().join("state"), dir.path().join("rootfs"));
+    /// std::fs::create_dir_all(rootfs.join("etc"))?;
+    /// std::fs::write(rootfs.join("etc/hostname"), "box")?;
+    /// let store = Store::open(&fsprov::paths::StatePaths::new(state_root))?;
+    /// let options = ImportOptions { name: Some("example.com/box".into()), ..ImportOptions::default() };
+    /// let imported = store.import(&ImageSource::at(&rootfs)?, &options)?;
+    /// assert_eq!(imported.outcome, Outcome::Created);
+    /// assert_eq!(store.import(&ImageSource::at(&rootfs)?, &options)?.outcome, Outcome::Existing);
+    /// assert_eq!(store.list()?[0].names, ["example.com/box"]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     ///
     /// Errors: [`Kind::Invalid`] for an archive or manifest that breaks the rules, [`Kind::Limit`] past
     /// [`ImportOptions::limits`], [`Kind::Integrity`] if it is not the image expected, [`Kind::Usage`] for a directory
@@ -204,6 +220,7 @@ impl Store {
             log::warn!("{name}: {warning}");
         }
         let mut meta = Meta::new(id, ImageKind::Appc, name);
+        meta.origin = Origin::of(source, options);
         meta.names.push(manifest.name.clone());
         if let Some(name) = options.name.as_ref().filter(|name| **name != manifest.name) {
             meta.names.push(name.clone());
@@ -211,6 +228,7 @@ impl Store {
         meta.labels = manifest.labels.iter().map(|pair| (pair.name.clone(), pair.value.clone())).collect();
         meta.entries = unpacked.placed.entries;
         meta.bytes = unpacked.placed.bytes;
+        meta.manifest_sha256 = Some(sha256_hex(&unpacked.manifest));
         meta.on_disk = if unpacked.placed.is_exact() { OnDisk::Exact } else { OnDisk::IndexOnly };
         if unpacked.placed.xattrs_dropped > 0 {
             log::warn!(
@@ -256,6 +274,7 @@ impl Store {
         staging.sync()?;
         fault::point("store.meta")?;
         meta.write(&dir.join(image::META))?;
+        fault::point("store.publish")?;
         let to = self.paths.image(&meta.id);
         let _in_use = self.lock_shared()?;
         self.publish_layers(layers)?;
@@ -313,6 +332,7 @@ fn check_name(name: &str) -> Result<()> {
 pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     use std::io::Write as _;
     use std::os::unix::fs::OpenOptionsExt as _;
+    fault::point("store.write_new")?;
     let failed = |e| Error::io("write", show(path), e);
     let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
     file.write_all(bytes).map_err(failed)
@@ -320,6 +340,7 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Place an ACI in `staging/image`, its tree in `staging/image/rootfs`; what turns out to be a layout in `staging/layout`.
 fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits) -> Result<Unpacked> {
+    fault::point("store.unpack")?;
     let rootfs = staging.join("image").join(image::ROOTFS);
     for dir in [&staging.join("image"), &rootfs] {
         mkdirat(CWD, dir, Mode::RWXU).map_err(|e| Error::sys("make", show(dir), e))?;

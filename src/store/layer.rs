@@ -91,6 +91,7 @@ pub(super) fn make_whiteouts(root: &OwnedFd, paths: &[Vec<u8>]) -> Result<()> {
             Some(slash) => (&path[..slash], &path[slash + 1..]),
             None => (&b"."[..], &path[..]),
         };
+        crate::fault::point("store.whiteout")?;
         let fail = |e| Error::sys("make whiteout", format!("{:?}", String::from_utf8_lossy(path)), e);
         let flags = OFlags::RDONLY | OFlags::DIRECTORY;
         let dir = open_beneath(root, Path::new(OsStr::from_bytes(parent)), flags).map_err(fail)?;

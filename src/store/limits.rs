@@ -19,6 +19,12 @@ pub struct Limits {
     pub depth: usize,
     /// Bytes of one entry's extended attributes, names and values together: XATTR_SIZE_MAX of Linux is 64 KiB for one.
     pub xattr_bytes: usize,
+    /// Extended attributes of one entry: each is held in memory, and one global record gives them to every entry. The kernel
+    /// lists at most 64 KiB of names; files seen in images have below 10.
+    pub xattrs: usize,
+    /// Bytes of the extended attributes of all entries that are taken: names, values, and 128 for each, which stand for the
+    /// memory that it takes until the index is written and for the system call that sets it.
+    pub xattrs_total_bytes: u64,
     /// Bytes of one PAX or GNU extension record. It holds the xattrs, two paths and the map of a sparse file.
     pub extension_bytes: u64,
     /// Pieces of one sparse file: 16 bytes each in our memory.
@@ -39,6 +45,8 @@ impl Default for Limits {
             ratio: 1100,
             depth: 256,
             xattr_bytes: 128 << 10,
+            xattrs: 256,
+            xattrs_total_bytes: 32 << 20,
             extension_bytes: 1 << 20,
             sparse_pieces: 1 << 20,
             manifest_bytes: 1 << 20,

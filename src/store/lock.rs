@@ -21,6 +21,22 @@ const LOCK_POLL: Duration = Duration::from_millis(5);
 #[derive(Debug)]
 pub struct StoreLock(#[allow(dead_code, reason = "held, not used")] OwnedFd);
 
+/// Does somebody hold the lock on this directory? A server that shows an image holds it shared on the image's, as long as it
+/// serves: longer than a record names the image, where a rootfs in use was unmounted lazily.
+pub(super) fn is_held(dir: &Path) -> Result<bool> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let fd = match openat(CWD, dir, flags, Mode::empty()) {
+        Ok(fd) => fd,
+        Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
+        Err(e) => return Err(Error::sys("open", show(dir), e)),
+    };
+    match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(false),
+        Err(Errno::WOULDBLOCK) => Ok(true),
+        Err(e) => Err(Error::sys("lock", show(dir), e)),
+    }
+}
+
 /// How a lock is held.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Hold {

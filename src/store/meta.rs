@@ -1,11 +1,14 @@
 //! `meta.json`: what we know about an image beside its manifest. Written last, so that its being there says the rest is.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
+use sha2::{Digest as _, Sha256};
 
+use super::import::{ImageSource, ImportOptions};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
+use crate::image::oci::Platform;
 use crate::sys::durable::{Survives, write_file};
 
 /// Longest meta.json read: some hundred names and layers.
@@ -33,6 +36,29 @@ pub enum OnDisk {
     IndexOnly,
 }
 
+/// What an image was imported from.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Origin {
+    /// The archive, layout or directory; absolute.
+    #[serde(with = "crate::pathtext")]
+    pub path: PathBuf,
+    /// Which image of a layout or docker archive.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reference: Option<String>,
+    /// For which platform.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub platform: Option<Platform>,
+}
+
+impl Origin {
+    pub(super) fn of(source: &ImageSource, options: &ImportOptions) -> Option<Self> {
+        let (ImageSource::Archive(path) | ImageSource::Directory(path)) = source else { return None };
+        // A FIFO gives its bytes once.
+        let path = std::fs::canonicalize(path).ok().filter(|path| path.is_file() || path.is_dir())?;
+        Some(Origin { path, reference: options.reference.clone(), platform: options.platform.clone() })
+    }
+}
+
 /// What we know about an image beside its manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Meta {
@@ -50,10 +76,16 @@ pub struct Meta {
     pub imported_at: i64,
     /// Where it came from, for people.
     pub source: String,
+    /// Where it can be had again, if it was a file or directory of this host: what `verify --repair` imports.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub origin: Option<Origin>,
     /// Entries of its archives.
     pub entries: u64,
     /// Bytes of its files, holes counted.
     pub bytes: u64,
+    /// SHA-256 of its manifest, in hex (AppC; an OCI image's id is that of its own).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manifest_sha256: Option<String>,
     /// Whether the tree on disk says all.
     pub on_disk: OnDisk,
     /// Its layers in `layers/`, bottom first; empty: its tree is its own `rootfs`.
@@ -82,8 +114,10 @@ impl Meta {
                 .duration_since(std::time::UNIX_EPOCH)
                 .map_or(0, |since| since.as_secs() as i64),
             source,
+            origin: None,
             entries: 0,
             bytes: 0,
+            manifest_sha256: None,
             on_disk: OnDisk::Exact,
             layers: Vec::new(),
             dependencies: Vec::new(),
@@ -98,21 +132,49 @@ impl Meta {
     }
 
     pub(super) fn write(&self, path: &Path) -> Result<()> {
-        let mut text = serde_json::to_vec_pretty(self).map_err(|e| Error::new(Kind::Io, "write", show(path), e))?;
+        let stored = Stored { meta: self, check: Some(self.check()?) };
+        let mut text = serde_json::to_vec_pretty(&stored).map_err(|e| Error::new(Kind::Io, "write", show(path), e))?;
         text.push(b'\n');
         write_file(path, &text, Survives::PowerLoss)
     }
 
     pub(super) fn read(path: &Path) -> Result<Self> {
-        let bytes = read_bounded(path, MAX_BYTES)?;
-        let meta: Meta =
-            serde_json::from_slice(&bytes).map_err(|e| Error::new(Kind::Invalid, "read", show(path), e))?;
+        Self::parse(&read_bounded(path, MAX_BYTES)?, &show(path))
+    }
+
+    pub(super) fn parse(bytes: &[u8], subject: &str) -> Result<Self> {
+        let refuse = |kind, why: String| Error::new(kind, "read", subject, why);
+        let Stored { meta, check } =
+            serde_json::from_slice::<Stored<Meta>>(bytes).map_err(|e| refuse(Kind::Invalid, e.to_string()))?;
         if meta.version != VERSION {
             let why = format!("its version is {} and this program writes {VERSION}", meta.version);
-            return Err(Error::new(Kind::Invalid, "read", show(path), why));
+            return Err(refuse(Kind::Invalid, why));
+        }
+        if check.is_some_and(|check| meta.check().is_ok_and(|right| right != check)) {
+            return Err(refuse(Kind::Integrity, "it is not what was written: its check sum does not hold".into()));
         }
         Ok(meta)
     }
+
+    /// SHA-256 of what is known, in hex: a changed byte in a name would be a name still.
+    fn check(&self) -> Result<String> {
+        let text = serde_json::to_vec(self).map_err(|e| Error::new(Kind::Io, "write", &self.id, e))?;
+        Ok(sha256_hex(&text))
+    }
+}
+
+/// `meta.json` as it lies on the disk.
+#[derive(Serialize, Deserialize)]
+struct Stored<M> {
+    #[serde(flatten)]
+    meta: M,
+    /// [`Meta::check`]; stores of before it have none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    check: Option<String>,
+}
+
+pub(super) fn sha256_hex(bytes: &[u8]) -> String {
+    data_encoding::HEXLOWER.encode(&Sha256::digest(bytes))
 }
 
 /// A whole regular file, no longer than `most`.

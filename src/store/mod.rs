@@ -4,6 +4,8 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
+#[doc(hidden)]
+pub mod exercise;
 mod export;
 mod gc;
 mod import;
@@ -32,7 +34,7 @@ pub use import::{ImageSource, ImportOptions, Imported, Outcome};
 pub use layer::LayerWhiteouts;
 pub use limits::Limits;
 pub use lock::StoreLock;
-pub use meta::{ImageKind, Meta, OnDisk};
+pub use meta::{ImageKind, Meta, OnDisk, Origin};
 pub use resolve::ResolvedImage;
 pub use stream::{Progress, ProgressFn};
 pub use verify::{Damage, Repair};
@@ -135,6 +137,15 @@ impl Store {
             return Err(Error::new(Kind::Busy, "remove image", image, format!("it is in use by {}", by.join(", ")))
                 .hint("unmount what uses it"));
         }
+        if lock::is_held(&self.paths.image(&meta.id))? {
+            return Err(Error::new(
+                Kind::Busy,
+                "remove image",
+                image,
+                "a server still shows it: a rootfs unmounted lazily",
+            )
+            .hint("it ends with the last process that uses that rootfs"));
+        }
         let gone = staging::move_aside(&self.paths, &self.paths.image(&meta.id))?;
         drop(held);
         gone.remove()?;
@@ -164,9 +175,11 @@ impl Store {
         let meta = self.meta(id)?;
         let Some(name) = name.filter(|name| !meta.names.iter().any(|have| have == name)) else { return Ok(meta) };
         // Two importers that name one image read and write after one another.
+        // (The lock on the directory is its servers'.)
         let dir = self.paths.image(id);
-        let fd = std::fs::File::open(&dir).map_err(|e| Error::io("open", show(&dir), e))?;
-        let _naming = lock::lock(fd.into(), &dir, Hold::Exclusive)?;
+        let manifest = dir.join(image::MANIFEST);
+        let fd = std::fs::File::open(&manifest).map_err(|e| Error::io("open", show(&manifest), e))?;
+        let _naming = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
         let mut meta = self.meta(id)?;
         meta.names.push(name.to_owned());
         meta.write(&dir.join(image::META))?;

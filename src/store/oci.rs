@@ -18,7 +18,7 @@ use super::Store;
 use super::import::{ImageSource, ImportOptions, Imported, Outcome, write_new};
 use super::layer::LayerMeta;
 use super::limits::Limits;
-use super::meta::{ImageKind, Meta, OnDisk};
+use super::meta::{ImageKind, Meta, OnDisk, Origin};
 use super::place::{Again, Placer, normalize};
 use super::staging::{self, Staging};
 use super::stream::{self, Archive, ChunkReader};
@@ -49,6 +49,13 @@ struct Picked {
     names: Vec<String>,
     platform: String,
     layers: Vec<Layer>,
+}
+
+/// Which layers need not be unpacked.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Known {
+    InStore,
+    Nothing,
 }
 
 struct Layer {
@@ -245,13 +252,13 @@ impl Store {
         {
             return Err(Error::new(Kind::Integrity, "check id", id.short(), format!("its id is {id}, not {expected}")));
         }
-        // A clean-up may take a layer that was found; then it is unpacked after all. Twice is somebody's attack.
-        for _ in 0..3 {
-            if let Some(imported) = self.try_import_layout(layout, &picked, &id, source, options)? {
+        // A clean-up may take a layer that was found; then all are unpacked, whatever is there.
+        for known in [Known::InStore, Known::Nothing] {
+            if let Some(imported) = self.try_import_layout(layout, &picked, &id, source, options, known)? {
                 return Ok(imported);
             }
         }
-        Err(Error::new(Kind::Busy, "import", source, "its layers are taken away again and again"))
+        Err(Error::new(Kind::Busy, "import", source, "the layers just made were taken away"))
     }
 
     fn try_import_layout(
@@ -261,9 +268,11 @@ impl Store {
         id: &ImageId,
         source: &ImageSource,
         options: &ImportOptions,
+        known: Known,
     ) -> Result<Option<Imported>> {
         let staging = Staging::make(&self.paths, "import")?;
         let mut meta = Meta::new(id.clone(), ImageKind::Oci, source.to_string());
+        meta.origin = Origin::of(source, options);
         let mut names: Vec<String> = options.name.iter().cloned().collect();
         // Those of the layout are tags in it: who names the image himself does not mean them.
         if names.is_empty() {
@@ -282,7 +291,7 @@ impl Store {
         for layer in &picked.layers {
             let diff_id = layer.diff_id.id();
             let staged = staging.path().join(diff_id.as_str());
-            let at = if self.check_layer(diff_id).is_ok() {
+            let at = if known == Known::InStore && self.check_layer(diff_id).is_ok() {
                 self.paths.layer(diff_id)
             } else if fresh.iter().any(|(have, _)| have == diff_id) {
                 staged
@@ -368,6 +377,7 @@ fn unpack_layer(
     limits: &Limits,
     progress: Option<stream::ProgressFn>,
 ) -> Result<()> {
+    fault::point("store.layer")?;
     let rootfs = dir.join(image::ROOTFS);
     for path in [dir, &rootfs] {
         mkdirat(CWD, path, Mode::RWXU).map_err(|e| Error::sys("make", show(path), e))?;

@@ -106,6 +106,9 @@ pub(crate) fn parse_records(mut data: &[u8], limits: &Limits) -> Result<Extensio
                         return Err("an extended attribute's name is empty or holds a NUL".into());
                     }
                     put_xattr(&mut ext.xattrs, Xattr { name: name.to_vec(), value: value.to_vec() });
+                    if ext.xattrs.len() > limits.xattrs {
+                        return Err(format!("it has more than {} extended attributes", limits.xattrs));
+                    }
                 }
                 // Others are comments or vendors' own: pax(1) says to ignore what is not known.
             }

@@ -73,6 +73,7 @@ pub(crate) struct Placer {
     placed: Placed,
     data_bytes: u64,
     hole_bytes: u64,
+    xattr_bytes: u64,
 }
 
 /// A path of an archive as components joined by one slash: no `.`, `..` or empty one, not absolute unless `strip_root`.
@@ -143,6 +144,7 @@ impl Placer {
             placed: Placed::default(),
             data_bytes: 0,
             hole_bytes: 0,
+            xattr_bytes: 0,
         }
     }
 
@@ -172,6 +174,11 @@ impl Placer {
         let before = xattrs.len();
         xattrs.retain(|x| is_xattr_taken(&x.name));
         self.placed.xattrs_dropped += (before - xattrs.len()) as u64;
+        self.xattr_bytes += xattrs.iter().map(|x| (x.name.len() + x.value.len() + 128) as u64).sum::<u64>();
+        if self.xattr_bytes > self.limits.xattrs_total_bytes {
+            let most = self.limits.xattrs_total_bytes;
+            return refuse(Kind::Limit, format!("all extended attributes together have more than {most} bytes"));
+        }
         let mut entry = Entry { path, what, mode, uid, gid, mtime, xattrs };
         let (parent_path, name) = split(&entry.path);
         if name.is_empty() {
@@ -341,6 +348,7 @@ impl Placer {
         body(&mut |content| {
             match content {
                 Content::Data(data) => {
+                    fault::point("store.data")?;
                     sha.update(data);
                     write_at(&file, data, at, has_hole).map_err(&failed)?;
                     at += data.len() as u64;
@@ -366,6 +374,7 @@ impl Placer {
         if has_hole {
             fs::ftruncate(&file, size).map_err(&failed)?;
         }
+        fault::point("store.attributes")?;
         let exact = set_attributes(file.as_fd(), entry, 0o600).map_err(&failed)?;
         fs::futimens(&file, &timestamps(entry.mtime)).map_err(&failed)?;
         self.placed.index_only += u64::from(!exact);
@@ -468,6 +477,7 @@ impl Placer {
 
     /// Set the times of the directories. Gives what was placed.
     pub(crate) fn finish(mut self) -> Result<Placed> {
+        fault::point("store.times")?;
         if !self.dirs.contains_key(&[][..]) {
             fs::fchmod(&self.root, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys("set mode", "\"/\"", e))?;
             self.dirs.insert(Vec::new(), DirNote { said: false, mtime: Time::default() });

@@ -13,6 +13,12 @@ impl Store {
     /// Make the index of an image anew from its tree, and put it in the place of the old one, which servers that have it
     /// mapped keep. Only where the tree on disk says all: [`Kind::Unsupported`] for an image whose owners, layers or filter
     /// the index alone knows.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// store.rebuild_index(&fsprov::id::ImageRef::parse("example.com/debian".as_ref())?)?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn rebuild_index(&self, reference: &ImageRef) -> Result<Meta> {
         const OP: &str = "rebuild the index of";
         let _in_use = self.lock_shared()?;

@@ -41,6 +41,17 @@ impl Store {
     /// they are there.
     ///
     /// Errors: [`Kind::NotFound`]; [`Kind::Usage`] where several images fit, with their names.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let in_use = store.lock_shared()?;
+    /// let image = store.resolve(&fsprov::id::ImageRef::parse("example.com/debian".as_ref())?)?;
+    /// for layer in &image.layers {
+    ///     println!("{}", layer.display());
+    /// }
+    /// drop(in_use);
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn resolve(&self, image: &ImageRef) -> Result<ResolvedImage> {
         match image {
             ImageRef::Path(path) => self.resolve_path(path),

@@ -52,10 +52,14 @@ impl Staging {
         let name = format!("{}-{what}-{}", boot_id(), data_encoding::HEXLOWER.encode(&random));
         let path = paths.staging().join(name);
         mkdirat(CWD, &path, Mode::RWXU).map_err(|e| Error::sys("make", show(&path), e))?;
-        let dir = open_dir(&path)?;
-        flock(&dir, FlockOperation::NonBlockingLockExclusive).map_err(|e| Error::sys("lock", show(&path), e))?;
+        // From here on it is removed again, whatever fails.
+        let dir = open_dir(&path).map_err(|e| e.with_undo(remove_tree(&path).map(|_| ())))?;
+        let staging = Staging { path, dir };
+        fault::point("store.staged")?;
+        flock(&staging.dir, FlockOperation::NonBlockingLockExclusive)
+            .map_err(|e| Error::sys("lock", show(&staging.path), e))?;
         drop(held);
-        Ok(Staging { path, dir })
+        Ok(staging)
     }
 
     pub(super) fn path(&self) -> &Path {
@@ -142,9 +146,14 @@ pub(super) fn move_aside(paths: &StatePaths, path: &Path) -> Result<Aside> {
         Errno::NOENT => Error::new(Kind::NotFound, "remove", show(path), "it is not there"),
         e => Error::sys("move away", show(path), e),
     })?;
-    if let Some(parent) = path.parent() {
-        crate::sys::durable::sync_dir(parent)?;
+    if let Some(parent) = path.parent()
+        && let Err(error) = crate::sys::durable::sync_dir(parent)
+    {
+        // What may come back after a power loss must not come back half deleted.
+        let back = rustix::fs::renameat_with(CWD, &to, CWD, path, rustix::fs::RenameFlags::NOREPLACE);
+        return Err(error.with_undo(back.map_err(|e| Error::sys("put back", show(path), e))));
     }
+    fault::point("store.unpublished")?;
     Ok(Aside(staging))
 }
 

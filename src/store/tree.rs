@@ -129,6 +129,7 @@ impl Tree {
     }
 
     fn one(&self, path: &[u8], inode: &Inode, links: &mut HashMap<u32, Vec<u8>>, out: &mut dyn Write) -> Result<()> {
+        crate::fault::point("store.export")?;
         let is_directory = matches!(inode.form, Form::Directory { .. });
         if !is_directory && inode.nlink > 1 {
             if let Some(first) = links.get(&inode.row) {

@@ -1,16 +1,18 @@
 //! Is everything in the store what was imported? Each kind of damage is found and named.
 
-use std::collections::HashSet;
-use std::ffi::OsStr;
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ffi::{OsStr, OsString};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, openat, renameat_with, statat};
 
 use super::layer::LayerMeta;
-use super::meta::OnDisk;
+use super::meta::{OnDisk, sha256_hex};
+use super::pax::is_xattr_taken;
 use super::tree::{Tree, damaged};
-use super::{ImageKind, Store, ids_below};
+use super::{ImageKind, ImageSource, ImportOptions, Meta, Store, ids_below};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::{Strictness, appc, oci};
@@ -27,19 +29,24 @@ pub enum Repair {
     No,
     /// Move what is damaged out of the store, into `aside/`: the next import brings it anew.
     SetAside,
+    /// Likewise, and then import again each image that was set aside, from where it came; it must turn out to be the same.
+    Reimport,
 }
 
 /// Something that is not what was imported.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
 pub struct Damage {
-    /// The image or layer.
-    pub id: ImageId,
-    /// Which of its parts: `manifest`, `meta.json`, `index`, `layers`, or a path of its tree.
+    /// The image or layer; None: something lies in the store that is neither.
+    pub id: Option<ImageId>,
+    /// Which of its parts: `manifest`, `config`, `meta.json`, `index`, `own.index`, `layers`, a path of its tree (`/...`), another
+    /// name that lies beside those, or (without `id`) a name below the state root.
     pub part: String,
     /// What is wrong.
     pub what: String,
     /// Was it set aside?
     pub set_aside: bool,
+    /// Is the same there again, from where it came?
+    pub reimported: bool,
 }
 
 /// Most findings told of one tree: a lost disk has millions.
@@ -49,9 +56,22 @@ type Findings = Vec<(String, String)>;
 
 impl Store {
     /// Look at every byte of every image and layer. Gives what is damaged; empty: nothing.
+    ///
+    /// With [`Repair::Reimport`] an image whose source is gone, has changed or is not known stays set aside, as does one whose
+    /// `meta.json` cannot be read; [`Damage::reimported`] tells.
+    ///
+    /// ```no_run
+    /// use fsprov::store::{Repair, Store};
+    /// let store = Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// for damage in store.verify(Repair::No)? {
+    ///     println!("{:?} {}: {}", damage.id, damage.part, damage.what);
+    /// }
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn verify(&self, repair: Repair) -> Result<Vec<Damage>> {
-        let mut all = Vec::new();
+        let mut all: Vec<(Option<ImageId>, PathBuf, Findings)> = Vec::new();
         let mut bad_layers = HashSet::new();
+        let mut origins = Vec::new();
         {
             let _in_use = self.lock_shared()?;
             for id in ids_below(&self.paths.layers())? {
@@ -59,20 +79,63 @@ impl Store {
                 if !found.is_empty() {
                     bad_layers.insert(id.clone());
                 }
-                all.push((id, true, found));
+                all.push((Some(id.clone()), self.paths.layer(&id), found));
             }
             for id in self.ids()? {
                 let found = self.verify_image(&id, &bad_layers);
-                all.push((id, false, found));
+                if !found.is_empty()
+                    && let Ok(meta) = self.meta(&id)
+                {
+                    origins.push(meta);
+                }
+                all.push((Some(id.clone()), self.paths.image(&id), found));
+            }
+            for (dir, name) in [(self.paths.images(), "images"), (self.paths.layers(), "layers")] {
+                for stray in strays(&dir, |name| name.parse::<ImageId>().is_ok())? {
+                    let part = format!("{name}/{}", stray.to_string_lossy());
+                    all.push((None, dir.join(&stray), vec![(part, "it is not of the store".into())]));
+                }
             }
         }
+        all.retain(|(_, _, found)| !found.is_empty());
         let mut damage = Vec::new();
-        for (id, is_layer, found) in all.into_iter().filter(|(_, _, found)| !found.is_empty()) {
-            let at = if is_layer { self.paths.layer(&id) } else { self.paths.image(&id) };
-            let set_aside = repair == Repair::SetAside && self.set_aside(&at)?;
-            damage.extend(found.into_iter().map(|(part, what)| Damage { id: id.clone(), part, what, set_aside }));
+        for (id, at, found) in all {
+            let set_aside = repair != Repair::No && self.set_aside(&at)?;
+            let of = |(part, what)| Damage { id: id.clone(), part, what, set_aside, reimported: false };
+            damage.extend(found.into_iter().map(of));
+        }
+        if repair == Repair::Reimport {
+            self.reimport(&origins, &mut damage);
         }
         Ok(damage)
+    }
+
+    /// Import what was set aside again. What cannot be had is logged and stays as it is: the finding tells.
+    fn reimport(&self, origins: &[Meta], damage: &mut [Damage]) {
+        for meta in origins {
+            let Some(origin) = &meta.origin else { continue };
+            let done = ImageSource::at(&origin.path).and_then(|source| {
+                let options = ImportOptions {
+                    name: meta.names.first().cloned(),
+                    expected_id: Some(meta.id.clone()),
+                    // It was taken before.
+                    strictness: Strictness::Lenient,
+                    reference: origin.reference.clone(),
+                    platform: origin.platform.clone(),
+                    ..ImportOptions::default()
+                };
+                self.import(&source, &options)?;
+                meta.names.iter().try_for_each(|name| self.add_name(&meta.id, Some(name)).map(drop))
+            });
+            match done {
+                // Its layers came with it, where those were damaged.
+                Ok(()) => damage
+                    .iter_mut()
+                    .filter(|d| d.id.as_ref().is_some_and(|id| *id == meta.id || meta.layers.contains(id)))
+                    .for_each(|d| d.reimported = true),
+                Err(error) => log::warn!("{error}"),
+            }
+        }
     }
 
     /// Move something damaged to `aside/`. A mount that uses it keeps its descriptors and goes on with what is left.
@@ -105,7 +168,9 @@ impl Store {
             Ok(meta) => meta,
             Err(error) => return vec![(image::META.into(), error.to_string())],
         };
-        verify_tree(&dir.join(image::INDEX), &[dir.join(image::ROOTFS)], meta.on_disk, Own::Layer)
+        let mut found = verify_tree(&dir.join(image::INDEX), &[dir.join(image::ROOTFS)], meta.on_disk, Own::Layer);
+        found.extend(others(&dir, &[image::META, image::INDEX, image::ROOTFS]));
+        found
     }
 
     fn verify_image(&self, id: &ImageId, bad_layers: &HashSet<ImageId>) -> Findings {
@@ -115,20 +180,49 @@ impl Store {
             Err(error) => return vec![(image::META.into(), error.to_string())],
         };
         let mut found = Findings::new();
+        let mut config = None;
         let manifest = super::meta::read_bounded(&dir.join(image::MANIFEST), crate::image::MAX_MANIFEST_BYTES as u64);
         let checked = manifest.and_then(|bytes| match meta.kind {
-            ImageKind::Appc => appc::Manifest::parse(&bytes, Strictness::Lenient).map(drop),
+            ImageKind::Appc => {
+                let got = sha256_hex(&bytes);
+                if meta.manifest_sha256.as_ref().is_some_and(|want| *want != got) {
+                    return Err(Error::new(Kind::Integrity, "check", "manifest", "its bytes are not those imported"));
+                }
+                appc::Manifest::parse(&bytes, Strictness::Lenient).map(drop)
+            }
             ImageKind::Oci => {
                 let got = ImageId::from_sha256(&<sha2::Sha256 as sha2::Digest>::digest(&bytes).into());
                 if got != *id {
                     return Err(Error::new(Kind::Integrity, "check", "manifest", format!("its digest is {got}")));
                 }
-                oci::parse_document(&bytes, None).map(drop)
+                match oci::parse_document(&bytes, None)? {
+                    oci::Document::Manifest(manifest) => config = Some(manifest.config.digest),
+                    oci::Document::Index(_) => {
+                        return Err(Error::new(Kind::Integrity, "check", "manifest", "it is an index"));
+                    }
+                }
+                Ok(())
             }
         });
         if let Err(error) = checked {
             found.push((image::MANIFEST.into(), error.to_string()));
         }
+        if let Some(want) = config {
+            let bytes = super::meta::read_bounded(&dir.join(image::CONFIG), crate::image::MAX_MANIFEST_BYTES as u64);
+            match bytes.map(|bytes| sha256_hex(&bytes)) {
+                Ok(got) if got == want.hex() => {}
+                Ok(got) => found.push((image::CONFIG.into(), format!("its digest is sha256:{got}"))),
+                Err(error) => found.push((image::CONFIG.into(), error.to_string())),
+            }
+        }
+        let own_index = dir.join(image::OWN_INDEX);
+        if (!meta.dependencies.is_empty() || own_index.exists())
+            && let Err(error) = crate::index::Index::open(&own_index).and_then(|index| index.verify())
+        {
+            found.push((image::OWN_INDEX.into(), error.to_string()));
+        }
+        let known = [image::META, image::MANIFEST, image::INDEX, image::ROOTFS, image::CONFIG, image::OWN_INDEX];
+        found.extend(others(&dir, &known));
         for layer in &meta.layers {
             if bad_layers.contains(layer) {
                 found.push(("layers".into(), format!("{layer} is damaged")));
@@ -143,6 +237,31 @@ impl Store {
         };
         found.extend(verify_tree(&dir.join(image::INDEX), &layers, meta.on_disk, own));
         found
+    }
+}
+
+/// Names below `dir` that are none of those known.
+fn strays(dir: &Path, is_known: impl Fn(&str) -> bool) -> Result<Vec<OsString>> {
+    let fail = |e| Error::io("list", show(dir), e);
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir(dir).map_err(fail)? {
+        let name = entry.map_err(fail)?.file_name();
+        if !name.to_str().is_some_and(&is_known) {
+            found.push(name);
+        }
+    }
+    found.sort();
+    Ok(found)
+}
+
+/// What lies beside the parts of an image or layer.
+fn others(dir: &Path, known: &[&str]) -> Findings {
+    // What a writer of meta.json that died left beside it is no damage: the file itself is old or new.
+    match strays(dir, |name| known.contains(&name) || name.starts_with(".new-")) {
+        Ok(names) => {
+            names.into_iter().map(|n| (n.to_string_lossy().into_owned(), "it is no part of an image".into())).collect()
+        }
+        Err(error) => vec![(".".into(), error.to_string())],
     }
 }
 
@@ -175,6 +294,7 @@ fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own) -> F
 fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: &mut Findings) -> Result<()> {
     let mut names: HashSet<Vec<u8>> = HashSet::new();
     let mut read: HashSet<u32> = HashSet::new();
+    let mut inodes: HashMap<u32, (u64, u64)> = HashMap::new();
     let root = tree.index.inode(0).map_err(damaged)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let disk = match (own, layers) {
@@ -202,7 +322,7 @@ fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: 
             found.push((shown(), error.to_string()));
         }
         if let Some(disk) = &disk {
-            if let Some(what) = differs(disk, &path, &inode, tree, on_disk) {
+            if let Some(what) = differs(disk, &path, &inode, tree, on_disk, &mut inodes) {
                 found.push((shown(), what));
             }
             names.insert(path.clone());
@@ -221,7 +341,14 @@ fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: 
 }
 
 /// How the disk differs from what the index says of a path.
-fn differs(disk: &std::os::fd::OwnedFd, path: &[u8], inode: &Inode, tree: &Tree, on_disk: OnDisk) -> Option<String> {
+fn differs(
+    disk: &OwnedFd,
+    path: &[u8],
+    inode: &Inode,
+    tree: &Tree,
+    on_disk: OnDisk,
+    inodes: &mut HashMap<u32, (u64, u64)>,
+) -> Option<String> {
     let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
         None => (&b"."[..], if path.is_empty() { &b"."[..] } else { path }),
@@ -251,7 +378,18 @@ fn differs(disk: &std::os::fd::OwnedFd, path: &[u8], inode: &Inode, tree: &Tree,
             return Some("it points elsewhere".into());
         }
     }
+    let is_directory = want == FileType::Directory;
+    let this = (stat.st_dev, stat.st_ino);
+    if !is_directory && *inodes.entry(inode.row).or_insert(this) != this {
+        return Some("it is no hard link of what it was one of".into());
+    }
+    if !is_directory && stat.st_nlink as u64 > u64::from(inode.nlink) {
+        return Some(format!("it has {} names, not {}", stat.st_nlink, inode.nlink));
+    }
     if on_disk == OnDisk::Exact {
+        if matches!(want, FileType::CharacterDevice | FileType::BlockDevice) && stat.st_rdev != device_of(inode.rdev) {
+            return Some("it is another device".into());
+        }
         let is_link = want == FileType::Symlink;
         if (stat.st_uid, stat.st_gid) != (inode.uid, inode.gid) {
             let have = format!("{}:{}", stat.st_uid, stat.st_gid);
@@ -260,8 +398,56 @@ fn differs(disk: &std::os::fd::OwnedFd, path: &[u8], inode: &Inode, tree: &Tree,
         if !is_link && stat.st_mode & 0o7777 != inode.mode & 0o7777 {
             return Some(format!("its mode is {:o}, not {:o}", stat.st_mode & 0o7777, inode.mode & 0o7777));
         }
+        // Times that every file system can hold; others are clamped by some.
+        let in_range = (0..1 << 31).contains(&inode.mtime.secs);
+        if in_range && (stat.st_mtime, stat.st_mtime_nsec as u32) != (inode.mtime.secs, inode.mtime.nanos) {
+            return Some("it was changed after the import: its time is another".into());
+        }
+        if is_directory || want == FileType::RegularFile {
+            return xattrs_differ(&dir, name, inode, tree);
+        }
     }
     None
+}
+
+/// The index's device number as stat(2) tells it.
+fn device_of(rdev: u32) -> u64 {
+    rustix::fs::makedev((rdev >> 8) & 0xfff, (rdev & 0xff) | ((rdev >> 12) & 0xfff00))
+}
+
+/// How the attributes of a file or directory differ, of those that are taken from images.
+fn xattrs_differ(dir: &OwnedFd, name: &[u8], inode: &Inode, tree: &Tree) -> Option<String> {
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOFOLLOW | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let fail = |e: rustix::io::Errno| Some(format!("its attributes: {}", std::io::Error::from(e)));
+    let file = match openat(dir, OsStr::from_bytes(name), flags, Mode::empty()) {
+        Ok(file) => file,
+        Err(e) => return fail(e),
+    };
+    let mut wanted: BTreeMap<Vec<u8>, Vec<u8>> = BTreeMap::new();
+    match tree.index.xattrs(inode) {
+        Ok(all) => wanted.extend(all.flatten().map(|(name, value)| (name.to_vec(), value.to_vec()))),
+        Err(e) => return Some(e.to_string()),
+    }
+    let mut names = vec![0; crate::index::MAX_XATTR_BYTES];
+    match rustix::fs::flistxattr(&file, &mut names[..]) {
+        Ok(length) => names.truncate(length),
+        Err(rustix::io::Errno::OPNOTSUPP) => return None,
+        Err(e) => return fail(e),
+    }
+    let mut value = vec![0; crate::index::MAX_XATTR_BYTES];
+    for name in names.split(|b| *b == 0).filter(|name| is_xattr_taken(name)) {
+        let shown = String::from_utf8_lossy(name);
+        let length = match rustix::fs::fgetxattr(&file, OsStr::from_bytes(name), &mut value[..]) {
+            Ok(length) => length,
+            Err(e) => return fail(e),
+        };
+        match wanted.remove(name) {
+            Some(want) if want == value[..length] => {}
+            Some(_) => return Some(format!("its attribute {shown} has another value")),
+            None => return Some(format!("it has an attribute {shown} too many")),
+        }
+    }
+    wanted.keys().next().map(|name| format!("its attribute {} is missing", String::from_utf8_lossy(name)))
 }
 
 /// Names on the disk that the index does not know.

@@ -23,6 +23,7 @@ pub fn write_file(path: &Path, bytes: &[u8], survives: Survives) -> Result<()> {
     let failed = |e: std::io::Error| Error::io(OP, show(path), e);
     // tempfile: mode 0600, removed again when dropped before `persist`.
     let mut file = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(failed)?;
+    fault::point("durable.write")?;
     file.write_all(bytes).map_err(failed)?;
     if survives == Survives::PowerLoss {
         fault::point("durable.sync")?;
@@ -33,6 +34,40 @@ pub fn write_file(path: &Path, bytes: &[u8], survives: Survives) -> Result<()> {
     match survives {
         Survives::Crash => Ok(()),
         Survives::PowerLoss => sync_dir(dir),
+    }
+}
+
+/// Make a new file at `path` of what `write` gives, whole or not at all, also after this process was killed: it has no name until
+/// it is complete (O_TMPFILE), or, where the file system cannot, one beside it. [`crate::Kind::Exists`] where there is one already.
+pub fn make_file(path: &Path, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {
+    use std::os::fd::AsRawFd as _;
+
+    use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+    use rustix::io::Errno;
+
+    const OP: &str = "make";
+    let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let failed = |e: std::io::Error| Error::io(OP, show(path), e);
+    let flags = OFlags::TMPFILE | OFlags::WRONLY | OFlags::CLOEXEC;
+    let (mut file, named) = match openat(CWD, dir, flags, Mode::from_raw_mode(0o666)) {
+        Ok(fd) => (std::fs::File::from(fd), None),
+        Err(Errno::OPNOTSUPP | Errno::ISDIR | Errno::INVAL | Errno::NOENT) => {
+            let (file, name) = tempfile::Builder::new().prefix(".new-").tempfile_in(dir).map_err(failed)?.into_parts();
+            (file, Some(name))
+        }
+        Err(e) => return Err(Error::sys(OP, show(path), e)),
+    };
+    {
+        let mut out = std::io::BufWriter::with_capacity(256 << 10, &mut file);
+        write(&mut out)?;
+        fault::point("durable.flush")?;
+        out.flush().map_err(failed)?;
+    }
+    fault::point("durable.link")?;
+    match named {
+        Some(name) => name.persist_noclobber(path).map_err(|e| failed(e.error)),
+        None => linkat(CWD, format!("/proc/self/fd/{}", file.as_raw_fd()), CWD, path, AtFlags::SYMLINK_FOLLOW)
+            .map_err(|e| Error::sys(OP, show(path), e)),
     }
 }
 

@@ -1,5 +1,8 @@
 //! The corpus: each archive with what it tries. `OUT` in a name stands for a directory that must not change.
 
+#[path = "hostile_more.rs"]
+mod more;
+
 use std::io::Write as _;
 
 use super::tarball::{BLK, CHR, DIR, FIFO, FILE, HARD, Head, SYM, Tar, head, octal, record};
@@ -54,6 +57,7 @@ pub(crate) fn corpus(out: &str) -> Vec<Hostile> {
     structure(&mut all, out);
     bombs(&mut all);
     compressed(&mut all);
+    more::add_all(&mut all, out);
     all
 }
 

@@ -7,7 +7,7 @@ use std::process::Command;
 
 use fsprov::id::ImageRef;
 use fsprov::paths::StatePaths;
-use fsprov::store::{ImageSource, ImportOptions, Outcome, Prune, Repair, Store};
+use fsprov::store::{Damage, ImageSource, ImportOptions, Outcome, Prune, Repair, Store};
 use libtest_mimic::Failed;
 use sha2::{Digest as _, Sha512};
 
@@ -60,48 +60,187 @@ pub(crate) fn directory_round_trip() -> Result<(), Failed> {
     Ok(())
 }
 
+type Harm = fn(&Path) -> std::io::Result<()>;
+
+/// Each kind of damage to an image: what it is, the part that must be named, how it is done (given the image's directory).
+const HARMS: [(&str, &str, Harm); 20] = [
+    ("a byte changed", "/a", |dir| keep_time(&dir.join("rootfs/a"), || fs::write(dir.join("rootfs/a"), "CONTENT"))),
+    ("a file cut", "/a", |dir| fs::write(dir.join("rootfs/a"), "con")),
+    ("a file lost", "/a", |dir| fs::remove_file(dir.join("rootfs/a"))),
+    ("a file more", "/more", |dir| fs::write(dir.join("rootfs/more"), "")),
+    ("a directory more", "/d/more", |dir| fs::create_dir(dir.join("rootfs/d/more"))),
+    ("a directory lost", "/d", |dir| fs::remove_dir_all(dir.join("rootfs/d"))),
+    ("a link turned", "/l", |dir| {
+        fs::remove_file(dir.join("rootfs/l"))?;
+        symlink("elsewhere", dir.join("rootfs/l"))
+    }),
+    ("a file become a directory", "/a", |dir| {
+        fs::remove_file(dir.join("rootfs/a"))?;
+        fs::create_dir(dir.join("rootfs/a"))
+    }),
+    ("a hard link parted", "/h2", |dir| {
+        fs::remove_file(dir.join("rootfs/h2"))?;
+        fs::copy(dir.join("rootfs/h1"), dir.join("rootfs/h2")).map(drop)
+    }),
+    ("a hard link made", "/h1", |dir| {
+        fs::remove_file(dir.join("rootfs/twin"))?;
+        fs::hard_link(dir.join("rootfs/h1"), dir.join("rootfs/twin"))
+    }),
+    ("the whole tree lost", "rootfs", |dir| fs::remove_dir_all(dir.join("rootfs"))),
+    ("the manifest lost", "manifest", |dir| fs::remove_file(dir.join("manifest"))),
+    ("the manifest changed, and still one", "manifest", |dir| {
+        let text = fs::read_to_string(dir.join("manifest"))?;
+        fs::write(dir.join("manifest"), text.replace("example.com/x", "example.com/y"))
+    }),
+    ("the index changed", "index", |dir| {
+        let mut bytes = fs::read(dir.join("index"))?;
+        let last = bytes.len() - 100;
+        bytes[last] ^= 1;
+        fs::write(dir.join("index"), bytes)
+    }),
+    ("the index cut", "index", |dir| {
+        let bytes = fs::read(dir.join("index"))?;
+        fs::write(dir.join("index"), &bytes[..bytes.len() / 2])
+    }),
+    ("the index lost", "index", |dir| fs::remove_file(dir.join("index"))),
+    ("the record empty", "meta.json", |dir| fs::write(dir.join("meta.json"), "")),
+    ("the record changed, and still one", "meta.json", |dir| {
+        let text = fs::read_to_string(dir.join("meta.json"))?;
+        fs::write(dir.join("meta.json"), text.replace("example.com/x", "example.com/y"))
+    }),
+    ("the record lost", "meta.json", |dir| fs::remove_file(dir.join("meta.json"))),
+    ("something beside", "stray", |dir| fs::write(dir.join("stray"), "")),
+];
+
+/// Damage that shows only where the tree on the disk is the image's: as root.
+const ROOTS_HARMS: [(&str, &str, Harm); 6] = [
+    ("another owner", "/a", |dir| std::os::unix::fs::chown(dir.join("rootfs/a"), Some(1), Some(1))),
+    ("another mode", "/d", |dir| fs::set_permissions(dir.join("rootfs/d"), fs::Permissions::from_mode(0o777))),
+    ("another time", "/a", |dir| keep_time(&dir.join("rootfs/l"), || fs::write(dir.join("rootfs/a"), "content"))),
+    ("another device", "/null", |dir| {
+        let path = dir.join("rootfs/null");
+        fs::remove_file(&path)?;
+        let mode = rustix::fs::Mode::from_raw_mode(0o666);
+        let kind = rustix::fs::FileType::CharacterDevice;
+        Ok(rustix::fs::mknodat(rustix::fs::CWD, &path, kind, mode, rustix::fs::makedev(1, 5))?)
+    }),
+    ("an attribute lost", "/noted", |dir| Ok(rustix::fs::removexattr(dir.join("rootfs/noted"), "user.note")?)),
+    ("an attribute more", "/a", |dir| {
+        keep_time(&dir.join("rootfs/a"), || {
+            Ok(rustix::fs::setxattr(dir.join("rootfs/a"), "user.more", b"x", rustix::fs::XattrFlags::empty())?)
+        })
+    }),
+];
+
+/// Do it and set the file's time back: what changes bytes on a disk does not change their time.
+fn keep_time(path: &Path, harm: impl FnOnce() -> std::io::Result<()>) -> std::io::Result<()> {
+    let before = fs::symlink_metadata(path)?.modified()?;
+    harm()?;
+    if fs::symlink_metadata(path)?.is_symlink() { Ok(()) } else { fs::File::open(path)?.set_modified(before) }
+}
+
 pub(crate) fn damage_is_found() -> Result<(), Failed> {
-    type Harm = fn(&Path) -> std::io::Result<()>;
-    let harms: [(&str, &str, Harm); 9] = [
-        ("a byte changed", "/a", |dir| fs::write(dir.join("rootfs/a"), "CONTENT")),
-        ("a file cut", "/a", |dir| fs::write(dir.join("rootfs/a"), "con")),
-        ("a file lost", "/a", |dir| fs::remove_file(dir.join("rootfs/a"))),
-        ("a file more", "/more", |dir| fs::write(dir.join("rootfs/more"), "")),
-        ("a link turned", "/l", |dir| {
-            fs::remove_file(dir.join("rootfs/l"))?;
-            symlink("elsewhere", dir.join("rootfs/l"))
-        }),
-        ("a file become a directory", "/a", |dir| {
-            fs::remove_file(dir.join("rootfs/a"))?;
-            fs::create_dir(dir.join("rootfs/a"))
-        }),
-        ("the manifest lost", "manifest", |dir| fs::remove_file(dir.join("manifest"))),
-        ("the index changed", "index", |dir| {
-            let mut bytes = fs::read(dir.join("index"))?;
-            let last = bytes.len() - 100;
-            bytes[last] ^= 1;
-            fs::write(dir.join("index"), bytes)
-        }),
-        ("the record empty", "meta.json", |dir| fs::write(dir.join("meta.json"), "")),
-    ];
+    let is_root = rustix::process::geteuid().is_root();
     let top = tempfile::tempdir()?;
     let mut tar = Tar::aci();
     tar.file(b"rootfs/a", b"content");
     tar.link(SYM, b"rootfs/l", b"a");
+    tar.file(b"rootfs/h1", b"linked");
+    tar.link(HARD, b"rootfs/h2", b"rootfs/h1");
+    tar.file(b"rootfs/twin", b"linked");
+    tar.dir(b"rootfs/d");
+    tar.pax(&[("SCHILY.xattr.user.note", b"value")]);
+    tar.file(b"rootfs/noted", b"");
+    if is_root {
+        tar.any(CHR, b"rootfs/null");
+    }
     let archive = top.path().join("x.aci");
     fs::write(&archive, tar.end())?;
-    let source = ImageSource::Archive(archive);
+    let source = ImageSource::Archive(archive.clone());
+    let mut harms = HARMS.to_vec();
+    if is_root {
+        harms.extend(ROOTS_HARMS);
+    }
     for (name, part, harm) in harms {
         let store = store(&top.path().join(name))?;
         let imported = store.import(&source, &ImportOptions::default())?;
-        assert!(store.verify(Repair::No)?.is_empty(), "{name}: before");
+        assert_eq!(store.verify(Repair::No)?, [], "{name}: before");
         harm(&store.paths().image(&imported.id))?;
+        let is_named = |damage: &Damage| damage.id.as_ref() == Some(&imported.id) && damage.part == part;
         let found = store.verify(Repair::No)?;
-        assert!(found.iter().any(|damage| damage.id == imported.id && damage.part == part), "{name}: {found:?}");
-        let found = store.verify(Repair::SetAside)?;
-        assert!(found.iter().all(|damage| damage.set_aside), "{name}: {found:?}");
+        assert!(found.iter().any(is_named), "{name}: {found:?}");
+        assert!(found.iter().all(|damage| !damage.set_aside), "{name}: nothing was asked for");
+        // Aside, where the source is gone; and anew when it is there again.
+        let away = top.path().join("away");
+        fs::rename(&archive, &away)?;
+        let found = store.verify(Repair::Reimport)?;
+        assert!(found.iter().all(|damage| damage.set_aside && !damage.reimported), "{name}: {found:?}");
         assert!(store.ids()?.is_empty() && store.verify(Repair::No)?.is_empty(), "{name}: it is still there");
+        fs::rename(&away, &archive)?;
         assert_eq!(store.import(&source, &ImportOptions::default())?.outcome, Outcome::Created, "{name}");
+        harm(&store.paths().image(&imported.id))?;
+        let knows_source = !name.starts_with("the record");
+        let found = store.verify(Repair::Reimport)?;
+        assert!(found.iter().all(|damage| damage.reimported == knows_source), "{name}: {found:?}");
+        assert_eq!(store.ids()?.len(), usize::from(knows_source), "{name}");
+        assert_eq!(store.verify(Repair::No)?, [], "{name}: mended");
+        fsprov::sys::remove::remove_tree(store.paths().root())?;
+    }
+    // What belongs to no image.
+    let store = store(&top.path().join("strays"))?;
+    fs::create_dir(store.paths().images().join("sha512-short"))?;
+    fs::write(store.paths().layers().join("note"), "")?;
+    let found = store.verify(Repair::SetAside)?;
+    let parts: Vec<_> = found.iter().map(|damage| (damage.id.is_none(), &*damage.part)).collect();
+    assert_eq!(parts, [(true, "images/sha512-short"), (true, "layers/note")]);
+    assert_eq!(store.verify(Repair::No)?, []);
+    Ok(())
+}
+
+/// Damage to images that share layers: what is named, and whose it is.
+pub(crate) fn damage_of_layers_is_found() -> Result<(), Failed> {
+    let harms: [(&str, &str, &str, Harm); 7] = [
+        ("a byte of the layer changed", "layer", "/a", |dir| fs::write(dir.join("layer/rootfs/a"), "CONTENT")),
+        ("a file more in the layer", "layer", "/more", |dir| fs::write(dir.join("layer/rootfs/more"), "")),
+        ("the layer's index lost", "layer", "index", |dir| fs::remove_file(dir.join("layer/index"))),
+        ("the layer's record lost", "layer", "meta.json", |dir| fs::remove_file(dir.join("layer/meta.json"))),
+        ("the layer lost", "image", "layers", |dir| fs::remove_dir_all(dir.join("layer"))),
+        ("the config changed", "image", "config", |dir| fs::write(dir.join("image/config"), "{}")),
+        ("the manifest changed", "image", "manifest", |dir| {
+            let text = fs::read_to_string(dir.join("image/manifest"))?;
+            fs::write(dir.join("image/manifest"), text + " ")
+        }),
+    ];
+    let top = tempfile::tempdir()?;
+    let tree = top.path().join("tree");
+    fs::create_dir(&tree)?;
+    fs::write(tree.join("a"), "content")?;
+    let first = store(&top.path().join("first"))?;
+    first.import(&ImageSource::Directory(tree), &named("example.com/tree"))?;
+    let layout = top.path().join("layout");
+    first.export_oci(&by_name("example.com/tree"), &layout)?;
+    for (name, whose, part, harm) in harms {
+        let store = store(&top.path().join(name))?;
+        let imported = store.import(&ImageSource::Directory(layout.clone()), &named("x"))?;
+        let layer = store.list()?[0].layers[0].clone();
+        assert_eq!(store.verify(Repair::No)?, [], "{name}: before");
+        let by_role = top.path().join("roles");
+        fs::create_dir(&by_role)?;
+        symlink(store.paths().image(&imported.id), by_role.join("image"))?;
+        symlink(store.paths().layer(&layer), by_role.join("layer"))?;
+        // Through the links: the last name of each path is below them.
+        let harmed = match name {
+            "the layer lost" => fs::remove_dir_all(store.paths().layer(&layer)),
+            _ => harm(&by_role),
+        };
+        harmed?;
+        fs::remove_dir_all(&by_role)?;
+        let id = if whose == "layer" { &layer } else { &imported.id };
+        let found = store.verify(Repair::No)?;
+        assert!(found.iter().any(|d| d.id.as_ref() == Some(id) && d.part == part), "{name}: {found:?}");
+        let found = store.verify(Repair::Reimport)?;
+        assert!(found.iter().all(|damage| damage.reimported), "{name}: {found:?}");
+        assert_eq!(store.verify(Repair::No)?, [], "{name}: mended");
     }
     Ok(())
 }

@@ -8,9 +8,11 @@ mod cli;
 mod clients;
 mod crash;
 mod destroy;
+mod durable;
 mod enosys;
 mod faults;
 mod posix;
+mod races;
 mod readonly;
 mod recover;
 mod store;
@@ -49,6 +51,10 @@ pub(crate) const CASES: &[Case] = &[
     destroy::STATE_IS_PRIVATE,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
+    durable::FULL_DISK,
+    durable::IN_USE_UNSEEN,
+    durable::REPAIRED,
+    durable::STEPS,
     enosys::FALLBACKS,
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
@@ -56,6 +62,7 @@ pub(crate) const CASES: &[Case] = &[
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
+    races::ALL_AT_ONCE,
     readonly::EVERY_CHANGE_IS_EROFS,
     readonly::LOCKED_FLAGS_STAY,
     readonly::PROGRAMS_SAY_READ_ONLY,

@@ -1,7 +1,6 @@
 //! `fsprov image verify`, `gc`, `du`, `export`, `flatten`: the store looked after.
 
 use std::ffi::OsString;
-use std::io::Write as _;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
@@ -11,6 +10,7 @@ use super::{Format, image_uses, output};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::store::{Prune, Repair, Store};
+use crate::sys::durable::make_file;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -38,13 +38,13 @@ impl Index {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit code 1 if anything is damaged. With --repair, what is damaged is moved out of the way into the state root's `aside` directory: import \
-the image again.
+Exit code 1 if anything is damaged and stays so. With --repair, what is damaged is moved out of the way into the state root's `aside` \
+directory, and images that came from a file or directory of this host are imported from there again, if it is still the same.
 
 Example:
   fsprov image verify --json")]
 pub(super) struct Verify {
-    /// Move what is damaged aside
+    /// Move what is damaged aside, and import it again from where it came
     #[arg(long)]
     repair: bool,
     #[command(flatten)]
@@ -53,15 +53,24 @@ pub(super) struct Verify {
 
 impl Verify {
     pub(super) fn run(&self, store: &Store) -> Result<()> {
-        let found = store.verify(if self.repair { Repair::SetAside } else { Repair::No })?;
+        let found = store.verify(if self.repair { Repair::Reimport } else { Repair::No })?;
         if self.format.json {
             output::json(&found)?;
         } else {
             let rows: Vec<_> = found
                 .iter()
                 .map(|d| {
-                    let done = if d.set_aside { "set aside" } else { "-" };
-                    [d.id.short().to_owned(), show(Path::new(&d.part)), d.what.clone(), done.to_owned()]
+                    let done = match (d.reimported, d.set_aside) {
+                        (true, _) => "imported again",
+                        (_, true) => "set aside",
+                        _ => "-",
+                    };
+                    [
+                        d.id.as_ref().map_or("-", |id| id.short()).to_owned(),
+                        show(Path::new(&d.part)),
+                        d.what.clone(),
+                        done.to_owned(),
+                    ]
                 })
                 .collect();
             output::table(["ID", "PART", "DAMAGE", "REPAIR"], &rows)?;
@@ -177,26 +186,10 @@ impl Export {
             );
         }
         match self.format {
-            Form::Oci => store.export_oci(&image, &self.path).map_err(|e| {
-                let path = std::path::absolute(&self.path).unwrap_or_else(|_| self.path.clone());
-                e.with_undo(crate::sys::remove::remove_tree(&path).map(|_| ()))
-            }),
-            Form::Aci => self.to_file(|out| store.export_aci(&image, out)),
-            Form::Tar => self.to_file(|out| store.export_tar(&image, out)),
+            Form::Oci => store.export_oci(&image, &self.path),
+            Form::Aci => make_file(&self.path, |out| store.export_aci(&image, out)),
+            Form::Tar => make_file(&self.path, |out| store.export_tar(&image, out)),
         }
-    }
-
-    /// Made beside and renamed: what is at PATH is whole.
-    fn to_file(&self, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {
-        let failed = |e: std::io::Error| Error::io("export to", show(&self.path), e);
-        let dir = self.path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-        let mut file = tempfile::Builder::new().prefix(".export-").tempfile_in(dir).map_err(failed)?;
-        {
-            let mut out = std::io::BufWriter::new(&mut file);
-            write(&mut out)?;
-            out.flush().map_err(failed)?;
-        }
-        file.persist_noclobber(&self.path).map(|_| ()).map_err(|e| failed(e.error))
     }
 }
 

@@ -1,0 +1,171 @@
+//! Importers, provisioners and a collector at once: nothing in use is lost, and there is one copy of everything.
+//!
+//! `FSPROV_TEST_ROUNDS=1000` sets how often each of them goes (20 otherwise).
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+
+use super::durable::{layered, layers};
+use super::store::{pack, small_aci_tree};
+use crate::common::harness::on;
+use crate::common::stage::program;
+use crate::common::{Case, Enter, Need, Stage};
+
+const EACH: usize = 4;
+/// How often a provisioner looks for an image that the collector may just have taken. Each try is a process: some seconds.
+const TRIES: usize = 500;
+
+/// What is imported, under which name it is found, and files of it with their contents.
+type Source = (PathBuf, &'static str, [(&'static str, &'static str); 2]);
+
+/// What every thread needs to run commands: the stage itself stays with the one that made it.
+struct Shared {
+    dir: PathBuf,
+    state: PathBuf,
+    backend: Option<&'static str>,
+    images: Vec<Source>,
+}
+
+impl Shared {
+    fn run(&self, args: &[&str]) -> Output {
+        let mut command = Command::new(program());
+        command.args(args).env_clear().current_dir(&self.dir);
+        command.env("LC_ALL", "C").env("HOME", self.dir.join("home")).env("FSPROV_ROOT", &self.state);
+        command.env("PATH", std::env::var_os("PATH").unwrap_or_default());
+        command.output().expect("start fsprov")
+    }
+
+    fn must(&self, args: &[&str]) -> String {
+        let said = self.run(args);
+        let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+        assert!(said.status.success(), "fsprov {args:?}: {}: {}", said.status, text(&said.stderr));
+        text(&said.stdout)
+    }
+
+    /// Mount, look, unmount; gives how many tries it took.
+    fn provision(&self, number: usize, round: usize) -> usize {
+        let (_, name, files) = &self.images[(number + round) % self.images.len()];
+        let rootfs = format!("./rootfs-{number}");
+        for tries in 1..=TRIES {
+            let mut args = vec!["mount"];
+            args.extend(self.backend.into_iter().flat_map(|backend| ["--backend", backend]));
+            args.extend([name, &*rootfs]);
+            let said = self.run(&args);
+            match said.status.code() {
+                Some(0) => {}
+                // It was collected: nobody used it.
+                Some(3) => continue,
+                _ => panic!("round {round}: mount {name}: {}", String::from_utf8_lossy(&said.stderr)),
+            }
+            let at = self.dir.join(&rootfs);
+            for (file, content) in files {
+                let got = std::fs::read_to_string(at.join(file));
+                assert!(got.as_deref().is_ok_and(|text| text == *content), "round {round}: {name}: {file}: {got:?}");
+            }
+            let refused = self.run(&["image", "rm", name]);
+            let code = refused.status.code();
+            assert_eq!(
+                code,
+                Some(4),
+                "round {round}: rm of {name} in use: {}",
+                String::from_utf8_lossy(&refused.stderr)
+            );
+            // Not in any cache of the kernel's: it comes from the store now.
+            let listed = std::fs::read_dir(at.join("etc")).map(Iterator::count);
+            assert!(listed.as_ref().is_ok_and(|count| *count > 0), "round {round}: {name}: {listed:?}");
+            self.must(&["unmount", &rootfs]);
+            return tries;
+        }
+        panic!("round {round}: {name} was never there");
+    }
+}
+
+fn entries(dir: &Path) -> usize {
+    std::fs::read_dir(dir).map_or(0, Iterator::count)
+}
+
+pub(crate) const ALL_AT_ONCE: Case =
+    Case::needing("importers_provisioners_and_gc_at_once", on::once_each, &[Need::DevFuse], |stage: &Stage| {
+        let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+        let both = layers(stage);
+        let small = [("etc/hosts", "127.0.0.1 localhost\n"); 2];
+        let upper = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/upper", "upper")];
+        let lower = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/lower", "lower")];
+        // In memory where that can be had: each import syncs its file system.
+        let shm = Path::new("/dev/shm");
+        let memory = tempfile::Builder::new()
+            .prefix("fsprov-t.")
+            .tempdir_in(if shm.is_dir() { shm } else { &stage.dir })
+            .expect("make a state root");
+        let shared = Shared {
+            dir: stage.dir.clone(),
+            state: memory.path().join("state"),
+            backend: (stage.lane.enter != Enter::Root).then_some("fuse"),
+            images: vec![
+                (pack(stage, &small_aci_tree(stage, "tree"), "small.aci"), "example.com/small", small),
+                (layered(stage, "layout", &both, false), "layout", upper),
+                (layered(stage, "docker", &both, true), "docker", upper),
+                (layered(stage, "lower", &both[..1], false), "lower", lower),
+            ],
+        };
+        let (working, collections, tries) = (AtomicBool::new(true), AtomicUsize::new(0), AtomicUsize::new(0));
+        std::thread::scope(|scope| {
+            let collector = scope.spawn(|| {
+                while working.load(Ordering::Relaxed) {
+                    shared.must(&["image", "gc", "--unused"]);
+                    collections.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let mut busy = Vec::new();
+            for number in 0..EACH {
+                let (shared, tries) = (&shared, &tries);
+                busy.push(scope.spawn(move || {
+                    for round in 0..rounds {
+                        let (source, ..) = &shared.images[(number + round) % shared.images.len()];
+                        shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+                    }
+                }));
+                busy.push(scope.spawn(move || {
+                    for round in 0..rounds {
+                        tries.fetch_add(shared.provision(number, round), Ordering::Relaxed);
+                    }
+                }));
+            }
+            // Importers end first: then the images must come from somewhere for who still looks for one.
+            let mut failed = None;
+            while !busy.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+                for (source, ..) in &shared.images {
+                    shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+                }
+            }
+            for thread in busy {
+                failed = thread.join().err().or(failed);
+            }
+            working.store(false, Ordering::Relaxed);
+            collector.join().expect("the collector");
+            if let Some(panic) = failed {
+                std::panic::resume_unwind(panic);
+            }
+        });
+        for (source, ..) in &shared.images {
+            shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+        }
+        assert_eq!(shared.must(&["image", "verify", "--json"]).trim(), "[]");
+        assert_eq!(entries(&shared.state.join("images")), shared.images.len());
+        assert_eq!(entries(&shared.state.join("layers")), both.len(), "one copy of each layer");
+        assert_eq!(entries(&shared.state.join("staging")), 0);
+        assert_eq!(entries(&shared.state.join("containers")), 0);
+        assert!(!shared.state.join("aside").exists(), "something was damaged");
+        let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+        let sum = format!(
+            "{rounds} rounds: {} mounts in {} tries, {} collections",
+            EACH * rounds,
+            count(&tries),
+            count(&collections)
+        );
+        stage.note(sum.clone());
+        if std::env::var_os("FSPROV_TEST_TELL").is_some() {
+            std::fs::write("/tmp/fsprov-races.txt", format!("{}: {sum}\n", stage.lane.name)).expect("write");
+        }
+    });
