@@ -19,6 +19,7 @@ use crate::fault;
 use crate::host::Host;
 use crate::index::Index;
 use crate::plan::{BackendKind, Plan};
+use crate::sys::durable::{self, Survives};
 use crate::sys::{mount, mountinfo, process, remove};
 
 /// The copy backend.
@@ -26,6 +27,9 @@ use crate::sys::{mount, mountinfo, process, remove};
 pub struct Copy;
 
 const OP: &str = "copy image to";
+
+/// In the plan's `state_dir`, from before the first file is deleted: a copy that has lost some is not one to keep.
+const DELETING: &str = "deleting";
 
 impl Backend for Copy {
     fn kind(&self) -> BackendKind {
@@ -55,6 +59,7 @@ impl Backend for Copy {
     fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
         plan.require_layers()?;
         let root = open_empty(&plan.rootfs)?;
+        let _ = std::fs::remove_file(plan.state_dir.join(DELETING));
         let mut traces = Traces { copied: Some(identity(&root)?), ..Traces::default() };
         journal.note(&traces)?;
         let mut assembly = None;
@@ -97,9 +102,10 @@ impl Backend for Copy {
     }
 }
 
+/// The directory that was filled, and nothing was deleted from it by us.
 fn is_there(plan: &Plan, copied: &Copied) -> bool {
     let now = open_root(&plan.rootfs).ok().and_then(|root| identity(&root).ok());
-    now.is_some_and(|now| now.is_same(copied))
+    now.is_some_and(|now| now.is_same(copied)) && !plan.state_dir.join(DELETING).exists()
 }
 
 fn open_root(rootfs: &Path) -> rustix::io::Result<OwnedFd> {
@@ -188,6 +194,10 @@ fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
         return Ok(false);
     }
     let had_volumes = attach::take_volumes_away(&plan.rootfs, traces, how)?;
+    // On a full disk it must be possible to delete; should we die meanwhile, what is left may then pass for a whole copy.
+    if let Err(e) = durable::write_file(&plan.state_dir.join(DELETING), b"", Survives::PowerLoss) {
+        log::warn!("{e}");
+    }
     fault::point("copy.remove")?;
     let mut had_files = false;
     // By descriptor: this very directory, wherever its name leads by now.

@@ -327,15 +327,14 @@ impl Provisioner {
                 return taken(&other);
             }
         }
+        let container = self.paths.container(id);
+        if container.dir().exists() {
+            return Err(Error::new(Kind::Busy, "provision", id, "a rootfs of this id exists")
+                .hint(format!("choose another --id, or `fsprov unmount {id}` first")));
+        }
         points::take(&self.paths, &record.plan.rootfs, id)?;
         fault::point("provision.claim").map_err(|e| e.with_undo(self.forget_point(record)))?;
-        let container = self.paths.container(id);
-        record::make(&container).map_err(|e| match e.kind() {
-            // The other one's record may have this very mount point too, in another mount namespace: its file stays.
-            Kind::Exists => Error::new(Kind::Busy, "provision", id, "a rootfs of this id exists")
-                .hint(format!("choose another --id, or `fsprov unmount {id}` first")),
-            _ => e.with_undo(self.forget_point(record)),
-        })?;
+        record::make(&container).map_err(|e| e.with_undo(self.forget_point(record)))?;
         let locked = lock::directory(container.dir())
             .and_then(|l| l.ok_or_else(|| Error::new(Kind::Io, "lock", show(container.dir()), "it vanished")))
             .and_then(|l| record.write(&container).map(|()| l))
