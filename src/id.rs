@@ -74,7 +74,8 @@ impl fmt::Display for ImageId {
     }
 }
 
-/// The name of one provisioned rootfs: 1 to 128 of `[A-Za-z0-9_.-]`, beginning with a letter or digit.
+/// The name of one provisioned rootfs: 1 to 128 of `[A-Za-z0-9_.-]`, beginning with a letter or digit. `PARENT.CHILD` is nested
+/// in `PARENT`, if there is one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct ContainerId(String);
@@ -95,6 +96,16 @@ impl ContainerId {
     /// The id as text.
     pub fn as_str(&self) -> &str {
         &self.0
+    }
+
+    /// The id that this one is nested in: `a.b` is the parent of `a.b.c`.
+    pub fn parent(&self) -> Option<ContainerId> {
+        self.0.rsplit_once('.').and_then(|(parent, _)| parent.parse().ok())
+    }
+
+    /// Is it nested in `outer`, directly or not?
+    pub fn is_nested_in(&self, outer: &ContainerId) -> bool {
+        self.0.strip_prefix(outer.as_str()).is_some_and(|rest| rest.starts_with('.'))
     }
 }
 
@@ -215,6 +226,13 @@ mod tests {
         for bad in ["", ".", "..", "-a", "a/b", "a b", "ä", &"x".repeat(129)] {
             assert!(bad.parse::<ContainerId>().is_err(), "{bad}");
         }
+        let id = |text: &str| text.parse::<ContainerId>().unwrap();
+        assert_eq!(id("a.b.c").parent(), Some(id("a.b")));
+        assert_eq!(id("a").parent(), None);
+        assert!(id("a.b.c").is_nested_in(&id("a")) && id("a.b").is_nested_in(&id("a")));
+        assert!(
+            !id("ab.c").is_nested_in(&id("a")) && !id("a").is_nested_in(&id("a")) && !id("a").is_nested_in(&id("a.b"))
+        );
         assert_ne!(ContainerId::random().unwrap(), ContainerId::random().unwrap());
     }
 

@@ -12,12 +12,11 @@
 //! ├── staging/<boot id>-…/         half-made images; its maker holds a flock on it
 //! ├── aside/                       what verify found damaged and took out of the store
 //! ├── cache/index/<key>            indexes of images that are not in the store
-//! └── containers/<container id>/   one provisioned rootfs
-//!     ├── lock                     flock: whoever changes this rootfs
+//! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
+//! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: whoever changes this rootfs
 //!     ├── record.json              the record
-//!     ├── server.log               what the FUSE server said
-//!     ├── control.sock             its control socket
-//!     └── backend/                 what the backend keeps
+//!     └── backend/                 what the backend keeps: the FUSE server's log and control socket ([`crate::daemon::names`]),
+//!                                  overlay's own layers
 //! ```
 
 use std::path::{Path, PathBuf};
@@ -77,6 +76,10 @@ impl StatePaths {
     pub fn containers(&self) -> PathBuf {
         self.root.join("containers")
     }
+    /// Which mount points are taken.
+    pub fn points(&self) -> PathBuf {
+        self.root.join("points")
+    }
     /// One provisioned rootfs.
     pub fn container(&self, id: &ContainerId) -> ContainerPaths {
         ContainerPaths { dir: self.containers().join(id.as_str()) }
@@ -110,21 +113,9 @@ impl ContainerPaths {
     pub fn dir(&self) -> &Path {
         &self.dir
     }
-    /// Its lock file.
-    pub fn lock(&self) -> PathBuf {
-        self.dir.join("lock")
-    }
     /// Its record.
     pub fn record(&self) -> PathBuf {
         self.dir.join("record.json")
-    }
-    /// The log of its FUSE server.
-    pub fn server_log(&self) -> PathBuf {
-        self.dir.join("server.log")
-    }
-    /// The control socket of its FUSE server.
-    pub fn control_socket(&self) -> PathBuf {
-        self.dir.join("control.sock")
     }
     /// What its backend keeps.
     pub fn backend(&self) -> PathBuf {

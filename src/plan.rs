@@ -113,6 +113,9 @@ pub struct Plan {
     /// Presented ownership.
     #[serde(default)]
     pub ownership: Ownership,
+    /// Where the rootfs's own changes go: then it is writable, and what was changed ends with it. `None`: it is read-only.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub scratch: Option<Scratch>,
     /// A directory of its own for what the backend must keep (below the state root, mode 0700, exists).
     #[serde(with = "crate::pathtext")]
     pub state_dir: PathBuf,
@@ -122,6 +125,11 @@ pub struct Plan {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct IndexFile(#[serde(with = "crate::pathtext")] pub PathBuf);
+
+/// A directory that a backend makes for a rootfs's own changes, and removes with it; its parent exists.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Scratch(#[serde(with = "crate::pathtext")] pub PathBuf);
 
 impl Plan {
     /// The error of every backend for an image without a layer.
@@ -147,6 +155,20 @@ impl Plan {
                 "the image's pathWhitelist leaves files out, which only its index does",
             )
             .hint("use --backend fuse"));
+        }
+        Ok(())
+    }
+
+    /// For backends whose rootfs is read-only: the error where it was asked for writable.
+    pub fn require_read_only(&self, backend: BackendKind) -> Result<()> {
+        if self.scratch.is_some() {
+            return Err(Error::new(
+                Kind::Unsupported,
+                "provision",
+                show(&self.rootfs),
+                format!("a rootfs of the {backend} backend is read-only"),
+            )
+            .hint("use --backend overlay or copy, or volumes for what must be writable"));
         }
         Ok(())
     }

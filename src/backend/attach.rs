@@ -594,14 +594,7 @@ fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
 }
 
 /// How a kernel mount fares: it is there, or it is not.
-pub(super) fn health(rootfs: &Path, traces: &Traces) -> Health {
-    let Some(id) = traces.mount_id else { return Health::Gone };
-    match mountinfo::mounts_at(rootfs) {
-        Ok(stack) if stack.iter().any(|m| m.id == id) => Health::Ready,
-        Ok(_) => Health::Gone,
-        Err(e) => {
-            log::warn!("{e}");
-            Health::Gone
-        }
-    }
+pub(super) fn health(rootfs: &Path, traces: &Traces, mounts: &mountinfo::Table) -> Health {
+    let there = traces.mount_id.is_some_and(|id| mounts.at(rootfs).iter().any(|m| m.id == id));
+    if there { Health::Ready } else { Health::Gone }
 }

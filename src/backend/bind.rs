@@ -16,6 +16,7 @@ use crate::fault;
 use crate::host::Host;
 use crate::plan::{BackendKind, IdRange, Ownership, Plan};
 use crate::sys::mount::{AttrSet, Piece};
+use crate::sys::mountinfo::Table;
 use crate::sys::process::UserNamespace;
 
 /// The bind backend.
@@ -33,7 +34,7 @@ impl Backend for Bind {
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
         let refusal = |e: &Error| Support::no(e.cause(), e.remedy());
-        let layer = match plan.require_unfiltered().and_then(|()| plan.single_layer(BackendKind::Bind)) {
+        let layer = match check(plan) {
             Ok(layer) => layer,
             Err(e) => return refusal(&e),
         };
@@ -54,7 +55,7 @@ impl Backend for Bind {
     }
 
     fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
-        let layer = plan.single_layer(BackendKind::Bind)?;
+        let layer = check(plan)?;
         fault::point("bind.build")?;
         let root = build(plan, layer)?;
         attach::put_in_place(BackendKind::Bind, plan, root, &READ_ONLY, journal)
@@ -64,9 +65,16 @@ impl Backend for Bind {
         attach::take_away(plan, traces, how)
     }
 
-    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
-        attach::health(&plan.rootfs, traces)
+    fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
+        attach::health(&plan.rootfs, traces, mounts)
     }
+}
+
+/// What the backend promises; the layer it will show.
+fn check(plan: &Plan) -> Result<&Path> {
+    plan.require_unfiltered()?;
+    plan.require_read_only(BackendKind::Bind)?;
+    plan.single_layer(BackendKind::Bind)
 }
 
 const READ_ONLY: AttrSet<'static> =

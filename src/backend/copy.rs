@@ -7,7 +7,7 @@
 use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, AtFlags, Mode, OFlags};
+use rustix::fs::{self, AtFlags, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
@@ -19,6 +19,7 @@ use crate::fault;
 use crate::host::Host;
 use crate::index::Index;
 use crate::plan::{BackendKind, Plan};
+use crate::sys::durable::{self, Survives};
 use crate::sys::{mount, mountinfo, process, remove};
 
 /// The copy backend.
@@ -26,6 +27,9 @@ use crate::sys::{mount, mountinfo, process, remove};
 pub struct Copy;
 
 const OP: &str = "copy image to";
+
+/// In the plan's `state_dir`, from before the first file is deleted: a copy that has lost some is not one to keep.
+const DELETING: &str = "deleting";
 
 impl Backend for Copy {
     fn kind(&self) -> BackendKind {
@@ -55,6 +59,7 @@ impl Backend for Copy {
     fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
         plan.require_layers()?;
         let root = open_empty(&plan.rootfs)?;
+        let _ = std::fs::remove_file(plan.state_dir.join(DELETING));
         let mut traces = Traces { copied: Some(identity(&root)?), ..Traces::default() };
         journal.note(&traces)?;
         let mut assembly = None;
@@ -71,12 +76,36 @@ impl Backend for Copy {
         take_away(plan, traces, how)
     }
 
-    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
-        let same = open_root(&plan.rootfs)
-            .and_then(fs::fstat)
-            .is_ok_and(|stat| traces.copied.as_ref().is_some_and(|c| (c.dev, c.ino) == (stat.st_dev, stat.st_ino)));
-        if same { Health::Ready } else { Health::Gone }
+    fn health(&self, plan: &Plan, traces: &Traces, mounts: &mountinfo::Table) -> Health {
+        let same = |copied: &Copied| copied.filled && is_there(plan, copied);
+        let parts = traces.parts.as_deref().unwrap_or_default();
+        // A volume may have brought mounts that lay in it: more parts than volumes.
+        let complete = parts.len() >= plan.volumes.len() && parts.iter().all(|id| mounts.has(*id));
+        if complete && traces.copied.as_ref().is_some_and(same) { Health::Ready } else { Health::Gone }
     }
+
+    /// The files are still there, and the container's own changes with them: only the volumes are attached anew.
+    fn revive(&self, plan: &Plan, traces: &Traces, journal: &mut dyn Journal) -> Result<bool> {
+        let Some(copied) = traces.copied.clone().filter(|c| c.filled && is_there(plan, c)) else { return Ok(false) };
+        attach::clear_stage(&plan.state_dir)?;
+        attach::take_volumes_away(&plan.rootfs, traces, Detach::Lazy)?;
+        let mut now = Traces { copied: Some(copied), ..Traces::default() };
+        journal.note(&now)?;
+        let mut assembly = None;
+        match attach_volumes(plan, &mut assembly, &mut now, journal) {
+            Ok(()) => {
+                assembly.into_iter().for_each(Assembly::keep);
+                Ok(true)
+            }
+            Err(e) => Err(e.with_undo(attach::take_volumes_away(&plan.rootfs, &now, Detach::Lazy).map(|_| ()))),
+        }
+    }
+}
+
+/// The directory that was filled, and nothing was deleted from it by us.
+fn is_there(plan: &Plan, copied: &Copied) -> bool {
+    let now = open_root(&plan.rootfs).ok().and_then(|root| identity(&root).ok());
+    now.is_some_and(|now| now.is_same(copied)) && !plan.state_dir.join(DELETING).exists()
 }
 
 fn open_root(rootfs: &Path) -> rustix::io::Result<OwnedFd> {
@@ -96,7 +125,19 @@ fn open_empty(rootfs: &Path) -> Result<OwnedFd> {
 
 fn identity(root: &OwnedFd) -> Result<Copied> {
     let stat = fs::fstat(root).map_err(|e| Error::sys(OP, "", e))?;
-    Ok(Copied { dev: stat.st_dev, ino: stat.st_ino, mode: stat.st_mode & 0o7777, uid: stat.st_uid, gid: stat.st_gid })
+    let born = fs::statx(root, "", AtFlags::EMPTY_PATH, StatxFlags::BTIME)
+        .ok()
+        .filter(|x| x.stx_mask & StatxFlags::BTIME.bits() != 0)
+        .map(|x| (x.stx_btime.tv_sec, x.stx_btime.tv_nsec));
+    Ok(Copied {
+        dev: stat.st_dev,
+        ino: stat.st_ino,
+        born,
+        filled: false,
+        mode: stat.st_mode & 0o7777,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+    })
 }
 
 fn fill<'a>(
@@ -109,14 +150,30 @@ fn fill<'a>(
     fault::point("copy.layers")?;
     let layers: Vec<PathBuf> = plan.layers.iter().map(|l| l.root.clone()).collect();
     let index = plan.index.as_ref().map(|file| Index::open(&file.0)).transpose()?;
-    Copier::new(root, &plan.ownership).index(index).run(&layers)?;
-    if !plan.volumes.is_empty() {
-        let volumes = attach::prepare(plan)?;
-        let path = attach::open_mount_point(&plan.rootfs)?;
-        let id = mount::mount_id(&path)?;
-        let assembly = assembly.insert(Assembly::new(BackendKind::Copy, path, id, Missing::Make));
-        assembly.attach(volumes, RootState::Attached)?;
+    Copier::new(root, &plan.ownership).index(index).meter(journal.meter()).run(&layers)?;
+    if let Some(copied) = &mut traces.copied {
+        copied.filled = true;
     }
+    attach_volumes(plan, assembly, traces, journal)
+}
+
+fn attach_volumes<'a>(
+    plan: &'a Plan,
+    assembly: &mut Option<Assembly<'a>>,
+    traces: &mut Traces,
+    journal: &mut dyn Journal,
+) -> Result<()> {
+    if plan.volumes.is_empty() {
+        traces.parts = Some(Vec::new());
+        fault::point("copy.note")?;
+        return journal.note(traces);
+    }
+    journal.note(traces)?;
+    let volumes = attach::prepare(plan)?;
+    let path = attach::open_mount_point(&plan.rootfs)?;
+    let id = mount::mount_id(&path)?;
+    let assembly = assembly.insert(Assembly::new(BackendKind::Copy, path, id, Missing::Make));
+    assembly.attach(volumes, RootState::Attached)?;
     fault::point("copy.note")?;
     traces.parts = Some(mountinfo::mounts_below(&plan.rootfs)?.iter().map(|m| m.id).collect());
     journal.note(traces)
@@ -132,11 +189,15 @@ fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
         other => other.map_err(fail)?,
     };
     let now = identity(&root)?;
-    if (now.dev, now.ino) != (copied.dev, copied.ino) {
+    if !now.is_same(copied) {
         log::warn!("{} is not the directory that was filled: it stays as it is", show(&plan.rootfs));
         return Ok(false);
     }
     let had_volumes = attach::take_volumes_away(&plan.rootfs, traces, how)?;
+    // On a full disk it must be possible to delete; should we die meanwhile, what is left may then pass for a whole copy.
+    if let Err(e) = durable::write_file(&plan.state_dir.join(DELETING), b"", Survives::PowerLoss) {
+        log::warn!("{e}");
+    }
     fault::point("copy.remove")?;
     let mut had_files = false;
     // By descriptor: this very directory, wherever its name leads by now.

@@ -10,11 +10,12 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
+use super::Meter;
 use super::copyindex;
 use super::whiteout::{self, Mark};
 use crate::error::{Error, Kind, Result, show};
@@ -66,12 +67,19 @@ struct Shared {
     devices: AtomicU64,
     /// Files get no attributes from the layers: the index has them.
     bare: AtomicBool,
+    meter: OnceLock<Arc<Meter>>,
 }
 
 impl Shared {
     fn fail(&self, error: Error) {
         self.stop.store(true, Ordering::Relaxed);
         self.failed.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(error);
+    }
+
+    fn copied(&self, bytes: u64) {
+        if let Some(meter) = self.meter.get() {
+            meter.bytes.fetch_add(bytes, Ordering::Relaxed);
+        }
     }
 
     fn noted(&self, fidelity: Fidelity) {
@@ -118,6 +126,16 @@ impl<'a> Copier<'a> {
     pub(super) fn index(mut self, index: Option<Index>) -> Self {
         self.work.bare.store(index.is_some(), Ordering::Relaxed);
         self.index = index;
+        self
+    }
+
+    /// Count what is copied.
+    pub(super) fn meter(self, meter: Option<Arc<Meter>>) -> Self {
+        let total = self.index.as_ref().map_or(0, Index::content_bytes);
+        if let Some(meter) = meter {
+            meter.total_bytes.store(total, Ordering::Relaxed);
+            self.work.meter.get_or_init(|| meter);
+        }
         self
     }
 
@@ -374,7 +392,12 @@ fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
             continue;
         }
         match fill(&job, shared, ownership, &mut buffer) {
-            Ok(fidelity) => shared.noted(fidelity),
+            Ok(fidelity) => {
+                shared.noted(fidelity);
+                if let Some(meter) = shared.meter.get() {
+                    meter.files.fetch_add(1, Ordering::Relaxed);
+                }
+            }
             Err(e) => shared.fail(Error::sys(OP, show(&job.shown), e)),
         }
     }
@@ -408,7 +431,10 @@ fn cannot(e: Errno) -> bool {
 fn content(from: &OwnedFd, to: &OwnedFd, size: u64, shared: &Shared, buffer: &mut Vec<u8>) -> rustix::io::Result<()> {
     if !shared.no_clone.load(Ordering::Relaxed) {
         match fs::ioctl_ficlone(to, from) {
-            Ok(()) => return Ok(()),
+            Ok(()) => {
+                shared.copied(size);
+                return Ok(());
+            }
             Err(e) if cannot(e) => shared.no_clone.store(true, Ordering::Relaxed),
             Err(e) => return Err(e),
         }
@@ -424,6 +450,7 @@ fn content(from: &OwnedFd, to: &OwnedFd, size: u64, shared: &Shared, buffer: &mu
             Err(Errno::INVAL) => (at, size),
             Err(e) => return Err(e),
         };
+        shared.copied(data - at);
         extent(from, to, data, end.min(size), shared, buffer)?;
         at = end;
     }
@@ -448,6 +475,7 @@ fn extent(
                 Ok(0) => {}
                 Ok(copied) => {
                     at += copied as u64;
+                    shared.copied(copied as u64);
                     continue;
                 }
                 Err(Errno::INTR) => continue,
@@ -465,6 +493,7 @@ fn extent(
             written += rustix::io::pwrite(&to, &buffer[written..length], at + written as u64)?;
         }
         at += length as u64;
+        shared.copied(length as u64);
     }
     Ok(())
 }

@@ -14,6 +14,7 @@ use crate::fuse::mount::{self, Method};
 use crate::host::Host;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mount::Unmount;
+use crate::sys::mountinfo::{MountInfo, Table};
 
 const TARGET: &str = "fsprov::backend::fuse";
 
@@ -47,6 +48,9 @@ impl Backend for Fuse {
     fn support(&self, host: &Host, plan: &Plan) -> Support {
         if let no @ Support::No { .. } = self.host_support(host) {
             return no;
+        }
+        if let Err(e) = plan.require_read_only(BackendKind::Fuse) {
+            return Support::no(e.cause(), e.remedy());
         }
         if let Some(volume) = plan.volumes.iter().find(|v| !daemon::servable(v)) {
             return Support::no(
@@ -97,15 +101,15 @@ impl Backend for Fuse {
         Traces { worker, ..traces.clone() }
     }
 
-    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
-        match mount::find(&plan.rootfs, &daemon::mount_source(plan), traces.mount_id) {
-            Ok(Some(_)) if daemon::alive(traces).next().is_some() => Health::Ready,
-            Ok(Some(_)) => Health::Dead,
-            Ok(None) => Health::Gone,
-            Err(error) => {
-                log::warn!(target: TARGET, "{}: {error}", plan.id);
-                Health::Gone
-            }
+    fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
+        let source = daemon::mount_source(plan);
+        let ours = |m: &MountInfo| mount::is_ours(m, &source) && traces.mount_id.is_none_or(|id| id == m.id);
+        if !mounts.at(&plan.rootfs).iter().any(ours) {
+            Health::Gone
+        } else if daemon::alive(traces).next().is_some() {
+            Health::Ready
+        } else {
+            Health::Dead
         }
     }
 }

@@ -12,11 +12,15 @@ pub mod fuse;
 pub mod overlay;
 mod whiteout;
 
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
+
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
 use crate::host::{Finding, Host};
 use crate::plan::{BackendKind, Plan};
+use crate::sys::mountinfo::Table;
 
 /// Can a backend serve this plan on this host?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -41,6 +45,7 @@ impl Support {
 }
 
 pub use crate::sys::process::ProcessId;
+pub use crate::sys::usage::Usage;
 
 impl From<&Finding> for Support {
     fn from(finding: &Finding) -> Self {
@@ -78,6 +83,17 @@ pub struct Traces {
     pub copied: Option<Copied>,
 }
 
+/// How far copying has come: counted by the backend, read by whoever shows it.
+#[derive(Debug, Default)]
+pub struct Meter {
+    /// Bytes of content copied.
+    pub bytes: AtomicU64,
+    /// Files copied.
+    pub files: AtomicU64,
+    /// Bytes of content in all; 0: not known.
+    pub total_bytes: AtomicU64,
+}
+
 /// A directory that the copy backend filled, and how it was before.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Copied {
@@ -85,6 +101,12 @@ pub struct Copied {
     pub dev: u64,
     /// Its inode.
     pub ino: u64,
+    /// When it was made (statx stx_btime), where its file system tells: device numbers may be others after a reboot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub born: Option<(i64, u32)>,
+    /// Has it all that the image has? Then what is in it is worth keeping.
+    #[serde(default)]
+    pub filled: bool,
     /// Its permission bits before.
     pub mode: u32,
     /// Its owner before.
@@ -93,10 +115,26 @@ pub struct Copied {
     pub gid: u32,
 }
 
+impl Copied {
+    /// Is it the same directory?
+    pub fn is_same(&self, other: &Copied) -> bool {
+        let same_fs = match (self.born, other.born) {
+            (Some(a), Some(b)) => a == b,
+            _ => self.dev == other.dev,
+        };
+        same_fs && self.ino == other.ino
+    }
+}
+
 /// Where a backend writes down its [`Traces`]; durable when the call returns.
 pub trait Journal {
     /// Replace what was written before.
     fn note(&mut self, traces: &Traces) -> Result<()>;
+
+    /// Where to count what is copied, if anybody wants to know.
+    fn meter(&self) -> Option<Arc<Meter>> {
+        None
+    }
 }
 
 /// How a rootfs fares, from mountinfo and the processes, not from its record.
@@ -138,13 +176,24 @@ pub trait Backend {
     /// `false`: there was nothing. Safe to call again after a failure, and after success.
     fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
 
+    /// Put back what a reboot, or others, took away of a rootfs that was complete, and keep what it holds. `false`: nothing of it is
+    /// worth keeping; destroy it and provision it again.
+    fn revive(&self, _: &Plan, _: &Traces, _: &mut dyn Journal) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// What the rootfs's own changes take on the disk, where they are kept apart from the image.
+    fn usage(&self, _: &Plan) -> Option<Usage> {
+        None
+    }
+
     /// What `traces` would be if they were noted now: a worker may have been replaced since.
     fn refresh(&self, traces: &Traces) -> Traces {
         traces.clone()
     }
 
-    /// How it fares. Never blocks on a server that does not answer.
-    fn health(&self, plan: &Plan, traces: &Traces) -> Health;
+    /// How it fares, by this mount table. Never blocks on a server that does not answer.
+    fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health;
 }
 
 /// The backend of this kind.

@@ -1,4 +1,4 @@
-//! The overlay backend: the kernel's overlayfs over the layers, read-only. A few system calls, and a walk over the directories
+//! The overlay backend: the kernel's overlayfs over the layers, read-only, or writable with an upper layer that ends with it. A few system calls, and a walk over the directories
 //! of the layers where there are several, to find their whiteouts.
 //!
 //! Nothing is written to a layer. What overlayfs must be told beyond them goes into layers of our own, between and above the
@@ -17,15 +17,16 @@ use rustix::io::Errno;
 use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::whiteout::{self, Mark};
-use super::{Backend, Detach, Health, Journal, Support, Traces, attach};
+use super::{Backend, Detach, Health, Journal, Support, Traces, Usage, attach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
-use crate::plan::{BackendKind, Plan};
+use crate::plan::{BackendKind, Plan, Scratch};
 use crate::sys::attrs::{self, At};
 use crate::sys::fs::{open_beneath, open_in_root, path_of};
 use crate::sys::mount::{self, AttrSet, Piece};
-use crate::sys::{process, remove};
+use crate::sys::mountinfo::Table;
+use crate::sys::{process, remove, usage};
 use crate::volume::{Form, Volume};
 
 /// The overlay backend.
@@ -75,24 +76,71 @@ impl Backend for Overlay {
         plan.require_layers()?;
         let work = plan.state_dir.join(WORK);
         fault::point("overlay.build")?;
-        let made = build(plan, &work)
+        let changes = plan.scratch.as_ref().map(Changes::make).transpose()?;
+        let made = build(plan, &work, changes.as_ref())
             .and_then(|root| attach::put_in_place(BackendKind::Overlay, plan, root, &AttrSet::default(), journal));
-        made.map_err(|e| e.with_undo(remove::remove_tree(&work).map(|_| ())))
+        made.map_err(|e| {
+            e.with_undo(remove::remove_tree(&work).map(|_| ())).with_undo(Changes::remove(plan).map(|_| ()))
+        })
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
         let there = attach::take_away(plan, traces, how)?;
         fault::point("overlay.remove")?;
-        Ok(remove::remove_tree(&plan.state_dir.join(WORK))? || there)
+        let had_layers = remove::remove_tree(&plan.state_dir.join(WORK))?;
+        fault::point("overlay.changes")?;
+        Ok(Changes::remove(plan)? || had_layers || there)
     }
 
-    fn health(&self, plan: &Plan, traces: &Traces) -> Health {
-        attach::health(&plan.rootfs, traces)
+    fn usage(&self, plan: &Plan) -> Option<Usage> {
+        let upper = plan.scratch.as_ref()?.0.join(UPPER);
+        usage::measure(&upper).map_err(|e| log::warn!("{e}")).ok()
+    }
+
+    fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
+        attach::health(&plan.rootfs, traces, mounts)
     }
 }
 
 /// Our own layers lie here, below the plan's `state_dir`.
 const WORK: &str = "overlay";
+
+/// Names in the directory of a rootfs's own changes ([`crate::plan::Scratch`]).
+const UPPER: &str = "upper";
+const UPPER_WORK: &str = "work";
+
+/// Where a writable rootfs's changes go: overlayfs's upper layer and its work directory.
+struct Changes {
+    upper: OwnedFd,
+    work: OwnedFd,
+}
+
+impl Changes {
+    fn make(scratch: &Scratch) -> Result<Self> {
+        const OP: &str = "make directory for changes";
+        let top = &scratch.0;
+        let make = |path: &Path| {
+            // Closed to all others: a setuid program made in the rootfs must not be reached from outside.
+            fs::mkdir(path, Mode::RWXU).and_then(|()| open_dir(path)).map_err(|e| Error::sys(OP, show(path), e))
+        };
+        make(top)?;
+        Ok(Changes { upper: make(&top.join(UPPER))?, work: make(&top.join(UPPER_WORK))? })
+    }
+
+    /// `false`: there are none.
+    fn remove(plan: &Plan) -> Result<bool> {
+        let Some(Scratch(top)) = &plan.scratch else { return Ok(false) };
+        let (Some(parent), Some(name)) = (top.parent(), top.file_name()) else { return Ok(false) };
+        // The sandbox is its user's own: a symlink in its path by now leads where we have no business.
+        let parent = match attach::open_resolved_path(parent) {
+            Ok(parent) => parent,
+            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
+            Err(e) => return Err(Error::sys("delete changes in", show(top), e)),
+        };
+        remove::remove_tree(&PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd())).join(name))
+            .map_err(|e| Error::new(e.kind(), "delete changes in", show(top), e.cause()).hint(e.remedy().to_owned()))
+    }
+}
 
 fn check_count(plan: &Plan, layers: usize) -> Result<()> {
     if layers <= MAX_LAYERS {
@@ -108,7 +156,7 @@ fn check_count(plan: &Plan, layers: usize) -> Result<()> {
 }
 
 /// The overlay's mount, detached.
-fn build(plan: &Plan, work: &Path) -> Result<Piece> {
+fn build(plan: &Plan, work: &Path, changes: Option<&Changes>) -> Result<Piece> {
     fs::mkdir(work, Mode::RWXU).map_err(|e| Error::sys(OP, show(work), e))?;
     let mut stack = with_whiteouts(&without_repeats(plan)?, work)?;
     if stack.len() < 2 {
@@ -117,14 +165,18 @@ fn build(plan: &Plan, work: &Path) -> Result<Piece> {
         fs::mkdir(&empty, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys(OP, show(&empty), e))?;
         stack.insert(0, empty);
     }
-    let root = mount_stack(plan, &stack, work)?;
-    let Some(skeleton) = make_skeleton(plan, &root, work)? else {
-        return Ok(Piece::Detached(root));
-    };
-    stack.push(skeleton);
-    check_count(plan, stack.len())?;
+    let root = mount_stack(plan, &stack, work, None)?;
+    match make_skeleton(plan, &root, work)? {
+        Some(skeleton) => stack.push(skeleton),
+        None if changes.is_none() => return Ok(Piece::Detached(root)),
+        None => {}
+    }
+    if let Some(changes) = changes {
+        // It covers the top directory of the image: it must look the same.
+        imitate(&root, &changes.upper).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
+    }
     drop(root);
-    Ok(Piece::Detached(mount_stack(plan, &stack, work)?))
+    Ok(Piece::Detached(mount_stack(plan, &stack, work, changes)?))
 }
 
 /// The layers, bottom first, each once: overlayfs refuses a repeated one (ELOOP), and images have them (empty ones above all).
@@ -353,16 +405,20 @@ fn rest<'a>(names: &'a [&'a OsStr]) -> impl Iterator<Item = Component<'a>> {
 /// (redirect_dir) or take data from elsewhere (metacopy) are not heeded.
 const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
 
-/// A detached overlay of `stack`, bottom first.
-fn mount_stack(plan: &Plan, stack: &[PathBuf], work: &Path) -> Result<OwnedFd> {
+/// For the upper layer: it ends with the mount, so nothing need be brought to the disk, at unmounting above all (Linux 5.10).
+const VOLATILE: &str = "volatile";
+
+/// A detached overlay of `stack`, bottom first; writable where there is a place for `changes`.
+fn mount_stack(plan: &Plan, stack: &[PathBuf], work: &Path, changes: Option<&Changes>) -> Result<OwnedFd> {
     check_count(plan, stack.len())?;
     let opened = stack.iter().map(|layer| open_layer(layer)).collect::<Result<Vec<_>>>()?;
     let userxattr = !process::in_initial_user_namespace()?;
-    let attrs = flags_of(&opened).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
-    match mount_new(&opened, userxattr, attrs) {
+    let mut attrs = flags_of(&opened).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
+    attrs.set(MountAttrFlags::MOUNT_ATTR_RDONLY, changes.is_none());
+    match mount_new(&opened, changes, userxattr, attrs) {
         Err(Failure { errno: Errno::NOSYS, .. } | Failure { step: Step::Lower, errno: Errno::INVAL, .. }) => {
             log::info!(target: "fsprov::overlay", "this kernel has no fsconfig lowerdir+ (Linux 6.7): mount(2) instead");
-            mount_classic(&opened, userxattr, attrs, work)
+            mount_classic(&opened, changes, userxattr, attrs, work)
         }
         other => other.map_err(|f| {
             let error = Error::sys(OP, show(&plan.rootfs), f.errno);
@@ -409,7 +465,12 @@ struct Failure {
     said: String,
 }
 
-fn mount_new(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags) -> std::result::Result<OwnedFd, Failure> {
+fn mount_new(
+    layers: &[OwnedFd],
+    changes: Option<&Changes>,
+    userxattr: bool,
+    attrs: MountAttrFlags,
+) -> std::result::Result<OwnedFd, Failure> {
     let context = calls::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Failure {
         step: Step::Other,
         errno,
@@ -421,7 +482,12 @@ fn mount_new(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags) -> std:
     };
     calls::fsconfig_set_string(&context, "source", "fsprov").map_err(fail(Step::Other))?;
     for layer in layers.iter().rev() {
-        add_lower(&context, layer).map_err(fail(Step::Lower))?;
+        set_dir(&context, "lowerdir+", layer).map_err(fail(Step::Lower))?;
+    }
+    if let Some(changes) = changes {
+        set_dir(&context, "upperdir", &changes.upper).map_err(fail(Step::Other))?;
+        set_dir(&context, "workdir", &changes.work).map_err(fail(Step::Other))?;
+        calls::fsconfig_set_flag(&context, VOLATILE).map_err(fail(Step::Other))?;
     }
     for (key, value) in OPTIONS {
         calls::fsconfig_set_string(&context, key, value).map_err(fail(Step::Other))?;
@@ -433,12 +499,10 @@ fn mount_new(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags) -> std:
     calls::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attrs).map_err(fail(Step::Other))
 }
 
-fn add_lower(context: &OwnedFd, layer: &OwnedFd) -> rustix::io::Result<()> {
-    match calls::fsconfig_set_fd(context, "lowerdir+", layer) {
-        // A descriptor is taken since Linux 6.13; a string, of less than 256 bytes, since 6.7.
-        Err(Errno::INVAL) => {
-            calls::fsconfig_set_string(context, "lowerdir+", format!("/proc/self/fd/{}", layer.as_raw_fd()))
-        }
+fn set_dir(context: &OwnedFd, key: &str, dir: &OwnedFd) -> rustix::io::Result<()> {
+    match calls::fsconfig_set_fd(context, key, dir) {
+        // A descriptor is taken since Linux 6.13; a string, of less than 256 bytes, since 6.7 (`lowerdir+`) or ever.
+        Err(Errno::INVAL) => calls::fsconfig_set_string(context, key, format!("/proc/self/fd/{}", dir.as_raw_fd())),
         other => other,
     }
 }
@@ -464,7 +528,13 @@ fn messages(context: &OwnedFd) -> String {
 const MAX_CLASSIC_OPTIONS: usize = 4095;
 
 /// Mount with mount(2) in our own directory, and take a detached copy of that.
-fn mount_classic(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags, work: &Path) -> Result<OwnedFd> {
+fn mount_classic(
+    layers: &[OwnedFd],
+    changes: Option<&Changes>,
+    userxattr: bool,
+    attrs: MountAttrFlags,
+    work: &Path,
+) -> Result<OwnedFd> {
     let mut options = String::from("lowerdir=");
     for (n, layer) in layers.iter().rev().enumerate() {
         if n > 0 {
@@ -475,6 +545,10 @@ fn mount_classic(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags, wor
     }
     for (key, value) in OPTIONS {
         let _ = write!(options, ",{key}={value}");
+    }
+    if let Some(Changes { upper, work }) = changes {
+        let (upper, work) = (upper.as_raw_fd(), work.as_raw_fd());
+        let _ = write!(options, ",upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work},{VOLATILE}");
     }
     if userxattr {
         options.push_str(",userxattr");
@@ -495,8 +569,9 @@ fn mount_classic(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags, wor
         Err(e) => return Err(fail(e)),
     }
     let data = std::ffi::CString::new(options).map_err(|e| Error::new(Kind::Io, OP, show(&stage), e))?;
-    calls::mount("fsprov", &stage, "overlay", calls::MountFlags::RDONLY, Some(data.as_c_str())).map_err(fail)?;
-    let taken = clone_read_only(&stage, attrs).map_err(fail);
+    let flags = if changes.is_some() { calls::MountFlags::empty() } else { calls::MountFlags::RDONLY };
+    calls::mount("fsprov", &stage, "overlay", flags, Some(data.as_c_str())).map_err(fail)?;
+    let taken = clone_detached(&stage, attrs).map_err(fail);
     let undone = mount::unmount(&stage, mount::Unmount::Lazy).map_err(fail);
     match taken {
         Ok(tree) => undone.map(|()| tree),
@@ -504,13 +579,13 @@ fn mount_classic(layers: &[OwnedFd], userxattr: bool, attrs: MountAttrFlags, wor
     }
 }
 
-fn clone_read_only(stage: &Path, attrs: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
+fn clone_detached(stage: &Path, attrs: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
     let root = fs::open(stage, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     let tree = mount::open_tree_clone(&root, mount::Depth::One)?;
     mount::set_attr(
         &tree,
         &AttrSet {
-            read_only: true,
+            read_only: attrs.contains(MountAttrFlags::MOUNT_ATTR_RDONLY),
             nosuid: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOSUID),
             nodev: attrs.contains(MountAttrFlags::MOUNT_ATTR_NODEV),
             noexec: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOEXEC),

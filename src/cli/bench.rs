@@ -14,7 +14,7 @@ use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::plan::{BackendKind, Ownership};
-use crate::provisioner::{Request, Selector};
+use crate::provisioner::{Changes, Request, Selector};
 
 /// How often each is measured; the middle one is shown. Odd.
 const ROUNDS: usize = 3;
@@ -115,6 +115,7 @@ impl Bench {
                     sandbox: None,
                     volumes: Vec::new(),
                     id: None,
+                    changes: Changes::Refused,
                     ownership: Ownership::default(),
                 };
                 let begin = Instant::now();

@@ -47,6 +47,9 @@ fn describe(status: &Status) -> String {
         };
         rows.push(("volume", format!("{} <- {} ({access})", volume.target, show(&volume.source))));
     }
+    if let (Some(scratch), Some(usage)) = (&record.plan.scratch, status.changes) {
+        rows.push(("changes", format!("{} ({}, {} files)", show(&scratch.0), output::size(usage.bytes), usage.files)));
+    }
     rows.extend(record.traces.supervisor.map(|p| ("supervisor pid", p.pid.to_string())));
     rows.extend(record.traces.worker.map(|p| ("worker pid", p.pid.to_string())));
     rows.push(("created", record.created.clone()));

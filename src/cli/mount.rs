@@ -2,17 +2,21 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::time::Duration;
 
 use clap::{Args, ValueEnum as _};
+use indicatif::{ProgressBar, ProgressStyle};
 
 use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, settings};
-use crate::backend::Detach;
+use crate::backend::{Detach, Meter};
 use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
-use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
+use crate::provisioner::{Changes, Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 use crate::volume::{ContainerPath, VolumeSpec};
 
@@ -50,6 +54,9 @@ pub(super) struct Mount {
     /// Present everything as belonging to this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
+    /// Let everything be changed (overlay); what was changed is kept in --sandbox, and deleted by `unmount`
+    #[arg(long)]
+    writable: bool,
     /// Stay, and unmount on SIGINT or SIGTERM
     #[arg(long)]
     foreground: bool,
@@ -72,7 +79,9 @@ impl Mount {
             self.report(&record)?;
             return stay(&provisioner, &record, &signals);
         } else {
-            provisioner.provision(&request)?
+            let meter = Arc::new(Meter::default());
+            let _bar = Bar::show(&meter);
+            provisioner.metered(meter).provision(&request)?
         };
         self.report(&record)
     }
@@ -96,6 +105,7 @@ impl Mount {
             sandbox: self.sandbox.clone(),
             volumes,
             id: self.id.clone(),
+            changes: if self.writable { Changes::Ephemeral } else { Changes::Refused },
             ownership: idmap::ownership(
                 &self.uid_map,
                 &self.gid_map,
@@ -112,7 +122,7 @@ impl Mount {
 
     fn report(&self, record: &Record) -> Result<()> {
         if self.format.json {
-            return output::json(&Shown::new(record, Condition::Ready));
+            return output::json(&Shown::new(record, Condition::Ready, None));
         }
         output::line(&format!(
             "mounted {} at {} (id {}, backend {})",
@@ -122,6 +132,56 @@ impl Mount {
             record.backend
         ))
     }
+}
+
+/// How often the bar is drawn anew.
+const BAR_PAUSE: Duration = Duration::from_millis(100);
+
+/// Shows on stderr how far copying has come, as long as it lives. Nothing where stderr is no terminal, or nothing is copied.
+struct Bar {
+    done: Arc<(Mutex<bool>, Condvar)>,
+    thread: Option<std::thread::JoinHandle<()>>,
+}
+
+impl Bar {
+    fn show(meter: &Arc<Meter>) -> Self {
+        let done = Arc::new((Mutex::new(false), Condvar::new()));
+        let (meter, ended) = (Arc::clone(meter), Arc::clone(&done));
+        let draw = move || {
+            let bar = ProgressBar::no_length().with_style(bar_style());
+            let mut over = ended.0.lock().unwrap_or_else(PoisonError::into_inner);
+            while !*over {
+                let all = ended.1.wait_timeout(over, BAR_PAUSE);
+                over = all.unwrap_or_else(PoisonError::into_inner).0;
+                let (bytes, total) = (meter.bytes.load(Ordering::Relaxed), meter.total_bytes.load(Ordering::Relaxed));
+                if bytes > 0 {
+                    if total > 0 {
+                        bar.set_length(total.max(bytes));
+                    }
+                    bar.set_position(bytes);
+                    bar.set_message(format!("{} files", meter.files.load(Ordering::Relaxed)));
+                }
+            }
+            bar.finish_and_clear();
+        };
+        let is_seen = std::io::IsTerminal::is_terminal(&std::io::stderr());
+        Bar { done, thread: is_seen.then(|| std::thread::spawn(draw)) }
+    }
+}
+
+impl Drop for Bar {
+    fn drop(&mut self) {
+        *self.done.0.lock().unwrap_or_else(PoisonError::into_inner) = true;
+        self.done.1.notify_all();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+fn bar_style() -> ProgressStyle {
+    ProgressStyle::with_template("copying {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
 /// Wait for a signal, or for the server's end; then take the rootfs away.

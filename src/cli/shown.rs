@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde::Serialize;
 
+use crate::backend::Usage;
 use crate::plan::{BackendKind, IndexFile, Layer, Ownership};
 use crate::provisioner::{Condition, ImageNote, Record, Status};
 use crate::volume::Volume;
@@ -22,6 +23,9 @@ pub(super) struct Shown<'a> {
     volumes: &'a [Volume],
     #[serde(skip_serializing_if = "Ownership::is_identity")]
     ownership: &'a Ownership,
+    /// Where the changes of a writable rootfs are kept, and what they take.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    changes: Option<ShownChanges<'a>>,
     created: &'a str,
     #[serde(skip_serializing_if = "Option::is_none")]
     mount_id: Option<u64>,
@@ -33,12 +37,20 @@ pub(super) struct Shown<'a> {
     worker_pid: Option<i32>,
 }
 
+#[derive(Serialize)]
+struct ShownChanges<'a> {
+    #[serde(serialize_with = "path")]
+    path: &'a Path,
+    #[serde(flatten)]
+    usage: Usage,
+}
+
 fn path<S: serde::Serializer>(path: &&Path, to: S) -> Result<S::Ok, S::Error> {
     crate::pathtext::serialize(path, to)
 }
 
 impl<'a> Shown<'a> {
-    pub(super) fn new(record: &'a Record, state: Condition) -> Self {
+    pub(super) fn new(record: &'a Record, state: Condition, changes: Option<Usage>) -> Self {
         Shown {
             id: record.plan.id.as_str(),
             state,
@@ -49,6 +61,11 @@ impl<'a> Shown<'a> {
             index: record.plan.index.as_ref(),
             volumes: &record.plan.volumes,
             ownership: &record.plan.ownership,
+            changes: record
+                .plan
+                .scratch
+                .as_ref()
+                .map(|s| ShownChanges { path: &s.0, usage: changes.unwrap_or_default() }),
             created: &record.created,
             mount_id: record.traces.mount_id,
             mount_namespace: record.mount_namespace.1,
@@ -58,6 +75,6 @@ impl<'a> Shown<'a> {
     }
 
     pub(super) fn of(status: &'a Status) -> Self {
-        Shown::new(&status.record, status.health)
+        Shown::new(&status.record, status.health, status.changes)
     }
 }

@@ -23,8 +23,13 @@ pub(super) fn directory(dir: &Path) -> Result<Option<DirLock>> {
         Err(Errno::NOENT) => return Ok(None),
         Err(e) => return Err(Error::sys("open", show(dir), e)),
     };
+    let mut how = FlockOperation::NonBlockingLockExclusive;
     loop {
-        match flock(&fd, FlockOperation::LockExclusive) {
+        match flock(&fd, how) {
+            Err(Errno::WOULDBLOCK) => {
+                log::info!("waiting for another process that changes {}", show(dir));
+                how = FlockOperation::LockExclusive;
+            }
             Ok(()) => break,
             Err(Errno::INTR) => {}
             Err(e) => return Err(Error::sys("lock", show(dir), e)),

@@ -7,24 +7,29 @@
 //! its rootfs is being changed). The store's shared lock is held from resolving an image until the record that names it is
 //! on the disk.
 
+mod destroy;
 mod lock;
+mod now;
+mod points;
 mod record;
 mod recover;
 mod select;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
+pub use now::Now;
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
 pub use select::{Choice, Rejected};
 
-use crate::backend::{self, Detach, Health, Journal, Traces};
+use crate::backend::{self, Detach, Health, Journal, Meter, Traces, Usage};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
 use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::paths::{ContainerPaths, StatePaths};
-use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan};
+use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan, Scratch};
 use crate::store::Store;
 use crate::volume::{self, ContainerPath, Volume, VolumeSpec};
 
@@ -45,6 +50,18 @@ pub struct Request {
     pub id: Option<ContainerId>,
     /// How ownership is presented.
     pub ownership: Ownership,
+    /// What may be changed outside the volumes.
+    pub changes: Changes,
+}
+
+/// What may be changed in a rootfs outside its volumes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Changes {
+    /// Nothing, but in a copy.
+    #[default]
+    Refused,
+    /// Everything; what was changed ends with the rootfs.
+    Ephemeral,
 }
 
 /// A record and how its rootfs fares now.
@@ -55,6 +72,9 @@ pub struct Status {
     pub record: Record,
     /// What mountinfo and the processes say.
     pub health: Condition,
+    /// What its own changes take on the disk, where it keeps them apart from the image.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub changes: Option<Usage>,
 }
 
 /// How a rootfs fares, as `list` shows it.
@@ -151,12 +171,19 @@ impl std::fmt::Display for Selector {
 pub struct Provisioner {
     paths: StatePaths,
     host: Host,
+    meter: Option<Arc<Meter>>,
 }
 
 impl Provisioner {
     /// Work with the records below `paths`, on this host.
     pub fn new(paths: StatePaths, host: Host) -> Self {
-        Provisioner { paths, host }
+        Provisioner { paths, host, meter: None }
+    }
+
+    /// Count on `meter` what provisioning copies.
+    pub fn metered(mut self, meter: Arc<Meter>) -> Self {
+        self.meter = Some(meter);
+        self
     }
 
     /// What this host may do.
@@ -178,6 +205,10 @@ impl Provisioner {
         let mut sources = Sources::default();
         let volumes = sources.resolve(request, &image.layers)?;
         let container = self.paths.container(&id);
+        let scratch = match request.changes {
+            Changes::Refused => None,
+            Changes::Ephemeral => Some(scratch(&id, request.sandbox.as_deref(), &container)?),
+        };
         let plan = Plan {
             id: id.clone(),
             rootfs,
@@ -186,6 +217,7 @@ impl Provisioner {
             is_filtered: image.is_filtered,
             volumes: volume::order(volumes)?,
             ownership: request.ownership.clone(),
+            scratch,
             state_dir: container.backend(),
         };
         plan.require_layers()?;
@@ -195,8 +227,8 @@ impl Provisioner {
 
         let claim = self.claim(&record)?;
         drop(in_use);
-        let mut making = Making { container: &container, record, _claim: claim };
-        match making.build(&self.host) {
+        let mut making = Making { by: self, container: &container, record, _claim: claim };
+        match making.build() {
             Ok(()) => {
                 sources.keep();
                 Ok(making.record)
@@ -205,31 +237,12 @@ impl Provisioner {
         }
     }
 
-    /// Take a rootfs away, and everything of ours with it. `false`: there is none. Never touches a volume's content.
-    pub fn destroy(&self, selector: &Selector, how: Detach) -> Result<bool> {
-        let Some(id) = self.find_id(selector)? else { return Ok(false) };
-        let container = self.paths.container(&id);
-        // Waits for a provision or destroy of the same rootfs in flight.
-        let Some(_lock) = lock::directory(container.dir())? else { return Ok(false) };
-        match Record::read(&container)? {
-            Some(record) => {
-                refuse_elsewhere(&record)?;
-                self.clear(&record, how)?;
-                fault::point("destroy.unmounted")?;
-                remove_made(&record)?;
-            }
-            None => log::info!("{id}: no record: its provisioning ended before its first step"),
-        }
-        fault::point("destroy.forget")?;
-        record::remove(&container)?;
-        Ok(true)
-    }
-
     /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out.
     pub fn list(&self) -> Result<Vec<Status>> {
         let mut all = Vec::new();
+        let now = Now::look()?;
         for id in record::ids(&self.paths)? {
-            match self.status(&id) {
+            match self.status(&id, &now) {
                 Ok(Some(status)) => all.push(status),
                 Ok(None) => {}
                 Err(error) => log::warn!("{error}"),
@@ -242,7 +255,7 @@ impl Provisioner {
     /// One rootfs. [`Kind::NotFound`] where there is none.
     pub fn inspect(&self, selector: &Selector) -> Result<Status> {
         let found = match self.find_id(selector)? {
-            Some(id) => self.status(&id)?,
+            Some(id) => self.status(&id, &Now::look()?)?,
             None => None,
         };
         found.ok_or_else(|| self.not_found(selector))
@@ -261,30 +274,26 @@ impl Provisioner {
         images_in_use(&self.paths)
     }
 
-    fn status(&self, id: &ContainerId) -> Result<Option<Status>> {
+    fn status(&self, id: &ContainerId, now: &Now) -> Result<Option<Status>> {
         let container = self.paths.container(id);
         let Some(mut record) = Record::read(&container)? else { return Ok(None) };
-        record.traces = backend::of(record.backend).refresh(&record.traces);
+        let backend = backend::of(record.backend);
+        record.traces = backend.refresh(&record.traces);
         let health = if lock::is_held(container.dir())? {
             Condition::Changing
-        } else if record.elsewhere()?.is_some() {
+        } else if now.elsewhere(&record)?.is_some() {
             Condition::Elsewhere
         } else {
-            match (backend::of(record.backend).health(&record.plan, &record.traces), record.state) {
+            match (backend.health(&record.plan, &now.traces(&record), now.mounts()?), record.state) {
                 (_, State::Pending) => Condition::Interrupted,
+                (_, State::Healing) => Condition::Gone,
                 (Health::Ready, State::Ready) => Condition::Ready,
                 (Health::Dead, State::Ready) => Condition::Dead,
                 (Health::Gone, State::Ready) => Condition::Gone,
             }
         };
-        Ok(Some(Status { record, health }))
-    }
-
-    /// Take away what a rootfs left in the system; of another boot there is nothing, and its pids are somebody else's.
-    fn clear(&self, record: &Record, how: Detach) -> Result<()> {
-        let traces =
-            if record.boot_id == crate::sys::process::boot_id()? { &record.traces } else { &Traces::default() };
-        backend::of(record.backend).destroy(&self.host, &record.plan, traces, how).map(|_| ())
+        let changes = backend.usage(&record.plan);
+        Ok(Some(Status { record, health, changes }))
     }
 
     fn find_id(&self, selector: &Selector) -> Result<Option<ContainerId>> {
@@ -298,17 +307,36 @@ impl Provisioner {
             Selector::Rootfs(path) => path,
         };
         // The mount point itself is not looked at first: behind it a dead server may not answer.
-        let by_parent = parent_resolved(wanted);
-        let records = record::readable(&self.paths)?;
-        let find = |at: &Path| records.iter().find(|r| r.plan.rootfs == at).map(|r| r.plan.id.clone());
-        if let Some(id) = by_parent.as_deref().and_then(find) {
+        if let Some(id) = parent_resolved(wanted).map(|at| self.find_at(&at)).transpose()?.flatten() {
             return Ok(Some(id));
         }
-        Ok(std::fs::canonicalize(wanted).ok().as_deref().and_then(find))
+        Ok(std::fs::canonicalize(wanted).ok().map(|at| self.find_at(&at)).transpose()?.flatten())
+    }
+
+    /// The rootfs at this mount point; one of this mount namespace before those of others.
+    fn find_at(&self, rootfs: &Path) -> Result<Option<ContainerId>> {
+        let now = Now::look()?;
+        let mut found = None;
+        for record in self.records_at(rootfs)? {
+            if now.elsewhere(&record)?.is_none() {
+                return Ok(Some(record.plan.id));
+            }
+            found = found.or(Some(record.plan.id));
+        }
+        Ok(found)
+    }
+
+    fn records_at(&self, rootfs: &Path) -> Result<Vec<Record>> {
+        let records = points::ids_at(&self.paths, rootfs)?
+            .into_iter()
+            .filter_map(|id| record::read_or_log(&self.paths.container(&id)))
+            .filter(|record| record.plan.rootfs == rootfs);
+        Ok(records.collect())
     }
 
     /// Make the container's directory with its first record: from here on the id, the mount point and the image are taken.
     fn claim(&self, record: &Record) -> Result<lock::DirLock> {
+        let id = &record.plan.id;
         let containers = self.paths.containers();
         lock::make_private_dir(&containers)?;
         let _all = lock::directory(&containers)?;
@@ -321,35 +349,46 @@ impl Provisioner {
             )
             .hint(format!("`fsprov unmount {}` takes that away", by.plan.id)))
         };
-        for other in record::readable(&self.paths)? {
-            if other.plan.rootfs == record.plan.rootfs && other.elsewhere()?.is_none() {
+        let now = Now::look()?;
+        for other in self.records_at(&record.plan.rootfs)? {
+            if now.elsewhere(&other)?.is_none() {
                 return taken(&other);
             }
         }
-        fault::point("provision.claim")?;
-        let container = self.paths.container(&record.plan.id);
-        record::make(&container).map_err(|e| match e.kind() {
-            Kind::Exists => Error::new(Kind::Busy, "provision", &record.plan.id, "a rootfs of this id exists")
-                .hint(format!("choose another --id, or `fsprov unmount {}` first", record.plan.id)),
-            _ => e,
-        })?;
+        let container = self.paths.container(id);
+        if container.dir().exists() {
+            return Err(Error::new(Kind::Busy, "provision", id, "a rootfs of this id exists")
+                .hint(format!("choose another --id, or `fsprov unmount {id}` first")));
+        }
+        points::take(&self.paths, &record.plan.rootfs, id)?;
+        fault::point("provision.claim").map_err(|e| e.with_undo(self.forget_point(record)))?;
+        record::make(&container).map_err(|e| e.with_undo(self.forget_point(record)))?;
         let locked = lock::directory(container.dir())
             .and_then(|l| l.ok_or_else(|| Error::new(Kind::Io, "lock", show(container.dir()), "it vanished")))
-            .and_then(|l| record.write(&container).map(|()| l));
-        locked.map_err(|e| e.with_undo(record::remove(&container)))
+            .and_then(|l| record.write(&container).map(|()| l))
+            // Whoever destroys the parent locks it and then looks for children: either sees the other.
+            .and_then(|l| self.refuse_changing_parent(id).map(|()| l));
+        locked.map_err(|e| e.with_undo(self.forget(id, Some(&record.plan.rootfs))))
     }
-}
 
-/// A rootfs in another mount namespace cannot be reached from here, as long as that namespace lives.
-fn refuse_elsewhere(record: &Record) -> Result<()> {
-    let Some(pid) = record.elsewhere()? else { return Ok(()) };
-    Err(Error::new(
-        Kind::Busy,
-        "unmount",
-        show(&record.plan.rootfs),
-        format!("it is mounted in another mount namespace, where process {pid} runs"),
-    )
-    .hint(format!("run it there: nsenter --preserve-credentials -U -m -t {pid} fsprov unmount {}", record.plan.id)))
+    fn refuse_changing_parent(&self, id: &ContainerId) -> Result<()> {
+        let Some(parent) = id.parent() else { return Ok(()) };
+        if !lock::is_held(self.paths.container(&parent).dir())? {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Busy, "provision", id, format!("its parent {parent} is being made or taken away"))
+            .hint("try again when that is done"))
+    }
+
+    fn forget_point(&self, record: &Record) -> Result<()> {
+        points::release(&self.paths, &record.plan.id, Some(&record.plan.rootfs))
+    }
+
+    /// Remove the record and all that is kept for `id`: the last step of its life.
+    fn forget(&self, id: &ContainerId, rootfs: Option<&Path>) -> Result<()> {
+        record::remove(&self.paths.container(id))?;
+        points::release(&self.paths, id, rootfs)
+    }
 }
 
 /// Images that a record below `paths` names, with the rootfs that uses each. A record that cannot be read is an error: who
@@ -360,6 +399,7 @@ pub fn images_in_use(paths: &StatePaths) -> Result<Vec<(ImageId, ContainerId)>> 
 
 /// A rootfs under construction: its record is on the disk and its directory is locked.
 struct Making<'a> {
+    by: &'a Provisioner,
     container: &'a ContainerPaths,
     record: Record,
     _claim: lock::DirLock,
@@ -370,10 +410,15 @@ impl Journal for Making<'_> {
         self.record.traces = traces.clone();
         self.record.write(self.container)
     }
+
+    fn meter(&self) -> Option<Arc<Meter>> {
+        self.by.meter.clone()
+    }
 }
 
 impl Making<'_> {
-    fn build(&mut self, host: &Host) -> Result<()> {
+    fn build(&mut self) -> Result<()> {
+        let host = &self.by.host;
         fault::point("provision.directories")?;
         for dir in &self.record.made {
             match std::fs::create_dir(dir) {
@@ -399,7 +444,8 @@ impl Making<'_> {
     }
 
     fn undo(&self, error: Error) -> Error {
-        error.with_undo(remove_made(&self.record)).with_undo(record::remove(self.container))
+        let undone = destroy::remove_made(&self.record);
+        error.with_undo(undone).with_undo(self.by.forget(&self.record.plan.id, Some(&self.record.plan.rootfs)))
     }
 }
 
@@ -453,20 +499,19 @@ fn image_mode(layers: &[PathBuf], target: &ContainerPath) -> Option<u32> {
     })
 }
 
-/// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty.
-fn remove_made(record: &Record) -> Result<()> {
-    for dir in record.made.iter().rev() {
-        match std::fs::remove_dir(dir) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
-                log::info!("{} stays: somebody put something into it", show(dir));
-                break;
-            }
-            Err(e) => return Err(Error::io("remove mount point", show(dir), e)),
-        }
+/// Where the changes of a rootfs are kept: in the sandbox, where there is one, since they are the executor's bytes.
+fn scratch(id: &ContainerId, sandbox: Option<&Path>, container: &ContainerPaths) -> Result<Scratch> {
+    const OP: &str = "find a place for changes";
+    let Some(sandbox) = sandbox else { return Ok(Scratch(container.backend().join("changes"))) };
+    let sandbox = std::fs::canonicalize(sandbox)
+        .map_err(|e| Error::io(OP, show(sandbox), e).hint("--sandbox names an existing directory"))?;
+    let scratch = sandbox.join(format!(".fsprov-{id}"));
+    match std::fs::symlink_metadata(&scratch) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(Scratch(scratch)),
+        Err(e) => Err(Error::io(OP, show(scratch), e)),
+        Ok(_) => Err(Error::new(Kind::Exists, OP, show(&scratch), "something is there already")
+            .hint("a rootfs of another state root may use it; if none does, remove it, or choose another --id")),
     }
-    Ok(())
 }
 
 /// Where the rootfs will be: the absolute path, and the directories to make for it, outermost first.

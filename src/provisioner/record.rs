@@ -27,6 +27,8 @@ const VERSION: u32 = 1;
 pub enum State {
     /// Being made; or what is left of a making that was cut short.
     Pending,
+    /// It was complete, and is being made again; or that was cut short.
+    Healing,
     /// It answered.
     Ready,
 }
@@ -88,28 +90,13 @@ impl Record {
         })
     }
 
-    /// Pending again, in this boot and mount namespace, with no traces.
+    /// To be made again, in this boot and mount namespace, with no traces.
     pub(super) fn renew(&mut self) -> Result<()> {
         self.traces = Traces::default();
-        self.state = State::Pending;
+        self.state = State::Healing;
         self.boot_id = sys::process::boot_id()?;
         self.mount_namespace = sys::process::mount_namespace()?;
         Ok(())
-    }
-
-    /// Made in another mount namespace than ours that still lives: a process to point to, that is in it.
-    ///
-    /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)).
-    pub fn elsewhere(&self) -> Result<Option<i32>> {
-        if self.boot_id != sys::process::boot_id()? || self.mount_namespace == sys::process::mount_namespace()? {
-            return Ok(None);
-        }
-        let servers = [self.traces.supervisor, self.traces.worker].into_iter().flatten();
-        let server = servers.into_iter().find(|server| server.is_alive());
-        match server {
-            Some(server) => Ok(Some(server.pid)),
-            None => sys::process::in_mount_namespace(self.mount_namespace),
-        }
     }
 
     /// The record of a container; `None` where it has none (yet).
@@ -219,14 +206,15 @@ pub(super) fn all(paths: &StatePaths) -> Result<Vec<Record>> {
 
 /// Every record that can be read; what is wrong with another is logged.
 pub(super) fn readable(paths: &StatePaths) -> Result<Vec<Record>> {
-    let read = |id: ContainerId| match Record::read(&paths.container(&id)) {
-        Ok(record) => record,
-        Err(error) => {
-            log::warn!("{error}");
-            None
-        }
-    };
-    Ok(ids(paths)?.into_iter().filter_map(read).collect())
+    Ok(ids(paths)?.into_iter().filter_map(|id| read_or_log(&paths.container(&id))).collect())
+}
+
+/// The record, if it is there and can be read; what is wrong with it is logged.
+pub(super) fn read_or_log(container: &ContainerPaths) -> Option<Record> {
+    Record::read(container).unwrap_or_else(|error| {
+        log::warn!("{error}");
+        None
+    })
 }
 
 mod path_list {
@@ -260,6 +248,7 @@ mod tests {
             is_filtered: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
+            scratch: None,
             state_dir: "/s".into(),
         };
         let image = ImageNote { reference: "./x".into(), id: None, name: None };
@@ -278,7 +267,7 @@ mod tests {
         record.write(&container).unwrap();
         assert_eq!(Record::read(&container).unwrap(), Some(record.clone()));
         assert_eq!(make(&container).unwrap_err().kind(), Kind::Exists);
-        assert_eq!(record.elsewhere().unwrap(), None);
+        assert_eq!(crate::provisioner::Now::look().unwrap().elsewhere(&record).unwrap(), None);
 
         let text = std::fs::read_to_string(container.record()).unwrap();
         for (damaged, kind) in [

@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
-use super::{Condition, Making, Provisioner, Record, State, lock, record, refuse_elsewhere, remove_made};
-use crate::backend::Detach;
+use super::{Condition, Making, Now, Provisioner, Record, State, lock, points, record};
+use crate::backend::{self, Detach};
 use crate::error::Result;
 use crate::id::ContainerId;
 use crate::paths::ContainerPaths;
@@ -40,15 +40,35 @@ impl Provisioner {
     /// Bring every rootfs of this state root to an end: in order, or gone. `keep`: the ids that shall live; `None`: all that were
     /// complete. Twice gives the same as once. One that fails does not keep the others from being recovered.
     pub fn recover(&self, keep: Option<&[ContainerId]>) -> Result<Vec<Recovered>> {
-        let recover = |id: ContainerId| {
-            let wanted = keep.is_none_or(|keep| keep.contains(&id));
+        // Who keeps a nested one keeps those that it is nested in: they would take it with them.
+        let wanted = |id: &ContainerId| keep.is_none_or(|keep| keep.iter().any(|k| k == id || k.is_nested_in(id)));
+        let (mut healed, mut destroyed): (Vec<_>, Vec<_>) = self.known()?.into_iter().partition(|(id, _)| wanted(id));
+        // What lies inside another goes before it, and comes after it.
+        healed.sort_by_key(|(id, depth)| (nesting(id), *depth));
+        destroyed.sort_by_key(|(id, depth)| std::cmp::Reverse((*depth, nesting(id))));
+        let mut all = Vec::new();
+        for (id, wanted) in
+            destroyed.into_iter().map(|(id, _)| (id, false)).chain(healed.into_iter().map(|(id, _)| (id, true)))
+        {
             let outcome = self.recover_one(&id, wanted).unwrap_or_else(|error| {
                 log::warn!("{error}");
                 Outcome::Failed { reason: error.to_string() }
             });
-            Recovered { id, outcome }
+            all.push(Recovered { id, outcome });
+        }
+        if let Some(_all) = lock::directory(&self.paths.containers())? {
+            points::tidy(&self.paths)?;
+        }
+        all.sort_by(|a, b| a.id.cmp(&b.id));
+        Ok(all)
+    }
+
+    /// Every id, and how deep its mount point lies.
+    fn known(&self) -> Result<Vec<(ContainerId, usize)>> {
+        let depth = |id: &ContainerId| {
+            record::read_or_log(&self.paths.container(id)).map_or(0, |r| r.plan.rootfs.components().count())
         };
-        Ok(record::ids(&self.paths)?.into_iter().map(recover).collect())
+        Ok(record::ids(&self.paths)?.into_iter().map(|id| (depth(&id), id)).map(|(depth, id)| (id, depth)).collect())
     }
 
     fn recover_one(&self, id: &ContainerId, wanted: bool) -> Result<Outcome> {
@@ -57,41 +77,41 @@ impl Provisioner {
             return Ok(Outcome::Skipped);
         }
         // Asked before the lock is taken: it says `changing` of a rootfs that is locked.
-        let condition = self.status(id)?.map(|status| status.health);
-        if condition == Some(Condition::Elsewhere) {
-            return Ok(Outcome::Skipped);
-        }
-        let Some(claim) = lock::directory(container.dir())? else { return Ok(Outcome::Destroyed) };
-        let Some(record) = Record::read(&container)? else {
-            record::remove(&container)?;
-            return Ok(Outcome::Destroyed);
-        };
+        let condition = self.status(id, &Now::look()?)?.map(|status| status.health);
         match condition {
-            Some(Condition::Ready) if wanted => return Ok(Outcome::Kept),
+            Some(Condition::Elsewhere) => Ok(Outcome::Skipped),
+            Some(Condition::Ready) if wanted => Ok(Outcome::Kept),
             Some(Condition::Dead | Condition::Gone) if wanted => {
-                self.clear(&record, Detach::Lazy)?;
-                return self.heal(&container, record, claim);
+                let Some(claim) = lock::directory(container.dir())? else { return Ok(Outcome::Destroyed) };
+                let Some(record) = Record::read(&container)? else { return Ok(Outcome::Destroyed) };
+                self.heal(&container, record, claim)
             }
-            _ => {}
+            _ => {
+                self.destroy_id(id, Detach::Lazy)?;
+                Ok(Outcome::Destroyed)
+            }
         }
-        refuse_elsewhere(&record)?;
-        self.clear(&record, Detach::Lazy)?;
-        remove_made(&record)?;
-        record::remove(&container)?;
-        Ok(Outcome::Destroyed)
     }
 
     fn heal(&self, container: &ContainerPaths, mut record: Record, claim: lock::DirLock) -> Result<Outcome> {
+        let earlier = Now::look()?.traces(&record);
+        let kept = record.clone();
         record.renew()?;
-        record.write(container)?;
-        let mut making = Making { container, record, _claim: claim };
-        match making.build(&self.host) {
-            Ok(()) => Ok(Outcome::Healed),
-            Err(error) => {
-                // Still known, and gone: what could not be mounted now (its image is being repaired) may be later.
-                making.record.state = State::Ready;
-                Err(error.with_undo(making.record.write(container)))
-            }
+        let mut making = Making { by: self, container, record, _claim: claim };
+        let backend = backend::of(kept.backend);
+        if backend.revive(&kept.plan, &earlier, &mut making)? {
+            making.record.state = State::Ready;
+            making.record.write(container)?;
+            return Ok(Outcome::Healed);
         }
+        self.clear(&kept, Detach::Lazy)?;
+        making.record.write(container)?;
+        // On an error it is still known, and gone: what could not be mounted now (its image is being repaired) may be later.
+        making.build().map(|()| Outcome::Healed)
     }
+}
+
+/// How many ids an id is nested in.
+fn nesting(id: &ContainerId) -> usize {
+    id.as_str().matches('.').count()
 }

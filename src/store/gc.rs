@@ -4,12 +4,11 @@
 //! moved away under it, and deleted after it.
 
 use std::collections::HashSet;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::staging::{self, Aside};
 use super::{Meta, Store, Uses, ids_below};
-use crate::error::{Error, Kind, Result, show};
+use crate::error::{Error, Kind, Result};
 use crate::id::ImageId;
 
 /// What to collect beside what is of no use to anybody.
@@ -149,25 +148,7 @@ impl Store {
 
 /// Blocks of everything below `dir`, each inode once.
 fn bytes_on_disk(dir: &Path) -> Result<u64> {
-    let fail = |e| Error::io("measure", show(dir), e);
-    let mut seen = HashSet::new();
-    let mut total = 0;
-    let mut stack = vec![dir.to_owned()];
-    while let Some(path) = stack.pop() {
-        let meta = match std::fs::symlink_metadata(&path) {
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
-            other => other.map_err(fail)?,
-        };
-        if meta.nlink() < 2 || meta.is_dir() || seen.insert(meta.ino()) {
-            total += meta.blocks() * 512;
-        }
-        if meta.is_dir() {
-            for entry in std::fs::read_dir(&path).map_err(fail)? {
-                stack.push(entry.map_err(fail)?.path());
-            }
-        }
-    }
-    Ok(total)
+    Ok(crate::sys::usage::measure(dir)?.bytes)
 }
 
 /// Refuse to remove what others stand on.

@@ -9,4 +9,5 @@ pub mod process;
 pub mod raw;
 pub mod remove;
 pub mod signals;
+pub mod usage;
 mod walk;

@@ -3,7 +3,7 @@
 //! Reading it touches no file system that is mounted: it answers for a dead FUSE server's mount too.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
@@ -154,6 +154,43 @@ pub fn read_of(pid: i32) -> Result<Vec<MountInfo>> {
 /// The mounts exactly at `point`, lowest first, topmost last. `point` is absolute, without symlinks.
 pub fn mounts_at(point: &Path) -> Result<Vec<MountInfo>> {
     Ok(stack_at(read()?, point))
+}
+
+/// The mount table of one moment, for many questions: reading and searching it anew for each of a thousand rootfses would take
+/// seconds.
+#[derive(Clone, Debug, Default)]
+pub struct Table {
+    by_point: HashMap<PathBuf, Vec<MountInfo>>,
+    ids: HashSet<u64>,
+}
+
+impl Table {
+    /// The mounts that this process sees.
+    pub fn read() -> Result<Self> {
+        Ok(Self::of(read()?))
+    }
+
+    fn of(mounts: Vec<MountInfo>) -> Self {
+        let ids = mounts.iter().map(|m| m.id).collect();
+        let mut by_point: HashMap<PathBuf, Vec<MountInfo>> = HashMap::with_capacity(mounts.len());
+        for mount in mounts {
+            by_point.entry(mount.point.clone()).or_default().push(mount);
+        }
+        for stack in by_point.values_mut().filter(|stack| stack.len() > 1) {
+            *stack = parents_first(std::mem::take(stack));
+        }
+        Table { by_point, ids }
+    }
+
+    /// Is a mount of this id among them?
+    pub fn has(&self, id: u64) -> bool {
+        self.ids.contains(&id)
+    }
+
+    /// The mounts exactly at `point`, lowest first, topmost last. `point` is absolute, without symlinks.
+    pub fn at(&self, point: &Path) -> &[MountInfo] {
+        self.by_point.get(point).map_or(&[], Vec::as_slice)
+    }
 }
 
 /// The mounts strictly below `point`, each after what it is mounted on: take them away from the end.

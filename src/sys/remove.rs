@@ -1,15 +1,18 @@
 //! Deleting a tree of ours: by directory descriptor, never through a symlink, never across a mount.
 
+use std::cell::Cell;
 use std::ffi::CStr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{AtFlags, CWD, Mode, OFlags, RawDir, StatxFlags, fchmod, openat, statx, unlinkat};
+use rustix::fs::{
+    AtFlags, CWD, Mode, OFlags, RawDir, RenameFlags, StatxFlags, fchmod, openat, renameat_with, statx, unlinkat,
+};
 use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result, show};
 
-/// Deepest tree deleted: one descriptor is held a level, and hard limits on open files begin at 1024.
+/// Most directories held open at once, one a level: hard limits on open files begin at 1024. What lies deeper is moved up first.
 const MAX_DEPTH: usize = 800;
 
 /// Delete `path` and all below it. `false`: there was nothing.
@@ -27,7 +30,7 @@ pub fn remove_tree(path: &Path) -> Result<bool> {
         Err(Errno::NOENT) => return Ok(false),
         Err(e) => return Err(Error::sys("open", show(parent), e)),
     };
-    match entry(&parent, &name, MAX_DEPTH) {
+    match entry(&parent, &name, &Place { top: None, depth_left: MAX_DEPTH, moved: &Cell::new(0) }) {
         Ok(()) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(Errno::XDEV) => Err(Error::new(Kind::Busy, "delete", show(path), "something is mounted below it")
@@ -50,17 +53,44 @@ fn mount_of(at: impl AsFd, name: &CStr) -> rustix::io::Result<u64> {
     super::mount::mount_id(fd).map_err(|e| e.errno().unwrap_or(Errno::IO))
 }
 
-fn entry(parent: &OwnedFd, name: &CStr, depth_left: usize) -> rustix::io::Result<()> {
+/// Where in the tree something is deleted.
+struct Place<'a> {
+    /// The top directory of the tree; `None`: this is it.
+    top: Option<&'a OwnedFd>,
+    depth_left: usize,
+    /// How many directories were moved to the top so far.
+    moved: &'a Cell<u64>,
+}
+
+/// A directory too deep for our descriptors goes to the top of the tree, which is read again until it is empty.
+fn move_up(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
+    let top = place.top.ok_or(Errno::NAMETOOLONG)?;
+    loop {
+        place.moved.set(place.moved.get() + 1);
+        let free = format!(".fsprov-deep-{}", place.moved.get());
+        match renameat_with(parent, name, top, &free, RenameFlags::NOREPLACE) {
+            Err(Errno::EXIST) => {}
+            // Moving a directory writes its `..`: it must be open to us.
+            Err(Errno::ACCESS) => {
+                open_up(parent, name)?;
+                return renameat_with(parent, name, top, &free, RenameFlags::NOREPLACE);
+            }
+            other => return other,
+        }
+    }
+}
+
+fn entry(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
     match unlinkat(parent, name, AtFlags::empty()) {
         // Linux says EISDIR for a directory; POSIX says EPERM, which here may be a directory too.
         Err(Errno::ISDIR | Errno::PERM) => {}
         other => return other,
     }
-    if depth_left == 0 {
-        return Err(Errno::NAMETOOLONG);
-    }
     if mount_of(parent, name)? != mount_of(parent, c"")? {
         return Err(Errno::XDEV);
+    }
+    if place.depth_left == 0 {
+        return move_up(parent, name, place);
     }
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let dir = match openat(parent, name, flags, Mode::empty()) {
@@ -70,10 +100,11 @@ fn entry(parent: &OwnedFd, name: &CStr, depth_left: usize) -> rustix::io::Result
         }
         other => other?,
     };
-    match children(&dir, depth_left) {
+    let below = Place { top: Some(place.top.unwrap_or(&dir)), depth_left: place.depth_left - 1, moved: place.moved };
+    match children(&dir, &below) {
         Err(Errno::ACCESS) => {
             fchmod(&dir, Mode::RWXU)?;
-            children(&dir, depth_left)?;
+            children(&dir, &below)?;
         }
         other => other?,
     }
@@ -88,7 +119,7 @@ fn open_up(parent: &OwnedFd, name: &CStr) -> rustix::io::Result<()> {
     rustix::fs::chmod(link, Mode::RWXU)
 }
 
-fn children(dir: &OwnedFd, depth_left: usize) -> rustix::io::Result<()> {
+fn children(dir: &OwnedFd, place: &Place<'_>) -> rustix::io::Result<()> {
     let mut buffer = Vec::with_capacity(32 << 10);
     loop {
         // A new pass after each full read: deleting while reading may skip entries on some file systems.
@@ -102,7 +133,7 @@ fn children(dir: &OwnedFd, depth_left: usize) -> rustix::io::Result<()> {
                 continue;
             }
             seen = true;
-            match entry(dir, name, depth_left - 1) {
+            match entry(dir, name, place) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(e) => return Err(e),
             }
@@ -136,6 +167,15 @@ mod tests {
         assert!(!tree.exists());
         assert!(kept.join("file").exists());
         assert!(!remove_tree(&tree).unwrap());
+        // Deeper than a path may be long, and than we hold directories open.
+        std::fs::create_dir(&tree).unwrap();
+        let mut at = OwnedFd::from(std::fs::File::open(&tree).unwrap());
+        for _ in 0..2 * MAX_DEPTH + 10 {
+            rustix::fs::mkdirat(&at, "deep", Mode::RWXU).unwrap();
+            at = openat(&at, "deep", OFlags::RDONLY | OFlags::DIRECTORY, Mode::empty()).unwrap();
+        }
+        drop(at);
+        assert!(remove_tree(&tree).unwrap() && !tree.exists());
         assert!(!remove_tree(&tree.join("below/nothing")).unwrap());
     }
 }

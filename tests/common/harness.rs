@@ -65,6 +65,9 @@ pub(crate) mod on {
     pub(crate) fn fuse(lane: &Lane) -> bool {
         lane.is_fuse()
     }
+    pub(crate) fn overlay(lane: &Lane) -> bool {
+        lane.backend == "overlay"
+    }
     pub(crate) fn bind(lane: &Lane) -> bool {
         lane.backend == "bind"
     }

@@ -73,6 +73,11 @@ impl Lane {
         self.backend == "fuse"
     }
 
+    /// A copy's volumes are bind mounts, which an ordinary user may not make.
+    pub(crate) fn has_volumes(&self) -> bool {
+        self.backend != "copy" || self.enter != Enter::User
+    }
+
     /// True where device nodes can be made and any owner set.
     pub(crate) fn is_real_root(&self) -> bool {
         self.enter == Enter::Root

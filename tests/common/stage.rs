@@ -149,6 +149,12 @@ impl Stage {
         left.extend(self.records().iter().map(|p| format!("record: {}", p.display())));
         let staging =
             fs::read_dir(self.state().join("staging")).map(|d| d.flatten().map(|e| e.path()).collect::<Vec<_>>());
+        // Files here without a record say nothing, but a long-lived state root should not fill with them.
+        if self.records().is_empty() {
+            let points =
+                fs::read_dir(self.state().join("points")).map(|d| d.flatten().map(|e| e.path()).collect::<Vec<_>>());
+            left.extend(points.unwrap_or_default().iter().map(|p| format!("mount point taken: {}", p.display())));
+        }
         left.extend(staging.unwrap_or_default().iter().map(|p| format!("staging: {}", p.display())));
         left
     }
@@ -182,7 +188,7 @@ impl Stage {
             _ = writeln!(text, "  process {} {} {}", process.pid, process.state, process.command);
         }
         for record in self.records() {
-            for name in ["record.json", "server.log"] {
+            for name in ["record.json", "backend/server.log"] {
                 let file = record.join(name);
                 if let Ok(content) = fs::read(&file) {
                     let content = String::from_utf8_lossy(&content[..content.len().min(4000)]).into_owned();

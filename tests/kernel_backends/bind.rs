@@ -45,7 +45,7 @@ fn bind_is_read_only_and_goes_away() {
     assert_eq!(traces.parts.as_deref(), Some(&[][..]));
     assert!(destroy(BIND, &plan, &traces, Detach::IfIdle).unwrap());
     assert!(!destroy(BIND, &plan, &traces, Detach::IfIdle).unwrap());
-    assert_eq!(BIND.health(&plan, &traces), Health::Gone);
+    assert_eq!(BIND.health(&plan, &traces, &mount_table()), Health::Gone);
     assert!(place.mounts().is_empty());
     assert_eq!(fs::read_dir(place.path("rootfs")).unwrap().count(), 0);
 }

@@ -221,7 +221,7 @@ fn copy_wants_an_empty_directory_and_leaves_one() {
     assert_eq!(fs::read_dir(&plan.rootfs).unwrap().count(), 0);
     let v = place.dir("v");
     plan.volumes = vec![volume(&v, "/data", Access::Rw), volume(&place.path("layer"), "/data/in/v", Access::Ro)];
-    for at in 1..=2 {
+    for at in 1..=3 {
         let mut notes = Notes { fail_at: Some(at), ..Notes::default() };
         assert!(COPY.provision(&Host::probe(), &plan, &mut notes).is_err());
         assert_eq!(fs::read_dir(&plan.rootfs).unwrap().count(), 0, "{at}");
@@ -238,5 +238,5 @@ fn copy_wants_an_empty_directory_and_leaves_one() {
     fill(&plan.rootfs, &["stranger"], "x");
     assert!(!destroy(COPY, &plan, &traces, Detach::IfIdle).unwrap());
     assert!(place.rootfs("stranger").exists());
-    assert_eq!(COPY.health(&plan, &traces), Health::Gone);
+    assert_eq!(COPY.health(&plan, &traces, &mount_table()), Health::Gone);
 }

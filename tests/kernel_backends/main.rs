@@ -129,6 +129,7 @@ impl Place {
             is_filtered: false,
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
+            scratch: None,
             state_dir: self.path("state"),
         }
     }
@@ -177,8 +178,12 @@ fn provision(backend: &dyn Backend, plan: &Plan) -> Traces {
     assert_eq!(backend.support(&host, plan), Support::Yes);
     let mut notes = Notes::default();
     backend.provision(&host, plan, &mut notes).unwrap();
-    assert_eq!(backend.health(plan, &notes.last), Health::Ready);
+    assert_eq!(backend.health(plan, &notes.last, &mount_table()), Health::Ready);
     notes.last
+}
+
+fn mount_table() -> mountinfo::Table {
+    mountinfo::Table::read().unwrap()
 }
 
 fn fail(backend: &dyn Backend, plan: &Plan) -> Error {

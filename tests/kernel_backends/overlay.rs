@@ -67,7 +67,7 @@ fn overlay_merges_layers_with_whiteouts() {
     assert_eq!(errno(fs::remove_file(place.rootfs("twice"))), Some(libc::EROFS));
     assert!(destroy(OVERLAY, &plan, &traces, Detach::IfIdle).unwrap());
     assert!(!destroy(OVERLAY, &plan, &traces, Detach::IfIdle).unwrap());
-    assert_eq!(OVERLAY.health(&plan, &traces), Health::Gone);
+    assert_eq!(OVERLAY.health(&plan, &traces, &mount_table()), Health::Gone);
     assert!(place.mounts().is_empty());
     assert_eq!(fs::read_dir(&plan.state_dir).unwrap().count(), 0);
 }

@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::common::Case;
 
+mod agent;
 mod cli;
 mod clients;
 mod crash;
@@ -21,6 +22,14 @@ mod volumes;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
+    agent::AUTO_WRITABLE,
+    agent::INSIDE,
+    agent::LEAKED,
+    agent::NESTED,
+    agent::REFLINK,
+    agent::ROUNDS,
+    agent::WAITS,
+    agent::WRITABLE,
     cli::AUTO,
     cli::BAD_IMAGES,
     cli::COMPLETIONS_AND_MAN,
@@ -68,9 +77,12 @@ pub(crate) const CASES: &[Case] = &[
     readonly::PROGRAMS_SAY_READ_ONLY,
     readonly::READ_ONLY_IN_SLAVES,
     recover::AFTER_A_CRASH,
+    recover::COPY_AFTER_REBOOT,
     recover::DEAD_SERVER,
+    recover::HEALING_DIES,
     recover::HEALS,
     recover::REBOOT,
+    recover::WRITABLE_CRASH,
     store::AT_ONCE,
     store::BROKEN_IMAGES,
     store::DIRECTORIES,

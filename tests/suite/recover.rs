@@ -1,5 +1,6 @@
 //! `fsprov recover`: after a crash, what is on the disk and in mountinfo is the truth.
 
+use std::ffi::OsString;
 use std::fs;
 use std::time::Duration;
 
@@ -8,6 +9,7 @@ use serde_json::Value;
 use super::destroy::health;
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
+use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Enter, Need, Stage, system};
 
 /// What `recover` said of each id.
@@ -100,6 +102,8 @@ pub(crate) const REBOOT: Case = Case::new("recover_after_a_reboot", on::every_ba
         fs::write(&file, value.to_string()).expect("write");
         assert_eq!(health(stage), "gone");
         assert_eq!(recover(stage, args), [outcome("one", wanted)]);
+        let again = if wanted == "healed" { vec![outcome("one", "kept")] } else { Vec::new() };
+        assert_eq!(recover(stage, args), again, "twice is once");
         assert!(innocent.try_wait().expect("wait").is_none(), "a process that only has the pid was killed");
         assert_eq!(rootfs.join("etc/hosts").exists(), wanted == "healed");
         if wanted == "healed" {
@@ -111,38 +115,141 @@ pub(crate) const REBOOT: Case = Case::new("recover_after_a_reboot", on::every_ba
     stage.assert_nothing_left("after recovery");
 });
 
-pub(crate) const AFTER_A_CRASH: Case = Case::needing(
-    "recover_after_provision_died_at_each_step",
-    on::every_backend,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let mount = || {
-            let mut options = vec!["--id".into(), "one".into()];
-            options.extend(sandbox(stage));
-            options.extend(volume("tmp", "/tmp", "rw"));
-            stage.mount_call(&image, "made/rootfs", options)
-        };
-        let found = super::faults::steps(stage, mount());
-        stage.fsprov(["unmount", "one"]).run().ok();
-        for step in &found {
-            let died = mount().env("FAILPOINTS", step.with("kill")).run();
-            system::survivors(Duration::from_millis(200));
-            let said = recover(stage, &[]);
-            if died.code().is_none() {
-                assert!(
-                    said.iter().all(|(_, what)| what == "destroyed" || what == "healed" || what == "kept"),
-                    "{step}: {said:?}"
-                );
-            }
-            assert_eq!(
-                recover(stage, &[]).iter().filter(|(_, what)| what != "kept").count(),
-                0,
-                "{step}: twice is once"
-            );
-            stage.fsprov(["unmount", "--all"]).run().ok();
-            stage.assert_nothing_left(&format!("after {step} died, recover and unmount"));
-            assert!(!stage.path("made").exists(), "{step}: directories made for the mount point stayed");
+/// Every step of a mount with these options and of its unmount dies once; then `recover`, twice, and nothing may be left that is not
+/// whole: no mount, process, record, directory, and no byte of a volume lost.
+fn dies_at_each_step(stage: &Stage, options: &[&str]) {
+    let image = stage.small_image();
+    let before = picture(&image);
+    let volumes = stage.lane.has_volumes();
+    let mount = || {
+        let mut all = vec!["--id".into(), "one".into()];
+        all.extend(sandbox(stage));
+        all.extend(options.iter().map(OsString::from));
+        if volumes {
+            all.extend(volume("tmp", "/tmp", "rw"));
+            all.extend(volume("outer/lib", "/var/lib", "ro"));
         }
-    },
+        stage.mount_call(&image, "made/rootfs", all)
+    };
+    let unmount = || stage.fsprov(["unmount", "one"]);
+    let kept = stage.path("sandbox/tmp/kept");
+    let provision = super::faults::steps(stage, mount());
+    let destroy = super::faults::steps(stage, unmount());
+    assert!(provision.len() >= 3 && !destroy.is_empty(), "{} and {} steps", provision.len(), destroy.len());
+    stage.note(format!("{} steps of provision, {} of destroy\n", provision.len(), destroy.len()));
+    for (step, is_destroy) in provision.iter().map(|s| (s, false)).chain(destroy.iter().map(|s| (s, true))) {
+        let died = if is_destroy {
+            mount().run().ok();
+            if volumes {
+                fs::write(&kept, &step.name).expect("write");
+            }
+            unmount().env("FAILPOINTS", step.with("kill")).run()
+        } else {
+            mount().env("FAILPOINTS", step.with("kill")).run()
+        };
+        // Half a second: a server whose caller died takes everything back.
+        system::survivors(Duration::from_millis(500));
+        let said = recover(stage, &[]);
+        assert!(
+            said.iter().all(|(_, what)| what == "destroyed" || what == "healed" || what == "kept"),
+            "{step}: {}: {said:?}",
+            died.describe()
+        );
+        let again = recover(stage, &[]);
+        assert!(again.iter().all(|(_, what)| what == "kept"), "{step}: twice is once: {again:?}");
+        if !again.is_empty() {
+            assert_eq!(health(stage), "ready", "{step}: what was kept is whole");
+            assert!(stage.path("made/rootfs/etc/hosts").exists(), "{step}");
+            assert_eq!(recover(stage, &["--keep", "another"]), [outcome("one", "destroyed")], "{step}");
+        }
+        stage.assert_nothing_left(&format!("after {step} died and recover"));
+        assert!(!stage.path("made").exists(), "{step}: directories made for the mount point stayed");
+        let sandbox = fs::read_dir(stage.path("sandbox")).expect("the sandbox stays");
+        let hidden = sandbox.flatten().filter(|e| e.file_name().to_string_lossy().starts_with(".fsprov")).count();
+        assert_eq!(hidden, 0, "{step}: changes of a rootfs that is gone stayed");
+        if is_destroy && volumes {
+            assert_eq!(fs::read_to_string(&kept).expect("a volume keeps what is in it"), step.name);
+        }
+    }
+    assert_same(&before, &picture(&image), "the image");
+}
+
+pub(crate) const AFTER_A_CRASH: Case = Case::needing(
+    "recover_after_each_step_of_provision_and_destroy_died",
+    on::with_copy,
+    &[Need::Failpoints],
+    |stage: &Stage| dies_at_each_step(stage, &[]),
 );
+
+pub(crate) const WRITABLE_CRASH: Case = Case::needing(
+    "recover_after_each_step_of_a_writable_one_died",
+    on::overlay,
+    &[Need::Failpoints],
+    |stage: &Stage| dies_at_each_step(stage, &["--writable"]),
+);
+
+/// A known rootfs whose healing is cut short is healed by the next `recover`.
+pub(crate) const HEALING_DIES: Case =
+    Case::needing("recover_that_died_is_done_again", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
+        let image = stage.small_image();
+        let take_away = || {
+            if stage.lane.enter == Enter::User {
+                stage.tool("fusermount3", ["-u"]).arg(stage.path("rootfs")).run().ok();
+            } else {
+                stage.tool("umount", ["-R"]).arg(stage.path("rootfs")).run().ok();
+            }
+            system::survivors(Duration::from_secs(2));
+        };
+        stage.mount(&image, "rootfs", ["--id", "one"]);
+        take_away();
+        let found = super::faults::steps(stage, stage.fsprov(["recover"]));
+        assert!(found.len() >= 3, "recover passes {} steps", found.len());
+        for step in &found {
+            take_away();
+            stage.fsprov(["recover"]).env("FAILPOINTS", step.with("kill")).run();
+            system::survivors(Duration::from_millis(500));
+            stage.fsprov(["recover"]).run().ok();
+            assert_eq!(health(stage), "ready", "{step}");
+            assert_eq!(recover(stage, &[]), [outcome("one", "kept")], "{step}");
+        }
+    });
+
+/// A copy outlives the boot: what the container wrote into it is still there, and its volumes are attached again.
+pub(crate) const COPY_AFTER_REBOOT: Case =
+    Case::new("a_copy_and_its_changes_outlive_a_reboot", on::copy, |stage: &Stage| {
+        let image = stage.small_image();
+        let mut options = vec!["--id".into(), "one".into()];
+        if stage.lane.has_volumes() {
+            options.extend(volume(stage.mkdir("vol"), "/data", "rw"));
+        }
+        let rootfs = stage.mount(&image, "rootfs", options);
+        fs::write(rootfs.join("etc/hosts"), "the container's own").expect("write");
+        let file = stage.records()[0].join("record.json");
+        let reboot = || {
+            if stage.lane.has_volumes() {
+                stage.tool("umount", [rootfs.join("data")]).run().ok();
+            }
+            let mut record: Value = serde_json::from_str(&fs::read_to_string(&file).expect("read")).expect("JSON");
+            record["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
+            // Disks are found in another order.
+            record["traces"]["copied"]["dev"] = 4242.into();
+            fs::write(&file, record.to_string()).expect("write");
+        };
+        for _ in 0..2 {
+            reboot();
+            let wanted = if stage.lane.has_volumes() { "healed" } else { "kept" };
+            assert_eq!(recover(stage, &[]), [outcome("one", wanted)]);
+            assert_eq!(recover(stage, &[]), [outcome("one", "kept")]);
+            assert_eq!(health(stage), "ready");
+            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "the container's own");
+            if stage.lane.has_volumes() {
+                fs::write(rootfs.join("data/kept"), "kept").expect("write");
+                assert_eq!(fs::read_to_string(stage.path("vol/kept")).expect("read"), "kept");
+            }
+        }
+        reboot();
+        assert_eq!(recover(stage, &["--keep", "another"]), [outcome("one", "destroyed")]);
+        assert!(!rootfs.exists(), "the files go with the record");
+        assert_eq!(stage.path("vol/kept").exists(), stage.lane.has_volumes(), "a volume's stay");
+        stage.assert_nothing_left("after recovery");
+    });
