@@ -2,6 +2,7 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum as _};
 
@@ -12,22 +13,26 @@ use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
+use crate::plan::Live;
 use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
-use crate::volume::{ContainerPath, VolumeSpec};
+use crate::volume::{self, ContainerPath, VolumeSpec};
+
+/// Largest `--volume-ttl`: beyond a day a change on the host might as well never be seen.
+const MAX_TTL_S: f64 = 86_400.0;
 
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(after_help = format!("\
 IMAGE is a path when it begins with /, ./ or ../: a directory that is a root filesystem, a directory holding \
 `manifest` and `rootfs`, or an .aci; else a name or id of `fsprov image list`.
 
-Volumes: SRC:DST[:ro|rw]. A relative SRC lies below --sandbox and is made if missing; an absolute one must exist. \
-DST is absolute, inside the rootfs. rw is the default. `\\:` stands for a colon in a path.
+{}
 
 Examples:
   fsprov mount debian /mnt/debian
   fsprov mount --sandbox work -v tmp:/tmp -v home:/home -v /etc/resolv.conf:/etc/resolv.conf:ro debian rootfs
-  fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x")]
+  fsprov mount --sandbox work -v var:/var:rw,copy -v etc:/etc:rw,copy debian rootfs
+  fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x", volume::help()))]
 pub(super) struct Mount {
     /// How to make the rootfs [default: auto, or what the configuration says]
     #[arg(long, value_enum, value_name = "BACKEND")]
@@ -36,7 +41,7 @@ pub(super) struct Mount {
     #[arg(long, value_name = "DIR")]
     sandbox: Option<PathBuf>,
     /// Route DST inside the rootfs to SRC on this host (repeatable)
-    #[arg(short, long = "volume", value_name = "SRC:DST[:ro|rw]")]
+    #[arg(short, long = "volume", value_name = volume::GRAMMAR)]
     volumes: Vec<OsString>,
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
@@ -50,6 +55,13 @@ pub(super) struct Mount {
     /// Present everything as belonging to this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
+    /// See what the host changes in a volume within this time; 0 asks each time (fuse)
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_ttl)]
+    volume_ttl: Duration,
+    /// Gather writes to volumes in the kernel: small writes get faster, the host sees them late (when the file is closed or
+    /// synced), and its own changes of a file in use are not seen inside (fuse)
+    #[arg(long)]
+    writeback: bool,
     /// Stay, and unmount on SIGINT or SIGTERM
     #[arg(long)]
     foreground: bool,
@@ -103,6 +115,7 @@ impl Mount {
                 crate::sys::process::own_ids(),
                 idmap::Files::of_host(),
             )?,
+            live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
         })
     }
 
@@ -121,6 +134,14 @@ impl Mount {
             record.plan.id,
             record.backend
         ))
+    }
+}
+
+fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
+    match text.parse::<f64>() {
+        // The kernel is told milliseconds at the finest.
+        Ok(seconds) if (0.0..=MAX_TTL_S).contains(&seconds) => Ok(Duration::from_millis((seconds * 1000.0).round() as u64)),
+        _ => Err("it is a number of seconds from 0 to 86400, such as 0.5".to_owned()),
     }
 }
 

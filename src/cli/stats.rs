@@ -143,6 +143,7 @@ mod tests {
             is_filtered: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
+            live: crate::plan::Live::default(),
             state_dir: "/s".into(),
         };
         let text = prometheus(&plan, &stats);

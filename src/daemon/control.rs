@@ -186,6 +186,7 @@ mod tests {
             is_filtered: false,
             volumes: Vec::new(),
             ownership: Ownership::default(),
+            live: crate::plan::Live::default(),
             state_dir,
         }
     }

@@ -7,12 +7,14 @@
 //! its rootfs is being changed). The store's shared lock is held from resolving an image until the record that names it is
 //! on the disk.
 
+mod fill;
 mod lock;
 mod record;
 mod recover;
 mod select;
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
@@ -24,9 +26,10 @@ use crate::fault;
 use crate::host::Host;
 use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::paths::{ContainerPaths, StatePaths};
-use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan};
-use crate::store::Store;
-use crate::volume::{self, ContainerPath, Volume, VolumeSpec};
+use crate::plan::{BackendKind, IndexFile, Layer, Live, Ownership, Plan};
+use crate::store::{ResolvedImage, Store};
+use crate::tree::Tree;
+use crate::volume::{self, ContainerPath, Fill, Volume, VolumeSpec};
 
 /// What a user asks for.
 #[derive(Clone, Debug)]
@@ -45,6 +48,8 @@ pub struct Request {
     pub id: Option<ContainerId>,
     /// How ownership is presented.
     pub ownership: Ownership,
+    /// How volumes are served (fuse).
+    pub live: Live,
 }
 
 /// A record and how its rootfs fares now.
@@ -148,16 +153,17 @@ impl Provisioner {
         let image = store.resolve(&request.image)?;
         let (rootfs, missing) = mount_point(&request.rootfs)?;
         let mut sources = Sources::default();
-        let volumes = sources.resolve(request, &image.layers)?;
+        let volumes = sources.resolve(request, &image, &self.paths)?;
         let container = self.paths.container(&id);
         let plan = Plan {
             id: id.clone(),
             rootfs,
-            layers: image.layers.into_iter().map(|root| Layer { root }).collect(),
-            index: image.index.map(IndexFile),
+            layers: image.layers.iter().map(|root| Layer { root: root.clone() }).collect(),
+            index: image.index.clone().map(IndexFile),
             is_filtered: image.is_filtered,
             volumes: volume::order(volumes)?,
             ownership: request.ownership.clone(),
+            live: request.live,
             state_dir: container.backend(),
         };
         plan.require_layers()?;
@@ -168,7 +174,7 @@ impl Provisioner {
         let claim = self.claim(&record)?;
         drop(in_use);
         let mut making = Making { container: &container, record, _claim: claim };
-        match making.build(&self.host) {
+        match sources.fill(&making.record.plan).and_then(|()| making.build(&self.host)) {
             Ok(()) => {
                 sources.keep();
                 Ok(making.record)
@@ -375,20 +381,41 @@ impl Making<'_> {
     }
 }
 
+/// Does a rootfs have this directory as a volume?
+fn is_used(paths: &StatePaths, source: &Path) -> Result<bool> {
+    Ok(record::readable(paths)?.iter().any(|r| r.plan.volumes.iter().any(|v| v.source == source)))
+}
+
 /// Volume sources made for this request. Dropped without [`Sources::keep`] they go again, as long as they are empty.
 #[derive(Default)]
 struct Sources {
     made: Vec<PathBuf>,
+    /// Targets of the volumes whose sources are to be filled, and the tree to fill them from.
+    fill: Vec<ContainerPath>,
+    tree: Option<Arc<dyn Tree>>,
 }
 
 impl Sources {
-    fn resolve(&mut self, request: &Request, layers: &[PathBuf]) -> Result<Vec<Volume>> {
+    fn resolve(&mut self, request: &Request, image: &ResolvedImage, paths: &StatePaths) -> Result<Vec<Volume>> {
         let mut volumes = Vec::with_capacity(request.volumes.len());
         for spec in &request.volumes {
-            let resolved = spec.resolve(request.sandbox.as_deref())?;
+            if spec.fill == Fill::Once && self.tree.is_none() && !image.layers.is_empty() {
+                self.tree = Some(fill::tree_of(image, &request.ownership)?);
+            }
+            let tree = self.tree.as_ref();
+            let form = || tree.map_or(Ok(volume::Form::Directory), |tree| fill::form_at(tree, &spec.target));
+            let resolved = spec.resolve(request.sandbox.as_deref(), form)?;
             let is_new = !resolved.made.is_empty();
             self.made.extend(resolved.made);
-            if let (true, Some(mode)) = (is_new, image_mode(layers, &spec.target)) {
+            if resolved.fill {
+                // An empty directory that another rootfs has as a volume is not new: replaced, that one would lose it.
+                if !is_used(paths, &resolved.volume.source)? {
+                    self.fill.push(spec.target.clone());
+                }
+                volumes.push(resolved.volume);
+                continue;
+            }
+            if let (true, Some(mode)) = (is_new, image_mode(&image.layers, &spec.target)) {
                 // A new /tmp is as open as the image's /tmp.
                 let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
                 std::fs::set_permissions(&resolved.volume.source, permissions)
@@ -397,6 +424,17 @@ impl Sources {
             volumes.push(resolved.volume);
         }
         Ok(volumes)
+    }
+
+    /// Fill what is to be filled. A source that was filled stays filled, whatever fails after it: it is as new, and complete.
+    fn fill(&self, plan: &Plan) -> Result<()> {
+        let Some(tree) = &self.tree else { return Ok(()) };
+        for (number, volume) in plan.volumes.iter().enumerate() {
+            if self.fill.contains(&volume.target) {
+                fill::fill(tree, plan, number)?;
+            }
+        }
+        Ok(())
     }
 
     fn keep(&mut self) {
@@ -427,6 +465,9 @@ fn image_mode(layers: &[PathBuf], target: &ContainerPath) -> Option<u32> {
 
 /// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty.
 fn remove_made(record: &Record) -> Result<()> {
+    if record.state == State::Pending {
+        fill::remove_stages(&record.plan)?;
+    }
     for dir in record.made.iter().rev() {
         match std::fs::remove_dir(dir) {
             Ok(()) => {}

@@ -259,6 +259,7 @@ mod tests {
             is_filtered: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
+            live: crate::plan::Live::default(),
             state_dir: "/s".into(),
         };
         let image = ImageNote { reference: "./x".into(), id: None, name: None };

@@ -129,6 +129,7 @@ impl Place {
             is_filtered: false,
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
+            live: fsprov::plan::Live::default(),
             state_dir: self.path("state"),
         }
     }
