@@ -35,6 +35,8 @@ const TARGET: &str = "fsprov::provisioner";
 const MAX_DEPTH: usize = 400;
 /// Bytes read at once; a run of so many zeros at such a place becomes a hole.
 const PIECE: u32 = 128 << 10;
+/// What a directory's owner needs to work in it.
+const OPEN: u32 = 0o700;
 /// Most hard-linked files told apart: above that a copy would cost more memory than any image is worth.
 const MAX_LINKED: usize = 1 << 20;
 /// The tree does not ask who reads: the image was made readable to its user.
@@ -92,7 +94,8 @@ pub(super) fn fill(image: &Arc<dyn Tree>, plan: &Plan, number: usize) -> Result<
     let undo = |error: Error| error.with_undo(crate::sys::remove::remove_tree(&parent_path.join(&stage)).map(|_| ()));
     let made = (|| {
         fault::point("fill.begin")?;
-        let mut copy = Copy { tree: image, links: HashMap::new(), top: None, partial: 0, devices: 0 };
+        let mut copy =
+            Copy { tree: image, links: HashMap::new(), closed: Vec::new(), top: None, partial: 0, devices: 0 };
         let made = match &from {
             Some(attr) if FileType::from_raw_mode(attr.mode).is_file() => {
                 copy.file(attr, &parent, OsStr::new(&stage), &volume.source)?;
@@ -104,7 +107,8 @@ pub(super) fn fill(image: &Arc<dyn Tree>, plan: &Plan, number: usize) -> Result<
                 copy.top = Some(top.try_clone().map_err(|e| Error::io(OP, subject(), e))?);
                 if let Some(attr) = &from {
                     copy.directory(attr.node, &top, Path::new(""), MAX_DEPTH)?;
-                    copy.attributes(attr, At::itself(&top), &volume.source)?;
+                    copy.directory_attributes(attr, &top, Path::new("."))?;
+                    copy.close(&top).map_err(fail)?;
                 } else {
                     like_parent(&parent, &top).map_err(fail)?;
                 }
@@ -197,6 +201,8 @@ struct Copy<'a> {
     tree: &'a Arc<dyn Tree>,
     /// First path of each inode with several names, below the top.
     links: HashMap<Node, PathBuf>,
+    /// Directories that are closed to their owner, innermost first: open until the end.
+    closed: Vec<(PathBuf, u32)>,
     top: Option<OwnedFd>,
     partial: u64,
     devices: u64,
@@ -241,7 +247,22 @@ impl Copy<'_> {
         result.map(|()| items)
     }
 
-    /// Children before their directory: its mode may shut us out, and its times change with what is made in it.
+    /// After what is made in it, which changes its times. Its mode waits for the end where it would shut us out.
+    fn directory_attributes(&mut self, attr: &Attr, dir: &OwnedFd, path: &Path) -> Result<()> {
+        if attr.mode & OPEN != OPEN {
+            self.closed.push((path.to_owned(), attr.mode & 0o7777));
+        }
+        self.attributes(&Attr { mode: attr.mode | OPEN, ..*attr }, At::itself(dir), path)
+    }
+
+    fn close(&self, top: &OwnedFd) -> rustix::io::Result<()> {
+        for (path, mode) in &self.closed {
+            let dir = open_beneath(top, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+            fs::fchmod(&dir, Mode::from_raw_mode(*mode))?;
+        }
+        Ok(())
+    }
+
     fn directory(&mut self, node: Node, to: &OwnedFd, path: &Path, depth_left: usize) -> Result<()> {
         let fail = |e| Error::sys(OP, show(Path::new("/").join(path)), e);
         if depth_left == 0 {
@@ -273,7 +294,7 @@ impl Copy<'_> {
                 let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let below = fs::openat(to, name, flags, Mode::empty()).map_err(fail)?;
                 self.directory(attr.node, &below, path, depth_left - 1)?;
-                return self.attributes(attr, At::itself(&below), path);
+                return self.directory_attributes(attr, &below, path);
             }
             FileType::RegularFile => self.file(attr, to, name, path)?,
             FileType::Symlink => {
@@ -298,7 +319,6 @@ impl Copy<'_> {
         let top = self.top.as_ref().ok_or(Errno::NOENT)?;
         let (dir, file) = (first.parent().unwrap_or(Path::new("")), first.file_name().unwrap_or_default());
         let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
-        // The directory of the first name has its real mode by now, and may be closed to its owner.
         let dir = open_beneath(top, dir, OFlags::PATH | OFlags::DIRECTORY)?;
         fs::linkat(&dir, file, to, name, AtFlags::empty())
     }

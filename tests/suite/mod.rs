@@ -10,6 +10,9 @@ mod crash;
 mod destroy;
 mod enosys;
 mod faults;
+mod filled;
+mod live;
+mod mounted;
 mod posix;
 mod readonly;
 mod recover;
@@ -31,7 +34,11 @@ pub(crate) const CASES: &[Case] = &[
     cli::STATE_ROOT,
     cli::USAGE,
     clients::BWRAP,
+    clients::APT,
+    clients::CARGO,
     clients::CHROOT,
+    clients::GIT,
+    clients::SQLITE,
     crash::KILLED_UNSEEN,
     crash::RESTARTED,
     destroy::AT_ONCE,
@@ -53,6 +60,16 @@ pub(crate) const CASES: &[Case] = &[
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,
+    filled::EXISTING,
+    filled::FILLED,
+    filled::KILLED,
+    filled::WHAT_THE_INDEX_SAYS,
+    live::ACLS,
+    live::TTL,
+    live::WRITEBACK,
+    mounted::ATTACKED,
+    mounted::CAPPED,
+    mounted::MODEL,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
