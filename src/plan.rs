@@ -84,6 +84,22 @@ impl Ownership {
     }
 }
 
+/// How volumes are served by the FUSE server; the other backends have the kernel's own coherence and need none of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Live {
+    /// How long names and attributes of a volume may be used before they are asked for again: how late a change made on the
+    /// host may be seen inside. Absence is never kept.
+    pub ttl_ms: u64,
+    /// Writes gather in the kernel (`--writeback`): the host sees them late, and its own are not seen inside while a file is in use.
+    pub writeback: bool,
+}
+
+impl Default for Live {
+    fn default() -> Self {
+        Live { ttl_ms: 1000, writeback: false }
+    }
+}
+
 /// One directory tree of the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
@@ -116,6 +132,9 @@ pub struct Plan {
     /// Where the rootfs's own changes go: then it is writable, and what was changed ends with it. `None`: it is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<Scratch>,
+    /// How volumes are served.
+    #[serde(default)]
+    pub live: Live,
     /// A directory of its own for what the backend must keep (below the state root, mode 0700, exists).
     #[serde(with = "crate::pathtext")]
     pub state_dir: PathBuf,

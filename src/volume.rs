@@ -5,6 +5,8 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
+use std::io::ErrorKind;
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
@@ -16,6 +18,29 @@ pub const MAX_TARGET_LEN: usize = 4095;
 pub const MAX_NAME_LEN: usize = 255;
 /// Most volumes in one rootfs: the route table tags node ids with one byte.
 pub const MAX_VOLUMES: usize = 200;
+/// How a volume is written, for help and errors.
+pub const GRAMMAR: &str = "SRC:DST[:OPTION,...]";
+/// Every option of a volume and what it does, for help and errors.
+pub const OPTIONS: &[(&str, &str)] = &[
+    ("ro", "read-only"),
+    ("rw", "writable (the default)"),
+    ("copy", "a SRC that is missing or an empty directory is filled once with what the image has at DST"),
+];
+
+/// The names of all options, as a sentence has them.
+fn option_names() -> String {
+    OPTIONS.iter().map(|(name, _)| *name).collect::<Vec<_>>().join(", ")
+}
+
+/// The paragraph on volumes in the help of `fsprov mount`.
+pub fn help() -> String {
+    let options: Vec<_> = OPTIONS.iter().map(|(name, what)| format!("{name}: {what}")).collect();
+    format!(
+        "Volumes: {GRAMMAR}. A relative SRC lies below --sandbox and is made if missing; an absolute one must exist, unless it is to be \
+         copied. DST is absolute, inside the rootfs. `\\:` stands for a colon in a path. Options: {}.",
+        options.join("; ")
+    )
+}
 
 /// An absolute path inside the rootfs with no `.`, `..`, empty component or NUL. Never `/` itself.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -97,14 +122,27 @@ pub struct VolumeSpec {
     pub target: ContainerPath,
     /// `ro` or `rw`; `rw` where not said.
     pub access: Access,
+    /// Is a missing or empty source filled from the image?
+    pub fill: Fill,
+}
+
+/// What happens to a source that is missing or an empty directory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fill {
+    /// Nothing: a missing relative one is made, empty.
+    Never,
+    /// It gets what the image has at the target, once (`copy`).
+    Once,
 }
 
 impl VolumeSpec {
     /// Read `SRC:DST[:OPTION,...]`; `\:` and `\\` stand for a colon and a backslash in a path.
-    /// Options: `ro`, `rw`. An unknown or repeated one is an error.
+    /// Options: see [`OPTIONS`]. An unknown or repeated one is an error.
     pub fn parse(text: &OsStr) -> Result<Self> {
-        let refuse =
-            |why: String| Error::new(Kind::Usage, "read volume", show(text), why).hint("write SRC:DST[:ro|rw]");
+        let refuse = |why: String| {
+            Error::new(Kind::Usage, "read volume", show(text), why)
+                .hint(format!("write {GRAMMAR}; the options are {}", option_names()))
+        };
         let mut fields = split_fields(text.as_bytes()).into_iter();
         let (Some(source), Some(target), options, None) = (fields.next(), fields.next(), fields.next(), fields.next())
         else {
@@ -121,27 +159,42 @@ impl VolumeSpec {
             return Err(refuse("a relative source lies below the sandbox: it may not have . or .. in it".into()));
         }
         let target = ContainerPath::new(OsStr::from_bytes(&target))?;
-        let mut access = None;
+        let (mut access, mut fill) = (None, None);
         for option in options.as_deref().map(|o| o.split(|&b| b == b',')).into_iter().flatten() {
-            let value = match option {
-                b"ro" => Access::Ro,
-                b"rw" => Access::Rw,
+            let again = match option {
+                b"ro" => access.replace(Access::Ro).is_some(),
+                b"rw" => access.replace(Access::Rw).is_some(),
+                b"copy" => fill.replace(Fill::Once).is_some(),
                 other => {
                     return Err(refuse(format!("unknown option {:?}", String::from_utf8_lossy(other))));
                 }
             };
-            if access.replace(value).is_some() {
-                return Err(refuse("ro or rw is given twice".into()));
+            if again {
+                return Err(refuse("an option is given twice, or both ro and rw".into()));
             }
         }
-        Ok(VolumeSpec { source, target, access: access.unwrap_or(Access::Rw) })
+        let (access, fill) = (access.unwrap_or(Access::Rw), fill.unwrap_or(Fill::Never));
+        Ok(VolumeSpec { source, target, access, fill })
     }
 
     /// Find the source on the host. A relative one lies below `sandbox` and is made (a directory, with the sandbox's owner)
     /// if it is missing; an absolute one must exist. A symlink may not lead a relative source out of the sandbox.
-    pub fn resolve(&self, sandbox: Option<&Path>) -> Result<Resolved> {
+    ///
+    /// A missing source that is to be filled is not made, only what it lies in: it appears when it is complete. `form` is what
+    /// the image has at the target then.
+    pub fn resolve(&self, sandbox: Option<&Path>, form: impl FnOnce() -> Result<Form>) -> Result<Resolved> {
         let op = "find the source of volume";
         let mut made = Vec::new();
+        if self.fill == Fill::Once
+            && let Some(parent) = self.missing_in(sandbox, &mut made)?
+        {
+            let name = self.source.file_name().ok_or_else(|| {
+                Error::new(Kind::Usage, op, show(&self.source), "it is missing and ends with . or ..")
+            })?;
+            let source = crate::sys::fs::path_of(&parent)?.join(name);
+            let volume = Volume { source, target: self.target.clone(), access: self.access, form: form()? };
+            return Ok(Resolved { volume, made, fill: true });
+        }
         let found = if self.source.is_absolute() {
             crate::sys::fs::open_path(&self.source).map_err(|e| {
                 Error::sys(op, format!("{} ({})", self.target, show(&self.source)), e)
@@ -175,8 +228,35 @@ impl VolumeSpec {
         };
         let source = crate::sys::fs::path_of(&found)?;
         let volume = Volume { source, target: self.target.clone(), access: self.access, form };
-        Ok(Resolved { volume, made })
+        let fill = self.fill == Fill::Once && form == Form::Directory && is_empty(&found, &volume.source)?;
+        Ok(Resolved { volume, made, fill })
     }
+
+    /// The directory in which the source is missing; `None`: it is not missing, or it is an error that [`Self::resolve`] will find.
+    fn missing_in(&self, sandbox: Option<&Path>, made: &mut Vec<PathBuf>) -> Result<Option<OwnedFd>> {
+        let parent = self.source.parent().unwrap_or(Path::new(""));
+        if self.source.is_absolute() {
+            let is_missing = std::fs::symlink_metadata(&self.source).is_err_and(|e| e.kind() == ErrorKind::NotFound);
+            return Ok(if is_missing { crate::sys::fs::open_path(parent).ok() } else { None });
+        }
+        let Some(sandbox) = sandbox else { return Ok(None) };
+        // Not followed: a dangling symlink is for the other way to refuse.
+        if std::fs::symlink_metadata(sandbox.join(&self.source)).is_ok() {
+            return Ok(None);
+        }
+        if parent.as_os_str().is_empty() {
+            return Ok(crate::sys::fs::open_path(sandbox).ok());
+        }
+        *made = missing_below(sandbox, parent);
+        crate::sys::fs::open_or_make_below(sandbox, parent).map(Some)
+    }
+}
+
+fn is_empty(found: &OwnedFd, source: &Path) -> Result<bool> {
+    use rustix::fs::{Mode, OFlags, openat};
+    openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .and_then(crate::sys::fs::is_empty)
+        .map_err(|e| Error::sys("look into volume source", show(source), e))
 }
 
 /// A volume found, and what had to be made for it.
@@ -184,8 +264,10 @@ impl VolumeSpec {
 pub struct Resolved {
     /// The volume.
     pub volume: Volume,
-    /// Directories made below the sandbox, outermost first; the last one is the source itself.
+    /// Directories made below the sandbox, outermost first; the last one is the source itself, or what it will lie in.
     pub made: Vec<PathBuf>,
+    /// Is the source to be filled from the image before it is used?
+    pub fill: bool,
 }
 
 fn missing_below(sandbox: &Path, relative: &Path) -> Vec<PathBuf> {
@@ -274,6 +356,13 @@ mod tests {
         let v = parse("tmp:/tmp").unwrap();
         assert_eq!((v.source.to_str(), v.target.as_path().to_str(), v.access), (Some("tmp"), Some("/tmp"), Access::Rw));
         assert_eq!(parse("/h:/home/:ro").unwrap().access, Access::Ro);
+        assert_eq!((v.fill, parse("/h:/x:ro").unwrap().fill), (Fill::Never, Fill::Never));
+        for (options, access) in [("copy", Access::Rw), ("rw,copy", Access::Rw), ("copy,ro", Access::Ro)] {
+            let v = parse(&format!("/h:/x:{options}")).unwrap();
+            assert_eq!((v.access, v.fill), (access, Fill::Once), "{options}");
+        }
+        let unknown = parse("a:/x:rw,zz").unwrap_err();
+        assert!(unknown.to_string().contains("zz") && unknown.remedy().contains("ro, rw, copy"), "{unknown}");
         assert_eq!(parse(r"/a\:b\\c:/x").unwrap().source, Path::new(r"/a:b\c"));
         assert_eq!(parse("/a, b:/x y").unwrap().target.as_path(), Path::new("/x y"));
         for bad in [
@@ -286,6 +375,8 @@ mod tests {
             "a:/x:",
             "a:/x:zz",
             "a:/x:ro,rw",
+            "a:/x:copy,copy",
+            "a:/x:rw,",
             "a:/x:ro:1",
             "../a:/x",
             "a/../b:/x",

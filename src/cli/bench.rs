@@ -13,7 +13,7 @@ use super::{Format, Global, output};
 use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
-use crate::plan::{BackendKind, Ownership};
+use crate::plan::{BackendKind, Live, Ownership};
 use crate::provisioner::{Changes, Request, Selector};
 
 /// How often each is measured; the middle one is shown. Odd.
@@ -117,6 +117,7 @@ impl Bench {
                     id: None,
                     changes: Changes::Refused,
                     ownership: Ownership::default(),
+                    live: Live::default(),
                 };
                 let begin = Instant::now();
                 let record = match provisioner.provision(&request) {

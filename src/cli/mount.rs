@@ -16,22 +16,26 @@ use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
+use crate::plan::Live;
 use crate::provisioner::{Changes, Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
-use crate::volume::{ContainerPath, VolumeSpec};
+use crate::volume::{self, ContainerPath, VolumeSpec};
+
+/// Largest `--volume-ttl`: beyond a day a change on the host might as well never be seen.
+const MAX_TTL_S: f64 = 86_400.0;
 
 #[derive(Debug, Args)]
-#[command(after_help = "\
+#[command(after_help = format!("\
 IMAGE is a path when it begins with /, ./ or ../: a directory that is a root filesystem, a directory holding \
 `manifest` and `rootfs`, or an .aci; else a name or id of `fsprov image list`.
 
-Volumes: SRC:DST[:ro|rw]. A relative SRC lies below --sandbox and is made if missing; an absolute one must exist. \
-DST is absolute, inside the rootfs. rw is the default. `\\:` stands for a colon in a path.
+{}
 
 Examples:
   fsprov mount debian /mnt/debian
   fsprov mount --sandbox work -v tmp:/tmp -v home:/home -v /etc/resolv.conf:/etc/resolv.conf:ro debian rootfs
-  fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x")]
+  fsprov mount --sandbox work -v var:/var:rw,copy -v etc:/etc:rw,copy debian rootfs
+  fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x", volume::help()))]
 pub(super) struct Mount {
     /// How to make the rootfs [default: auto, or what the configuration says]
     #[arg(long, value_enum, value_name = "BACKEND")]
@@ -40,7 +44,7 @@ pub(super) struct Mount {
     #[arg(long, value_name = "DIR")]
     sandbox: Option<PathBuf>,
     /// Route DST inside the rootfs to SRC on this host (repeatable)
-    #[arg(short, long = "volume", value_name = "SRC:DST[:ro|rw]")]
+    #[arg(short, long = "volume", value_name = volume::GRAMMAR)]
     volumes: Vec<OsString>,
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
@@ -57,6 +61,13 @@ pub(super) struct Mount {
     /// Let everything be changed (overlay); what was changed is kept in --sandbox, and deleted by `unmount`
     #[arg(long)]
     writable: bool,
+    /// See what the host changes in a volume within this time; 0 asks each time (fuse)
+    #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_ttl)]
+    volume_ttl: Duration,
+    /// Gather writes to volumes in the kernel: small writes get faster, the host sees them late (when the file is closed or
+    /// synced), and its own changes of a file in use are not seen inside (fuse)
+    #[arg(long)]
+    writeback: bool,
     /// Stay, and unmount on SIGINT or SIGTERM
     #[arg(long)]
     foreground: bool,
@@ -113,6 +124,7 @@ impl Mount {
                 crate::sys::process::own_ids(),
                 idmap::Files::of_host(),
             )?,
+            live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
         })
     }
 
@@ -182,6 +194,16 @@ impl Drop for Bar {
 fn bar_style() -> ProgressStyle {
     ProgressStyle::with_template("copying {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
+}
+
+fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
+    match text.parse::<f64>() {
+        // The kernel is told milliseconds at the finest.
+        Ok(seconds) if (0.0..=MAX_TTL_S).contains(&seconds) => {
+            Ok(Duration::from_millis((seconds * 1000.0).round() as u64))
+        }
+        _ => Err("it is a number of seconds from 0 to 86400, such as 0.5".to_owned()),
+    }
 }
 
 /// Wait for a signal, or for the server's end; then take the rootfs away.

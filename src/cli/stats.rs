@@ -144,6 +144,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             scratch: None,
+            live: crate::plan::Live::default(),
             state_dir: "/s".into(),
         };
         let text = prometheus(&plan, &stats);

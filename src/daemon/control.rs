@@ -187,6 +187,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: Ownership::default(),
             scratch: None,
+            live: crate::plan::Live::default(),
             state_dir,
         }
     }

@@ -80,6 +80,15 @@ impl Job {
         mount_source(&self.plan)
     }
 
+    /// Does the kernel check permissions by itself (`default_permissions`, which goes with `allow_other`)?
+    fn checks_permissions(&self) -> bool {
+        match self.others {
+            OtherUsers::Usual => matches!(self.method, Method::Kernel { .. }),
+            OtherUsers::Allowed => true,
+            OtherUsers::Refused => false,
+        }
+    }
+
     fn is_read_only(&self) -> bool {
         self.plan.volumes.iter().all(|v| v.access == crate::volume::Access::Ro)
     }

@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
@@ -81,7 +81,11 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
     let job = hand_over.job.clone();
     let trees = Trees::build(hand_over, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
-    let options = AdapterOptions { kills_privileges: true, ..AdapterOptions::default() };
+    let options = AdapterOptions {
+        kills_privileges: true,
+        writeback: job.plan.live.writeback && !job.is_read_only(),
+        posix_acl: job.checks_permissions() && !job.plan.volumes.is_empty(),
+    };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
     let counters = adapter.counters();
     Ok((adapter, Server { job, trees, counters, started: Instant::now() }))
@@ -232,7 +236,12 @@ impl Trees {
             let (tree, form): (Arc<dyn Tree>, _) = if let Some(device) = DeviceTree::of(&source, volume.access) {
                 (Arc::new(device), Form::File)
             } else {
-                (directory(source, DirOptions::volume(volume.access), continuity)?, volume.form)
+                let options = DirOptions {
+                    ttl: Duration::from_millis(plan.live.ttl_ms),
+                    writeback: plan.live.writeback,
+                    ..DirOptions::volume(volume.access)
+                };
+                (directory(source, options, continuity)?, volume.form)
             };
             routed.push((volume.target.clone(), form, volume.access, tree));
         }

@@ -36,7 +36,9 @@ const MAX_BACKGROUND: u16 = 64;
 pub struct AdapterOptions {
     /// Writes gather in the kernel (FUSE_WRITEBACK_CACHE): faster small writes, seen late by readers on the host.
     pub writeback: bool,
-    /// The kernel evaluates POSIX ACLs (FUSE_POSIX_ACL), at the price of requests for them.
+    /// The kernel evaluates POSIX ACLs (FUSE_POSIX_ACL), at the price of one request for those of each file that somebody
+    /// other than its owner uses. Turns `default_permissions` on (process_init_reply in fs/fuse/inode.c): right only where
+    /// that is on anyway.
     pub posix_acl: bool,
     /// The file system below takes setuid and setgid away when it should (FUSE_HANDLE_KILLPRIV_V2): true of directory trees,
     /// which write without CAP_FSETID where the kernel asks for it.
@@ -565,12 +567,24 @@ impl Filesystem for FuseAdapter {
         reply: ReplyWrite,
     ) {
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let is_page = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         // A page written back has its place already: the append was decided when it entered the cache.
-        let flags =
-            if write_flags.contains(WriteFlags::FUSE_WRITE_CACHE) { flags.0 & !libc::O_APPEND } else { flags.0 };
-        self.request(request, Operation::Write, |tree| match tree.write(node.0, fh.0, offset, data, flags, kill) {
-            Ok(written) => reply.written(written as u32),
-            Err(e) => reply.error(failed(Operation::Write, node, e)),
+        let flags = if is_page { flags.0 & !libc::O_APPEND } else { flags.0 };
+        self.request(request, Operation::Write, |tree| {
+            let mut written = tree.write(node.0, fh.0, offset, data, flags, kill);
+            // The kernel looks at the error alone when it writes pages back (fuse_writepage_end in fs/fuse/file.c): cut short
+            // by a full disk, the rest would be lost in silence. Ask for the rest, to get the error.
+            while let Ok(done @ 1..) = written
+                && is_page
+                && done < data.len()
+            {
+                let rest = tree.write(node.0, fh.0, offset + done as u64, &data[done..], flags, kill);
+                written = rest.and_then(|n| if n == 0 { Err(Errno::IO) } else { Ok(done + n) });
+            }
+            match written {
+                Ok(written) => reply.written(written as u32),
+                Err(e) => reply.error(failed(Operation::Write, node, e)),
+            }
         });
     }
 

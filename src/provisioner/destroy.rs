@@ -1,6 +1,6 @@
 //! Taking a rootfs away, and those nested in it before it.
 
-use super::{Now, Provisioner, Record, Selector, lock, record};
+use super::{Now, Provisioner, Record, Selector, State, fill, lock, record};
 use crate::backend::{self, Detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -60,8 +60,12 @@ pub(super) fn refuse_elsewhere(record: &Record, now: &Now) -> Result<()> {
     .hint(format!("run it there: nsenter --preserve-credentials -U -m -t {pid} fsprov unmount {}", record.plan.id)))
 }
 
-/// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty.
+/// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty; and what it
+/// was copying for a volume when it was stopped.
 pub(super) fn remove_made(record: &Record) -> Result<()> {
+    if record.state == State::Pending {
+        fill::remove_stages(&record.plan)?;
+    }
     for dir in record.made.iter().rev() {
         match std::fs::remove_dir(dir) {
             Ok(()) => {}

@@ -8,6 +8,7 @@
 //! on the disk.
 
 mod destroy;
+mod fill;
 mod lock;
 mod now;
 mod points;
@@ -29,9 +30,10 @@ use crate::fault;
 use crate::host::Host;
 use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::paths::{ContainerPaths, StatePaths};
-use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan, Scratch};
-use crate::store::Store;
-use crate::volume::{self, ContainerPath, Volume, VolumeSpec};
+use crate::plan::{BackendKind, IndexFile, Layer, Live, Ownership, Plan, Scratch};
+use crate::store::{ResolvedImage, Store};
+use crate::tree::Tree;
+use crate::volume::{self, ContainerPath, Fill, Volume, VolumeSpec};
 
 /// What a user asks for.
 #[derive(Clone, Debug)]
@@ -50,6 +52,8 @@ pub struct Request {
     pub id: Option<ContainerId>,
     /// How ownership is presented.
     pub ownership: Ownership,
+    /// How volumes are served (fuse).
+    pub live: Live,
     /// What may be changed outside the volumes.
     pub changes: Changes,
 }
@@ -203,7 +207,7 @@ impl Provisioner {
         let image = store.resolve(&request.image)?;
         let (rootfs, missing) = mount_point(&request.rootfs)?;
         let mut sources = Sources::default();
-        let volumes = sources.resolve(request, &image.layers)?;
+        let volumes = sources.resolve(request, &image, &self.paths)?;
         let container = self.paths.container(&id);
         let scratch = match request.changes {
             Changes::Refused => None,
@@ -212,12 +216,13 @@ impl Provisioner {
         let plan = Plan {
             id: id.clone(),
             rootfs,
-            layers: image.layers.into_iter().map(|root| Layer { root }).collect(),
-            index: image.index.map(IndexFile),
+            layers: image.layers.iter().map(|root| Layer { root: root.clone() }).collect(),
+            index: image.index.clone().map(IndexFile),
             is_filtered: image.is_filtered,
             volumes: volume::order(volumes)?,
             ownership: request.ownership.clone(),
             scratch,
+            live: request.live,
             state_dir: container.backend(),
         };
         plan.require_layers()?;
@@ -228,7 +233,7 @@ impl Provisioner {
         let claim = self.claim(&record)?;
         drop(in_use);
         let mut making = Making { by: self, container: &container, record, _claim: claim };
-        match making.build() {
+        match sources.fill(&making.record.plan).and_then(|()| making.build()) {
             Ok(()) => {
                 sources.keep();
                 Ok(making.record)
@@ -449,20 +454,41 @@ impl Making<'_> {
     }
 }
 
+/// Does a rootfs have this directory as a volume?
+fn is_used(paths: &StatePaths, source: &Path) -> Result<bool> {
+    Ok(record::readable(paths)?.iter().any(|r| r.plan.volumes.iter().any(|v| v.source == source)))
+}
+
 /// Volume sources made for this request. Dropped without [`Sources::keep`] they go again, as long as they are empty.
 #[derive(Default)]
 struct Sources {
     made: Vec<PathBuf>,
+    /// Targets of the volumes whose sources are to be filled, and the tree to fill them from.
+    fill: Vec<ContainerPath>,
+    tree: Option<Arc<dyn Tree>>,
 }
 
 impl Sources {
-    fn resolve(&mut self, request: &Request, layers: &[PathBuf]) -> Result<Vec<Volume>> {
+    fn resolve(&mut self, request: &Request, image: &ResolvedImage, paths: &StatePaths) -> Result<Vec<Volume>> {
         let mut volumes = Vec::with_capacity(request.volumes.len());
         for spec in &request.volumes {
-            let resolved = spec.resolve(request.sandbox.as_deref())?;
+            if spec.fill == Fill::Once && self.tree.is_none() && !image.layers.is_empty() {
+                self.tree = Some(fill::tree_of(image, &request.ownership)?);
+            }
+            let tree = self.tree.as_ref();
+            let form = || tree.map_or(Ok(volume::Form::Directory), |tree| fill::form_at(tree, &spec.target));
+            let resolved = spec.resolve(request.sandbox.as_deref(), form)?;
             let is_new = !resolved.made.is_empty();
             self.made.extend(resolved.made);
-            if let (true, Some(mode)) = (is_new, image_mode(layers, &spec.target)) {
+            if resolved.fill {
+                // An empty directory that another rootfs has as a volume is not new: replaced, that one would lose it.
+                if !is_used(paths, &resolved.volume.source)? {
+                    self.fill.push(spec.target.clone());
+                }
+                volumes.push(resolved.volume);
+                continue;
+            }
+            if let (true, Some(mode)) = (is_new, image_mode(&image.layers, &spec.target)) {
                 // A new /tmp is as open as the image's /tmp.
                 let permissions = std::os::unix::fs::PermissionsExt::from_mode(mode);
                 std::fs::set_permissions(&resolved.volume.source, permissions)
@@ -471,6 +497,17 @@ impl Sources {
             volumes.push(resolved.volume);
         }
         Ok(volumes)
+    }
+
+    /// Fill what is to be filled. A source that was filled stays filled, whatever fails after it: it is as new, and complete.
+    fn fill(&self, plan: &Plan) -> Result<()> {
+        let Some(tree) = &self.tree else { return Ok(()) };
+        for (number, volume) in plan.volumes.iter().enumerate() {
+            if self.fill.contains(&volume.target) {
+                fill::fill(tree, plan, number)?;
+            }
+        }
+        Ok(())
     }
 
     fn keep(&mut self) {

@@ -249,6 +249,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             scratch: None,
+            live: crate::plan::Live::default(),
             state_dir: "/s".into(),
         };
         let image = ImageNote { reference: "./x".into(), id: None, name: None };

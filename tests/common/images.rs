@@ -198,6 +198,14 @@ pub(crate) fn manifest(name: &str) -> String {
     )
 }
 
+/// The Rust toolchain that built this test: a directory with `bin/cargo` and `bin/rustc`.
+pub(crate) fn toolchain() -> PathBuf {
+    std::env::var_os("FSPROV_TEST_TOOLCHAIN").map_or_else(
+        || Path::new(env!("CARGO")).ancestors().nth(2).expect("cargo lies in a bin directory").to_owned(),
+        PathBuf::from,
+    )
+}
+
 /// Where the cached Debian tar is.
 pub(crate) fn minbase_source() -> Option<PathBuf> {
     let home = std::env::var_os("HOME").map(|home| Path::new(&home).join(".cache/fsprov-test"));

@@ -130,6 +130,7 @@ impl Place {
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
             scratch: None,
+            live: fsprov::plan::Live::default(),
             state_dir: self.path("state"),
         }
     }

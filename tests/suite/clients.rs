@@ -80,3 +80,160 @@ pub(crate) const CHROOT: Case =
             stage.tool("unshare", how).arg(rootfs).args(["sh", "-c", command]).run()
         });
     });
+
+/// A directory in a writable volume of a rootfs; commands run on it from the host's side of the mount.
+fn on_a_volume(stage: &Stage) -> std::path::PathBuf {
+    let image = stage.small_image();
+    let backing = stage.mkdir("vol");
+    stage.mount(&image, "rootfs", volume(&backing, "/data", "rw")).join("data")
+}
+
+/// Debian's package manager installs a package in a container of an ordinary user: nothing but the volumes can be written.
+pub(crate) const APT: Case = Case::needing(
+    "apt_get_installs_onto_filled_volumes",
+    |lane| lane.name == "fuse-user",
+    &[Need::Minbase, Need::Tool("bwrap")],
+    |stage: &Stage| {
+        let archive = images::minbase_aci().expect("the Debian archive");
+        stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+        let mut options = sandbox(stage).to_vec();
+        // Where dpkg puts what a package brings, and what it keeps itself.
+        for dir in ["etc", "usr", "var"] {
+            options.extend(volume(dir, &format!("/{dir}"), "rw,copy"));
+        }
+        options.extend(volume("tmp", "/tmp", "rw"));
+        let rootfs = stage.mount(NAME, "rootfs", options);
+        let inside = |command: &str| {
+            let mut call = stage
+                .tool("bwrap", ["--unshare-all", "--share-net", "--uid", "0", "--gid", "0", "--bind"])
+                .arg(&rootfs)
+                .args(["/", "--dev", "/dev", "--proc", "/proc", "--ro-bind", "/etc/resolv.conf", "/etc/resolv.conf"]);
+            for proxy in ["http_proxy", "https_proxy"] {
+                if let Some(value) = std::env::var_os(proxy) {
+                    call = call.env(proxy, value);
+                }
+            }
+            call.args(["sh", "-c", command]).run()
+        };
+        // One id is mapped in this container, so apt cannot become its user _apt.
+        let apt = "apt-get -q -o APT::Sandbox::User=root -o Acquire::Retries=3 -o Acquire::Languages=none";
+        inside(&format!("{apt} update && {apt} install -y --no-install-recommends hello")).ok();
+        let said = inside("hello && dpkg --verify hello && dpkg --audit && dpkg -s hello | grep ^Status").ok();
+        assert_eq!(said.out(), "Hello, world!\nStatus: install ok installed\n");
+        // On the host it is a file of this user's; the image is as it was.
+        assert!(stage.path("sandbox/usr/bin/hello").is_file());
+        inside(&format!("{apt} purge -y hello && ! test -e /usr/bin/hello && dpkg --verify")).ok();
+        stage.unmount(&rootfs);
+        let bare = stage.mount(NAME, "rootfs", [] as [&str; 0]);
+        assert!(!bare.join("usr/bin/hello").exists() && bare.join("usr/bin/dpkg").exists());
+    },
+);
+
+/// Two writers and a reader at once, with a rollback journal and with a write-ahead log, whose index is a shared mapping.
+pub(crate) const SQLITE: Case =
+    Case::needing("sqlite_on_a_volume_stays_whole", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+        const ROWS: usize = 100;
+        let dir = on_a_volume(stage);
+        for mode in ["delete", "wal"] {
+            let base = dir.join(format!("{mode}.db"));
+            let sql = |text: &str| stage.tool("sqlite3", ["-batch", "-bail"]).arg(&base).arg(text).run().ok().out();
+            let made = sql(&format!("pragma journal_mode={mode}; create table t(who, n, filler);"));
+            assert_eq!(made.trim(), mode);
+            let inserts = |who: &str| -> String {
+                let each = |n| format!("insert into t values('{who}', {n}, hex(randomblob(400)));\n");
+                format!(".timeout 60000\n{}", (0..ROWS).map(each).collect::<String>())
+            };
+            std::thread::scope(|scope| {
+                let writers: Vec<_> = ["one", "two"]
+                    .map(|who| (stage.write(format!("{mode}-{who}.sql"), inserts(who)), base.clone()))
+                    .into_iter()
+                    .map(|(script, base)| {
+                        scope.spawn(move || {
+                            let mut command = std::process::Command::new("sqlite3");
+                            command.args(["-batch", "-bail"]).arg(base).arg(format!(".read {}", script.display()));
+                            command.output().expect("run sqlite3")
+                        })
+                    })
+                    .collect();
+                for writer in writers {
+                    let output = writer.join().expect("writer");
+                    assert!(output.status.success(), "{mode}: {output:?}");
+                }
+            });
+            let counted = sql(
+                "select who, count(*), count(distinct n) from t group by who order by who; pragma integrity_check;",
+            );
+            assert_eq!(counted, format!("one|{ROWS}|{ROWS}\ntwo|{ROWS}|{ROWS}\nok\n"), "{mode}");
+        }
+        // The host opens the same database.
+        let host = stage.path("vol/wal.db");
+        let check = stage.tool("sqlite3", ["-batch"]).arg(host).arg("pragma integrity_check; select count(*) from t;");
+        assert_eq!(check.run().ok().out(), format!("ok\n{}\n", 2 * ROWS));
+    });
+
+/// Clone, check, change, merge, pack, check again.
+pub(crate) const GIT: Case = Case::needing(
+    "git_on_a_volume_stays_whole",
+    on::fuse,
+    &[Need::Tool("git")],
+    |stage: &Stage| {
+        let dir = on_a_volume(stage);
+        let script = r#"
+            set -e
+            export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@example.com GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@example.com
+            git init -q -b main origin; cd origin
+            for d in a b c; do mkdir -p $d/$d; for f in 1 2 3 4 5 6 7 8; do seq $f 300 >$d/$d/$f; done; done
+            ln -s a/a/1 link; chmod +x a/a/2; git add -A; git commit -qm first
+            git checkout -qb side; echo side >>a/a/1; git commit -qam side; git checkout -q main
+            cd "$1"; git clone -q --no-local "$OLDPWD" clone; cd clone
+            test -z "$(git status --porcelain)"; git fsck --full --strict
+            echo change >>b/b/1; git mv c/c moved; rm a/a/3
+            test "$(git status --porcelain | wc -l)" -ge 10
+            git add -A; git commit -qm second; git merge -q -m merge origin/side; test -z "$(git status --porcelain)"
+            git checkout -q HEAD~1; git checkout -q main; git stash list; git gc -q --prune=now; git fsck --full --strict
+            git worktree add -q ../tree side 2>/dev/null || git worktree add -q -b side ../tree origin/side
+            test -z "$(git -C ../tree status --porcelain)"; tail -1 ../tree/a/a/1
+        "#;
+        let said = stage.tool("sh", ["-c", script, "sh"]).arg(&dir).run().ok();
+        assert_eq!(said.out(), "side\n");
+        // Seen from the host it is the same repository.
+        let status = stage.tool("git", ["-C"]).arg(stage.path("vol/clone")).args(["fsck", "--full"]).run();
+        status.ok();
+    },
+);
+
+/// A build script that runs, a library, a program that runs as soon as it is linked, a change and what follows from it.
+pub(crate) const CARGO: Case = Case::needing(
+    "cargo_builds_on_a_volume",
+    on::fuse,
+    &[Need::Tool("cc")],
+    |stage: &Stage| {
+        let dir = on_a_volume(stage);
+        let package = dir.join("hello");
+        let write = |name: &str, text: &str| {
+            let path = package.join(name);
+            fs::create_dir_all(path.parent().expect("it has one")).expect("mkdir");
+            fs::write(path, text).expect("write");
+        };
+        write(
+            "Cargo.toml",
+            "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[dependencies]\nword = { path = \"word\" }\n[workspace]\n",
+        );
+        write("build.rs", "fn main() { println!(\"cargo:rustc-env=BUILT=built\"); }");
+        write("src/main.rs", "fn main() { println!(\"{} {}\", word::WORD, env!(\"BUILT\")); }\n#[test]\nfn it() {}");
+        write("word/Cargo.toml", "[package]\nname = \"word\"\nversion = \"0.1.0\"\nedition = \"2021\"\n");
+        write("word/src/lib.rs", "pub const WORD: &str = \"one\";");
+        let bin = images::toolchain().join("bin");
+        let cargo = |args: &[&str]| {
+            let call = stage.tool(&bin.join("cargo").to_string_lossy(), args.iter().copied()).cwd(&package);
+            let call = call.env("RUSTC", bin.join("rustc")).env("CARGO_HOME", stage.path("home/cargo"));
+            call.env("CARGO_BUILD_JOBS", "2").run()
+        };
+        assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "one built\n");
+        assert!(!cargo(&["build", "--offline"]).ok().err().contains("Compiling"), "nothing changed, nothing to build");
+        write("word/src/lib.rs", "pub const WORD: &str = \"two, and longer\";");
+        assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "two, and longer built\n");
+        cargo(&["clean", "--offline"]).ok();
+        assert!(!package.join("target/debug").exists());
+    },
+);

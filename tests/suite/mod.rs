@@ -12,6 +12,9 @@ mod destroy;
 mod durable;
 mod enosys;
 mod faults;
+mod filled;
+mod live;
+mod mounted;
 mod posix;
 mod races;
 mod readonly;
@@ -42,7 +45,11 @@ pub(crate) const CASES: &[Case] = &[
     cli::STATE_ROOT,
     cli::USAGE,
     clients::BWRAP,
+    clients::APT,
+    clients::CARGO,
     clients::CHROOT,
+    clients::GIT,
+    clients::SQLITE,
     crash::KILLED_UNSEEN,
     crash::RESTARTED,
     destroy::AT_ONCE,
@@ -68,6 +75,16 @@ pub(crate) const CASES: &[Case] = &[
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,
+    filled::EXISTING,
+    filled::FILLED,
+    filled::KILLED,
+    filled::WHAT_THE_INDEX_SAYS,
+    live::ACLS,
+    live::TTL,
+    live::WRITEBACK,
+    mounted::ATTACKED,
+    mounted::CAPPED,
+    mounted::MODEL,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,

@@ -1,0 +1,403 @@
+//! Filling a new volume source with what the image has at its target (`-v SRC:DST:rw,copy`), as docker and podman fill a new named volume.
+//!
+//! The content is what the image's tree shows, the same for every backend and layout of layers. It is made beside the source
+//! and renamed into its place, so it is there whole or not at all, whatever kills us. Owners, modes, times and attributes go
+//! over as far as this user may set them ([`attrs::set`]): an ordinary user's copy belongs to that user.
+//!
+//! Who may write beside the source may interfere: everything is done relative to descriptors of directories that were just
+//! made, and what ends up in the place is compared with what was made.
+
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr, OsString};
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
+
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::id::ContainerId;
+use crate::index::Index;
+use crate::plan::Plan;
+use crate::store::ResolvedImage;
+use crate::sys::attrs::{self, At, Fidelity};
+use crate::sys::fs::{is_empty, open_beneath, open_path};
+use crate::tree::dir::{DirOptions, DirTree, FdPool};
+use crate::tree::image::{ImageTree, Trust};
+use crate::tree::{Attr, Caller, Errno, Fit, ListMode, Node, Tree, route};
+use crate::volume::{ContainerPath, Form};
+
+const OP: &str = "copy the image's content into volume source";
+const TARGET: &str = "fsprov::provisioner";
+/// Deepest tree copied: two descriptors are held a level, and the usual limit on open files is 1024.
+const MAX_DEPTH: usize = 400;
+/// Bytes read at once; a run of so many zeros at such a place becomes a hole.
+const PIECE: u32 = 128 << 10;
+/// What a directory's owner needs to work in it.
+const OPEN: u32 = 0o700;
+/// Most hard-linked files told apart: above that a copy would cost more memory than any image is worth.
+const MAX_LINKED: usize = 1 << 20;
+/// The tree does not ask who reads: the image was made readable to its user.
+const ME: Caller = Caller { uid: 0, gid: 0, pid: 0 };
+
+/// The image as a tree, to copy from; owners as `ownership` presents them.
+pub(super) fn tree_of(image: &ResolvedImage, plan_ownership: &crate::plan::Ownership) -> Result<Arc<dyn Tree>> {
+    let open = |path: &PathBuf| open_path(path).map_err(|e| Error::sys("open layer", show(path), e));
+    if let Some(index) = &image.index {
+        let layers = image.layers.iter().map(open).collect::<Result<Vec<_>>>()?;
+        return Ok(Arc::new(ImageTree::open(Index::open(index)?, layers, plan_ownership.clone(), Trust::default())?));
+    }
+    let [layer] = image.layers.as_slice() else {
+        let why = format!("the image has {} layers and no index to merge them by", image.layers.len());
+        return Err(Error::new(Kind::Unsupported, OP, "", why).hint("make it with `fsprov image index IMAGE`"));
+    };
+    Ok(Arc::new(DirTree::open(open(layer)?, DirOptions::image(plan_ownership.clone()), FdPool::new()?)?))
+}
+
+/// What a source is that will be filled from `target`: a directory where the image has none or nothing there.
+pub(super) fn form_at(image: &Arc<dyn Tree>, target: &ContainerPath) -> Result<Form> {
+    match route::target_attr(image, target)?.map(|attr| FileType::from_raw_mode(attr.mode)) {
+        None | Some(FileType::Directory) => Ok(Form::Directory),
+        Some(FileType::RegularFile) => Ok(Form::File),
+        Some(_) => Err(Error::new(Kind::Usage, OP, target, "the image has neither a file nor a directory there")),
+    }
+}
+
+/// The name beside a source under which its content is made, for the `number`th volume of a rootfs.
+fn stage_name(id: &ContainerId, number: usize) -> String {
+    format!(".fsprov-copy-{id}.{number}")
+}
+
+/// Take away what a killed process left beside the sources.
+pub(super) fn remove_stages(plan: &Plan) -> Result<()> {
+    for (number, volume) in plan.volumes.iter().enumerate() {
+        if let Some(parent) = volume.source.parent() {
+            crate::sys::remove::remove_tree(&parent.join(stage_name(&plan.id, number)))?;
+        }
+    }
+    Ok(())
+}
+
+/// Fill the source of `plan`'s `number`th volume, unless another did meanwhile. What is there and not an empty directory stays.
+pub(super) fn fill(image: &Arc<dyn Tree>, plan: &Plan, number: usize) -> Result<()> {
+    let volume = &plan.volumes[number];
+    let subject = || format!("{} ({})", volume.target, show(&volume.source));
+    let fail = |e: Errno| Error::sys(OP, subject(), e);
+    let (Some(parent_path), Some(name)) = (volume.source.parent(), volume.source.file_name()) else {
+        return Err(Error::new(Kind::Usage, OP, subject(), "it has no name"));
+    };
+    let parent = open_resolved(parent_path).map_err(fail)?;
+    let stage = stage_name(&plan.id, number);
+    let from = route::target_attr(image, &volume.target)?;
+    let undo = |error: Error| error.with_undo(crate::sys::remove::remove_tree(&parent_path.join(&stage)).map(|_| ()));
+    let made = (|| {
+        fault::point("fill.begin")?;
+        let mut copy =
+            Copy { tree: image, links: HashMap::new(), closed: Vec::new(), top: None, partial: 0, devices: 0 };
+        let made = match &from {
+            Some(attr) if FileType::from_raw_mode(attr.mode).is_file() => {
+                copy.file(attr, &parent, OsStr::new(&stage), &volume.source)?;
+                copy.attributes(attr, At::new(&parent, OsStr::new(&stage)), &volume.source)?;
+                open_made(&parent, &stage, OFlags::empty())
+            }
+            _ => {
+                let top = make_top(&parent, &stage).map_err(fail)?;
+                copy.top = Some(top.try_clone().map_err(|e| Error::io(OP, subject(), e))?);
+                if let Some(attr) = &from {
+                    copy.directory(attr.node, &top, Path::new(""), MAX_DEPTH)?;
+                    copy.directory_attributes(attr, &top, Path::new("."))?;
+                    copy.close(&top).map_err(fail)?;
+                } else {
+                    like_parent(&parent, &top).map_err(fail)?;
+                }
+                Ok(top)
+            }
+        }
+        .map_err(fail)?;
+        copy.tell(&volume.target);
+        fault::point("fill.made")?;
+        // What is renamed into place is what a power loss must not cut short.
+        fs::syncfs(&made_for_sync(&parent)?).map_err(fail)?;
+        put_in_place(&parent, &stage, name, &made, &subject)
+    })();
+    made.map_err(undo)?;
+    // Gone already, but for another one's content in the place.
+    crate::sys::remove::remove_tree(&parent_path.join(&stage)).map(|_| ())
+}
+
+fn made_for_sync(parent: &OwnedFd) -> Result<OwnedFd> {
+    fs::openat(parent, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys(OP, "", e))
+}
+
+/// The directory at an absolute path without symlinks, as [`crate::sys::fs::path_of`] gives it.
+fn open_resolved(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let root = open_path(Path::new("/"))?;
+    match path.strip_prefix("/") {
+        Ok(below) if !below.as_os_str().is_empty() => open_beneath(&root, below, OFlags::PATH | OFlags::DIRECTORY),
+        _ => Ok(root),
+    }
+}
+
+fn open_made(dir: &OwnedFd, name: &str, extra: OFlags) -> rustix::io::Result<OwnedFd> {
+    fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | extra, Mode::empty())
+}
+
+/// A new private directory. Another one put in its place meanwhile is EBUSY: nothing of ours goes there.
+fn make_top(parent: &OwnedFd, stage: &str) -> rustix::io::Result<OwnedFd> {
+    fs::mkdirat(parent, stage, Mode::RWXU)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let top = fs::openat(parent, stage, flags, Mode::empty())?;
+    let stat = fs::fstat(&top)?;
+    let is_ours = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o077 == 0;
+    if is_ours && is_empty(&top)? { Ok(top) } else { Err(Errno::BUSY) }
+}
+
+/// Where the image has nothing: as a missing source without `copy` is made.
+fn like_parent(parent: &OwnedFd, top: &OwnedFd) -> rustix::io::Result<()> {
+    let (stat, mine) = (fs::fstat(parent)?, fs::fstat(top)?);
+    if (stat.st_uid, stat.st_gid) != (mine.st_uid, mine.st_gid) {
+        fs::fchown(top, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
+    }
+    fs::fchmod(top, Mode::from_raw_mode(0o755))
+}
+
+fn put_in_place(
+    parent: &OwnedFd,
+    stage: &str,
+    name: &OsStr,
+    made: &OwnedFd,
+    subject: &dyn Fn() -> String,
+) -> Result<()> {
+    let fail = |e: Errno| Error::sys(OP, subject(), e);
+    let is_dir = FileType::from_raw_mode(fs::fstat(made).map_err(fail)?.st_mode).is_dir();
+    match fs::renameat_with(parent, stage, parent, name, RenameFlags::NOREPLACE) {
+        Ok(()) => {}
+        // It exists. An empty directory is replaced in one step; anything else is somebody's data.
+        Err(Errno::EXIST) if is_dir => match fs::renameat(parent, stage, parent, name) {
+            Ok(()) => {}
+            Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => return Ok(()),
+            Err(Errno::BUSY) => {
+                return Err(Error::sys(OP, subject(), Errno::BUSY).hint(
+                    "something is mounted on the source: give a directory below it, which is filled when it is missing",
+                ));
+            }
+            Err(e) => return Err(fail(e)),
+        },
+        Err(Errno::EXIST) => return Ok(()),
+        Err(e) => return Err(fail(e)),
+    }
+    let there = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+    let ours = fs::fstat(made).map_err(fail)?;
+    if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino) {
+        return Err(Error::new(Kind::Busy, OP, subject(), "it was changed while it was made"));
+    }
+    fault::point("fill.placed")?;
+    fs::fsync(made_for_sync(parent)?).map_err(fail)
+}
+
+struct Copy<'a> {
+    tree: &'a Arc<dyn Tree>,
+    /// First path of each inode with several names, below the top.
+    links: HashMap<Node, PathBuf>,
+    /// Directories that are closed to their owner, innermost first: open until the end.
+    closed: Vec<(PathBuf, u32)>,
+    top: Option<OwnedFd>,
+    partial: u64,
+    devices: u64,
+}
+
+/// One entry of a directory, as the tree tells it.
+struct Item {
+    name: OsString,
+    attr: Attr,
+}
+
+impl Copy<'_> {
+    fn tell(&self, target: &ContainerPath) {
+        if self.partial > 0 {
+            log::info!(target: TARGET, "volume {target}: {} files keep not all of their owners and attributes: this user may not set them", self.partial);
+        }
+        if self.devices > 0 {
+            log::warn!(target: TARGET, "volume {target}: {} device nodes are left out: this user may not make them", self.devices);
+        }
+    }
+
+    fn items(&self, node: Node) -> std::result::Result<Vec<Item>, Errno> {
+        let opened = self.tree.opendir(&ME, node)?;
+        let (mut items, mut cookie) = (Vec::new(), 0);
+        let mut read_all = || loop {
+            let before = items.len();
+            let mut last = cookie;
+            self.tree.readdir(&ME, node, opened.handle, cookie, ListMode::Plus, &mut |item| {
+                last = item.cookie;
+                if let Some(entry) = item.entry {
+                    items.push(Item { name: item.name.to_owned(), attr: entry.attr });
+                }
+                Fit::Taken
+            })?;
+            if last == cookie || items.len() == before {
+                return Ok(());
+            }
+            cookie = last;
+        };
+        let result: std::result::Result<(), Errno> = read_all();
+        self.tree.releasedir(node, opened.handle);
+        result.map(|()| items)
+    }
+
+    /// After what is made in it, which changes its times. Its mode waits for the end where it would shut us out.
+    fn directory_attributes(&mut self, attr: &Attr, dir: &OwnedFd, path: &Path) -> Result<()> {
+        if attr.mode & OPEN != OPEN {
+            self.closed.push((path.to_owned(), attr.mode & 0o7777));
+        }
+        self.attributes(&Attr { mode: attr.mode | OPEN, ..*attr }, At::itself(dir), path)
+    }
+
+    fn close(&self, top: &OwnedFd) -> rustix::io::Result<()> {
+        for (path, mode) in &self.closed {
+            let dir = open_beneath(top, path, OFlags::RDONLY | OFlags::DIRECTORY)?;
+            fs::fchmod(&dir, Mode::from_raw_mode(*mode))?;
+        }
+        Ok(())
+    }
+
+    fn directory(&mut self, node: Node, to: &OwnedFd, path: &Path, depth_left: usize) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(Path::new("/").join(path)), e);
+        if depth_left == 0 {
+            return Err(Error::new(Kind::Limit, OP, show(path), "it is more than 400 levels deep"));
+        }
+        for Item { name, attr } in self.items(node).map_err(fail)? {
+            let path = path.join(&name);
+            let copied = self.entry(&attr, to, &name, &path, depth_left);
+            self.tree.forget(attr.node, 1);
+            copied?;
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, attr: &Attr, to: &OwnedFd, name: &OsStr, path: &Path, depth_left: usize) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let kind = FileType::from_raw_mode(attr.mode);
+        if !kind.is_dir() && attr.nlink > 1 {
+            if let Some(first) = self.links.get(&attr.node) {
+                return self.link(first, to, name).map_err(fail);
+            }
+            if self.links.len() < MAX_LINKED {
+                self.links.insert(attr.node, path.to_owned());
+            }
+        }
+        match kind {
+            FileType::Directory => {
+                fs::mkdirat(to, name, Mode::RWXU).map_err(fail)?;
+                let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let below = fs::openat(to, name, flags, Mode::empty()).map_err(fail)?;
+                self.directory(attr.node, &below, path, depth_left - 1)?;
+                return self.directory_attributes(attr, &below, path);
+            }
+            FileType::RegularFile => self.file(attr, to, name, path)?,
+            FileType::Symlink => {
+                let mut text = Vec::new();
+                self.tree.readlink(attr.node, &mut |bytes| text.extend_from_slice(bytes)).map_err(fail)?;
+                fs::symlinkat(OsString::from_vec(text), to, name).map_err(fail)?;
+            }
+            special => match fs::mknodat(to, name, special, Mode::RUSR | Mode::WUSR, attr.rdev.into()) {
+                Ok(()) => {}
+                Err(Errno::PERM) => {
+                    self.devices += 1;
+                    self.links.remove(&attr.node);
+                    return Ok(());
+                }
+                Err(e) => return Err(fail(e)),
+            },
+        }
+        self.attributes(attr, At::new(to, name), path)
+    }
+
+    fn link(&self, first: &Path, to: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
+        let top = self.top.as_ref().ok_or(Errno::NOENT)?;
+        let (dir, file) = (first.parent().unwrap_or(Path::new("")), first.file_name().unwrap_or_default());
+        let dir = if dir.as_os_str().is_empty() { Path::new(".") } else { dir };
+        let dir = open_beneath(top, dir, OFlags::PATH | OFlags::DIRECTORY)?;
+        fs::linkat(&dir, file, to, name, AtFlags::empty())
+    }
+
+    fn file(&self, attr: &Attr, to: &OwnedFd, name: &OsStr, path: &Path) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let out = fs::openat(to, name, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
+        if attr.size == 0 {
+            return Ok(());
+        }
+        let opened = self.tree.open(&ME, attr.node, libc::O_RDONLY).map_err(fail)?;
+        let copied = self.content(attr, opened.handle, &out);
+        self.tree.release(attr.node, opened.handle);
+        copied.map_err(fail)
+    }
+
+    fn content(&self, attr: &Attr, handle: u64, out: &OwnedFd) -> rustix::io::Result<()> {
+        let mut at = 0;
+        while at < attr.size {
+            let mut read = Ok(0);
+            self.tree.read(attr.node, handle, at, PIECE, &mut |bytes| {
+                read = if bytes.iter().all(|&b| b == 0) { Ok(bytes.len()) } else { write_all(out, bytes, at) };
+            })?;
+            match read? {
+                // Shorter than its index says: damage, not an end.
+                0 => return Err(Errno::IO),
+                n => at += n as u64,
+            }
+        }
+        fs::ftruncate(out, attr.size)
+    }
+
+    fn attributes(&mut self, attr: &Attr, to: At<'_>, path: &Path) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let mut stat: Stat = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        (stat.st_mode, stat.st_uid, stat.st_gid) = (attr.mode, attr.uid, attr.gid);
+        (stat.st_mtime, stat.st_mtime_nsec) = (attr.mtime.secs as _, attr.mtime.nanos as _);
+        (stat.st_atime, stat.st_atime_nsec) = (attr.atime.secs as _, attr.atime.nanos as _);
+        let xattrs = self.xattrs(attr.node).map_err(fail)?;
+        let xattrs: Vec<_> = xattrs.iter().map(|(name, value)| (name.clone(), value.as_slice())).collect();
+        let set = attrs::set(&xattrs, &stat, to).map_err(fail)?;
+        self.partial += u64::from(set == Fidelity::Partial);
+        Ok(())
+    }
+
+    fn xattrs(&self, node: Node) -> rustix::io::Result<Vec<(CString, Vec<u8>)>> {
+        if self.tree.is_without_xattrs() {
+            return Ok(Vec::new());
+        }
+        let mut names = Vec::new();
+        match self.tree.listxattr(node, &mut |bytes| names.extend_from_slice(bytes)) {
+            Ok(()) => {}
+            Err(Errno::OPNOTSUPP | Errno::NOSYS) => return Ok(Vec::new()),
+            Err(e) => return Err(e),
+        }
+        let mut xattrs = Vec::new();
+        for name in names.split(|&b| b == 0).filter(|name| !name.is_empty()) {
+            let mut value = Vec::new();
+            match self.tree.getxattr(&ME, node, OsStr::from_bytes(name), &mut |bytes| value.extend_from_slice(bytes)) {
+                Ok(()) => xattrs.push((CString::new(name).map_err(|_| Errno::INVAL)?, value)),
+                // Not for us to read (security.*, trusted.*): then it is not for us to set.
+                Err(Errno::NODATA | Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(xattrs)
+    }
+}
+
+fn write_all(out: &OwnedFd, bytes: &[u8], at: u64) -> rustix::io::Result<usize> {
+    let mut done = 0;
+    while done < bytes.len() {
+        match rustix::io::pwrite(out, &bytes[done..], at + done as u64) {
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(done)
+}
