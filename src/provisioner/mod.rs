@@ -25,7 +25,7 @@ use crate::host::Host;
 use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::paths::{ContainerPaths, StatePaths};
 use crate::plan::{BackendKind, IndexFile, Layer, Ownership, Plan};
-use crate::store::Store;
+use crate::store::{Policy, Store};
 use crate::volume::{self, ContainerPath, Volume, VolumeSpec};
 
 /// What a user asks for.
@@ -123,12 +123,19 @@ impl std::fmt::Display for Selector {
 pub struct Provisioner {
     paths: StatePaths,
     host: Host,
+    policy: Policy,
 }
 
 impl Provisioner {
     /// Work with the records below `paths`, on this host.
     pub fn new(paths: StatePaths, host: Host) -> Self {
-        Provisioner { paths, host }
+        Provisioner { paths, host, policy: Policy::default() }
+    }
+
+    /// The same with this policy for the images it imports.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Provisioner { policy, ..self }
     }
 
     /// What this host may do.
@@ -142,7 +149,7 @@ impl Provisioner {
             Some(id) => id.clone(),
             None => ContainerId::random()?,
         };
-        let store = Store::open(&self.paths)?;
+        let store = Store::open(&self.paths)?.with_policy(self.policy.clone());
         // Held until the record names the image: from then on `image rm` and gc see that it is in use.
         let in_use = store.lock_shared()?;
         let image = store.resolve(&request.image)?;

@@ -29,7 +29,7 @@ pub struct Collected {
     pub images: Vec<ImageId>,
     /// Layers removed, by diff id.
     pub layers: Vec<ImageId>,
-    /// Half-made images of importers that died.
+    /// Half-made images of importers that died, and downloads that broke off.
     pub staging: usize,
     /// Bytes that the disk got back.
     pub bytes: u64,
@@ -52,6 +52,7 @@ impl Store {
     /// Collect garbage. An image that cannot be read keeps all layers: what it names is not known.
     pub fn gc(&self, prune: Prune, uses: Uses<'_>) -> Result<Collected> {
         let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
+        done.staging += self.clean_downloads(std::time::Duration::ZERO)?;
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
         let used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
