@@ -1,20 +1,18 @@
 //! Configuration: one TOML file of the system and one of the user, each key optional, unknown keys errors.
 //!
-//! Precedence, strongest first: command line, environment, user's file, system's file, built-in default. [`Settings`] keeps where
-//! each value came from, for `fsprov config show`.
-//!
-//! ```toml
-//! root = "/srv/fsprov"                                  # the state root, absolute
-//! backend = "fuse"                                      # auto, bind, fuse, overlay or copy
-//! volumes = ["/etc/resolv.conf:/etc/resolv.conf:ro"]    # in every rootfs; sources absolute
-//! ```
+//! Precedence, strongest first: command line, environment, user's file, system's file, built-in default. A stronger file replaces a
+//! key, in `[limits]` each limit and in `[registry]` each host by itself. [`Settings`] keeps where each value came from, for
+//! `fsprov config show`; [`EXAMPLE`] shows every key.
 
+use std::collections::BTreeMap;
 use std::fmt;
 use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result, show};
+use crate::pull::HostConfig;
+use crate::store::{Limits, Policy};
 use crate::volume::VolumeSpec;
 
 /// The system's file.
@@ -24,6 +22,9 @@ pub const USER_FILE: &str = "fsprov/config.toml";
 /// Longest file read: a thousand volumes fit many times.
 const MAX_BYTES: u64 = 1 << 20;
 
+/// A file with every key, each at its built-in value or an example of one: `fsprov config example` prints it.
+pub const EXAMPLE: &str = include_str!("config_example.toml");
+
 /// One file's keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -31,6 +32,15 @@ pub struct File {
     root: Option<PathBuf>,
     backend: Option<String>,
     volumes: Option<Vec<String>>,
+    keyring: Option<PathBuf>,
+    auth_file: Option<PathBuf>,
+    mesos_stores: Option<Vec<PathBuf>>,
+    discovery_prefixes: Option<Vec<String>>,
+    parallel_downloads: Option<usize>,
+    #[serde(default)]
+    limits: BTreeMap<String, u64>,
+    #[serde(default)]
+    registry: BTreeMap<String, HostConfig>,
 }
 
 /// Where a value came from.
@@ -73,6 +83,32 @@ pub struct Settings {
     pub backend: Setting<String>,
     /// Volumes of every rootfs, as written.
     pub volumes: Setting<Vec<String>>,
+    /// OpenPGP keys (a file, or a directory of such files): AppC archives need a signature by one of them. `None`: they need none.
+    pub keyring: Setting<Option<PathBuf>>,
+    /// The registries' logins; `None`: where podman and docker keep theirs.
+    pub auth_file: Setting<Option<PathBuf>>,
+    /// Image stores of Apache Mesos (AppC) that are looked into, read-only, for what our own store has not.
+    pub mesos_stores: Setting<Vec<PathBuf>>,
+    /// What simple discovery puts before an AppC image's name; tried in this order.
+    pub discovery_prefixes: Setting<Vec<String>>,
+    /// Most blobs of one image that are fetched at the same time.
+    pub parallel_downloads: Setting<usize>,
+    /// What an image may ask for; only those that a file sets.
+    pub limits: BTreeMap<String, Setting<u64>>,
+    /// How hosts are spoken to, by `HOST` or `HOST:PORT`.
+    pub registry: BTreeMap<String, Setting<HostConfig>>,
+}
+
+impl<T> Setting<T> {
+    fn default(value: T) -> Self {
+        Setting { value, origin: Origin::Default }
+    }
+
+    fn replace(&mut self, value: Option<T>, origin: &Origin) {
+        if let Some(value) = value {
+            *self = Setting { value, origin: origin.clone() };
+        }
+    }
 }
 
 impl Settings {
@@ -80,9 +116,16 @@ impl Settings {
     /// error that names it.
     pub fn read(files: &[PathBuf]) -> Result<Self> {
         let mut settings = Settings {
-            root: Setting { value: None, origin: Origin::Default },
-            backend: Setting { value: "auto".to_owned(), origin: Origin::Default },
-            volumes: Setting { value: Vec::new(), origin: Origin::Default },
+            root: Setting::default(None),
+            backend: Setting::default("auto".to_owned()),
+            volumes: Setting::default(Vec::new()),
+            keyring: Setting::default(None),
+            auth_file: Setting::default(None),
+            mesos_stores: Setting::default(Vec::new()),
+            discovery_prefixes: Setting::default(vec!["https://".to_owned()]),
+            parallel_downloads: Setting::default(crate::pull::PARALLEL_DOWNLOADS),
+            limits: BTreeMap::new(),
+            registry: BTreeMap::new(),
         };
         for path in files {
             if let Some(file) = read_file(path)? {
@@ -93,16 +136,40 @@ impl Settings {
     }
 
     fn apply(&mut self, file: File, origin: &Origin) {
-        let File { root, backend, volumes } = file;
-        if let Some(root) = root {
-            self.root = Setting { value: Some(root), origin: origin.clone() };
+        let File {
+            root,
+            backend,
+            volumes,
+            keyring,
+            auth_file,
+            mesos_stores,
+            discovery_prefixes,
+            parallel_downloads,
+            limits,
+            registry,
+        } = file;
+        self.root.replace(root.map(Some), origin);
+        self.backend.replace(backend, origin);
+        self.volumes.replace(volumes, origin);
+        self.keyring.replace(keyring.map(Some), origin);
+        self.auth_file.replace(auth_file.map(Some), origin);
+        self.mesos_stores.replace(mesos_stores, origin);
+        self.discovery_prefixes.replace(discovery_prefixes, origin);
+        self.parallel_downloads.replace(parallel_downloads, origin);
+        let of = |value| Setting { value, origin: origin.clone() };
+        self.limits.extend(limits.into_iter().map(|(name, value)| (name, of(value))));
+        let of = |value| Setting { value, origin: origin.clone() };
+        self.registry.extend(registry.into_iter().map(|(host, value)| (host, of(value))));
+    }
+
+    /// What the store takes, and where else it looks.
+    pub fn policy(&self) -> Policy {
+        let mut limits = Limits::default();
+        for (name, setting) in &self.limits {
+            // Names were looked at when the file was read.
+            limits.set(name, setting.value);
         }
-        if let Some(value) = backend {
-            self.backend = Setting { value, origin: origin.clone() };
-        }
-        if let Some(value) = volumes {
-            self.volumes = Setting { value, origin: origin.clone() };
-        }
+        Policy { limits, keyring: self.keyring.value.clone(), mesos_stores: self.mesos_stores.value.clone() }
     }
 
     /// The volumes of every rootfs.
@@ -127,8 +194,32 @@ fn read_file(path: &Path) -> Result<Option<File>> {
         return Err(refuse("it is longer than 1 MiB".into()));
     }
     let file: File = toml::from_str(&text).map_err(|e| refuse(e.to_string().trim_end().replace('\n', "\n  ")))?;
-    if file.root.as_deref().is_some_and(|r| !r.is_absolute()) {
-        return Err(refuse("root must be an absolute path".into()));
+    let single = [("root", &file.root), ("keyring", &file.keyring), ("auth_file", &file.auth_file)];
+    let single = single.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
+    let stores = file.mesos_stores.iter().flatten().map(|path| ("mesos_stores", path));
+    let ca = file.registry.values().filter_map(|host| Some(("registry.ca", host.ca.as_ref()?)));
+    for (key, path) in single.chain(stores).chain(ca) {
+        if !path.is_absolute() {
+            return Err(refuse(format!("{key} is {}: it must be an absolute path", show(path))));
+        }
+    }
+    for prefix in file.discovery_prefixes.iter().flatten() {
+        if !["https://", "http://", "file:///", "/"].iter().any(|start| prefix.starts_with(start)) {
+            return Err(refuse(format!(
+                "discovery_prefixes has {prefix:?}: it must begin with https://, http://, file:/// or /"
+            )));
+        }
+    }
+    if file.parallel_downloads.is_some_and(|count| !(1..=32).contains(&count)) {
+        return Err(refuse("parallel_downloads must lie in 1 to 32".into()));
+    }
+    for (name, value) in &file.limits {
+        if !Limits::default().set(name, *value) {
+            return Err(refuse(format!("limits.{name} is unknown: there are {}", Limits::NAMES.join(", "))));
+        }
+    }
+    for (host, config) in &file.registry {
+        config.check(host).map_err(|e| refuse(e.to_string()))?;
     }
     for volume in file.volumes.iter().flatten() {
         let spec = VolumeSpec::parse(volume.as_ref()).map_err(|e| refuse(e.to_string()))?;
@@ -172,14 +263,54 @@ mod tests {
     fn what_is_not_understood_is_an_error_that_names_the_file() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("config.toml");
-        for bad in
-            ["rot = 1", "root = \"relative\"", "volumes = [\"a:/b\"]", "volumes = [\"/a\"]", "root = ", "root = 3"]
-        {
+        for bad in [
+            "rot = 1",
+            "root = \"relative\"",
+            "volumes = [\"a:/b\"]",
+            "volumes = [\"/a\"]",
+            "root = ",
+            "root = 3",
+            "keyring = \"keys\"",
+            "mesos_stores = [\"store\"]",
+            "discovery_prefixes = [\"ftp://x\"]",
+            "parallel_downloads = 0",
+            "[limits]\nentrys = 1",
+            "[limits]\nentries = -1",
+            "[registry.\"a/b\"]",
+            "[registry.a]\ninsecur = true",
+            "[registry.a]\nca = \"relative\"",
+            "[registry.a]\nmirror = \"https://b\"",
+        ] {
             std::fs::write(&path, bad).unwrap();
             let error = Settings::read(std::slice::from_ref(&path)).unwrap_err();
             assert_eq!(error.kind(), Kind::Usage, "{bad}");
             assert!(error.to_string().contains("config.toml"), "{error}");
         }
+    }
+
+    #[test]
+    fn limits_and_hosts_are_merged_one_by_one_and_the_example_is_understood() {
+        let dir = tempfile::tempdir().unwrap();
+        let (system, user) = (dir.path().join("system"), dir.path().join("user"));
+        std::fs::write(&system, "[limits]\nentries = 5\ndepth = 9\n[registry.a]\ninsecure = true\n[registry.b]\n")
+            .unwrap();
+        std::fs::write(&user, "[limits]\nentries = 7\n[registry.b]\nmirror = \"m:5000/cache\"\n").unwrap();
+        let settings = Settings::read(&[system.clone(), user.clone()]).unwrap();
+        let limits = settings.policy().limits;
+        assert_eq!((limits.entries, limits.depth, limits.ratio), (7, 9, Limits::default().ratio));
+        assert_eq!(settings.limits["depth"].origin, Origin::File(system));
+        assert!(settings.registry["a"].value.insecure);
+        assert_eq!(settings.registry["b"].value.mirror.as_deref(), Some("m:5000/cache"));
+        // What the example says of a key that is commented out holds too.
+        let every = EXAMPLE.lines().map(|l| l.strip_prefix("#:").unwrap_or(l)).collect::<Vec<_>>().join("\n");
+        for text in [EXAMPLE, &every] {
+            std::fs::write(&user, text).unwrap();
+            let settings = Settings::read(std::slice::from_ref(&user)).unwrap();
+            assert_eq!(settings.policy().limits, Limits::default(), "the example shows the built-in limits");
+        }
+        let settings = Settings::read(std::slice::from_ref(&user)).unwrap();
+        assert_eq!(settings.limits.len(), Limits::NAMES.len(), "the example shows every limit");
+        assert!(settings.keyring.value.is_some() && settings.registry.len() == 2);
     }
 
     #[test]

@@ -20,6 +20,7 @@ pub mod paths;
 pub mod pathtext;
 pub mod plan;
 pub mod provisioner;
+pub mod pull;
 pub mod store;
 pub mod sys;
 pub mod tree;

@@ -12,6 +12,7 @@
 //! ├── staging/<boot id>-…/         half-made images; its maker holds a flock on it
 //! ├── aside/                       what verify found damaged and took out of the store
 //! ├── cache/index/<key>            indexes of images that are not in the store
+//! ├── cache/download/<key>/        what is being downloaded, or broke off; its holder has a flock on it
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
 //! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: whoever changes this rootfs
 //!     ├── record.json              the record
@@ -71,6 +72,10 @@ impl StatePaths {
     /// Indexes of images that are not in the store.
     pub fn index_cache(&self) -> PathBuf {
         self.root.join("cache").join("index")
+    }
+    /// Downloads that are not imported yet.
+    pub fn downloads(&self) -> PathBuf {
+        self.root.join("cache").join("download")
     }
     /// The directory of provisioned rootfses.
     pub fn containers(&self) -> PathBuf {

@@ -139,7 +139,7 @@ impl Global {
     }
 
     fn provisioner(&self) -> Result<Provisioner> {
-        Ok(Provisioner::new(self.paths()?, crate::host::Host::probe()))
+        Ok(Provisioner::new(self.paths()?, crate::host::Host::probe()).with_policy(settings()?.policy()))
     }
 
     fn start_log(&self) {

@@ -3,6 +3,7 @@
 pub mod appc;
 pub mod discovery;
 pub mod oci;
+pub mod signature;
 
 use crate::error::{Error, Kind, Result};
 

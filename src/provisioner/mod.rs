@@ -31,7 +31,7 @@ use crate::host::Host;
 use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::paths::{ContainerPaths, StatePaths};
 use crate::plan::{BackendKind, IndexFile, Layer, Live, Ownership, Plan, Scratch};
-use crate::store::{ResolvedImage, Store};
+use crate::store::{Policy, ResolvedImage, Store};
 use crate::tree::Tree;
 use crate::volume::{self, ContainerPath, Fill, Volume, VolumeSpec};
 
@@ -176,18 +176,25 @@ pub struct Provisioner {
     paths: StatePaths,
     host: Host,
     meter: Option<Arc<Meter>>,
+    policy: Policy,
 }
 
 impl Provisioner {
     /// Work with the records below `paths`, on this host.
     pub fn new(paths: StatePaths, host: Host) -> Self {
-        Provisioner { paths, host, meter: None }
+        Provisioner { paths, host, meter: None, policy: Policy::default() }
     }
 
     /// Count on `meter` what provisioning copies.
     pub fn metered(mut self, meter: Arc<Meter>) -> Self {
         self.meter = Some(meter);
         self
+    }
+
+    /// The same with this policy for the images it imports.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Provisioner { policy, ..self }
     }
 
     /// What this host may do.
@@ -201,7 +208,7 @@ impl Provisioner {
             Some(id) => id.clone(),
             None => ContainerId::random()?,
         };
-        let store = Store::open(&self.paths)?;
+        let store = Store::open(&self.paths)?.with_policy(self.policy.clone());
         // Held until the record names the image: from then on `image rm` and gc see that it is in use.
         let in_use = store.lock_shared()?;
         let image = store.resolve(&request.image)?;

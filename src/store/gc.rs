@@ -28,7 +28,7 @@ pub struct Collected {
     pub images: Vec<ImageId>,
     /// Layers removed, by diff id.
     pub layers: Vec<ImageId>,
-    /// Half-made images of importers that died.
+    /// Half-made images of importers that died, and downloads that broke off.
     pub staging: usize,
     /// Bytes that the disk got back.
     pub bytes: u64,
@@ -65,6 +65,7 @@ impl Store {
     /// ```
     pub fn gc(&self, prune: Prune, uses: Uses<'_>) -> Result<Collected> {
         let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
+        done.staging += self.clean_downloads(std::time::Duration::ZERO)?;
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
         let mut used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();

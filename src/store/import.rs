@@ -18,6 +18,7 @@ use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin, sha256_hex};
 use super::oci::Layout;
 use super::place::{Again, Placed, Placer, normalize};
+use super::signed::{Signature, same_as_signed, watched};
 use super::staging::{self, Staging};
 use super::stream::{self, Archive, ChunkReader, ProgressFn, Sink};
 use super::tarread::{EndMarker, Member, TarReader};
@@ -42,6 +43,13 @@ pub enum ImageSource {
     Stdin,
     /// The tree of another image of the store ([`Store::flatten`]).
     Flattened(ImageId),
+    /// An archive or OCI layout that was fetched, and where it came from, for people.
+    Downloaded {
+        /// Where it lies.
+        path: PathBuf,
+        /// Its URL, or what comes nearest.
+        from: String,
+    },
 }
 
 impl ImageSource {
@@ -61,6 +69,7 @@ impl std::fmt::Display for ImageSource {
             ImageSource::Archive(path) | ImageSource::Directory(path) => f.write_str(&show(path)),
             ImageSource::Stdin => f.write_str("standard input"),
             ImageSource::Flattened(id) => write!(f, "the layers of {id}"),
+            ImageSource::Downloaded { from, .. } => f.write_str(from),
         }
     }
 }
@@ -80,6 +89,8 @@ pub struct ImportOptions {
     pub reference: Option<String>,
     /// For which platform, of an OCI index; this host's otherwise.
     pub platform: Option<Platform>,
+    /// Where its signature is, if the store's policy asks for one.
+    pub signature: Signature,
     /// Told of progress.
     pub progress: Option<ProgressFn>,
 }
@@ -165,7 +176,13 @@ impl Store {
 
     fn import_source(&self, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
         match source {
-            ImageSource::Archive(path) => {
+            ImageSource::Downloaded { path, .. } if path.is_dir() => {
+                let why = "it is no OCI layout";
+                let layout = Layout::at(path, &source.to_string())?;
+                let layout = layout.ok_or_else(|| Error::new(Kind::Invalid, "read", source, why))?;
+                self.import_layout(&layout, source, options)
+            }
+            ImageSource::Archive(path) | ImageSource::Downloaded { path, .. } => {
                 let archive = Archive::open(path)?;
                 self.import_archive(archive, source, options)
             }
@@ -186,9 +203,51 @@ impl Store {
         }
     }
 
+    /// The AppC manifest of an archive, strictly or not, and the id it will have. Nothing is placed.
+    pub(crate) fn peek(&self, path: &PathBuf, options: &ImportOptions) -> Result<(ImageId, Manifest)> {
+        let name = show(path);
+        let producer = Archive::open(path)?.producer(&options.limits, None);
+        let (bytes, digest) = stream::run::<Sha512, _>(producer, |reader| {
+            let mut tar = TarReader::new(reader, name.clone(), options.limits.clone(), EndMarker::Required);
+            let mut found = None;
+            while let Some(member) = tar.next()? {
+                if matches!(place_of(&normalize(&member.path, &options.limits, false)?), Place::Manifest) {
+                    found = Some(manifest_bytes(&mut tar, &member, &options.limits)?);
+                }
+            }
+            tar.finish()?;
+            found.ok_or_else(|| {
+                Error::new(Kind::Invalid, "read archive", &name, "it has no manifest: it is no AppC image")
+            })
+        })?;
+        Ok((ImageId::from_sha512(&digest.into()), Manifest::parse(&bytes, options.strictness)?.manifest))
+    }
+
     fn import_archive(&self, archive: Archive, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
+        let signed = match source {
+            ImageSource::Archive(path) | ImageSource::Downloaded { path, .. } => {
+                self.check_signature(path, &options.signature)?
+            }
+            _ if self.policy.keyring.is_some() && options.signature != Signature::Waived => {
+                let why = "a keyring is configured, and a stream has no signature";
+                return Err(Error::new(Kind::Integrity, "check signature of", source, why)
+                    .hint("put it into a file first, or take it without one by --no-signature"));
+            }
+            _ => None,
+        };
+        let Some(signed) = signed else {
+            let producer = archive.producer(&options.limits, options.progress.clone());
+            return self.import_stream(producer, source, options);
+        };
+        let name = archive.name.clone();
+        let (archive, state) = watched(archive);
         let producer = archive.producer(&options.limits, options.progress.clone());
-        self.import_stream(producer, source, options)
+        // At the very end of the stream, which every import waits for.
+        let checked = move |sink: &mut Sink| {
+            producer(sink)?;
+            same_as_signed(&name, &state, &signed)
+        };
+        self.import_stream(checked, source, options)
     }
 
     pub(super) fn import_stream(

@@ -54,3 +54,43 @@ impl Default for Limits {
         }
     }
 }
+
+/// Each limit by its name in a configuration file.
+macro_rules! by_name {
+    ($($name:ident),* $(,)?) => {
+        impl Limits {
+            /// The names that [`Limits::set`] knows.
+            pub const NAMES: &'static [&'static str] = &[$(stringify!($name)),*];
+
+            /// Set one limit. False: there is none of this name, or it cannot be that large here.
+            pub fn set(&mut self, name: &str, value: u64) -> bool {
+                match name {
+                    $(stringify!($name) => value.try_into().map(|value| self.$name = value).is_ok(),)*
+                    _ => false,
+                }
+            }
+
+            /// One limit.
+            pub fn get(&self, name: &str) -> Option<u64> {
+                match name {
+                    $(stringify!($name) => Some(self.$name as u64),)*
+                    _ => None,
+                }
+            }
+        }
+    };
+}
+
+by_name!(
+    entries,
+    total_bytes,
+    file_bytes,
+    ratio_floor,
+    ratio,
+    depth,
+    xattr_bytes,
+    extension_bytes,
+    sparse_pieces,
+    manifest_bytes,
+    decoder_bytes,
+);

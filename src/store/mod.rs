@@ -4,6 +4,7 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
+mod download;
 #[doc(hidden)]
 pub mod exercise;
 mod export;
@@ -12,13 +13,16 @@ mod import;
 mod layer;
 mod limits;
 mod lock;
+mod mesos;
 mod meta;
+mod names;
 mod oci;
 mod pax;
 mod place;
 mod reindex;
 mod render;
 mod resolve;
+mod signed;
 mod staging;
 mod stream;
 mod tarread;
@@ -29,6 +33,7 @@ mod verify;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 
+pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
 pub use layer::LayerWhiteouts;
@@ -36,6 +41,7 @@ pub use limits::Limits;
 pub use lock::StoreLock;
 pub use meta::{ImageKind, Meta, OnDisk, Origin};
 pub use resolve::ResolvedImage;
+pub use signed::Signature;
 pub use stream::{Progress, ProgressFn};
 pub use verify::{Damage, Repair};
 
@@ -48,6 +54,18 @@ use lock::Hold;
 #[derive(Debug)]
 pub struct Store {
     paths: StatePaths,
+    policy: Policy,
+}
+
+/// What a store takes, and where else it looks.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Policy {
+    /// What an image may ask for that is imported because somebody mounts it. Other imports have [`ImportOptions::limits`].
+    pub limits: Limits,
+    /// OpenPGP keys, a file or a directory of files: an archive needs a detached signature by one of them. `None`: none is asked for.
+    pub keyring: Option<PathBuf>,
+    /// Image stores of Apache Mesos: a name or id that this store has not is looked for there, and used in place.
+    pub mesos_stores: Vec<PathBuf>,
 }
 
 /// An image in use, and by whom.
@@ -71,7 +89,18 @@ impl Store {
                 Error::io("make state directory", show(&dir), e).hint("choose another with --root or FSPROV_ROOT")
             })?;
         }
-        Ok(Store { paths: paths.clone() })
+        Ok(Store { paths: paths.clone(), policy: Policy::default() })
+    }
+
+    /// The same store with this policy.
+    #[must_use]
+    pub fn with_policy(self, policy: Policy) -> Self {
+        Store { policy, ..self }
+    }
+
+    /// Its policy.
+    pub fn policy(&self) -> &Policy {
+        &self.policy
     }
 
     /// Its paths.
@@ -152,6 +181,16 @@ impl Store {
         Ok(meta)
     }
 
+    /// What is known of an image, if it is there and looks whole.
+    pub(crate) fn known(&self, id: &ImageId) -> Option<Meta> {
+        self.check_shallow(id).ok()
+    }
+
+    /// Is this layer there, and does it look whole?
+    pub(crate) fn has_layer(&self, diff_id: &ImageId) -> bool {
+        self.check_layer(diff_id).is_ok()
+    }
+
     /// Is what makes an image there? Cheap: no content is read.
     fn check_shallow(&self, id: &ImageId) -> Result<Meta> {
         let dir = self.paths.image(id);
@@ -167,22 +206,6 @@ impl Store {
             return Err(damaged("its rootfs"));
         }
         crate::index::Index::open(&dir.join(image::INDEX)).map_err(|e| damaged(&format!("its index ({e})")))?;
-        Ok(meta)
-    }
-
-    /// Give an image one more name.
-    fn add_name(&self, id: &ImageId, name: Option<&str>) -> Result<Meta> {
-        let meta = self.meta(id)?;
-        let Some(name) = name.filter(|name| !meta.names.iter().any(|have| have == name)) else { return Ok(meta) };
-        // Two importers that name one image read and write after one another.
-        // (The lock on the directory is its servers'.)
-        let dir = self.paths.image(id);
-        let manifest = dir.join(image::MANIFEST);
-        let fd = std::fs::File::open(&manifest).map_err(|e| Error::io("open", show(&manifest), e))?;
-        let _naming = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
-        let mut meta = self.meta(id)?;
-        meta.names.push(name.to_owned());
-        meta.write(&dir.join(image::META))?;
         Ok(meta)
     }
 }

@@ -20,6 +20,7 @@ use super::layer::LayerMeta;
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin};
 use super::place::{Again, Placer, normalize};
+use super::signed::watched;
 use super::staging::{self, Staging};
 use super::stream::{self, Archive, ChunkReader};
 use super::tarread::{EndMarker, TarReader};
@@ -221,22 +222,6 @@ fn check_blob(wanted: &Digest, size: Option<u64>, got: &Digest, length: u64) -> 
     Ok(())
 }
 
-/// Reads through and hashes what passes.
-struct Hashing<R> {
-    input: R,
-    state: std::sync::Arc<std::sync::Mutex<(Sha256, u64)>>,
-}
-
-impl<R: Read> Read for Hashing<R> {
-    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        let count = self.input.read(out)?;
-        let mut state = self.state.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        state.0.update(&out[..count]);
-        state.1 += count as u64;
-        Ok(count)
-    }
-}
-
 impl Store {
     /// Import one image of a layout.
     pub(super) fn import_layout(
@@ -384,9 +369,8 @@ fn unpack_layer(
     }
     let file = layout.open(&layer.path)?;
     let total = file.metadata().map_err(|e| Error::io("stat", show(&layer.path), e))?.len();
-    let state = std::sync::Arc::new(std::sync::Mutex::new((Sha256::new(), 0)));
-    let input = Box::new(Hashing { input: file, state: state.clone() });
-    let archive = Archive { name: layer.diff_id.to_string(), input, total: Some(total) };
+    let name = layer.diff_id.to_string();
+    let (archive, state) = watched(Archive { name, input: Box::new(file), total: Some(total) });
     let root = File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
     let ((placed, index), diff_id) = stream::run::<Sha256, _>(archive.producer(limits, progress), |reader| {
         place_layer(reader, root.into(), &layer.diff_id.to_string(), limits)

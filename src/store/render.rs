@@ -66,7 +66,7 @@ impl Store {
 
     /// The image that a dependency means: by id; else by name with all labels asked for, `latest` before others, then the one
     /// imported last (rkt's rule).
-    fn find_dependency(&self, wanted: &Dependency) -> Result<Meta> {
+    pub(crate) fn find_dependency(&self, wanted: &Dependency) -> Result<Meta> {
         let has_labels = |meta: &Meta| wanted.labels.iter().all(|l| meta.label(&l.name) == Some(&*l.value));
         let fits = |meta: &Meta| {
             meta.kind == ImageKind::Appc
@@ -84,7 +84,7 @@ impl Store {
             let labels: Vec<String> = wanted.labels.iter().map(|l| format!("{}={}", l.name, l.value)).collect();
             let with = if labels.is_empty() { String::new() } else { format!(" and labels {}", labels.join(", ")) };
             Error::new(Kind::NotFound, "find dependency", &wanted.image_name, format!("the store has none{id}{with}"))
-                .hint("import it first")
+                .hint("import it first; `fsprov image fetch` gets an image with all it depends on")
         })
     }
 }

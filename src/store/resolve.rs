@@ -2,12 +2,14 @@
 
 use std::path::{Path, PathBuf};
 
+use super::mesos;
 use super::oci::Layout;
 use super::stream::{Archive, digest};
 use super::{ImageSource, ImportOptions, Meta, Outcome, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
+use crate::image::discovery::Wanted;
 use crate::paths::image;
 
 /// Fewest hex digits of an id's beginning that are taken for one: fewer would often be a name mistyped. With the algorithm
@@ -55,11 +57,14 @@ impl Store {
     pub fn resolve(&self, image: &ImageRef) -> Result<ResolvedImage> {
         match image {
             ImageRef::Path(path) => self.resolve_path(path),
-            ImageRef::Id(_) | ImageRef::Name(_) => {
-                let meta = self.find(image)?;
-                let meta = self.check_shallow(&meta.id)?;
-                Ok(self.resolved(meta))
-            }
+            ImageRef::Id(_) | ImageRef::Name(_) => match self.find(image) {
+                Ok(meta) => Ok(self.resolved(self.check_shallow(&meta.id)?)),
+                Err(e) if e.kind() == Kind::NotFound => match mesos::find(&self.policy.mesos_stores, image)? {
+                    Some(dir) => self.resolve_path(&dir),
+                    None => Err(e),
+                },
+                Err(e) => Err(e),
+            },
         }
     }
 
@@ -88,9 +93,9 @@ impl Store {
         }
         let source = ImageSource::Directory(at.clone());
         if Layout::at(&at, &source.to_string())?.is_some() {
-            return self.resolve_by_import(&source, &ImportOptions::default());
+            return self.resolve_by_import(&source, &self.import_options(Strictness::Strict));
         }
-        let Some(found) = mesos_layout(&at) else {
+        let Some(found) = mesos::layout(&at) else {
             return Ok(ResolvedImage {
                 id: None,
                 name: None,
@@ -121,13 +126,17 @@ impl Store {
     }
 
     fn resolve_archive(&self, path: PathBuf) -> Result<ResolvedImage> {
-        let options = ImportOptions { strictness: Strictness::Lenient, ..ImportOptions::default() };
+        let options = self.import_options(Strictness::Lenient);
         // Hashing alone is far cheaper than placing, and an archive that is mounted once is mounted again.
         let id = ImageId::from_sha512(&digest(Archive::open(&path)?, &options.limits)?);
         if let Ok(meta) = self.check_shallow(&id) {
             return Ok(self.resolved(meta));
         }
         self.resolve_by_import(&ImageSource::Archive(path), &options)
+    }
+
+    fn import_options(&self, strictness: Strictness) -> ImportOptions {
+        ImportOptions { strictness, limits: self.policy.limits.clone(), ..ImportOptions::default() }
     }
 
     fn resolve_by_import(&self, source: &ImageSource, options: &ImportOptions) -> Result<ResolvedImage> {
@@ -142,8 +151,10 @@ impl Store {
     /// The one image of the store that `image` means.
     pub(super) fn find(&self, image: &ImageRef) -> Result<Meta> {
         let missing = || {
-            Error::new(Kind::NotFound, "find image", image, "the store has none of this name or id")
-                .hint("`fsprov image list` shows what it has, `fsprov image import` adds one")
+            Error::new(Kind::NotFound, "find image", image, "the store has none of this name or id").hint(
+                "`fsprov image list` shows what it has; `fsprov image pull` gets one from a registry, `image fetch` by \
+                     AppC discovery, `image import` takes a file",
+            )
         };
         match image {
             ImageRef::Id(id) => self.meta(id).map_err(|e| if e.kind() == Kind::NotFound { missing() } else { e }),
@@ -156,28 +167,20 @@ impl Store {
     }
 }
 
-/// `dir/rootfs` if `dir` is laid out as Mesos's store has an image, or an unpacked ACI is.
-fn mesos_layout(dir: &Path) -> Option<PathBuf> {
-    let rootfs = dir.join(image::ROOTFS);
-    let is = |path: &Path, what: fn(&std::fs::FileType) -> bool| {
-        std::fs::symlink_metadata(path).is_ok_and(|meta| what(&meta.file_type()))
-    };
-    (is(&dir.join(image::MANIFEST), std::fs::FileType::is_file) && is(&rootfs, std::fs::FileType::is_dir))
-        .then_some(rootfs)
-}
-
-/// The images that a text means: those of this name; else those of this name and version; else those whose id begins so.
-fn fitting(all: Vec<Meta>, text: &str) -> Vec<Meta> {
+/// The images that a text means: those of this name; else those of this name and the labels after it
+/// (`NAME[:VERSION][,LABEL=VALUE...]`); else those whose id begins so.
+pub(super) fn fitting(all: Vec<Meta>, text: &str) -> Vec<Meta> {
     let named = |meta: &Meta, name: &str| meta.names.iter().any(|have| have == name);
     let by_name: Vec<Meta> = all.iter().filter(|meta| named(meta, text)).cloned().collect();
     if !by_name.is_empty() {
         return by_name;
     }
-    if let Some((name, version)) = text.rsplit_once(':') {
-        let by_version: Vec<Meta> =
-            all.iter().filter(|meta| named(meta, name) && meta.label("version") == Some(version)).cloned().collect();
-        if !by_version.is_empty() {
-            return by_version;
+    if let Ok(wanted) = text.parse::<Wanted>() {
+        // rkt's rule: the labels asked for must be there; others may be.
+        let has = |meta: &Meta| wanted.labels().iter().all(|pair| meta.label(&pair.name) == Some(&*pair.value));
+        let by_label: Vec<Meta> = all.iter().filter(|meta| named(meta, wanted.name()) && has(meta)).cloned().collect();
+        if !by_label.is_empty() {
+            return by_label;
         }
     }
     let (digits, least) = match text.split_once('-') {
@@ -194,11 +197,20 @@ fn fitting(all: Vec<Meta>, text: &str) -> Vec<Meta> {
     all.into_iter().filter(|meta| begins(&meta.id)).collect()
 }
 
-fn choose(image: &ImageRef, mut found: Vec<Meta>, missing: impl FnOnce() -> Error) -> Result<Meta> {
+pub(super) fn choose(image: &ImageRef, mut found: Vec<Meta>, missing: impl FnOnce() -> Error) -> Result<Meta> {
     if found.len() > 1 {
         // rkt's rule: who names no version means the one called latest.
         let latest: Vec<usize> = (0..found.len()).filter(|i| found[*i].label("version") == Some("latest")).collect();
         if let [only] = latest[..] {
+            return Ok(found.swap_remove(only));
+        }
+        // And where none is called so (or several are), the one imported last. Within one second nobody can tell.
+        if !latest.is_empty() {
+            found.retain(|meta| meta.label("version") == Some("latest"));
+        }
+        let last = found.iter().map(|meta| meta.imported_at).max();
+        let newest: Vec<usize> = (0..found.len()).filter(|i| Some(found[*i].imported_at) == last).collect();
+        if let [only] = newest[..] {
             return Ok(found.swap_remove(only));
         }
         let shown: Vec<String> = found
@@ -252,6 +264,17 @@ mod tests {
         let ambiguous = find("example.com/a").unwrap_err();
         assert_eq!(ambiguous.kind(), Kind::Usage);
         assert!(ambiguous.to_string().contains("example.com/a:1 (sha512-0a0a0a0a0a0a)"), "{ambiguous}");
+        assert_eq!(find("example.com/a:2,os=linux").unwrap_err().kind(), Kind::NotFound, "a label that it has not");
+        let mut newer = all.clone();
+        newer[1].imported_at += 1;
+        newer[1].labels.push(("os".into(), "linux".into()));
+        let find_newer = |text: &str| {
+            let image = ImageRef::Name(text.into());
+            choose(&image, fitting(newer.to_vec(), text), || Error::new(Kind::NotFound, "", "", "")).map(|meta| meta.id)
+        };
+        assert_eq!(find_newer("example.com/a").unwrap(), id("0b"), "the one imported last");
+        assert_eq!(find_newer("example.com/a,os=linux").unwrap(), id("0b"), "a subset of its labels");
+        assert_eq!(find_newer("example.com/a:1").unwrap(), id("0a"));
         for none in ["1c1c1", "zz", "example.com/a:3", "sha512-", "sha256-0a0a0a", "x:1c1c1c"] {
             assert_eq!(find(none).unwrap_err().kind(), Kind::NotFound, "{none}");
         }

@@ -266,7 +266,7 @@ pub(crate) fn check_ratio(limits: &Limits, name: &str, came: u64, grown: u64) ->
     Ok(())
 }
 
-fn decoder<'a>(
+pub(super) fn decoder<'a>(
     compression: Compression,
     input: impl BufRead + Send + 'a,
     limits: &Limits,

@@ -1,5 +1,6 @@
 //! `fsprov image`.
 
+mod net;
 mod upkeep;
 
 use std::ffi::OsString;
@@ -11,13 +12,13 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
-use super::{Format, Global, output};
+use super::{Format, Global, output, settings};
 use crate::error::Result;
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::oci::Platform;
 use crate::provisioner::images_in_use;
-use crate::store::{ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Store, Use};
+use crate::store::{ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Signature, Store, Use};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  fsprov image import debian.aci\n  fsprov image list\n  fsprov image rm debian")]
@@ -30,6 +31,10 @@ pub(super) struct Image {
 enum Verb {
     /// Put an image into the store
     Import(Import),
+    /// Get an image from an OCI registry
+    Pull(net::Pull),
+    /// Get an AppC image by its name, and what it depends on
+    Fetch(net::Fetch),
     /// Show the images in the store
     #[command(visible_alias = "ls")]
     List(List),
@@ -62,6 +67,7 @@ already is not imported twice.
 Examples:
   fsprov image import debian.aci
   fsprov image import ./rootfs --name example.com/debian
+  fsprov image import debian.aci --signature debian.aci.asc
   curl -s https://example.com/debian.aci | fsprov image import - --expect sha512-...")]
 struct Import {
     /// The archive or directory
@@ -81,6 +87,12 @@ struct Import {
     /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
     #[arg(long)]
     lenient: bool,
+    /// The archive's detached OpenPGP signature, if a keyring is configured [default: PATH.asc]
+    #[arg(long, value_name = "FILE")]
+    signature: Option<PathBuf>,
+    /// Take it without a signature, although a keyring is configured
+    #[arg(long, conflicts_with = "signature")]
+    no_signature: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -115,9 +127,12 @@ struct Rm {
 
 impl Image {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
-        let store = Store::open(&global.paths()?)?;
+        let settings = settings()?;
+        let store = Store::open(&global.paths()?)?.with_policy(settings.policy());
         match &self.verb {
             Verb::Import(verb) => verb.run(&store),
+            Verb::Pull(verb) => verb.run(&store, &settings),
+            Verb::Fetch(verb) => verb.run(&store, &settings),
             Verb::List(verb) => verb.run(&store),
             Verb::Show(verb) => verb.run(&store),
             Verb::Rm(verb) => verb.run(&store),
@@ -140,6 +155,18 @@ struct ImportReport<'a> {
     warnings: &'a [String],
 }
 
+impl<'a> ImportReport<'a> {
+    fn new(done: &'a Imported) -> Self {
+        ImportReport {
+            id: &done.id,
+            name: &done.name,
+            outcome: done.outcome,
+            on_disk: done.on_disk,
+            warnings: &done.warnings,
+        }
+    }
+}
+
 impl Import {
     fn run(&self, store: &Store) -> Result<()> {
         let bar = ProgressBar::no_length().with_style(bar_style());
@@ -149,38 +176,37 @@ impl Import {
             strictness: if self.lenient { Strictness::Lenient } else { Strictness::Strict },
             reference: self.reference.clone(),
             platform: self.platform.clone(),
+            limits: store.policy().limits.clone(),
+            signature: match &self.signature {
+                Some(file) => Signature::File(file.clone()),
+                None if self.no_signature => Signature::Waived,
+                None => Signature::Beside,
+            },
             progress: Some(show_on(&bar)),
             ..ImportOptions::default()
         };
         let imported = store.import(&ImageSource::at(&self.path)?, &options);
         bar.finish_and_clear();
-        self.report(&imported?)
+        report(&imported?, self.format)
     }
+}
 
-    fn report(&self, done: &Imported) -> Result<()> {
-        for warning in &done.warnings {
-            log::warn!("{warning}");
-        }
-        if done.on_disk == OnDisk::IndexOnly {
-            log::info!(
-                "owners, modes or devices that you may not set are kept in the index: the fuse backend shows them"
-            );
-        }
-        if self.format.json {
-            return output::json(&ImportReport {
-                id: &done.id,
-                name: &done.name,
-                outcome: done.outcome,
-                on_disk: done.on_disk,
-                warnings: &done.warnings,
-            });
-        }
-        let how = match done.outcome {
-            Outcome::Created => "imported",
-            Outcome::Existing => "already there:",
-        };
-        output::line(&format!("{how} {} ({})", done.name, done.id))
+/// Say what was imported.
+fn report(done: &Imported, format: Format) -> Result<()> {
+    for warning in &done.warnings {
+        log::warn!("{warning}");
     }
+    if done.on_disk == OnDisk::IndexOnly {
+        log::info!("owners, modes or devices that you may not set are kept in the index: the fuse backend shows them");
+    }
+    if format.json {
+        return output::json(&ImportReport::new(done));
+    }
+    let how = match done.outcome {
+        Outcome::Created => "imported",
+        Outcome::Existing => "already there:",
+    };
+    output::line(&format!("{how} {} ({})", done.name, done.id))
 }
 
 fn bar_style() -> ProgressStyle {

@@ -1,0 +1,134 @@
+//! `fsprov image pull` and `fsprov image fetch`.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use clap::Args;
+use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
+
+use super::super::{Format, output};
+use super::{ImportReport, bar_style, report, show_on};
+use crate::config::Settings;
+use crate::error::Result;
+use crate::image::Strictness;
+use crate::image::discovery::Wanted;
+use crate::image::oci::Platform;
+use crate::pull::{self, Options, Part, PartFn, Reference};
+use crate::store::Store;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+REF is [HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST], as docker writes it: `debian` is docker.io/library/debian:latest. Logins are those of `podman login` \
+and `docker login`. A registry on this host is spoken to by https, or by http where it knows no https; any other by https, unless the configuration \
+calls it insecure. What is checked: the digest of everything that comes, and of every layer's uncompressed content. Detached signatures are AppC's: \
+a keyring does not speak of pulled images.
+
+A pull that broke off goes on where it ended. A tag that was pulled before and means another image now is moved to it.
+
+Examples:
+  fsprov image pull debian:12
+  fsprov image pull --platform linux/arm64 registry.example.com:5000/team/app:v1
+  fsprov image pull quay.io/app@sha256:...")]
+pub(super) struct Pull {
+    /// What to pull
+    #[arg(value_name = "REF")]
+    reference: Reference,
+    /// For which platform, of an image made for several [default: this host's]
+    #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
+    platform: Option<Platform>,
+    #[command(flatten)]
+    format: Format,
+}
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+NAME[:VERSION][,LABEL=VALUE...] is looked for by AppC discovery: NAME-VERSION-OS-ARCH.aci behind each of the configured discovery_prefixes (https:// \
+if there are none), then where the `ac-discovery` tags of https://NAME and of what is above it lead. The version is `latest`, os and arch are this \
+host's where they are not named. What comes must have that name and every label asked for; where a keyring is configured, it must have a good signature \
+(.aci.asc). Images that it depends on and that the store has not are fetched first.
+
+Examples:
+  fsprov image fetch example.com/reduce-worker:1.0.0
+  fsprov image fetch example.com/app:2.1,channel=beta")]
+pub(super) struct Fetch {
+    /// What to fetch
+    #[arg(value_name = "NAME")]
+    wanted: Wanted,
+    /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
+    #[arg(long)]
+    lenient: bool,
+    #[command(flatten)]
+    format: Format,
+}
+
+/// Bars on stderr, one a part, and nothing where that is no terminal.
+struct Bars {
+    all: MultiProgress,
+    parts: Mutex<HashMap<String, ProgressBar>>,
+}
+
+impl Bars {
+    fn new() -> Arc<Self> {
+        Arc::new(Bars { all: MultiProgress::new(), parts: Mutex::default() })
+    }
+
+    fn show(self: &Arc<Self>) -> PartFn {
+        let bars = self.clone();
+        Arc::new(move |part: Part<'_>| {
+            let mut parts = bars.parts.lock().unwrap_or_else(PoisonError::into_inner);
+            let bar = parts.entry(part.name.to_owned()).or_insert_with(|| {
+                let name = part.name.strip_prefix("sha256:").map_or(part.name, |hex| hex.get(..12).unwrap_or(hex));
+                let style =
+                    ProgressStyle::with_template("{prefix:12!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}");
+                let style = style.unwrap_or_else(|_| bar_style());
+                bars.all.add(ProgressBar::no_length().with_style(style).with_prefix(name.to_owned()))
+            });
+            if let Some(total) = part.total {
+                bar.set_length(total);
+            }
+            bar.set_position(part.read);
+        })
+    }
+
+    fn end(&self) {
+        let _ = self.all.clear();
+    }
+}
+
+fn options(settings: &Settings, bars: &Arc<Bars>) -> Options {
+    Options {
+        limits: settings.policy().limits,
+        parallel: settings.parallel_downloads.value,
+        hosts: settings.registry.iter().map(|(host, setting)| (host.clone(), setting.value.clone())).collect(),
+        auth_file: settings.auth_file.value.clone(),
+        discovery_prefixes: settings.discovery_prefixes.value.clone(),
+        parts: Some(bars.show()),
+        progress: Some(show_on(&bars.all.add(ProgressBar::no_length().with_style(bar_style())))),
+        ..Options::default()
+    }
+}
+
+impl Pull {
+    pub(super) fn run(&self, store: &Store, settings: &Settings) -> Result<()> {
+        let bars = Bars::new();
+        let options = Options { platform: self.platform.clone(), ..options(settings, &bars) };
+        let pulled = pull::pull(store, &self.reference, &options);
+        bars.end();
+        report(&pulled?, self.format)
+    }
+}
+
+impl Fetch {
+    pub(super) fn run(&self, store: &Store, settings: &Settings) -> Result<()> {
+        let bars = Bars::new();
+        let strictness = if self.lenient { Strictness::Lenient } else { Strictness::Strict };
+        let options = Options { strictness, ..options(settings, &bars) };
+        let fetched = pull::fetch(store, &self.wanted, &options);
+        bars.end();
+        let fetched = fetched?;
+        if self.format.json {
+            return output::json(&fetched.iter().map(ImportReport::new).collect::<Vec<_>>());
+        }
+        fetched.iter().try_for_each(|one| report(one, self.format))
+    }
+}
