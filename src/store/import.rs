@@ -35,7 +35,8 @@ use crate::paths::image;
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ImageSource {
-    /// A file (or FIFO) that is an ACI: a tar archive, plain or in gzip, bzip2, xz or zstd; its bytes tell, not its name.
+    /// A file (or FIFO) that is an ACI, an OCI layout, a docker archive, or a root filesystem (then a name must be given): a tar
+    /// archive, plain or in gzip, bzip2, xz or zstd; its bytes tell, not its name.
     Archive(PathBuf),
     /// A directory that holds `manifest` and `rootfs`, or that is a root filesystem (then a name must be given).
     Directory(PathBuf),
@@ -259,7 +260,7 @@ impl Store {
         let staging = Staging::make(&self.paths, "import")?;
         let name = source.to_string();
         let (unpacked, digest) =
-            stream::run::<Sha512, _>(produce, |reader| unpack(reader, &name, staging.path(), &options.limits))?;
+            stream::run::<Sha512, _>(produce, |reader| unpack(reader, &name, staging.path(), options))?;
         let unpacked = match unpacked {
             Unpacked::Appc(unpacked) => unpacked,
             Unpacked::Layout(at) => {
@@ -397,9 +398,21 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
     file.write_all(bytes).map_err(failed)
 }
 
+/// What an archive turns out to be, by the first name in it that is not its top.
+enum Form {
+    /// Not known yet; the entry for its top, if there was one.
+    Open(Option<Member>),
+    /// `manifest` and `rootfs`.
+    Appc,
+    /// A root filesystem by itself: it gets a manifest.
+    Tree,
+}
+
 /// Place an ACI in `staging/image`, its tree in `staging/image/rootfs`; what turns out to be a layout in `staging/layout`.
-fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits) -> Result<Unpacked> {
+/// A root filesystem by itself is taken where a name is given.
+fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &ImportOptions) -> Result<Unpacked> {
     fault::point("store.unpack")?;
+    let limits = &options.limits;
     let rootfs = staging.join("image").join(image::ROOTFS);
     for dir in [&staging.join("image"), &rootfs] {
         mkdirat(CWD, dir, Mode::RWXU).map_err(|e| Error::sys("make", show(dir), e))?;
@@ -411,14 +424,33 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits)
     let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Required);
     let mut manifest = None;
     let mut has_root = false;
+    let mut form = Form::Open(None);
     while let Some(mut member) = tar.next()? {
         let path = normalize(&member.path, limits, false)?;
-        if manifest.is_none() && !has_root && super::oci::is_layout_name(&path) {
-            let at = staging.join("layout");
-            unpack_layout(member, path, &mut tar, &at, limits)?;
-            return Ok(Unpacked::Layout(at));
+        if let Form::Open(top) = &mut form {
+            if super::oci::is_layout_name(&path) {
+                let at = staging.join("layout");
+                unpack_layout(member, path, &mut tar, &at, limits)?;
+                return Ok(Unpacked::Layout(at));
+            }
+            match place_of(&path) {
+                Place::Top if matches!(member.what, What::Directory) => {
+                    *top = Some(member);
+                    continue;
+                }
+                Place::Else => {
+                    manifest = Some(made_manifest(&member, options)?);
+                    has_root = true;
+                    if let Some(top) = top.take() {
+                        index.add(placer.place(top, Vec::new(), |_| Ok(Vec::new()), |_| Ok(()))?)?;
+                    }
+                    form = Form::Tree;
+                }
+                _ => form = Form::Appc,
+            }
         }
-        match place_of(&path) {
+        let is_tree = matches!(form, Form::Tree);
+        match if is_tree { Place::Root(&path) } else { place_of(&path) } {
             Place::Top if matches!(member.what, What::Directory) => {}
             Place::Manifest if matches!(member.what, What::File { .. }) => {
                 let bytes = manifest_bytes(&mut tar, &member, limits)?;
@@ -431,16 +463,17 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits)
                 has_root = true;
                 let inside = inside.to_vec();
                 member.path.clear();
-                let target = |raw: &[u8]| match place_of(&normalize(raw, limits, false)?) {
-                    Place::Root(target) if !target.is_empty() => Ok(target.to_vec()),
-                    _ => Err(refuse_path(raw, "a hard link's target lies outside rootfs")),
+                let target = |raw: &[u8]| {
+                    let path = normalize(raw, limits, false)?;
+                    match if is_tree { Place::Root(&path) } else { place_of(&path) } {
+                        Place::Root(target) if !target.is_empty() => Ok(target.to_vec()),
+                        _ => Err(refuse_path(raw, "a hard link's target lies outside the root filesystem")),
+                    }
                 };
                 let entry = placer.place(member, inside, target, |take| tar.body(take))?;
                 index.add(entry)?;
             }
-            Place::Top | Place::Else => {
-                return Err(refuse(&member, "an AppC image holds manifest and rootfs at its top, and nothing else"));
-            }
+            Place::Top | Place::Else => return Err(refuse(&member, NOTHING_ELSE)),
         }
     }
     tar.finish()?;
@@ -452,6 +485,16 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, limits: &Limits)
         return Err(missing("rootfs"));
     }
     Ok(Unpacked::Appc(Appc { manifest, placed: placer.finish()?, index }))
+}
+
+const NOTHING_ELSE: &str = "an AppC image holds manifest and rootfs at its top, and nothing else";
+
+/// The manifest of a root filesystem that came by itself; `first` is its first entry.
+fn made_manifest(first: &Member, options: &ImportOptions) -> Result<Vec<u8>> {
+    match &options.name {
+        Some(name) => tarwrite::made_manifest(name),
+        None => Err(refuse(first, NOTHING_ELSE).hint("a tar of a root filesystem by itself is named with --name")),
+    }
 }
 
 /// Place the files of a layout below `at`: they are read from there, since an archive may have them in any order.

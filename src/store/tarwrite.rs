@@ -174,6 +174,15 @@ pub(crate) struct DirectoryImage {
 const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
+/// The manifest of a root filesystem that came without one.
+pub(crate) fn made_manifest(name: &str) -> Result<Vec<u8>> {
+    let made = Manifest::named(name).map_err(|e| {
+        Error::new(Kind::Usage, "name image", format!("{name:?}"), e)
+            .hint("a root filesystem without a manifest gets one, and its name must be an AC identifier")
+    })?;
+    serde_json::to_vec(&made).map_err(|e| Error::new(Kind::Io, "make manifest", name, e))
+}
+
 impl DirectoryImage {
     /// `path` holds `manifest` and `rootfs`, or is a root filesystem that gets a manifest with `name`.
     pub(crate) fn open(path: &Path, name: Option<&str>, limits: &Limits) -> Result<Self> {
@@ -190,12 +199,7 @@ impl DirectoryImage {
                 let why = "it is a root filesystem without a manifest, and no name was given";
                 Error::new(Kind::Usage, "import", show(path), why).hint("name it with --name")
             })?;
-            let made = Manifest::named(name).map_err(|e| {
-                Error::new(Kind::Usage, "name image", format!("{name:?}"), e)
-                    .hint("a directory without a manifest gets one, and its name must be an AC identifier")
-            })?;
-            let made = serde_json::to_vec(&made).map_err(|e| Error::new(Kind::Io, "make manifest", name, e))?;
-            (made, path.to_owned())
+            (made_manifest(name)?, path.to_owned())
         };
         // The directory itself may be named through a symlink; nothing below it may.
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;

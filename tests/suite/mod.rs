@@ -101,6 +101,7 @@ pub(crate) const CASES: &[Case] = &[
     recover::REBOOT,
     recover::WRITABLE_CRASH,
     store::AT_ONCE,
+    store::BARE_TREE,
     store::BROKEN_IMAGES,
     store::DIRECTORIES,
     store::EVERY_COMPRESSION,

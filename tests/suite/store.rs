@@ -113,6 +113,33 @@ pub(crate) const SAME_TREE: Case =
         }
     });
 
+/// A root filesystem as mmdebstrap, `docker export` and others pack it: no manifest, its own top.
+pub(crate) const BARE_TREE: Case =
+    Case::new("a_tar_of_a_root_filesystem_by_itself_is_taken_under_a_name", on::with_copy, |stage: &Stage| {
+        let tree = stage.mkdir("bare");
+        make_small_tree(&tree);
+        images::chmod(&tree, 0o751);
+        fs::hard_link(tree.join("etc/passwd"), tree.join("etc/passwd-")).expect("link");
+        let archive = stage.path("bare.tar");
+        stage
+            .tool("tar", ["--numeric-owner", "--sort=name", "-C"])
+            .arg(&tree)
+            .arg("-cf")
+            .arg(&archive)
+            .arg(".")
+            .run()
+            .ok();
+        stage.fsprov(["image", "import"]).arg(&archive).run().fails(1, &["bin", "--name"]);
+        let id = sha512_id(stage, &archive);
+        let named = ["image", "import", "--json", "--name", "example.com/bare"];
+        let imported = stage.fsprov(named).arg(&archive).run().ok().json();
+        assert_eq!(imported["id"], Value::String(id), "its id is the digest of the tar as it is");
+        let rootfs = stage.mount("example.com/bare", "rootfs", [] as [&str; 0]);
+        assert_same(&picture(&tree), &picture(&rootfs), "the tree that was packed");
+        stage.unmount(&rootfs);
+        stage.fsprov(["image", "verify"]).run().ok();
+    });
+
 /// An ordinary user cannot set owners or make devices on the disk; the index keeps them, and FUSE shows them.
 pub(crate) const TRUE_OWNERS: Case = Case::new(
     "an_ordinary_users_import_shows_true_owners_and_devices",

@@ -60,13 +60,14 @@ enum Verb {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 PATH is an AppC image (ACI), an OCI layout or a docker archive, each as a tar (plain, gzip, bzip2, xz or zstd, told by its content; - is an ACI on \
-standard input) or unpacked as a directory; a directory holding `manifest` and `rootfs`; or a directory that is a root filesystem (then --name is \
-needed). The id of an ACI is sha512- and the SHA-512 of the uncompressed tar, that of an OCI image its manifest's digest. An image that is there \
+standard input) or unpacked as a directory; a directory holding `manifest` and `rootfs`; or a root filesystem by itself, as a directory or a tar (then \
+--name is needed). The id of an ACI is sha512- and the SHA-512 of the uncompressed tar, that of an OCI image its manifest's digest. An image that is there \
 already is not imported twice.
 
 Examples:
   fsprov image import debian.aci
   fsprov image import ./rootfs --name example.com/debian
+  mmdebstrap bookworm debian.tar && fsprov image import debian.tar --name debian
   fsprov image import debian.aci --signature debian.aci.asc
   curl -s https://example.com/debian.aci | fsprov image import - --expect sha512-...")]
 struct Import {
