@@ -2,16 +2,20 @@
 
 use std::ffi::OsString;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use clap::{Args, ValueEnum as _};
+use sd_notify::NotifyState;
 
 use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, settings};
 use crate::backend::Detach;
 use crate::config::Settings;
+use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
+use crate::plan::Plan;
 use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 use crate::volume::{ContainerPath, VolumeSpec};
@@ -50,7 +54,7 @@ pub(super) struct Mount {
     /// Present everything as belonging to this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
-    /// Stay, and unmount on SIGINT or SIGTERM
+    /// Stay, and unmount on SIGINT or SIGTERM; under systemd say when it is ready (Type=notify)
     #[arg(long)]
     foreground: bool,
     #[command(flatten)]
@@ -70,6 +74,7 @@ impl Mount {
             let signals = Termination::catch()?;
             let record = provisioner.provision(&request)?;
             self.report(&record)?;
+            tell(&[NotifyState::Ready, NotifyState::Status(&format!("{} is mounted", show(&record.plan.rootfs)))]);
             return stay(&provisioner, &record, &signals);
         } else {
             provisioner.provision(&request)?
@@ -124,8 +129,34 @@ impl Mount {
     }
 }
 
+/// A sign of life is sent this many times in an interval (sd_watchdog_enabled(3) advises two).
+const WATCHDOG_SHARE: u32 = 2;
+
+/// Tell systemd; nothing where it did not start us (no NOTIFY_SOCKET).
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(state) {
+        log::warn!(target: "fsprov::cli", "tell systemd: {e}");
+    }
+}
+
+/// Signs of life for as long as the rootfs's server answers, or it has none.
+fn watch(plan: &Plan, pause: Duration) {
+    loop {
+        match control::ask(plan, &Question::Stats) {
+            Err(e) if e.kind() != Kind::NotFound => log::error!(target: "fsprov::cli", "{e}"),
+            _ => tell(&[NotifyState::Watchdog]),
+        }
+        std::thread::sleep(pause);
+    }
+}
+
 /// Wait for a signal, or for the server's end; then take the rootfs away.
 fn stay(provisioner: &Provisioner, record: &Record, signals: &Termination) -> Result<()> {
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        let plan = record.plan.clone();
+        std::thread::spawn(move || watch(&plan, interval / WATCHDOG_SHARE));
+    }
     signals.wait(record.traces.supervisor.or(record.traces.worker))?;
+    tell(&[NotifyState::Stopping]);
     provisioner.destroy(&Selector::Id(record.plan.id.clone()), Detach::Lazy).map(|_| ())
 }

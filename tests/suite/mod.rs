@@ -10,6 +10,7 @@ mod crash;
 mod destroy;
 mod enosys;
 mod faults;
+mod hardened;
 mod posix;
 mod readonly;
 mod recover;
@@ -32,7 +33,11 @@ pub(crate) const CASES: &[Case] = &[
     cli::USAGE,
     clients::BWRAP,
     clients::CHROOT,
+    crash::ALONE,
     crash::KILLED_UNSEEN,
+    crash::LOST,
+    crash::NOT_SENT_AGAIN,
+    crash::POISON,
     crash::RESTARTED,
     destroy::AT_ONCE,
     destroy::BUSY,
@@ -47,12 +52,16 @@ pub(crate) const CASES: &[Case] = &[
     destroy::OVER_THE_IMAGE,
     destroy::SERVER_KILLED,
     destroy::STATE_IS_PRIVATE,
+    destroy::SYSTEMD,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
     enosys::FALLBACKS,
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,
+    hardened::CONFINED,
+    hardened::EVERY_KIND,
+    hardened::EXHAUSTED,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
