@@ -13,6 +13,7 @@ mod durable;
 mod enosys;
 mod faults;
 mod filled;
+mod hardened;
 mod live;
 mod mounted;
 mod posix;
@@ -50,7 +51,11 @@ pub(crate) const CASES: &[Case] = &[
     clients::CHROOT,
     clients::GIT,
     clients::SQLITE,
+    crash::ALONE,
     crash::KILLED_UNSEEN,
+    crash::LOST,
+    crash::NOT_SENT_AGAIN,
+    crash::POISON,
     crash::RESTARTED,
     destroy::AT_ONCE,
     destroy::BUSY,
@@ -65,6 +70,7 @@ pub(crate) const CASES: &[Case] = &[
     destroy::OVER_THE_IMAGE,
     destroy::SERVER_KILLED,
     destroy::STATE_IS_PRIVATE,
+    destroy::SYSTEMD,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
     durable::FULL_DISK,
@@ -85,6 +91,9 @@ pub(crate) const CASES: &[Case] = &[
     mounted::ATTACKED,
     mounted::CAPPED,
     mounted::MODEL,
+    hardened::CONFINED,
+    hardened::EVERY_KIND,
+    hardened::EXHAUSTED,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
