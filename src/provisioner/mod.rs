@@ -153,6 +153,7 @@ impl Provisioner {
     }
 
     /// Count on `meter` what provisioning copies.
+    #[must_use]
     pub fn metered(mut self, meter: Arc<Meter>) -> Self {
         self.meter = Some(meter);
         self
@@ -264,10 +265,9 @@ impl Provisioner {
         let health = backend::of(record.backend).health(&record.plan, &now.traces(record), now.mounts()?);
         Ok(match (health, record.state) {
             (_, State::Pending) => Condition::Interrupted,
-            (_, State::Healing) => Condition::Gone,
             (Health::Ready, State::Ready) => Condition::Ready,
             (Health::Dead, State::Ready) => Condition::Dead,
-            (Health::Gone, State::Ready) => Condition::Gone,
+            (Health::Gone, State::Ready) | (_, State::Healing) => Condition::Gone,
         })
     }
 
