@@ -307,7 +307,7 @@ pub(crate) const ROUNDS: Case =
             let call = stage.tool("python3", [&script]).env("FSPROV_BIN", crate::common::stage::program());
             call.args(args).run().ok()
         };
-        let said = run(&["80"]);
+        let said = run(&["60"]);
         assert!(said.out().contains("nothing has grown"), "{}", said.describe());
         if stage.lane.enter == Enter::User {
             let said = run(&["--many", "20"]);
