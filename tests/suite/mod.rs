@@ -26,6 +26,7 @@ mod volumes;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
+    agent::AUTO_LAYERS,
     agent::AUTO_WRITABLE,
     agent::INSIDE,
     agent::LEAKED,
