@@ -20,6 +20,11 @@ pub enum Prune {
     Garbage,
     /// Images that nobody uses, too.
     UnusedImages,
+    /// Of those, the ones that were imported at least so long ago.
+    UnusedOlderThan {
+        /// Seconds.
+        seconds: u64,
+    },
 }
 
 /// What was collected.
@@ -81,7 +86,12 @@ impl Store {
                 }
             }
         }
-        if prune == Prune::UnusedImages {
+        let newest = match prune {
+            Prune::Garbage => None,
+            Prune::UnusedImages => Some(i64::MAX),
+            Prune::UnusedOlderThan { seconds } => Some(super::meta::now().saturating_sub_unsigned(seconds)),
+        };
+        if let Some(newest) = newest {
             for meta in &kept {
                 if !used.contains(&meta.id) && super::lock::is_held(&self.paths.image(&meta.id))? {
                     used.insert(meta.id.clone());
@@ -93,7 +103,12 @@ impl Store {
                 .filter(|meta| used.contains(&meta.id))
                 .flat_map(|meta| meta.dependencies.iter().cloned())
                 .collect();
-            for meta in kept.extract_if(.., |meta| !used.contains(&meta.id) && !below.contains(&meta.id)) {
+            let goes =
+                |meta: &Meta| meta.imported_at <= newest && !used.contains(&meta.id) && !below.contains(&meta.id);
+            // What a younger image stands on stays with it.
+            let stands: HashSet<ImageId> =
+                kept.iter().filter(|meta| !goes(meta)).flat_map(|meta| meta.dependencies.iter().cloned()).collect();
+            for meta in kept.extract_if(.., |meta| goes(meta) && !stands.contains(&meta.id)) {
                 gone.push(staging::move_aside(&self.paths, &self.paths.image(&meta.id))?);
                 done.images.push(meta.id);
             }
@@ -139,6 +154,12 @@ impl Store {
             }
         }
         Ok(found)
+    }
+
+    /// What all images and layers together take on the disk, each once.
+    pub fn total_bytes(&self) -> Result<u64> {
+        let _in_use = self.lock_shared()?;
+        Ok(bytes_on_disk(&self.paths.images())? + bytes_on_disk(&self.paths.layers())?)
     }
 
     /// Images that stand on this one.

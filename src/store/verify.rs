@@ -278,13 +278,13 @@ enum Own {
 
 fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own) -> Findings {
     let mut found = Findings::new();
-    let tree = match Tree::open(index, layers) {
-        Ok(tree) => tree,
-        Err(error) => return vec![(image::INDEX.into(), error.to_string())],
-    };
-    if let Err(error) = tree.index.verify() {
+    if let Err(error) = crate::index::Index::open(index).and_then(|index| index.verify()) {
         return vec![(image::INDEX.into(), error.to_string())];
     }
+    let tree = match Tree::open(index, layers) {
+        Ok(tree) => tree,
+        Err(error) => return vec![(image::ROOTFS.into(), error.to_string())],
+    };
     if let Err(error) = check_all(&tree, layers, on_disk, own, &mut found) {
         found.push((image::ROOTFS.into(), error.to_string()));
     }

@@ -272,7 +272,10 @@ pub(crate) fn layers_are_collected() -> Result<(), Failed> {
     let used = move || Ok(vec![fsprov::store::Use { image: by.clone(), by: "rootfs x".into() }]);
     let refused = store.remove(&ImageRef::Id(ids[1].clone()), &used).expect_err("it is in use");
     assert_eq!(refused.kind(), fsprov::Kind::Busy);
-    let done = store.gc(Prune::UnusedImages, &used)?;
+    let parts: u64 = store.usage()?.iter().map(|usage| usage.own_bytes).sum();
+    assert!(store.total_bytes()? >= parts, "what is there is counted");
+    assert!(store.gc(Prune::UnusedOlderThan { seconds: 3600 }, &used)?.images.is_empty(), "it is too young");
+    let done = store.gc(Prune::UnusedOlderThan { seconds: 0 }, &used)?;
     assert_eq!((done.images.len(), layers()?), (1, 1));
     store.remove(&ImageRef::Id(ids[1].clone()), &nobody)?;
     assert_eq!(store.gc(Prune::Garbage, &nobody)?.layers.len(), 1);
