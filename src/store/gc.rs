@@ -73,6 +73,10 @@ impl Store {
         let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
+        // Whoever writes one holds the store's lock, too.
+        for id in self.ids()? {
+            remove_half_written(&self.paths.image(&id));
+        }
         let mut used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
         let mut needed: HashSet<ImageId> = HashSet::new();
         let mut is_whole = true;
@@ -165,6 +169,17 @@ impl Store {
     /// Images that stand on this one.
     pub(super) fn dependents(&self, id: &ImageId) -> Result<Vec<Meta>> {
         Ok(self.list()?.into_iter().filter(|meta| meta.dependencies.contains(id)).collect())
+    }
+}
+
+/// Remove what writers that died left beside the files they were to replace.
+fn remove_half_written(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(super::is_half_written)
+            && let Err(error) = std::fs::remove_file(entry.path())
+        {
+            log::warn!("{}", Error::io("remove", show(entry.path()), error));
+        }
     }
 }
 

@@ -204,6 +204,7 @@ impl Store {
         // (The lock on the directory is its servers'.)
         let dir = self.paths.image(id);
         let manifest = dir.join(image::MANIFEST);
+        let _in_use = self.lock_shared()?;
         let fd = std::fs::File::open(&manifest).map_err(|e| Error::io("open", show(&manifest), e))?;
         let _naming = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
         let mut meta = self.meta(id)?;
@@ -211,6 +212,11 @@ impl Store {
         meta.write(&dir.join(image::META))?;
         Ok(meta)
     }
+}
+
+/// Is it the name of a file that was to replace another, and whose writer died? That other is whole.
+fn is_half_written(name: &str) -> bool {
+    name.starts_with(".new-") || name.starts_with(".index-")
 }
 
 fn ids_below(dir: &PathBuf) -> Result<Vec<ImageId>> {
