@@ -162,8 +162,9 @@ fn manifest(
     let url = session.url(&format!("manifests/{selector}"));
     let answer = session.get(&url, &[("Accept", ACCEPT)])?;
     if answer.status == 404 {
-        let why = format!("the registry {} has no {} of {selector}", reference.host(), reference.repository());
-        let why = if selector.contains(':') { why } else { why.replace(" of ", " with the tag ") };
+        let what = if selector.contains(':') { "" } else { "the tag " };
+        let why =
+            format!("the registry {} has no {} with {what}{selector}", session.login_host(), session.repository());
         return Err(Error::new(Kind::NotFound, "find", reference, why).hint("is the name right?").into());
     }
     let answer = accepted(session, answer)?;

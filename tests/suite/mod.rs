@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::common::Case;
 
+mod appc;
 mod cli;
 mod clients;
 mod crash;
@@ -13,12 +14,18 @@ mod faults;
 mod posix;
 mod readonly;
 mod recover;
+mod registry;
 mod store;
 mod tree;
 mod volumes;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
+    appc::CONFIG,
+    appc::FETCHES,
+    appc::MESOS,
+    appc::META,
+    appc::SIGNATURES,
     cli::AUTO,
     cli::BAD_IMAGES,
     cli::COMPLETIONS_AND_MAN,
@@ -64,6 +71,13 @@ pub(crate) const CASES: &[Case] = &[
     recover::DEAD_SERVER,
     recover::HEALS,
     recover::REBOOT,
+    registry::DEBIAN,
+    registry::LAYERS,
+    registry::LIES,
+    registry::LOGINS,
+    registry::PLATFORMS,
+    registry::RESUMES,
+    registry::TLS,
     store::AT_ONCE,
     store::BROKEN_IMAGES,
     store::DIRECTORIES,
