@@ -45,6 +45,14 @@ struct Found<'a> {
 
 /// Get an image of a registry into the store.
 ///
+/// ```no_run
+/// use fsprov::{paths::StatePaths, pull, store::Store};
+/// let store = Store::open(&StatePaths::new("/var/lib/fsprov".into()))?;
+/// let image = pull::pull(&store, &"registry.example.com/team/app:v1".parse()?, &pull::Options::default())?;
+/// println!("{}", image.id);
+/// # Ok::<(), fsprov::Error>(())
+/// ```
+///
 /// Errors: [`Kind::NotFound`] where the registry has no such image or none for the platform, [`Kind::Permission`] where it wants
 /// a login or its certificate is not trusted, [`Kind::Integrity`] where what it sends is not what its digest says,
 /// [`Kind::Limit`] past a limit, [`Kind::Io`] where it does not answer.
