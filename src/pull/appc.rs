@@ -109,7 +109,7 @@ impl Job<'_> {
         };
         // Nothing it says is acted on before.
         self.store.check_signature(&here.path, &here.signature)?;
-        let (id, manifest) = self.store.peek(&here.path, &import)?;
+        let (id, manifest) = Store::peek(&here.path, &import)?;
         wanted.check(&manifest, &self.platform)?;
         if let Some(dependency) = dependency {
             let told = dependency.image_id.as_ref().filter(|told| !id.as_str().starts_with(told.as_str()));
@@ -164,14 +164,14 @@ impl Job<'_> {
             }
             match self.get(&at, &format!("{at}.asc")) {
                 Ok(here) => return Ok(here),
-                Err(error) => tried.push(self.passed_over(error)?),
+                Err(error) => tried.push(Self::passed_over(error)?),
             }
         }
         for page in wanted.pages() {
             let found = match self.page(&page, wanted.name()) {
                 Ok(found) => found,
                 Err(error) => {
-                    tried.push(self.passed_over(error)?);
+                    tried.push(Self::passed_over(error)?);
                     continue;
                 }
             };
@@ -185,7 +185,7 @@ impl Job<'_> {
                 not_above(&aci)?;
                 match self.get(&aci, &asc) {
                     Ok(here) => return Ok(here),
-                    Err(error) => tried.push(self.passed_over(error)?),
+                    Err(error) => tried.push(Self::passed_over(error)?),
                 }
             }
             if !found.is_empty() {
@@ -197,7 +197,7 @@ impl Job<'_> {
     }
 
     /// A place that has not what we look for is passed over; what came and is wrong is not.
-    fn passed_over(&self, error: Error) -> Result<String> {
+    fn passed_over(error: Error) -> Result<String> {
         match error.kind() {
             Kind::Integrity | Kind::Limit | Kind::Busy => Err(error),
             _ => Ok(error.to_string()),

@@ -81,16 +81,18 @@ fn pull_with(
     if let Some(there) = already_there(store, &id, &names)? {
         return download.done().map(|()| there);
     }
-    let imported = get(store, &found, &download, reference, options);
-    match &imported {
-        Ok(_) => download.done()?,
+    let imported = match get(store, &found, &download, reference, options) {
+        Ok(imported) => imported,
         // No second try would make it better: it is no use to keep.
         Err(e) if matches!(e.kind(), Kind::Integrity | Kind::Invalid | Kind::Limit | Kind::Unsupported) => {
-            download.done()?
+            return Err(e.with_undo(download.done()));
         }
-        Err(_) => log::info!("what came stays in {}: the next pull goes on there", show(download.path())),
-    }
-    let imported = imported?;
+        Err(e) => {
+            log::info!("what came stays in {}: the next pull goes on there", show(download.path()));
+            return Err(e);
+        }
+    };
+    download.done()?;
     store.move_names(&id, &names)?;
     Ok(imported)
 }
