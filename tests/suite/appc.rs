@@ -161,7 +161,7 @@ pub(crate) const META: Case = Case::new(
         });
         let fetch = |what: &str| stage.fsprov(["image", "fetch", what]).run();
         fetch(&format!("{ours}:1.0,os=linux,arch=amd64")).ok();
-        assert_eq!(names(stage), [name.clone()]);
+        assert_eq!(names(stage), std::slice::from_ref(&name));
         fetch(&format!("{ours}:2.0,arch=amd64")).fails(3, &["/team/app-2.0.aci: not there"]);
     },
 );
