@@ -82,6 +82,8 @@ pub(crate) mod on {
 
 /// Names the one case that this process is to run: `LANE/CASE`.
 const CASE: &str = "FSPROV_TEST_CASE";
+/// Names a directory: print what is seen of it and nothing else (a case asks so as another user).
+pub(crate) const PICTURE: &str = "FSPROV_TEST_PICTURE";
 /// Set in the copy of the unprivileged half that runs as the ordinary user.
 const DROPPED: &str = "FSPROV_TEST_DROPPED";
 /// Longest that one case may take; the slowest (a Debian image imported and run) takes about 30 s on two busy cores.
@@ -95,6 +97,11 @@ const CASE_FAILED: u8 = 101;
 pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
     if let Some(wanted) = std::env::var_os(CASE) {
         return run_one(&wanted.to_string_lossy(), cases);
+    }
+    if let Some(dir) = std::env::var_os(PICTURE) {
+        let lines = super::walk::to_lines(&super::walk::picture(Path::new(&dir)));
+        let _ = std::io::stdout().write_all(lines.as_bytes());
+        return ExitCode::SUCCESS;
     }
     let root = rustix::process::geteuid().is_root();
     if half == Half::Unprivileged && root && std::env::var_os(DROPPED).is_none() {

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::common::Case;
 
 mod agent;
+mod appc;
 mod cli;
 mod clients;
 mod crash;
@@ -20,6 +21,7 @@ mod posix;
 mod races;
 mod readonly;
 mod recover;
+mod registry;
 mod store;
 mod tree;
 mod volumes;
@@ -35,6 +37,11 @@ pub(crate) const CASES: &[Case] = &[
     agent::ROUNDS,
     agent::WAITS,
     agent::WRITABLE,
+    appc::CONFIG,
+    appc::FETCHES,
+    appc::MESOS,
+    appc::META,
+    appc::SIGNATURES,
     cli::AUTO,
     cli::BAD_IMAGES,
     cli::COMPLETIONS_AND_MAN,
@@ -111,6 +118,13 @@ pub(crate) const CASES: &[Case] = &[
     recover::HEALS,
     recover::REBOOT,
     recover::WRITABLE_CRASH,
+    registry::DEBIAN,
+    registry::LAYERS,
+    registry::LIES,
+    registry::LOGINS,
+    registry::PLATFORMS,
+    registry::RESUMES,
+    registry::TLS,
     store::AT_ONCE,
     store::BROKEN_IMAGES,
     store::DIRECTORIES,
