@@ -140,7 +140,9 @@ impl Mount {
 fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
     match text.parse::<f64>() {
         // The kernel is told milliseconds at the finest.
-        Ok(seconds) if (0.0..=MAX_TTL_S).contains(&seconds) => Ok(Duration::from_millis((seconds * 1000.0).round() as u64)),
+        Ok(seconds) if (0.0..=MAX_TTL_S).contains(&seconds) => {
+            Ok(Duration::from_millis((seconds * 1000.0).round() as u64))
+        }
         _ => Err("it is a number of seconds from 0 to 86400, such as 0.5".to_owned()),
     }
 }

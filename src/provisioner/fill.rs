@@ -180,8 +180,9 @@ fn put_in_place(
             Ok(()) => {}
             Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => return Ok(()),
             Err(Errno::BUSY) => {
-                return Err(Error::sys(OP, subject(), Errno::BUSY)
-                    .hint("something is mounted on the source: give a directory below it, which is filled when it is missing"));
+                return Err(Error::sys(OP, subject(), Errno::BUSY).hint(
+                    "something is mounted on the source: give a directory below it, which is filled when it is missing",
+                ));
             }
             Err(e) => return Err(fail(e)),
         },

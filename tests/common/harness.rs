@@ -215,12 +215,20 @@ fn run_as_user() -> Result<ExitCode, String> {
     let toolchain = place.path().join("toolchain");
     fs::create_dir(&toolchain).map_err(|e| e.to_string())?;
     let mut command = Enter::Root.command("sh".as_ref());
-    command.args(["-c", "mount --bind \"$1\" \"$2\"; shift 2; exec \"$@\"", "sh"]).args([images::toolchain(), toolchain.clone()]);
+    command
+        .args(["-c", "mount --bind \"$1\" \"$2\"; shift 2; exec \"$@\"", "sh"])
+        .args([images::toolchain(), toolchain.clone()]);
     command
         .args(["setpriv", "--reuid", &user.uid, "--regid", &user.gid, "--init-groups"])
         .arg(&exe)
         .args(std::env::args_os().skip(1));
-    command.env_clear().env("FSPROV_TEST_TOOLCHAIN", &toolchain).env(DROPPED, "1").env("FSPROV_TEST_BIN", &bin).env("LC_ALL", "C").current_dir("/");
+    command
+        .env_clear()
+        .env("FSPROV_TEST_TOOLCHAIN", &toolchain)
+        .env(DROPPED, "1")
+        .env("FSPROV_TEST_BIN", &bin)
+        .env("LC_ALL", "C")
+        .current_dir("/");
     command
         .env("PATH", "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin")
         .env("HOME", format!("/home/{}", user.name));

@@ -160,7 +160,9 @@ pub(crate) const SQLITE: Case =
                     assert!(output.status.success(), "{mode}: {output:?}");
                 }
             });
-            let counted = sql("select who, count(*), count(distinct n) from t group by who order by who; pragma integrity_check;");
+            let counted = sql(
+                "select who, count(*), count(distinct n) from t group by who order by who; pragma integrity_check;",
+            );
             assert_eq!(counted, format!("one|{ROWS}|{ROWS}\ntwo|{ROWS}|{ROWS}\nok\n"), "{mode}");
         }
         // The host opens the same database.
@@ -170,8 +172,11 @@ pub(crate) const SQLITE: Case =
     });
 
 /// Clone, check, change, merge, pack, check again.
-pub(crate) const GIT: Case =
-    Case::needing("git_on_a_volume_stays_whole", on::fuse, &[Need::Tool("git")], |stage: &Stage| {
+pub(crate) const GIT: Case = Case::needing(
+    "git_on_a_volume_stays_whole",
+    on::fuse,
+    &[Need::Tool("git")],
+    |stage: &Stage| {
         let dir = on_a_volume(stage);
         let script = r#"
             set -e
@@ -194,11 +199,15 @@ pub(crate) const GIT: Case =
         // Seen from the host it is the same repository.
         let status = stage.tool("git", ["-C"]).arg(stage.path("vol/clone")).args(["fsck", "--full"]).run();
         status.ok();
-    });
+    },
+);
 
 /// A build script that runs, a library, a program that runs as soon as it is linked, a change and what follows from it.
-pub(crate) const CARGO: Case =
-    Case::needing("cargo_builds_on_a_volume", on::fuse, &[Need::Tool("cc")], |stage: &Stage| {
+pub(crate) const CARGO: Case = Case::needing(
+    "cargo_builds_on_a_volume",
+    on::fuse,
+    &[Need::Tool("cc")],
+    |stage: &Stage| {
         let dir = on_a_volume(stage);
         let package = dir.join("hello");
         let write = |name: &str, text: &str| {
@@ -206,7 +215,10 @@ pub(crate) const CARGO: Case =
             fs::create_dir_all(path.parent().expect("it has one")).expect("mkdir");
             fs::write(path, text).expect("write");
         };
-        write("Cargo.toml", "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[dependencies]\nword = { path = \"word\" }\n[workspace]\n");
+        write(
+            "Cargo.toml",
+            "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[dependencies]\nword = { path = \"word\" }\n[workspace]\n",
+        );
         write("build.rs", "fn main() { println!(\"cargo:rustc-env=BUILT=built\"); }");
         write("src/main.rs", "fn main() { println!(\"{} {}\", word::WORD, env!(\"BUILT\")); }\n#[test]\nfn it() {}");
         write("word/Cargo.toml", "[package]\nname = \"word\"\nversion = \"0.1.0\"\nedition = \"2021\"\n");
@@ -223,4 +235,5 @@ pub(crate) const CARGO: Case =
         assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "two, and longer built\n");
         cargo(&["clean", "--offline"]).ok();
         assert!(!package.join("target/debug").exists());
-    });
+    },
+);

@@ -45,46 +45,47 @@ pub(crate) const TTL: Case = Case::new("volume_ttl_says_how_long_names_are_kept"
     }
 });
 
-pub(crate) const WRITEBACK: Case = Case::new("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| {
-    let image = stage.small_image();
-    let backing = stage.mkdir("vol");
-    let writes = || {
-        let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
-        stats["worker"]["requests"]["write"].as_u64().unwrap_or(0)
-    };
-    let mut counts = Vec::new();
-    for more in [&[][..], &["--writeback"]] {
-        let rootfs = stage.mount(&image, "rootfs", options(more, &backing));
-        let path = rootfs.join("data/f");
-        let mut file = fs::File::create(&path).expect("create");
-        for n in 0..500 {
-            file.write_all(format!("line {n:4}\n").as_bytes()).expect("write");
+pub(crate) const WRITEBACK: Case =
+    Case::new("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| {
+        let image = stage.small_image();
+        let backing = stage.mkdir("vol");
+        let writes = || {
+            let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
+            stats["worker"]["requests"]["write"].as_u64().unwrap_or(0)
+        };
+        let mut counts = Vec::new();
+        for more in [&[][..], &["--writeback"]] {
+            let rootfs = stage.mount(&image, "rootfs", options(more, &backing));
+            let path = rootfs.join("data/f");
+            let mut file = fs::File::create(&path).expect("create");
+            for n in 0..500 {
+                file.write_all(format!("line {n:4}\n").as_bytes()).expect("write");
+            }
+            file.sync_all().expect("fsync");
+            let text = fs::read_to_string(backing.join("f")).expect("read");
+            assert_eq!((text.len(), text.lines().last()), (5000, Some("line  499")), "after fsync");
+            drop(file);
+            // For writing alone: the kernel must read around what it gathers.
+            let mut file = fs::OpenOptions::new().append(true).open(&path).expect("open");
+            file.write_all(b"appended\n").expect("write");
+            drop(file);
+            let text = fs::read_to_string(backing.join("f")).expect("read");
+            assert_eq!((text.len(), text.lines().last()), (5009, Some("appended")), "after close");
+            // setuid goes with the first write by another than root, gathered or not.
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).expect("chmod");
+            if !rustix::process::geteuid().is_root() {
+                fs::OpenOptions::new().append(true).open(&path).expect("open").write_all(b"x").expect("write");
+                assert_eq!(fs::metadata(backing.join("f")).expect("stat").mode() & 0o6000, 0, "{more:?}");
+            }
+            let mut seen = String::new();
+            fs::File::open(&path).expect("open").read_to_string(&mut seen).expect("read");
+            assert_eq!(seen, fs::read_to_string(backing.join("f")).expect("read"));
+            counts.push(writes());
+            stage.unmount(&rootfs);
+            fs::remove_file(backing.join("f")).expect("unlink");
         }
-        file.sync_all().expect("fsync");
-        let text = fs::read_to_string(backing.join("f")).expect("read");
-        assert_eq!((text.len(), text.lines().last()), (5000, Some("line  499")), "after fsync");
-        drop(file);
-        // For writing alone: the kernel must read around what it gathers.
-        let mut file = fs::OpenOptions::new().append(true).open(&path).expect("open");
-        file.write_all(b"appended\n").expect("write");
-        drop(file);
-        let text = fs::read_to_string(backing.join("f")).expect("read");
-        assert_eq!((text.len(), text.lines().last()), (5009, Some("appended")), "after close");
-        // setuid goes with the first write by another than root, gathered or not.
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).expect("chmod");
-        if !rustix::process::geteuid().is_root() {
-            fs::OpenOptions::new().append(true).open(&path).expect("open").write_all(b"x").expect("write");
-            assert_eq!(fs::metadata(backing.join("f")).expect("stat").mode() & 0o6000, 0, "{more:?}");
-        }
-        let mut seen = String::new();
-        fs::File::open(&path).expect("open").read_to_string(&mut seen).expect("read");
-        assert_eq!(seen, fs::read_to_string(backing.join("f")).expect("read"));
-        counts.push(writes());
-        stage.unmount(&rootfs);
-        fs::remove_file(backing.join("f")).expect("unlink");
-    }
-    assert!(counts[0] > 500 && counts[1] < 50, "requests to write, without and with --writeback: {counts:?}");
-});
+        assert!(counts[0] > 500 && counts[1] < 50, "requests to write, without and with --writeback: {counts:?}");
+    });
 
 /// Root's FUSE mount is for everybody, and the kernel checks permissions: it must know the ACLs of the files below.
 pub(crate) const ACLS: Case = Case::needing(
@@ -98,7 +99,8 @@ pub(crate) const ACLS: Case = Case::needing(
         let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
         let data = rootfs.join("data");
         let as_user = |script: &str| {
-            let call = stage.tool("setpriv", ["--reuid", &user.uid, "--regid", &user.gid, "--clear-groups", "sh", "-c"]);
+            let call =
+                stage.tool("setpriv", ["--reuid", &user.uid, "--regid", &user.gid, "--clear-groups", "sh", "-c"]);
             call.arg(script).cwd(&data).run()
         };
         for name in ["closed", "given", "masked", "denied"] {
@@ -126,8 +128,11 @@ pub(crate) const ACLS: Case = Case::needing(
         fs::create_dir(data.join("dir")).expect("mkdir");
         acl(&format!("d:u:{}:rwx,d:g::rwx,d:o::---", user.name), "dir");
         fs::write(data.join("dir/made"), "").expect("write");
-        let made = stage.tool("getfacl", ["-cn", "dir/made"]).cwd(&backing).run().ok().out();
-        assert!(made.contains(&format!("user:{}:rwx", user.uid)) && made.contains("other::---"), "{made}");
+        fs::write(backing.join("dir/plain"), "").expect("write");
+        let acls = ["made", "plain"]
+            .map(|name| stage.tool("getfacl", ["-cn"]).arg(backing.join("dir").join(name)).run().ok().out());
+        assert!(acls[0].contains(&format!("user:{}:rw", user.uid)) && acls[0].contains("mask::rw-"), "{}", acls[0]);
+        assert_eq!(acls[0], acls[1], "made through the mount and on the host");
         // chmod and the mask are one.
         fs::set_permissions(data.join("given"), fs::Permissions::from_mode(0o640)).expect("chmod");
         as_user("cat given").ok();

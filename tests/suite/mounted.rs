@@ -221,7 +221,10 @@ impl World {
                 let flags = flags[what as usize - 9];
                 let rename = |at: &Path| rustix::fs::renameat_with(CWD, at.join(&p), CWD, at.join(&q), flags);
                 // Two links to one symlink are one file too, which this model does not tell: as renames of those do nothing.
-                let links = matches!((self.model.0.get(&p), self.model.0.get(&q)), (Some(Entry::Link(_)), Some(Entry::Link(_))));
+                let links = matches!(
+                    (self.model.0.get(&p), self.model.0.get(&q)),
+                    (Some(Entry::Link(_)), Some(Entry::Link(_)))
+                );
                 if !links && self.both("rename", rename).is_ok() && p != q && !self.model.same_file(&p, &q) {
                     let (from, to) = (self.model.take(&p), self.model.take(&q));
                     self.model.put(&q, from);
@@ -307,9 +310,8 @@ impl World {
             }
             19 => {
                 let flags = FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE;
-                let punched: Vec<_> = [volume, plain]
-                    .map(|file| rustix::fs::fallocate(file, flags, offset, length as u64 + 1))
-                    .to_vec();
+                let punched: Vec<_> =
+                    [volume, plain].map(|file| rustix::fs::fallocate(file, flags, offset, length as u64 + 1)).to_vec();
                 assert_eq!(punched[0], punched[1], "punch a hole");
                 if punched[0].is_ok() {
                     let end = bytes.len().min(offset as usize + length + 1);
@@ -382,8 +384,10 @@ pub(crate) const MODEL: Case =
         }
         stage.note(format!("FSPROV_TEST_MODEL_SEED={seed}: {steps} steps\n"));
         if std::env::var_os("FSPROV_TEST_MODEL_STEPS").is_some() {
-            let said = format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {steps} steps without a difference\n", stage.lane.name);
-            let report = std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
+            let said =
+                format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {steps} steps without a difference\n", stage.lane.name);
+            let report =
+                std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
             let mut file = OpenOptions::new().append(true).create(true).open(report).expect("open the report");
             file.write_all(said.as_bytes()).expect("report");
         }
@@ -467,14 +471,27 @@ pub(crate) const ATTACKED: Case =
         let lasts = number("FSPROV_TEST_ATTACK_S").map_or(ATTACK, Duration::from_secs);
         let data = place(&rootfs.join("data"));
         // By descriptor, from the host's side and from inside.
-        let swapped = [("", "a", "link"), ("", "a", "up"), ("a", "b", "deep"), ("a/b", "file", "to-file"), ("a", "b", "magic")];
-        let sides = [place(&root.join("a/b")), place(&root.join("a")), place(&root), place(&rootfs.join("data/a/b")), place(&rootfs.join("data/a")), place(&rootfs.join("data"))];
+        let swapped =
+            [("", "a", "link"), ("", "a", "up"), ("a", "b", "deep"), ("a/b", "file", "to-file"), ("a", "b", "magic")];
+        let sides = [
+            place(&root.join("a/b")),
+            place(&root.join("a")),
+            place(&root),
+            place(&rootfs.join("data/a/b")),
+            place(&rootfs.join("data/a")),
+            place(&rootfs.join("data")),
+        ];
         std::thread::scope(|scope| {
             for (n, (dir, one, other)) in swapped.into_iter().enumerate() {
                 let (stop, swaps, sides) = (&stop, &swaps, &sides);
                 scope.spawn(move || {
                     let side = if n % 2 == 0 { 0 } else { 3 };
-                    let at = &sides[side + match dir { "a/b" => 0, "a" => 1, _ => 2 }];
+                    let at = &sides[side
+                        + match dir {
+                            "a/b" => 0,
+                            "a" => 1,
+                            _ => 2,
+                        }];
                     while !stop.load(Ordering::Relaxed) {
                         let done = rustix::fs::renameat_with(at.as_fd(), one, at.as_fd(), other, RenameFlags::EXCHANGE);
                         let count = swaps.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);

@@ -75,6 +75,8 @@ pub(super) struct NodeTable {
     root: Identity,
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
+    /// Most nodes: [`MAX_NODES`].
+    limit: usize,
     outlive: Option<Arc<Outlive>>,
 }
 
@@ -84,6 +86,7 @@ impl NodeTable {
             root: root.identity,
             devices: RwLock::new(vec![root.identity.dev]),
             map: DashMap::new(),
+            limit: MAX_NODES,
             outlive: None,
         };
         table.map.insert(
@@ -186,7 +189,7 @@ impl NodeTable {
             return Ok(ROOT);
         }
         loop {
-            let full = self.map.len() >= MAX_NODES;
+            let full = self.map.len() >= self.limit;
             match self.map.entry(node) {
                 MapEntry::Occupied(mut at) => {
                     let state = at.get_mut();
@@ -425,6 +428,20 @@ mod tests {
         assert_eq!(*reach.aliases[0].name, *b"new");
         assert!(!table.forget(node, 1));
         assert!(table.forget(node, 1));
+    }
+
+    #[test]
+    fn too_many_nodes_are_refused_until_some_are_forgotten() {
+        let mut table = NodeTable::new(&found(7, 2, 0));
+        table.limit = 3;
+        let node = table.remember(&found(7, 3, 1), ROOT, b"a").unwrap();
+        table.remember(&found(7, 4, 1), ROOT, b"b").unwrap();
+        assert_eq!(table.remember(&found(7, 5, 1), ROOT, b"c"), Err(Errno::NOMEM));
+        // What is known already, and the root, need no room.
+        assert_eq!(table.remember(&found(7, 3, 1), ROOT, b"again"), Ok(node));
+        assert_eq!(table.remember(&found(7, 2, 0), ROOT, b"root"), Ok(ROOT));
+        assert!(table.forget(node, 2));
+        assert!(table.remember(&found(7, 5, 1), ROOT, b"c").is_ok());
     }
 
     #[test]
