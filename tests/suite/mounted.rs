@@ -173,6 +173,7 @@ impl World {
         }
     }
 
+    #[expect(clippy::collapsible_match, reason = "a guard that does the operation would hide it in the choosing")]
     fn step(&mut self, steps: &mut Vec<String>) {
         let what = self.random.below(22);
         let (p, q) = (self.random.path(), self.random.path());
