@@ -13,7 +13,9 @@ use landlock::{
     RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
 };
 use rustix::thread::CapabilitySet;
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+use seccompiler::{
+    BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule, TargetArch,
+};
 use serde::Serialize;
 
 use super::TARGET;
@@ -37,7 +39,6 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_umount2,
     libc::SYS_pivot_root,
     libc::SYS_chroot,
-    libc::SYS_unshare,
     libc::SYS_setns,
     libc::SYS_open_tree,
     libc::SYS_move_mount,
@@ -189,7 +190,11 @@ fn restrict_files(plan: &Plan, sources: &Sources) -> Result<bool, RulesetError> 
 fn filter() -> Result<BpfProgram, String> {
     let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| e.to_string())?;
     // An empty chain of conditions: whatever the arguments.
-    let rules: BTreeMap<i64, Vec<seccompiler::SeccompRule>> = REFUSED.iter().map(|&call| (call, Vec::new())).collect();
+    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = REFUSED.iter().map(|&call| (call, Vec::new())).collect();
+    // New namespaces are refused; a umask of a thread's own (CLONE_FS) is what a file made for a caller is made under.
+    let is_other = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::Ne, libc::CLONE_FS as u64);
+    let is_other = is_other.and_then(|condition| SeccompRule::new(vec![condition])).map_err(|e| e.to_string())?;
+    rules.insert(libc::SYS_unshare, vec![is_other]);
     let refuse = SeccompAction::Errno(libc::EPERM.unsigned_abs());
     let filter = SeccompFilter::new(rules, SeccompAction::Allow, refuse, arch).map_err(|e| e.to_string())?;
     BpfProgram::try_from(filter).map_err(|e| e.to_string())
@@ -214,6 +219,7 @@ mod tests {
             std::fs::write(file.path(), "x").unwrap();
             assert_eq!(std::fs::read(file.path()).unwrap(), b"x");
             std::thread::spawn(|| ()).join().unwrap();
+            assert_eq!(crate::sys::raw::unshare_fs(), Ok(()), "a umask of its own");
         })
         .join()
         .unwrap();

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::staging::{self, Aside};
 use super::{Meta, Store, Uses, ids_below};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 
 /// What to collect beside what is of no use to anybody.

@@ -440,6 +440,20 @@ mod tests {
     }
 
     #[test]
+    fn too_many_nodes_are_refused_until_some_are_forgotten() {
+        let mut table = NodeTable::new(&found(7, 2, 0));
+        table.most = 3;
+        let node = table.remember(&found(7, 3, 1), ROOT, b"a").unwrap();
+        table.remember(&found(7, 4, 1), ROOT, b"b").unwrap();
+        assert_eq!(table.remember(&found(7, 5, 1), ROOT, b"c"), Err(Errno::NOMEM));
+        // What is known already, and the root, need no room.
+        assert_eq!(table.remember(&found(7, 3, 1), ROOT, b"again"), Ok(node));
+        assert_eq!(table.remember(&found(7, 2, 0), ROOT, b"root"), Ok(ROOT));
+        assert!(table.forget(node, 2));
+        assert!(table.remember(&found(7, 5, 1), ROOT, b"c").is_ok());
+    }
+
+    #[test]
     fn numbers_with_one_hash_get_two_nodes() {
         let table = NodeTable::new(&found(7, 2, 0));
         let large = found(7, 1 << 60, 1);
