@@ -33,7 +33,8 @@ pub struct File {
     backend: Option<String>,
     volumes: Option<Vec<String>>,
     keyring: Option<PathBuf>,
-    auth_file: Option<PathBuf>,
+    #[serde(rename = "auth_file")]
+    logins: Option<PathBuf>,
     mesos_stores: Option<Vec<PathBuf>>,
     discovery_prefixes: Option<Vec<String>>,
     parallel_downloads: Option<usize>,
@@ -141,7 +142,7 @@ impl Settings {
             backend,
             volumes,
             keyring,
-            auth_file,
+            logins,
             mesos_stores,
             discovery_prefixes,
             parallel_downloads,
@@ -152,7 +153,7 @@ impl Settings {
         self.backend.replace(backend, origin);
         self.volumes.replace(volumes, origin);
         self.keyring.replace(keyring.map(Some), origin);
-        self.auth_file.replace(auth_file.map(Some), origin);
+        self.auth_file.replace(logins.map(Some), origin);
         self.mesos_stores.replace(mesos_stores, origin);
         self.discovery_prefixes.replace(discovery_prefixes, origin);
         self.parallel_downloads.replace(parallel_downloads, origin);
@@ -194,7 +195,7 @@ fn read_file(path: &Path) -> Result<Option<File>> {
         return Err(refuse("it is longer than 1 MiB".into()));
     }
     let file: File = toml::from_str(&text).map_err(|e| refuse(e.to_string().trim_end().replace('\n', "\n  ")))?;
-    let single = [("root", &file.root), ("keyring", &file.keyring), ("auth_file", &file.auth_file)];
+    let single = [("root", &file.root), ("keyring", &file.keyring), ("auth_file", &file.logins)];
     let single = single.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
     let stores = file.mesos_stores.iter().flatten().map(|path| ("mesos_stores", path));
     let ca = file.registry.values().filter_map(|host| Some(("registry.ca", host.ca.as_ref()?)));

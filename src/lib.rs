@@ -3,6 +3,18 @@
 //! Arrows point one way: `cli -> provisioner -> {store, backend} -> {index, tree, sys} -> error`, and
 //! `daemon -> fuse -> tree -> {index, sys}`. Store and backend never see each other: the provisioner hands a
 //! [`plan::Plan`] from one to the other.
+//!
+//! What the program does, the library does:
+//!
+//! | task | with |
+//! | --- | --- |
+//! | import an archive, layout or directory | [`store::Store::import`] |
+//! | list, show, find, use | [`store::Store::list`], [`store::Store::show`], [`store::Store::resolve`] |
+//! | provision, destroy, list, recover | [`provisioner::Provisioner`] |
+//! | look for damage, mend it | [`store::Store::verify`] |
+//! | remove, collect, measure | [`store::Store::remove`], [`store::Store::gc`], [`store::Store::usage`] |
+//! | export, flatten | [`store::Store::export_aci`], [`store::Store::export_tar`], [`store::Store::export_oci`], [`store::Store::flatten`] |
+//! | an index, of an image or of any tree | [`store::Store::rebuild_index`], [`index::Builder`] |
 
 pub mod backend;
 pub mod cli;

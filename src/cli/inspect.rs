@@ -5,7 +5,7 @@ use std::fmt::Write as _;
 
 use clap::Args;
 
-use super::shown::Shown;
+use super::shown::{Shown, is_unsupervised};
 use super::{Format, Global, output};
 use crate::error::{Result, show};
 use crate::provisioner::{Selector, Status};
@@ -52,6 +52,12 @@ fn describe(status: &Status) -> String {
     }
     rows.extend(record.traces.supervisor.map(|p| ("supervisor pid", p.pid.to_string())));
     rows.extend(record.traces.worker.map(|p| ("worker pid", p.pid.to_string())));
+    if is_unsupervised(record, status.health) {
+        rows.push((
+            "warning",
+            "its supervisor died: no other worker follows this one; unmount and mount again".to_owned(),
+        ));
+    }
     rows.push(("created", record.created.clone()));
     rows.iter().fold(String::new(), |mut text, (name, value)| {
         let _ = writeln!(text, "{name:15} {value}");

@@ -8,15 +8,17 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum as _};
 use indicatif::{ProgressBar, ProgressStyle};
+use sd_notify::NotifyState;
 
 use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, settings};
 use crate::backend::{Detach, Meter};
 use crate::config::Settings;
+use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
-use crate::plan::Live;
+use crate::plan::{Live, Plan};
 use crate::provisioner::{Changes, Condition, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 use crate::volume::{self, ContainerPath, VolumeSpec};
@@ -68,7 +70,7 @@ pub(super) struct Mount {
     /// synced), and its own changes of a file in use are not seen inside (fuse)
     #[arg(long)]
     writeback: bool,
-    /// Stay, and unmount on SIGINT or SIGTERM
+    /// Stay, and unmount on SIGINT or SIGTERM; under systemd say when it is ready (Type=notify)
     #[arg(long)]
     foreground: bool,
     #[command(flatten)]
@@ -88,6 +90,7 @@ impl Mount {
             let signals = Termination::catch()?;
             let record = provisioner.provision(&request)?;
             self.report(&record)?;
+            tell(&[NotifyState::Ready, NotifyState::Status(&format!("{} is mounted", show(&record.plan.rootfs)))]);
             return stay(&provisioner, &record, &signals);
         } else {
             let meter = Arc::new(Meter::default());
@@ -206,8 +209,34 @@ fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
     }
 }
 
+/// A sign of life is sent this many times in an interval (sd_watchdog_enabled(3) advises two).
+const WATCHDOG_SHARE: u32 = 2;
+
+/// Tell systemd; nothing where it did not start us (no NOTIFY_SOCKET).
+fn tell(state: &[NotifyState<'_>]) {
+    if let Err(e) = sd_notify::notify(state) {
+        log::warn!(target: "fsprov::cli", "tell systemd: {e}");
+    }
+}
+
+/// Signs of life for as long as the rootfs's server answers, or it has none.
+fn watch(plan: &Plan, pause: Duration) {
+    loop {
+        match control::ask(plan, &Question::Stats) {
+            Err(e) if e.kind() != Kind::NotFound => log::error!(target: "fsprov::cli", "{e}"),
+            _ => tell(&[NotifyState::Watchdog]),
+        }
+        std::thread::sleep(pause);
+    }
+}
+
 /// Wait for a signal, or for the server's end; then take the rootfs away.
 fn stay(provisioner: &Provisioner, record: &Record, signals: &Termination) -> Result<()> {
+    if let Some(interval) = sd_notify::watchdog_enabled() {
+        let plan = record.plan.clone();
+        std::thread::spawn(move || watch(&plan, interval / WATCHDOG_SHARE));
+    }
     signals.wait(record.traces.supervisor.or(record.traces.worker))?;
+    tell(&[NotifyState::Stopping]);
     provisioner.destroy(&Selector::Id(record.plan.id.clone()), Detach::Lazy).map(|_| ())
 }

@@ -81,9 +81,15 @@ fn describe(auto: Option<BackendKind>, rows: &[Row]) -> String {
             let _ = writeln!(text, "{:8}     {remedy}", "");
         }
     }
-    let _ = match auto {
-        Some(kind) => writeln!(text, "auto     {kind} (for a single-layer image that has every mount point)"),
-        None => writeln!(text, "auto     none works here"),
+    let works = |kind: &BackendKind| rows.iter().any(|r| r.backend == *kind && r.answer.works);
+    // What bind cannot do is the next one's.
+    let other = backend::AUTO_ORDER.into_iter().filter(|kind| *kind != BackendKind::Bind).find(works);
+    let _ = match (auto, other) {
+        (Some(kind), Some(other)) if kind != other => {
+            writeln!(text, "auto     {kind} for an image of one layer that has every mount point, else {other}")
+        }
+        (Some(kind), _) => writeln!(text, "auto     {kind}"),
+        (None, _) => writeln!(text, "auto     none works here"),
     };
     text
 }

@@ -35,6 +35,9 @@ pub(super) struct Shown<'a> {
     supervisor_pid: Option<i32>,
     #[serde(skip_serializing_if = "Option::is_none")]
     worker_pid: Option<i32>,
+    /// Its supervisor died: nobody starts another worker after this one.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    unsupervised: bool,
 }
 
 #[derive(Serialize)]
@@ -47,6 +50,11 @@ struct ShownChanges<'a> {
 
 fn path<S: serde::Serializer>(path: &&Path, to: S) -> Result<S::Ok, S::Error> {
     crate::pathtext::serialize(path, to)
+}
+
+/// Is it served by a worker whose supervisor died?
+pub(super) fn is_unsupervised(record: &Record, state: Condition) -> bool {
+    state == Condition::Ready && record.traces.supervisor.is_some_and(|supervisor| !supervisor.is_alive())
 }
 
 impl<'a> Shown<'a> {
@@ -71,6 +79,7 @@ impl<'a> Shown<'a> {
             mount_namespace: record.mount_namespace.1,
             supervisor_pid: record.traces.supervisor.map(|p| p.pid),
             worker_pid: record.traces.worker.map(|p| p.pid),
+            unsupervised: is_unsupervised(record, state),
         }
     }
 

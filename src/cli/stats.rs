@@ -60,13 +60,15 @@ fn number(value: &Value) -> u64 {
 }
 
 /// Single figures: name, where, what.
-const FIGURES: [(&str, &str, &str); 9] = [
+const FIGURES: [(&str, &str, &str); 11] = [
     ("uptime_seconds", "/worker/uptime_s", "Seconds since the worker began."),
     ("restarts_total", "/restarts", "Workers that died and were replaced."),
     ("panics_total", "/worker/panics", "Requests that ended in a panic and EIO."),
     ("nodes", "/worker/nodes", "Files of directory trees that the kernel knows."),
     ("handles", "/worker/handles", "Files and directories open through the mount."),
     ("descriptors_held", "/worker/files_held", "Descriptors held for them."),
+    ("worker_descriptors", "/worker/descriptors", "Descriptors of the worker in all."),
+    ("requests_in_progress", "/worker/in_progress", "Requests being answered."),
     ("image_files_open", "/worker/image_files_open", "Files of the image's layers open."),
     ("worker_resident_bytes", "/worker/memory/resident", "Memory of the worker."),
     ("supervisor_resident_bytes", "/supervisor_memory/resident", "Memory of the supervisor."),
@@ -121,6 +123,8 @@ fn prometheus(plan: &Plan, stats: &Value) -> String {
         let _ = writeln!(text, "fsprov_request_seconds_bucket{{id=\"{id}\",le=\"{below}\"}} {so_far}");
     }
     let _ = writeln!(text, "fsprov_request_seconds_bucket{{id=\"{id}\",le=\"+Inf\"}} {so_far}");
+    let sum = Duration::from_micros(figure(stats, "/worker/latency_us_sum")).as_secs_f64();
+    let _ = writeln!(text, "fsprov_request_seconds_sum{{id=\"{id}\"}} {sum}");
     let _ = writeln!(text, "fsprov_request_seconds_count{{id=\"{id}\"}} {so_far}");
     text
 }
@@ -157,6 +161,54 @@ mod tests {
             "fsprov_request_seconds_bucket{id=\"c1\",le=\"+Inf\"} 3",
         ] {
             assert_eq!(text.lines().filter(|l| *l == line).count(), 1, "{line}\n{text}");
+        }
+        check_exposition(&text);
+    }
+
+    /// https://prometheus.io/docs/instrumenting/exposition_formats/: every family has one HELP, one TYPE, then its samples, together;
+    /// a histogram has cumulative buckets up to +Inf, which equals its count, and a sum.
+    fn check_exposition(text: &str) {
+        let is_name = |name: &str| {
+            !name.starts_with(|c: char| c.is_ascii_digit())
+                && !name.is_empty()
+                && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"_:".contains(&b))
+        };
+        assert!(text.ends_with('\n'));
+        let (mut families, mut lines) = (std::collections::BTreeSet::new(), text.lines().peekable());
+        while let Some(help) = lines.next() {
+            let (name, said) = help.strip_prefix("# HELP ").expect(help).split_once(' ').expect(help);
+            assert!(is_name(name) && !said.is_empty() && families.insert(name), "{help}");
+            let kind = lines.next().and_then(|l| l.strip_prefix(&format!("# TYPE {name} "))).expect(help);
+            let (mut samples, mut buckets) = (std::collections::BTreeMap::new(), Vec::new());
+            while let Some(line) = lines.next_if(|l| !l.starts_with('#')) {
+                let (key, value) = line.rsplit_once(' ').expect(line);
+                let value: f64 = value.parse().expect(line);
+                let (sample, labels) = key.strip_suffix('}').expect(line).split_once('{').expect(line);
+                for label in labels.split(',') {
+                    let (label, quoted) = label.split_once('=').expect(line);
+                    let inner = quoted.strip_prefix('"').and_then(|q| q.strip_suffix('"')).expect(line);
+                    assert!(is_name(label) && !inner.contains(['"', '\\', '\n']), "{line}");
+                    if label == "le" {
+                        buckets.push((if inner == "+Inf" { f64::INFINITY } else { inner.parse().expect(line) }, value));
+                    }
+                }
+                assert!(samples.insert(key.to_owned(), value).is_none(), "twice: {line}");
+                let suffix = sample.strip_prefix(name).expect(line);
+                match kind {
+                    "counter" => assert!(suffix.is_empty() && name.ends_with("_total") && value >= 0.0, "{line}"),
+                    "gauge" => assert!(suffix.is_empty(), "{line}"),
+                    "histogram" => assert!(["_bucket", "_sum", "_count"].contains(&suffix), "{line}"),
+                    other => panic!("{other}: {line}"),
+                }
+            }
+            if kind == "histogram" {
+                assert!(buckets.is_sorted_by(|a, b| a.0 < b.0 && a.1 <= b.1), "{buckets:?}");
+                let of = |suffix: &str| {
+                    samples.iter().find(|(k, _)| k.starts_with(&format!("{name}{suffix}"))).map(|s| *s.1)
+                };
+                assert_eq!(buckets.last().copied(), of("_count").map(|count| (f64::INFINITY, count)));
+                assert!(of("_sum").is_some());
+            }
         }
     }
 }

@@ -33,12 +33,12 @@ pub(super) enum ToWorker {
     Job { sources: usize, logs: usize, kept: usize },
     /// Some of the sources, in order: layers, index, volumes.
     Sources,
-    /// Some of the memory files that trees leave their nodes in: two for each tree.
+    /// Some of the memory files that workers leave things in: two for each tree, for its nodes, and one for requests in flight.
     Logs,
     /// Descriptors that an earlier worker gave away, by tree and node.
     Kept(Vec<(u32, u64)>),
-    /// Serve, with the connection. Bytes are hex.
-    Begin { init: String, start: Begin },
+    /// Serve, with the connection of this device minor. Bytes are hex.
+    Begin { init: String, start: Begin, minor: u32 },
     /// Tell your statistics.
     Stats,
     /// Log this much from now on.
@@ -49,7 +49,12 @@ pub(super) enum ToWorker {
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) enum Begin {
     First,
-    Again { reply: String, resend: Resend },
+    /// With care: a request may be among those in flight that ended a thread of the last worker.
+    Again {
+        reply: String,
+        resend: Resend,
+        with_care: bool,
+    },
 }
 
 /// What the worker tells the supervisor.
@@ -57,8 +62,8 @@ pub(super) enum Begin {
 pub(super) enum FromWorker {
     /// The trees are ready: mount.
     Built,
-    /// Requests are being answered.
-    Serving { reply: String, in_flight: InFlight },
+    /// Requests are being answered; so many were answered EIO because they would end a thread.
+    Serving { reply: String, in_flight: InFlight, poisoned: usize },
     /// It cannot.
     Failed(Told),
     /// Its statistics.

@@ -36,6 +36,11 @@ pub(crate) use spawn::alive;
 pub use spawn::{Options, start};
 pub use supervise::worker_of;
 
+/// Exit code of a worker that lost a thread to a request ([`crate::fuse::poison`]).
+const THREAD_LOST: i32 = 71;
+/// Exit code of a worker on whose connection somebody waits for a request that is lost: the connection must be aborted.
+const REQUEST_LOST: i32 = 72;
+
 const TARGET: &str = "fsprov::daemon";
 /// Hidden verb of the supervisor.
 const SUPERVISE: &str = "__supervise";

@@ -12,12 +12,15 @@ use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
+use super::confine::{self, Confined};
 use super::sources::Sources;
 use super::supervise::take_stdin;
-use super::{Job, TARGET, hex, settle, unhex};
+use super::{Job, REQUEST_LOST, TARGET, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
-use crate::fuse::session::{self, Start};
+use crate::fuse::inflight::Notes;
+use crate::fuse::poison;
+use crate::fuse::session::{self, InFlight, Resend, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::tree::device::DeviceTree;
@@ -31,6 +34,7 @@ use crate::volume::Form;
 pub(super) fn main() -> ExitCode {
     settle(c"fsprov-worker");
     super::log::start("worker");
+    poison::end_with_a_lost_thread(super::THREAD_LOST);
     #[cfg(feature = "failpoints")]
     let _scenario = fail::FailScenario::setup();
     let channel = match take_stdin() {
@@ -56,9 +60,9 @@ fn work(channel: Channel) -> Result<()> {
         let _ = channel.send(&FromWorker::Failed(Told::from(&error)), &[]);
         error
     };
-    let (adapter, server) = prepare(&channel).map_err(failed)?;
+    let (adapter, server, notes) = prepare(&channel).map_err(failed)?;
     channel.send(&FromWorker::Built, &[])?;
-    let session = begin(adapter, &server.job, &channel).map_err(failed)?;
+    let session = begin(adapter, &server, notes, &channel).map_err(failed)?;
     std::thread::Builder::new()
         .name("fsprov-control".into())
         .spawn(move || control(&channel, &server))
@@ -72,13 +76,19 @@ struct Server {
     trees: Trees,
     counters: Arc<Counters>,
     started: Instant,
+    confined: Confined,
 }
 
-fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
-    raise_open_files();
-    super::confine::confine();
-    let hand_over = take_job(channel)?;
+fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
+    set_limits();
+    let mut hand_over = take_job(channel)?;
     let job = hand_over.job.clone();
+    let notes = hand_over
+        .logs
+        .pop()
+        .map(Notes::new)
+        .ok_or_else(|| Error::new(Kind::Invalid, "take over a job", "", "there is no file for notes"))?;
+    let confined = confine::confine(&job.plan, &hand_over.sources);
     let trees = Trees::build(hand_over, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions {
@@ -88,25 +98,89 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server)> {
     };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
     let counters = adapter.counters();
-    Ok((adapter, Server { job, trees, counters, started: Instant::now() }))
+    Ok((adapter, Server { job, trees, counters, started: Instant::now(), confined }, notes))
 }
 
-fn begin(adapter: FuseAdapter, job: &Job, channel: &Channel) -> Result<session::Ready<FuseAdapter>> {
-    let Some((ToWorker::Begin { init, start }, fds)) = channel.receive()? else {
+fn begin(
+    adapter: FuseAdapter,
+    server: &Server,
+    notes: Notes,
+    channel: &Channel,
+) -> Result<session::Ready<FuseAdapter>> {
+    let job = &server.job;
+    let Some((ToWorker::Begin { init, start, minor }, fds)) = channel.receive()? else {
         return Err(Error::new(Kind::Helper, "begin", "", "the supervisor gave up"));
     };
     let connection = single(fds)?;
     let init = unhex(&init)?;
     adapter.pace().watch(&connection).map_err(|e| Error::io("watch the connection", "", e))?;
-    let ready = match &start {
+    let failed = if job.resend.works(&init) {
+        0
+    } else {
+        let failed = if matches!(start, Begin::Again { .. }) { notes.fail_all(&connection) } else { 0 };
+        if job.resend != Resend::Lose {
+            adapter.note_requests(notes);
+        }
+        failed
+    };
+    let mut poisoned = 0;
+    let mut ready = match &start {
         Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
-        Begin::Again { reply, resend } => {
+        Begin::Again { reply, resend, with_care } => {
             let reply = unhex(reply)?;
+            if *with_care && resend.works(&init) {
+                session::ask_again(&connection)?;
+                let sieved = poison::sieve(&connection, &init);
+                poisoned = sieved.poisoned;
+                for (node, count) in sieved.forgets {
+                    server.trees.whole.forget(node, count);
+                }
+            }
             session::start(adapter, &connection, &init, Start::Again { reply: &reply, resend: *resend }, job.threads)?
         }
     };
-    channel.send(&FromWorker::Serving { reply: hex(&ready.reply), in_flight: ready.in_flight }, &[])?;
+    if let InFlight::Failed(count) = &mut ready.in_flight {
+        *count = failed;
+        watch_for_lost(connection, minor, Arc::clone(&server.counters))?;
+    }
+    channel.send(&FromWorker::Serving { reply: hex(&ready.reply), in_flight: ready.in_flight, poisoned }, &[])?;
     Ok(ready)
+}
+
+/// Pause between two looks for lost requests.
+const LOOK_EVERY: Duration = Duration::from_millis(250);
+/// Looks in all: who waits for a lost request waited before this worker began.
+const LOOKS: u32 = 40;
+/// Looks in a row, each with more requests waited for than are known, that tell a lost one.
+const LOOKS_THAT_TELL: u32 = 8;
+
+/// Where requests in flight cannot be asked for again, one that was read but not noted is lost, and whoever waits for it waits for
+/// ever. It shows as one more that the kernel waits for, while none is queued, than are being answered.
+fn watch_for_lost(connection: OwnedFd, minor: u32, counters: Arc<Counters>) -> Result<()> {
+    let look = move || {
+        let mut in_a_row = 0;
+        for _ in 0..LOOKS {
+            std::thread::sleep(LOOK_EVERY);
+            let Some(waiting) = session::waiting(minor) else {
+                log::warn!(
+                    target: TARGET,
+                    "a request may have been lost with the last worker, and fusectl, which would show it, is not mounted"
+                );
+                return;
+            };
+            let lost = waiting > counters.in_progress() && !session::is_queued(&connection);
+            in_a_row = if lost { in_a_row + 1 } else { 0 };
+            if in_a_row == LOOKS_THAT_TELL {
+                log::error!(target: TARGET, "a request was lost with the last worker: ending the connection");
+                std::process::exit(REQUEST_LOST);
+            }
+        }
+    };
+    std::thread::Builder::new()
+        .name("fsprov-lost".into())
+        .spawn(look)
+        .map(drop)
+        .map_err(|e| Error::io("start thread", "lost requests", e))
 }
 
 /// The supervisor's later wishes. Ends with the supervisor; the session does not: the rootfs goes on without one.
@@ -170,8 +244,12 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
     Ok(HandOver { job, sources, logs: all_logs, kept: all_kept })
 }
 
-/// The soft limit is often 1024 for the sake of select(2), which we do not call.
-fn raise_open_files() {
+fn set_limits() {
+    // Its memory holds what its callers read and write.
+    if let Err(e) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
+        log::debug!(target: TARGET, "RLIMIT_CORE: {e}");
+    }
+    // The soft limit is often 1024 for the sake of select(2), which we do not call.
     let limit = getrlimit(Resource::Nofile);
     if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
         log::debug!(target: TARGET, "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
@@ -282,6 +360,9 @@ impl Server {
             "requests": by_kind,
             "requests_total": self.counters.total(),
             "panics": self.counters.panics(),
+            "in_progress": self.counters.in_progress(),
+            "latency_us_sum": self.counters.microseconds(),
+            "confined": self.confined,
             "latency_us_below_power_of_two": self.counters.latencies().to_vec(),
             "nodes": self.trees.directories.iter().map(|t| t.node_count()).sum::<usize>(),
             "handles": self.trees.directories.iter().map(|t| t.handle_count()).sum::<usize>(),
@@ -289,6 +370,7 @@ impl Server {
             "files_held": held,
             "files_limit": limit,
             "directories_cached": self.trees.pool.cached(),
+            "descriptors": std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count),
             "memory": super::log::memory(),
         })
     }

@@ -21,7 +21,7 @@ pub(super) struct Sources {
     pub(super) volumes: Vec<OwnedFd>,
     /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the
     /// rootfs was unmounted lazily and nothing names it any more. The supervisor's; a worker has none.
-    _in_use: Option<OwnedFd>,
+    pub(super) _in_use: Option<OwnedFd>,
 }
 
 fn open(op: &'static str, path: &Path, wanted: FileType) -> Result<OwnedFd> {
@@ -114,7 +114,7 @@ pub(crate) fn servable(volume: &Volume) -> bool {
 /// What workers leave to the next one.
 #[derive(Debug)]
 pub(super) struct Legacy {
-    /// Two memory files for each tree: the image's, then each volume's.
+    /// Two memory files for each tree, the image's, then each volume's; and one for requests in flight.
     logs: Vec<OwnedFd>,
     /// Files without a name that are in use, by tree and node.
     kept: BTreeMap<(u32, u64), OwnedFd>,
@@ -126,7 +126,7 @@ const MAX_KEPT: usize = 4096;
 
 impl Legacy {
     pub(super) fn new(plan: &Plan) -> Result<Self> {
-        let logs = (0..2 * (1 + plan.volumes.len())).map(|_| {
+        let logs = (0..=2 * (1 + plan.volumes.len())).map(|_| {
             memfd_create("fsprov-nodes", MemfdFlags::CLOEXEC)
                 .map_err(|e| Error::sys("make memory file", "fsprov-nodes", e))
         });

@@ -41,7 +41,7 @@ impl Default for Options {
         let cpus = std::thread::available_parallelism().map_or(2, usize::from);
         // One more than one at least: a request that waits for the disk must not hold up all the others.
         let threads = cpus.clamp(2, MAX_THREADS);
-        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::Ask }
+        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::from_env() }
     }
 }
 
@@ -53,7 +53,7 @@ const UNDO_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of the log's end an error carries.
 const LOG_TAIL: u64 = 2000;
 /// What a server keeps of the caller's environment.
-const ENVIRONMENT: [&str; 5] = ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_NO_SANDBOX"];
+const ENVIRONMENT: [&str; 5] = ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES"];
 
 /// Start a server for `plan`. `note` writes down what there is before more is done; when this returns the rootfs answers, and on
 /// an error nothing of it is left.

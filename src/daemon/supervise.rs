@@ -23,7 +23,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
 use super::control::{Listener, Question};
 use super::sources::{Legacy, Sources};
-use super::{GO, Job, Report, TARGET, WORK, hex, settle, spawn, unhex};
+use super::{GO, Job, REQUEST_LOST, Report, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
 use crate::backend::{ProcessId, Traces};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
@@ -137,6 +137,8 @@ struct Worker {
     channel: Channel,
     id: ProcessId,
     serving_since: Option<Instant>,
+    /// Requests that it answered because they would end a thread.
+    poisoned: usize,
 }
 
 /// A mount with its agreed INIT.
@@ -158,6 +160,8 @@ struct Supervisor {
     standing: Standing,
     worker: Option<Worker>,
     restarts: Restarts,
+    /// The last worker lost a thread to a request.
+    with_care: bool,
     /// `None`: the state directory did not let us; the rootfs is served all the same.
     control: Option<Listener>,
 }
@@ -224,6 +228,7 @@ impl Supervisor {
             standing,
             worker: Some(worker),
             restarts: Restarts::new(),
+            with_care: false,
             control,
         };
         let known = fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
@@ -283,6 +288,7 @@ impl Supervisor {
                     log::info!(target: TARGET, "{} was unmounted", show(&self.job.plan.rootfs));
                     return ExitCode::SUCCESS;
                 }
+                Event::WorkerEnded(status) if status.code() == Some(REQUEST_LOST) => return self.give_up_connection(),
                 Event::WorkerEnded(status) => {
                     if let Err(error) = self.replace(status) {
                         log::error!(target: TARGET, "{error}");
@@ -338,10 +344,17 @@ impl Supervisor {
     /// Put a new worker in a dead one's place, as often as it takes and the limit allows.
     fn replace(&mut self, status: ExitStatus) -> Result<()> {
         let old = self.worker.take();
+        let found = old.as_ref().map_or(0, |w| w.poisoned);
         let (old_pid, served) = old.map_or((0, None), |w| (w.id.pid, w.serving_since.map(|t| t.elapsed())));
         let died = Instant::now();
         log::warn!(target: TARGET, "worker {old_pid} died ({status}); starting another");
-        let mut next = self.restarts.after_death(served);
+        let was_careful = std::mem::replace(&mut self.with_care, status.code() == Some(THREAD_LOST));
+        // One that looked with care, found nothing and lost a thread all the same would do so again.
+        let mut next = if self.with_care && (found > 0 || !was_careful) {
+            self.restarts.after_a_lost_thread()
+        } else {
+            self.restarts.after_death(served)
+        };
         loop {
             match next {
                 Next::At(pause) => self.pause(pause)?,
@@ -358,8 +371,11 @@ impl Supervisor {
                 Ok(in_flight) => {
                     let worker = self.worker.as_ref().map_or(0, |w| w.id.pid);
                     log::info!(target: TARGET, "worker {worker} serves, {} ms after the last one died", died.elapsed().as_millis());
-                    if in_flight == InFlight::Lost {
-                        self.report_lost();
+                    if let InFlight::Failed(count) = in_flight {
+                        log::warn!(
+                            target: TARGET,
+                            "{count} requests in flight when it died were answered EIO: this kernel (before 6.9) cannot send them again"
+                        );
                     }
                     return Ok(());
                 }
@@ -380,8 +396,12 @@ impl Supervisor {
                 other => Err(unexpected(&other)),
             })
             .and_then(|()| {
-                let start = Begin::Again { reply: hex(&self.standing.reply), resend: self.job.resend };
-                worker.begin(&self.standing.mounted.connection, &self.standing.init, start)
+                let start = Begin::Again {
+                    reply: hex(&self.standing.reply),
+                    resend: self.job.resend,
+                    with_care: self.with_care,
+                };
+                worker.begin(&self.standing, start)
             });
         match begun {
             Ok((_, in_flight)) => {
@@ -482,18 +502,17 @@ impl Supervisor {
         Err(error.with_undo(self.start_again().map(drop)))
     }
 
-    /// Before Linux 6.9. Who waits for a lost request cannot be helped but by ending the connection, and everyone else's work
-    /// with it: that is for the user to decide.
-    fn report_lost(&self) {
-        let minor = self.info().dev.1;
-        if session::waiting(minor).is_none_or(|n| n > 0) {
-            log::error!(
-                target: TARGET,
-                "requests were in flight when the worker died, and this kernel (before 6.9) cannot send them again: programs that \
-                 wait for one wait until the rootfs is unmounted with --lazy or the connection is aborted \
-                 (echo 1 > /sys/fs/fuse/connections/{minor}/abort)"
-            );
-        }
+    /// Somebody waits for a request that is lost, before Linux 6.9, and would for ever: end the connection, and everyone else's
+    /// work with it. The mount stays, so that nobody finds what lies beneath: `list` says dead, `unmount` and `recover` go on.
+    fn give_up_connection(self) -> ExitCode {
+        log::error!(
+            target: TARGET,
+            "{}: a request in flight was lost with a worker, and this kernel (before 6.9) cannot send it again: the connection was \
+             ended, everything on it fails with ENOTCONN; fsprov unmount takes it away, fsprov recover mounts it again",
+            show(&self.job.plan.rootfs)
+        );
+        // Our descriptor is the last one: closed, it is as good as aborted (fuse_dev_release in fs/fuse/dev.c).
+        ExitCode::FAILURE
     }
 
     /// Sleep, but end when asked to.
@@ -544,14 +563,15 @@ fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
     let request =
         Request { point: &job.plan.rootfs, source: &source, read_only: job.is_read_only(), others: job.others };
     let mounted = mount::mount(&job.method, &request)?;
-    let begun = fault::point("server.mounted").and_then(|()| {
-        let init = session::read_init(&mounted.connection)?;
-        let (reply, _) = worker.begin(&mounted.connection, &init, Begin::First)?;
-        Ok((init, reply))
+    let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
+    let mut standing = Standing { mounted, init: Vec::new(), reply: Vec::new() };
+    let begun = begun.and_then(|init| {
+        standing.init = init;
+        worker.begin(&standing, Begin::First)
     });
     match begun {
-        Ok((init, reply)) => Ok(Standing { mounted, init, reply }),
-        Err(error) => Err(error.with_undo(mount::unmount(&mounted.info, Unmount::Lazy).map(drop))),
+        Ok((reply, _)) => Ok(Standing { reply, ..standing }),
+        Err(error) => Err(error.with_undo(mount::unmount(&standing.mounted.info, Unmount::Lazy).map(drop))),
     }
 }
 
@@ -595,7 +615,7 @@ impl Worker {
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
-        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None };
+        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
         sources.send(job_file, legacy, &worker.channel)?;
         Ok(worker)
     }
@@ -619,10 +639,13 @@ impl Worker {
         }
     }
 
-    fn begin(&mut self, connection: &OwnedFd, init: &[u8], start: Begin) -> Result<(Vec<u8>, InFlight)> {
-        self.channel.send(&ToWorker::Begin { init: hex(init), start }, &[connection.as_fd()])?;
+    fn begin(&mut self, standing: &Standing, start: Begin) -> Result<(Vec<u8>, InFlight)> {
+        let minor = standing.mounted.info.dev.1;
+        let word = ToWorker::Begin { init: hex(&standing.init), start, minor };
+        self.channel.send(&word, &[standing.mounted.connection.as_fd()])?;
         match self.expect("begin")? {
-            FromWorker::Serving { reply, in_flight } => {
+            FromWorker::Serving { reply, in_flight, poisoned } => {
+                self.poisoned = poisoned;
                 self.serving_since = Some(Instant::now());
                 Ok((unhex(&reply)?, in_flight))
             }

@@ -3,11 +3,12 @@
 //! Must not know images, volumes or mounts. What the kernel is asked to cache follows from the tree ([`Tree::is_live`],
 //! [`Tree::is_without_xattrs`]) and from [`AdapterOptions`].
 
+use std::cell::Cell;
 use std::ffi::OsStr;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
@@ -17,8 +18,9 @@ use fuser::{
     TimeOrNow, WriteFlags,
 };
 
+use super::inflight::Notes;
 use super::pace::Pace;
-use crate::tree::again;
+use crate::tree::again::{self, Asked};
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
 };
@@ -86,6 +88,8 @@ const OPERATIONS: usize = Operation::ALL.len();
 pub struct Counters {
     by_kind: [AtomicU64; OPERATIONS],
     panics: AtomicU64,
+    in_progress: AtomicU64,
+    microseconds: AtomicU64,
     latency: [AtomicU64; LATENCIES],
 }
 
@@ -97,6 +101,8 @@ impl Default for Counters {
         Counters {
             by_kind: [const { AtomicU64::new(0) }; OPERATIONS],
             panics: AtomicU64::new(0),
+            in_progress: AtomicU64::new(0),
+            microseconds: AtomicU64::new(0),
             latency: [const { AtomicU64::new(0) }; LATENCIES],
         }
     }
@@ -118,6 +124,16 @@ impl Counters {
         self.panics.load(Ordering::Relaxed)
     }
 
+    /// Requests that are being answered now.
+    pub fn in_progress(&self) -> u64 {
+        self.in_progress.load(Ordering::Relaxed)
+    }
+
+    /// What answering all requests took together, in microseconds.
+    pub fn microseconds(&self) -> u64 {
+        self.microseconds.load(Ordering::Relaxed)
+    }
+
     /// How many requests took how long to answer: the n-th is of those below 2^n microseconds and not below half of that.
     pub fn latencies(&self) -> [u64; LATENCIES] {
         std::array::from_fn(|class| self.latency[class].load(Ordering::Relaxed))
@@ -125,6 +141,7 @@ impl Counters {
 
     fn took(&self, time: Duration) {
         let us = time.as_micros() as u64;
+        self.microseconds.fetch_add(us, Ordering::Relaxed);
         let class = (u64::BITS - us.leading_zeros()) as usize;
         self.latency[class.min(LATENCIES - 1)].fetch_add(1, Ordering::Relaxed);
     }
@@ -143,6 +160,16 @@ pub struct FuseAdapter {
     no_open: bool,
     no_opendir: bool,
     pace: Arc<Pace>,
+    notes: OnceLock<Notes>,
+}
+
+thread_local! {
+    static IS_ANSWERING: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Is this thread in a handler of ours, where a panic is caught?
+pub(super) fn is_answering() -> bool {
+    IS_ANSWERING.get()
 }
 
 impl std::fmt::Debug for FuseAdapter {
@@ -154,7 +181,15 @@ impl std::fmt::Debug for FuseAdapter {
 impl FuseAdapter {
     /// An adapter for a tree.
     pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions) -> Self {
-        FuseAdapter { tree, options, counters: Arc::default(), no_open: false, no_opendir: false, pace: Arc::default() }
+        FuseAdapter {
+            tree,
+            options,
+            counters: Arc::default(),
+            no_open: false,
+            no_opendir: false,
+            pace: Arc::default(),
+            notes: OnceLock::new(),
+        }
     }
 
     /// Its counters, which go on counting.
@@ -167,6 +202,12 @@ impl FuseAdapter {
         Arc::clone(&self.pace)
     }
 
+    /// Write down which requests are being answered, for a server that cannot ask for them again.
+    pub fn note_requests(&self, notes: Notes) {
+        // A second call would be for the same connection.
+        let _ = self.notes.set(notes);
+    }
+
     /// Count a request, answer it, and keep a panic from ending the thread. A reply that is dropped unanswered while the
     /// panic unwinds says EIO by itself (fuser, `Drop for ReplyRaw`).
     fn request(&self, request: &Request, operation: Operation, work: impl FnOnce(&dyn Tree)) {
@@ -177,10 +218,22 @@ impl FuseAdapter {
         if paced {
             self.pace.begin();
         }
-        let is_resent = request.unique().0 & UNIQUE_RESEND != 0;
-        if catch_unwind(AssertUnwindSafe(|| again::answering(is_resent, || work(&*self.tree)))).is_err() {
+        let unique = request.unique().0;
+        let notes = self.notes.get().filter(|_| paced);
+        if let Some(notes) = notes {
+            notes.note(unique);
+        }
+        self.counters.in_progress.fetch_add(1, Ordering::Relaxed);
+        IS_ANSWERING.set(true);
+        let asked = Asked { unique: unique & !UNIQUE_RESEND, is_resent: unique & UNIQUE_RESEND != 0 };
+        if catch_unwind(AssertUnwindSafe(|| again::answering(asked, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
+        }
+        IS_ANSWERING.set(false);
+        self.counters.in_progress.fetch_sub(1, Ordering::Relaxed);
+        if let Some(notes) = notes {
+            notes.note(0);
         }
         self.counters.took(begun.elapsed());
         if paced {

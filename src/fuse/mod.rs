@@ -3,6 +3,8 @@
 
 pub mod adapter;
 mod fusermount;
+pub mod inflight;
 pub mod mount;
 pub mod pace;
+pub mod poison;
 pub mod session;

@@ -19,6 +19,12 @@
 //! so and SCHED_IDLE so that it does not, 2.5, but then anything else that computes starves the server; pinned to
 //! different CPUs by hand, 7.3.
 //!
+//! Later, on a larger tree and with nothing beside it (24,000 files in 3,036 directories: 6,078 requests; 20 samples each, medians):
+//! sleeps at once 3.8, looks for 200 us 3.5, looks and keeps all other threads out of read(2) while one caller is alone 3.7 (so
+//! that was not kept: as many context switches, 13,000, and no less time for `find` or `tar` four times over). What remains is the
+//! kernel's: `find` computes for 0.76 of that time by itself, making inodes and names; each directory is asked for twice, the second
+//! time for nothing (getdents(2) must say "no more"); and a sleeping caller's CPU is woken for each answer. The server's own code is 0.02.
+//!
 //! So it looks, and never pins. What it must not do: burn a CPU that others want, or look in vain. It gives its CPU away
 //! between two looks and stops where someone took it; and it looks only after requests that came one upon the other.
 

@@ -22,6 +22,12 @@ const MIN_READ_BUFFER: usize = 8192;
 const INIT_PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// FUSE_NOTIFY_RESEND (linux/fuse.h, Linux 6.9): requests that were read and not answered are queued again.
 const NOTIFY_RESEND: i32 = 7;
+/// Offsets of flags and of flags2 in an INIT request: a 40-byte header, then `struct fuse_init_in` (linux/fuse.h).
+const INIT_FLAGS: [usize; 2] = [40 + 12, 40 + 16];
+/// Flags says that there is flags2 (linux/fuse.h).
+const INIT_EXT: u32 = 1 << 30;
+/// In flags2: the kernel knows FUSE_NOTIFY_RESEND.
+const HAS_RESEND: u32 = 1 << 7;
 /// Offset and length of flags and of flags2 in an INIT reply: a 16-byte header, then `struct fuse_init_out` (linux/fuse.h).
 const REPLY_FLAGS: [std::ops::Range<usize>; 2] = [16 + 12..16 + 16, 16 + 32..16 + 36];
 
@@ -62,6 +68,26 @@ pub enum Resend {
     Ask,
     /// No: as on an older kernel. For tests.
     Never,
+    /// No, and not even which they were is known: as when a worker dies between reading a request and noting it. For tests.
+    Lose,
+}
+
+impl Resend {
+    /// What FSPROV_FUSE_RESEND says: for tests alone, and not in the help.
+    pub fn from_env() -> Self {
+        match std::env::var("FSPROV_FUSE_RESEND").as_deref() {
+            Ok("never") => Resend::Never,
+            Ok("lose") => Resend::Lose,
+            _ => Resend::Ask,
+        }
+    }
+
+    /// Can requests in flight be asked for again on the connection that this INIT came from?
+    pub fn works(self, init: &[u8]) -> bool {
+        let flags =
+            INIT_FLAGS.map(|at| init.get(at..at + 4).and_then(|b| b.try_into().ok()).map_or(0, u32::from_ne_bytes));
+        self == Resend::Ask && flags[0] & INIT_EXT != 0 && flags[1] & HAS_RESEND != 0
+    }
 }
 
 /// What became of requests that died with an earlier server.
@@ -70,8 +96,9 @@ pub enum Resend {
 pub enum InFlight {
     /// There were none, or they are queued again.
     Safe,
-    /// The kernel cannot send them again: who waits for one waits until the connection is aborted.
-    Lost,
+    /// The kernel cannot send them again. So many were answered EIO; one that was not noted yet waits until the connection is
+    /// aborted.
+    Failed(usize),
 }
 
 /// A session that is ready to run.
@@ -125,8 +152,8 @@ pub fn start<F: Filesystem>(
             rustix::io::writev(connection, &[IoSlice::new(&reply)]).map_err(|e| Error::sys(OP, "answer INIT", e))?;
             InFlight::Safe
         }
-        Start::Again { resend: Resend::Ask, .. } => resend(connection)?,
-        Start::Again { resend: Resend::Never, .. } => InFlight::Lost,
+        Start::Again { resend, .. } if resend.works(init) => ask_again(connection)?,
+        Start::Again { .. } => InFlight::Failed(0),
     };
     Ok(Ready { session, reply, in_flight })
 }
@@ -135,18 +162,28 @@ fn same_agreement(one: &[u8], other: &[u8]) -> bool {
     REPLY_FLAGS.iter().all(|range| one.get(range.clone()) == other.get(range.clone()))
 }
 
-/// struct fuse_out_header: length, error (here the notification's code), unique 0.
-fn resend(connection: &OwnedFd) -> Result<InFlight> {
+/// Have requests that were read and not answered queued again.
+pub fn ask_again(connection: &OwnedFd) -> Result<InFlight> {
+    // struct fuse_out_header: length, error (here the notification's code), unique 0.
     let mut message = [0_u8; 16];
     message[..4].copy_from_slice(&16_u32.to_ne_bytes());
     message[4..8].copy_from_slice(&NOTIFY_RESEND.to_ne_bytes());
     match rustix::io::write(connection, &message) {
         // A kernel that does not know the code.
-        Err(Errno::INVAL) => Ok(InFlight::Lost),
+        Err(Errno::INVAL) => Ok(InFlight::Failed(0)),
         // The errors: unmounted or aborted meanwhile, as the session's first read says.
         Ok(_) | Err(Errno::NODEV | Errno::PERM | Errno::NOTCONN | Errno::CONNABORTED) => Ok(InFlight::Safe),
         Err(e) => Err(Error::sys("ask for requests in flight again", "/dev/fuse", e)),
     }
+}
+
+/// Answer a request with an error, by its number. False: nobody waits for it (any more).
+pub(super) fn answer_error(connection: &OwnedFd, unique: u64, errno: Errno) -> bool {
+    let mut message = [0_u8; 16];
+    message[..4].copy_from_slice(&16_u32.to_ne_bytes());
+    message[4..8].copy_from_slice(&(-errno.raw_os_error()).to_ne_bytes());
+    message[8..].copy_from_slice(&unique.to_ne_bytes());
+    rustix::io::write(connection, &message).is_ok()
 }
 
 impl<F: Filesystem> Ready<F> {
@@ -167,6 +204,12 @@ impl<F: Filesystem> Ready<F> {
             }
         }
     }
+}
+
+/// Is a request queued?
+pub fn is_queued(connection: &OwnedFd) -> bool {
+    let mut fds = [PollFd::new(connection, PollFlags::IN)];
+    poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0)
 }
 
 /// How many requests the kernel waits for on the connection of this device minor: queued, being answered, or lost
@@ -193,6 +236,7 @@ mod tests {
         bytes[44..48].copy_from_slice(&45_u32.to_ne_bytes());
         bytes[48..52].copy_from_slice(&(128 * 1024_u32).to_ne_bytes());
         bytes[52..56].copy_from_slice(&flags.to_ne_bytes());
+        bytes[56..60].copy_from_slice(&HAS_RESEND.to_ne_bytes());
         bytes
     }
 
@@ -209,7 +253,7 @@ mod tests {
     #[test]
     fn the_first_server_answers_init_and_the_next_one_asks_for_what_was_lost() {
         let (kernel, server) = connection();
-        let init = init_request(0xffff);
+        let init = init_request(0xffff | INIT_EXT);
         let first = start(Empty, &server, &init, Start::First, 1).unwrap();
         let answer = message(&kernel);
         assert_eq!(answer, first.reply);
@@ -224,7 +268,9 @@ mod tests {
         drop(next);
 
         let quiet = Start::Again { reply: &answer, resend: Resend::Never };
-        assert_eq!(start(Empty, &server, &init, quiet, 1).unwrap().in_flight, InFlight::Lost);
+        assert_eq!(start(Empty, &server, &init, quiet, 1).unwrap().in_flight, InFlight::Failed(0));
+        let old = init_request(0xffff & !INIT_EXT);
+        assert!(!Resend::Ask.works(&old) && Resend::Ask.works(&init) && !Resend::Never.works(&init));
 
         let mut other = answer.clone();
         other[REPLY_FLAGS[0].start] ^= 1;

@@ -4,7 +4,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use html5gum::{Token, Tokenizer};
+use html5gum::{DefaultEmitter, Token, Tokenizer};
 
 use super::appc::{Dependency, Manifest, Pair, is_ac_identifier};
 use super::oci::Platform;
@@ -180,7 +180,10 @@ impl fmt::Display for Wanted {
 /// The templates for `name` of a page's `ac-discovery` tags, in their order. Only its head is read: below, others may have written.
 pub fn templates(page: &[u8], name: &str) -> Vec<String> {
     let mut found = Vec::new();
-    for token in Tokenizer::new(page) {
+    let mut emitter = DefaultEmitter::default();
+    // What stands in a script or a title is text, whatever it looks like.
+    emitter.naively_switch_states(true);
+    for token in Tokenizer::new_with_emitter(page, emitter) {
         match token {
             Ok(Token::StartTag(tag)) if *tag.name == b"body"[..] => break,
             Ok(Token::EndTag(tag)) if *tag.name == b"head"[..] => break,

@@ -10,7 +10,7 @@ use std::path::Path;
 use pgp::composed::{Deserializable, DetachedSignature, SignedPublicKey, SignedPublicSubKey};
 use pgp::crypto::hash::HashAlgorithm;
 use pgp::packet::{Signature, SignatureType};
-use pgp::types::{KeyDetails, Tag};
+use pgp::types::{KeyDetails, Tag, Timestamp};
 
 use crate::error::{Error, Kind, Result, show};
 
@@ -134,7 +134,7 @@ impl Keyring {
                     Err(e) => Err(format!("the signature by {} does not fit the file ({e})", who())),
                 });
             }
-            for subkey in key.public_subkeys.iter().filter(|subkey| names(signature, &subkey.key)) {
+            if let Some(subkey) = key.public_subkeys.iter().find(|subkey| names(signature, &subkey.key)) {
                 if let Err(why) = usable(key, now).and_then(|()| subkey_signs(key, subkey, now)) {
                     return Ok(Err(format!("the key of {} {why}", who())));
                 }
@@ -173,8 +173,8 @@ fn read_keys(path: &Path) -> Result<Vec<SignedPublicKey>> {
 }
 
 fn issuer(signature: &Signature) -> String {
-    let fingerprint = signature.issuer_fingerprint().first().map(|fingerprint| fingerprint.to_string());
-    let id = || signature.issuer_key_id().first().map(|id| id.to_string());
+    let fingerprint = signature.issuer_fingerprint().first().map(ToString::to_string);
+    let id = || signature.issuer_key_id().first().map(ToString::to_string);
     fingerprint.or_else(id).unwrap_or_else(|| "of nobody".into())
 }
 
@@ -200,7 +200,7 @@ fn own_signatures(key: &SignedPublicKey) -> Vec<&Signature> {
     });
     let direct = key.details.direct_signatures.iter().filter(|sig| sig.verify_key(primary).is_ok());
     let mut all: Vec<&Signature> = users.chain(direct).collect();
-    all.sort_by_key(|sig| sig.created().map_or(0, |at| at.as_secs()));
+    all.sort_by_key(|sig| sig.created().map_or(0, Timestamp::as_secs));
     all
 }
 
@@ -233,7 +233,7 @@ fn subkey_signs(key: &SignedPublicKey, subkey: &SignedPublicSubKey, now: u64) ->
     if bindings.iter().any(|sig| sig.typ() == Some(SignatureType::SubkeyRevocation)) {
         return Err("has a signing subkey that is revoked");
     }
-    bindings.sort_by_key(|sig| sig.created().map_or(0, |at| at.as_secs()));
+    bindings.sort_by_key(|sig| sig.created().map_or(0, Timestamp::as_secs));
     let Some(binding) = bindings.pop() else { return Err("has a subkey that is not its own") };
     let lifetime = binding.key_expiration_time().map(|d| u64::from(d.as_secs()));
     if is_over(u64::from(subkey.key.created_at().as_secs()), lifetime, now) {

@@ -151,7 +151,8 @@ fn make_top(parent: &OwnedFd, stage: &str) -> rustix::io::Result<OwnedFd> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let top = fs::openat(parent, stage, flags, Mode::empty())?;
     let stat = fs::fstat(&top)?;
-    let is_ours = stat.st_uid == rustix::process::geteuid().as_raw() && stat.st_mode & 0o077 == 0;
+    let is_ours = stat.st_uid == rustix::process::geteuid().as_raw()
+        && Mode::from_raw_mode(stat.st_mode).intersection(Mode::RWXG | Mode::RWXO).is_empty();
     if is_ours && is_empty(&top)? { Ok(top) } else { Err(Errno::BUSY) }
 }
 

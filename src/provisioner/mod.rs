@@ -186,6 +186,7 @@ impl Provisioner {
     }
 
     /// Count on `meter` what provisioning copies.
+    #[must_use]
     pub fn metered(mut self, meter: Arc<Meter>) -> Self {
         self.meter = Some(meter);
         self
@@ -291,21 +292,23 @@ impl Provisioner {
         let Some(mut record) = Record::read(&container)? else { return Ok(None) };
         let backend = backend::of(record.backend);
         record.traces = backend.refresh(&record.traces);
-        let health = if lock::is_held(container.dir())? {
-            Condition::Changing
-        } else if now.elsewhere(&record)?.is_some() {
-            Condition::Elsewhere
-        } else {
-            match (backend.health(&record.plan, &now.traces(&record), now.mounts()?), record.state) {
-                (_, State::Pending) => Condition::Interrupted,
-                (_, State::Healing) => Condition::Gone,
-                (Health::Ready, State::Ready) => Condition::Ready,
-                (Health::Dead, State::Ready) => Condition::Dead,
-                (Health::Gone, State::Ready) => Condition::Gone,
-            }
-        };
+        let health = if lock::is_held(container.dir())? { Condition::Changing } else { Self::condition(&record, now)? };
         let changes = backend.usage(&record.plan);
         Ok(Some(Status { record, health, changes }))
+    }
+
+    /// How a rootfs fares that nobody changes right now.
+    fn condition(record: &Record, now: &Now) -> Result<Condition> {
+        if now.elsewhere(record)?.is_some() {
+            return Ok(Condition::Elsewhere);
+        }
+        let health = backend::of(record.backend).health(&record.plan, &now.traces(record), now.mounts()?);
+        Ok(match (health, record.state) {
+            (_, State::Pending) => Condition::Interrupted,
+            (Health::Ready, State::Ready) => Condition::Ready,
+            (Health::Dead, State::Ready) => Condition::Dead,
+            (Health::Gone, State::Ready) | (_, State::Healing) => Condition::Gone,
+        })
     }
 
     fn find_id(&self, selector: &Selector) -> Result<Option<ContainerId>> {

@@ -32,13 +32,11 @@ impl Now {
 
     /// The mount table.
     pub fn mounts(&self) -> Result<&Table> {
-        match self.mounts.get() {
-            Some(table) => Ok(table),
-            None => {
-                let table = Table::read()?;
-                Ok(self.mounts.get_or_init(|| table))
-            }
+        if let Some(table) = self.mounts.get() {
+            return Ok(table);
         }
+        let table = Table::read()?;
+        Ok(self.mounts.get_or_init(|| table))
     }
 
     /// Was it made in this boot?

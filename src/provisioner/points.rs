@@ -105,8 +105,8 @@ mod tests {
         take(&paths, one, &a).unwrap();
         take(&paths, two, &b).unwrap();
         std::fs::write(paths.points().join("stranger"), "").unwrap();
-        assert_eq!(ids_at(&paths, one).unwrap(), [a.clone()]);
-        assert_eq!(ids_at(&paths, two).unwrap(), [b.clone()]);
+        assert_eq!(ids_at(&paths, one).unwrap(), std::slice::from_ref(&a));
+        assert_eq!(ids_at(&paths, two).unwrap(), std::slice::from_ref(&b));
         release(&paths, &a, Some(one)).unwrap();
         release(&paths, &b, None).unwrap();
         assert!(ids_at(&paths, one).unwrap().is_empty() && ids_at(&paths, two).unwrap().is_empty());

@@ -76,17 +76,15 @@ impl Provisioner {
         if lock::is_held(container.dir())? {
             return Ok(Outcome::Skipped);
         }
-        // Asked before the lock is taken: it says `changing` of a rootfs that is locked.
-        let condition = self.status(id, &Now::look()?)?.map(|status| status.health);
-        match condition {
-            Some(Condition::Elsewhere) => Ok(Outcome::Skipped),
-            Some(Condition::Ready) if wanted => Ok(Outcome::Kept),
-            Some(Condition::Dead | Condition::Gone) if wanted => {
-                let Some(claim) = lock::directory(container.dir())? else { return Ok(Outcome::Destroyed) };
-                let Some(record) = Record::read(&container)? else { return Ok(Outcome::Destroyed) };
-                self.heal(&container, record, claim)
-            }
+        let Some(claim) = lock::directory(container.dir())? else { return Ok(Outcome::Destroyed) };
+        let record = Record::read(&container)?;
+        let condition = record.as_ref().map(|record| Self::condition(record, &Now::look()?)).transpose()?;
+        match (condition, record) {
+            (Some(Condition::Elsewhere), _) => Ok(Outcome::Skipped),
+            (Some(Condition::Ready), _) if wanted => Ok(Outcome::Kept),
+            (Some(Condition::Dead | Condition::Gone), Some(record)) if wanted => self.heal(&container, record, claim),
             _ => {
+                drop(claim);
                 self.destroy_id(id, Detach::Lazy)?;
                 Ok(Outcome::Destroyed)
             }

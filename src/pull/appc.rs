@@ -1,5 +1,6 @@
 //! Fetch an AppC image by its name: discovery, the archive, its signature, and the images it depends on that are missing.
 
+use std::cell::RefCell;
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -22,6 +23,13 @@ const CHUNK: usize = 128 << 10;
 
 /// Find an image by its name, import it, and before it what it depends on and the store has not. The image itself is the last.
 ///
+/// ```no_run
+/// use fsprov::{paths::StatePaths, pull, store::Store};
+/// let store = Store::open(&StatePaths::new("/var/lib/fsprov".into()))?;
+/// let images = pull::fetch(&store, &"example.com/app:1.0,os=linux".parse()?, &pull::Options::default())?;
+/// # Ok::<(), fsprov::Error>(())
+/// ```
+///
 /// Errors: [`Kind::NotFound`] with every place that was looked at, [`Kind::Integrity`] where what came is not what was asked for
 /// or its signature is missing or bad; else as [`super::pull`].
 pub fn fetch(store: &Store, wanted: &Wanted, options: &Options) -> Result<Vec<Imported>> {
@@ -30,6 +38,7 @@ pub fn fetch(store: &Store, wanted: &Wanted, options: &Options) -> Result<Vec<Im
         options,
         client: Client::new(options.hosts.clone()),
         platform: options.platform.clone().unwrap_or_else(Platform::host),
+        active: RefCell::default(),
     };
     let mut done = Vec::new();
     job.one(wanted, None, &mut Vec::new(), &mut done)?;
@@ -41,10 +50,15 @@ struct Job<'a> {
     options: &'a Options,
     client: Client,
     platform: Platform,
+    /// Where the images came from that are being taken: one that is met again below itself stands on itself, by whatever labels
+    /// it is asked for. Its download is held, too: waiting for it would be for ever.
+    active: RefCell<Vec<String>>,
 }
 
 /// An archive that was found, here.
 struct Here {
+    /// What discovery made of its name.
+    at: String,
     path: PathBuf,
     from: String,
     signature: Signature,
@@ -61,22 +75,20 @@ impl Job<'_> {
         done: &mut Vec<Imported>,
     ) -> Result<()> {
         let name = wanted.to_string();
-        if above.contains(&name) {
-            let why = format!("it depends on itself: {} -> {name}", above.join(" -> "));
-            return Err(Error::new(Kind::Invalid, "fetch", &name, why));
-        }
         if above.len() >= MAX_DEPTH {
             let why = format!("more than {MAX_DEPTH} images stand on one another");
             return Err(Error::new(Kind::Limit, "fetch", &name, why));
         }
+        let here = self.find(wanted, above)?;
         above.push(name);
-        let here = self.find(wanted)?;
+        self.active.borrow_mut().push(here.at.clone());
         let imported = self.take(wanted, dependency, &here, above, done);
         if let Some(download) = here.download {
             download.done()?;
         }
         done.push(imported.map_err(|e| e.within("fetch", wanted))?);
         above.pop();
+        self.active.borrow_mut().pop();
         Ok(())
     }
 
@@ -97,7 +109,7 @@ impl Job<'_> {
         };
         // Nothing it says is acted on before.
         self.store.check_signature(&here.path, &here.signature)?;
-        let (id, manifest) = self.store.peek(&here.path, &import)?;
+        let (id, manifest) = Store::peek(&here.path, &import)?;
         wanted.check(&manifest, &self.platform)?;
         if let Some(dependency) = dependency {
             let told = dependency.image_id.as_ref().filter(|told| !id.as_str().starts_with(told.as_str()));
@@ -126,32 +138,40 @@ impl Job<'_> {
     }
 
     /// Simple discovery with each prefix, then meta discovery.
-    fn find(&self, wanted: &Wanted) -> Result<Here> {
+    fn find(&self, wanted: &Wanted, above: &[String]) -> Result<Here> {
+        let not_above = |at: &String| {
+            if !self.active.borrow().contains(at) {
+                return Ok(());
+            }
+            let why = format!("it depends on itself: {} -> {wanted}", above.join(" -> "));
+            Err(Error::new(Kind::Invalid, "fetch", wanted, why))
+        };
         let mut tried = Vec::new();
         let usual = ["https://".to_owned()];
         let prefixes: &[String] =
             if self.options.discovery_prefixes.is_empty() { &usual } else { &self.options.discovery_prefixes };
         for prefix in prefixes {
             let at = wanted.simple(prefix, &self.platform);
+            not_above(&at)?;
             if let Some(path) = at.strip_prefix("file://").or(at.starts_with('/').then_some(&*at)) {
                 let path = PathBuf::from(path);
                 if path.is_file() {
                     let from = show(&path);
-                    return Ok(Here { path, from, signature: Signature::Beside, download: None });
+                    return Ok(Here { at, path, from, signature: Signature::Beside, download: None });
                 }
                 tried.push(format!("{}: not there", show(&path)));
                 continue;
             }
             match self.get(&at, &format!("{at}.asc")) {
                 Ok(here) => return Ok(here),
-                Err(error) => tried.push(self.passed_over(error)?),
+                Err(error) => tried.push(Self::passed_over(error)?),
             }
         }
         for page in wanted.pages() {
             let found = match self.page(&page, wanted.name()) {
                 Ok(found) => found,
                 Err(error) => {
-                    tried.push(self.passed_over(error)?);
+                    tried.push(Self::passed_over(error)?);
                     continue;
                 }
             };
@@ -162,9 +182,10 @@ impl Job<'_> {
                     tried.push(format!("{template}: it wants a label that was not named"));
                     continue;
                 };
+                not_above(&aci)?;
                 match self.get(&aci, &asc) {
                     Ok(here) => return Ok(here),
-                    Err(error) => tried.push(self.passed_over(error)?),
+                    Err(error) => tried.push(Self::passed_over(error)?),
                 }
             }
             if !found.is_empty() {
@@ -176,7 +197,7 @@ impl Job<'_> {
     }
 
     /// A place that has not what we look for is passed over; what came and is wrong is not.
-    fn passed_over(&self, error: Error) -> Result<String> {
+    fn passed_over(error: Error) -> Result<String> {
         match error.kind() {
             Kind::Integrity | Kind::Limit | Kind::Busy => Err(error),
             _ => Ok(error.to_string()),
@@ -223,7 +244,7 @@ impl Job<'_> {
         let key = data_encoding::HEXLOWER.encode(&Sha256::digest(from.as_bytes()));
         let download = self.store.download(&format!("aci-{key}"))?;
         match self.put(answer, total, most, &from, asc, &download) {
-            Ok((path, signature)) => Ok(Here { path, from, signature, download: Some(download) }),
+            Ok((path, signature)) => Ok(Here { at: at.to_owned(), path, from, signature, download: Some(download) }),
             // What a URL gives may change: there is nothing to go on from.
             Err(error) => Err(error.with_undo(download.done())),
         }

@@ -245,6 +245,16 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// The registry, as logins and people name it.
+    pub(super) fn login_host(&self) -> &str {
+        &self.login_host
+    }
+
+    /// The repository.
+    pub(super) fn repository(&self) -> &str {
+        &self.repository
+    }
+
     /// The URL of something of this repository.
     pub(super) fn url(&self, what: &str) -> Url {
         let path = format!("/v2/{}/{what}", self.repository);

@@ -5,6 +5,7 @@
 //! callers' [`Answer::small`] and [`Answer::reader`] have one.
 
 use std::collections::{BTreeMap, HashMap};
+use std::fmt::Write as _;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -109,7 +110,9 @@ pub(super) fn encode(text: &str) -> String {
     for byte in text.bytes() {
         match byte {
             b'A'..=b'Z' | b'a'..=b'z' | b'0'..=b'9' | b'-' | b'.' | b'_' | b'~' => out.push(byte as char),
-            _ => out.push_str(&format!("%{byte:02X}")),
+            _ => {
+                let _ = write!(out, "%{byte:02X}");
+            }
         }
     }
     out
@@ -345,16 +348,19 @@ fn explain(url: &Url, error: ureq::Error) -> Failure {
     if let Some(tls) = tls_error(&error) {
         return Failure { error: Error::new(Kind::Io, OP, url, format!("TLS failed: {tls}")), is_passing: true };
     }
+    let unknown = || {
+        let error = Error::new(Kind::Io, OP, url, format!("no host {} is known", url.host));
+        error.hint("is the network there, and the name right?")
+    };
     let (error, is_passing) = match error {
         ureq::Error::Io(e) if e.kind() == std::io::ErrorKind::ConnectionRefused => {
             (Error::io(OP, url, e).hint("is the server running, and is this its port?"), true)
         }
+        // getaddrinfo's failures have no errno and no kind of their own.
+        ureq::Error::Io(e) if e.to_string().starts_with("failed to lookup address") => (unknown(), true),
         ureq::Error::Io(e) => (Error::io(OP, url, e).with_kind(Kind::Io), true),
         ureq::Error::Timeout(what) => (Error::new(Kind::Io, OP, url, format!("no answer in time ({what})")), true),
-        ureq::Error::HostNotFound => {
-            let error = Error::new(Kind::Io, OP, url, format!("no host {} is known", url.host));
-            (error.hint("is the network there, and the name right?"), true)
-        }
+        ureq::Error::HostNotFound => (unknown(), true),
         ureq::Error::ConnectionFailed => (Error::new(Kind::Io, OP, url, "no connection"), true),
         other => (Error::new(Kind::Io, OP, url, other), false),
     };

@@ -45,6 +45,14 @@ struct Found<'a> {
 
 /// Get an image of a registry into the store.
 ///
+/// ```no_run
+/// use fsprov::{paths::StatePaths, pull, store::Store};
+/// let store = Store::open(&StatePaths::new("/var/lib/fsprov".into()))?;
+/// let image = pull::pull(&store, &"registry.example.com/team/app:v1".parse()?, &pull::Options::default())?;
+/// println!("{}", image.id);
+/// # Ok::<(), fsprov::Error>(())
+/// ```
+///
 /// Errors: [`Kind::NotFound`] where the registry has no such image or none for the platform, [`Kind::Permission`] where it wants
 /// a login or its certificate is not trusted, [`Kind::Integrity`] where what it sends is not what its digest says,
 /// [`Kind::Limit`] past a limit, [`Kind::Io`] where it does not answer.
@@ -73,16 +81,18 @@ fn pull_with(
     if let Some(there) = already_there(store, &id, &names)? {
         return download.done().map(|()| there);
     }
-    let imported = get(store, &found, &download, reference, options);
-    match &imported {
-        Ok(_) => download.done()?,
+    let imported = match get(store, &found, &download, reference, options) {
+        Ok(imported) => imported,
         // No second try would make it better: it is no use to keep.
         Err(e) if matches!(e.kind(), Kind::Integrity | Kind::Invalid | Kind::Limit | Kind::Unsupported) => {
-            download.done()?
+            return Err(e.with_undo(download.done()));
         }
-        Err(_) => log::info!("what came stays in {}: the next pull goes on there", show(download.path())),
-    }
-    let imported = imported?;
+        Err(e) => {
+            log::info!("what came stays in {}: the next pull goes on there", show(download.path()));
+            return Err(e);
+        }
+    };
+    download.done()?;
     store.move_names(&id, &names)?;
     Ok(imported)
 }
@@ -162,8 +172,9 @@ fn manifest(
     let url = session.url(&format!("manifests/{selector}"));
     let answer = session.get(&url, &[("Accept", ACCEPT)])?;
     if answer.status == 404 {
-        let why = format!("the registry {} has no {} of {selector}", reference.host(), reference.repository());
-        let why = if selector.contains(':') { why } else { why.replace(" of ", " with the tag ") };
+        let what = if selector.contains(':') { "" } else { "the tag " };
+        let why =
+            format!("the registry {} has no {} with {what}{selector}", session.login_host(), session.repository());
         return Err(Error::new(Kind::NotFound, "find", reference, why).hint("is the name right?").into());
     }
     let answer = accepted(session, answer)?;

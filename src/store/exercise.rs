@@ -82,7 +82,7 @@ pub fn place(archive: &[u8], dir: &Path, replace: bool) -> Result<Index> {
     Index::from_bytes(index.finish()?)
 }
 
-/// Read `meta.json`; what is read is written as it was read.
+/// Read `meta.json`.
 pub fn meta(bytes: &[u8]) -> Result<Meta> {
     Meta::parse(bytes, "meta.json")
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 
 use super::staging::{self, Aside};
 use super::{Meta, Store, Uses, ids_below};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 
 /// What to collect beside what is of no use to anybody.
@@ -19,6 +19,11 @@ pub enum Prune {
     Garbage,
     /// Images that nobody uses, too.
     UnusedImages,
+    /// Of those, the ones that were imported at least so long ago.
+    UnusedOlderThan {
+        /// Seconds.
+        seconds: u64,
+    },
 }
 
 /// What was collected.
@@ -68,6 +73,10 @@ impl Store {
         done.staging += self.clean_downloads(std::time::Duration::ZERO)?;
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
+        // Whoever writes one holds the store's lock, too.
+        for id in self.ids()? {
+            remove_half_written(&self.paths.image(&id));
+        }
         let mut used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
         let mut needed: HashSet<ImageId> = HashSet::new();
         let mut is_whole = true;
@@ -81,7 +90,12 @@ impl Store {
                 }
             }
         }
-        if prune == Prune::UnusedImages {
+        let newest = match prune {
+            Prune::Garbage => None,
+            Prune::UnusedImages => Some(i64::MAX),
+            Prune::UnusedOlderThan { seconds } => Some(super::meta::now().saturating_sub_unsigned(seconds)),
+        };
+        if let Some(newest) = newest {
             for meta in &kept {
                 if !used.contains(&meta.id) && super::lock::is_held(&self.paths.image(&meta.id))? {
                     used.insert(meta.id.clone());
@@ -93,7 +107,12 @@ impl Store {
                 .filter(|meta| used.contains(&meta.id))
                 .flat_map(|meta| meta.dependencies.iter().cloned())
                 .collect();
-            for meta in kept.extract_if(.., |meta| !used.contains(&meta.id) && !below.contains(&meta.id)) {
+            let goes =
+                |meta: &Meta| meta.imported_at <= newest && !used.contains(&meta.id) && !below.contains(&meta.id);
+            // What a younger image stands on stays with it.
+            let stands: HashSet<ImageId> =
+                kept.iter().filter(|meta| !goes(meta)).flat_map(|meta| meta.dependencies.iter().cloned()).collect();
+            for meta in kept.extract_if(.., |meta| goes(meta) && !stands.contains(&meta.id)) {
                 gone.push(staging::move_aside(&self.paths, &self.paths.image(&meta.id))?);
                 done.images.push(meta.id);
             }
@@ -141,9 +160,26 @@ impl Store {
         Ok(found)
     }
 
+    /// What all images and layers together take on the disk, each once.
+    pub fn total_bytes(&self) -> Result<u64> {
+        let _in_use = self.lock_shared()?;
+        Ok(bytes_on_disk(&self.paths.images())? + bytes_on_disk(&self.paths.layers())?)
+    }
+
     /// Images that stand on this one.
     pub(super) fn dependents(&self, id: &ImageId) -> Result<Vec<Meta>> {
         Ok(self.list()?.into_iter().filter(|meta| meta.dependencies.contains(id)).collect())
+    }
+}
+
+/// Remove what writers that died left beside the files they were to replace.
+fn remove_half_written(dir: &Path) {
+    for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_name().to_str().is_some_and(super::is_half_written)
+            && let Err(error) = std::fs::remove_file(entry.path())
+        {
+            log::warn!("{}", Error::io("remove", show(entry.path()), error));
+        }
     }
 }
 

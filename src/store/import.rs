@@ -205,7 +205,7 @@ impl Store {
     }
 
     /// The AppC manifest of an archive, strictly or not, and the id it will have. Nothing is placed.
-    pub(crate) fn peek(&self, path: &PathBuf, options: &ImportOptions) -> Result<(ImageId, Manifest)> {
+    pub(crate) fn peek(path: &PathBuf, options: &ImportOptions) -> Result<(ImageId, Manifest)> {
         let name = show(path);
         let producer = Archive::open(path)?.producer(&options.limits, None);
         let (bytes, digest) = stream::run::<Sha512, _>(producer, |reader| {

@@ -110,9 +110,7 @@ impl Meta {
             kind,
             names: Vec::new(),
             labels: Vec::new(),
-            imported_at: std::time::SystemTime::now()
-                .duration_since(std::time::UNIX_EPOCH)
-                .map_or(0, |since| since.as_secs() as i64),
+            imported_at: now(),
             source,
             origin: None,
             entries: 0,
@@ -171,6 +169,11 @@ struct Stored<M> {
     /// [`Meta::check`]; stores of before it have none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     check: Option<String>,
+}
+
+/// Seconds since 1970.
+pub(super) fn now() -> i64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs() as i64)
 }
 
 pub(super) fn sha256_hex(bytes: &[u8]) -> String {

@@ -117,7 +117,19 @@ impl Store {
         lock::lock_file(&self.paths.store_lock(), Hold::Exclusive)
     }
 
-    /// All images, by name. What is damaged is left out and logged.
+    /// All images, by name.
+    ///
+    /// ```
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let root = dir.path().to_owned();
+    /// let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new(root))?;
+    /// for image in store.list()? {
+    ///     println!("{} {}", image.id, image.names.join(" "));
+    /// }
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
+    ///
+    /// What is damaged is left out and logged.
     pub fn list(&self) -> Result<Vec<Meta>> {
         let mut found = Vec::new();
         for id in self.ids()? {
@@ -156,7 +168,21 @@ impl Store {
         Ok((meta, bytes))
     }
 
-    /// Remove one image. Refused with [`Kind::Busy`] while somebody uses it.
+    /// Remove one image.
+    ///
+    /// ```no_run
+    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// # let store = fsprov::store::Store::open(&paths)?;
+    /// use fsprov::store::Use;
+    /// let uses = || {
+    ///     let all = fsprov::provisioner::images_in_use(&paths)?;
+    ///     Ok(all.into_iter().map(|(image, id)| Use { image, by: format!("rootfs {id}") }).collect())
+    /// };
+    /// store.remove(&fsprov::id::ImageRef::parse("example.com/debian".as_ref())?, &uses)?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
+    ///
+    /// Refused with [`Kind::Busy`] while somebody uses it.
     pub fn remove(&self, image: &ImageRef, uses: Uses<'_>) -> Result<Meta> {
         let held = self.lock_exclusive()?;
         let meta = self.find(image)?;
@@ -208,6 +234,11 @@ impl Store {
         crate::index::Index::open(&dir.join(image::INDEX)).map_err(|e| damaged(&format!("its index ({e})")))?;
         Ok(meta)
     }
+}
+
+/// Is it the name of a file that was to replace another, and whose writer died? That other is whole.
+fn is_half_written(name: &str) -> bool {
+    name.starts_with(".new-") || name.starts_with(".index-")
 }
 
 fn ids_below(dir: &PathBuf) -> Result<Vec<ImageId>> {

@@ -38,6 +38,7 @@ impl Store {
         // Two who name one image read and write after one another. (The lock on the directory is its servers'.)
         let dir = self.paths.image(id);
         let manifest = dir.join(image::MANIFEST);
+        let _in_use = self.lock_shared()?;
         let fd = std::fs::File::open(&manifest).map_err(|e| Error::io("open", show(&manifest), e))?;
         let _naming = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
         let mut meta = self.meta(id)?;

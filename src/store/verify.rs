@@ -257,7 +257,7 @@ fn strays(dir: &Path, is_known: impl Fn(&str) -> bool) -> Result<Vec<OsString>> 
 /// What lies beside the parts of an image or layer.
 fn others(dir: &Path, known: &[&str]) -> Findings {
     // What a writer of meta.json that died left beside it is no damage: the file itself is old or new.
-    match strays(dir, |name| known.contains(&name) || name.starts_with(".new-")) {
+    match strays(dir, |name| known.contains(&name) || super::is_half_written(name)) {
         Ok(names) => {
             names.into_iter().map(|n| (n.to_string_lossy().into_owned(), "it is no part of an image".into())).collect()
         }
@@ -278,13 +278,13 @@ enum Own {
 
 fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own) -> Findings {
     let mut found = Findings::new();
-    let tree = match Tree::open(index, layers) {
-        Ok(tree) => tree,
-        Err(error) => return vec![(image::INDEX.into(), error.to_string())],
-    };
-    if let Err(error) = tree.index.verify() {
+    if let Err(error) = crate::index::Index::open(index).and_then(|index| index.verify()) {
         return vec![(image::INDEX.into(), error.to_string())];
     }
+    let tree = match Tree::open(index, layers) {
+        Ok(tree) => tree,
+        Err(error) => return vec![(image::ROOTFS.into(), error.to_string())],
+    };
     if let Err(error) = check_all(&tree, layers, on_disk, own, &mut found) {
         found.push((image::ROOTFS.into(), error.to_string()));
     }

@@ -1,24 +1,44 @@
 //! Requests that come a second time: a server that was killed may have carried one out and not answered (FUSE_NOTIFY_RESEND).
 //!
-//! Whoever makes or removes a name asks [`is_resent`] when it fails with what would be its own earlier success (EEXIST, ENOENT),
-//! and looks whether the state is the one that this request makes. The kernel sends only requests that could succeed as it
-//! knew the names, and holds the directories locked until they are answered, so nobody else on this mount is in between.
+//! A tree whose changes outlive the server writes down what it is about to do, by the request's number, before it does it: names
+//! that are made, moved and removed, appends, and attributes that are made or removed. Sent again, such a request is looked up,
+//! and what is on disk tells whether it was done. Where nothing is written down (no process comes after this one), [`is_resent`]
+//! alone must do. The kernel holds the directories locked until a request is answered, so nobody else on this mount is in
+//! between; programs on the host may be.
+//!
+//! Needs no care, because doing it twice is doing it once: setattr, writes at a place, truncation by open, and those forms of
+//! fallocate and copy_file_range that the kernel sends (no inserted or collapsed ranges, no overlapping copy: fs/fuse/file.c,
+//! fs/read_write.c); the file is locked meanwhile.
 
 use std::cell::Cell;
 
+/// The request that a thread answers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Asked {
+    /// Its number, the same each time it is sent, and never another request's on this connection. 0: none.
+    pub unique: u64,
+    /// An earlier server may have carried it out.
+    pub is_resent: bool,
+}
+
 thread_local! {
-    static RESENT: Cell<bool> = const { Cell::new(false) };
+    static ASKED: Cell<Asked> = const { Cell::new(Asked { unique: 0, is_resent: false }) };
 }
 
 /// Is the request that this thread answers one that an earlier server may have carried out?
 pub fn is_resent() -> bool {
-    RESENT.get()
+    ASKED.get().is_resent
 }
 
-/// Answer a request; it was sent before or not.
-pub fn answering<T>(is_resent: bool, work: impl FnOnce() -> T) -> T {
+/// The number of the request that this thread answers; 0: none.
+pub fn unique() -> u64 {
+    ASKED.get().unique
+}
+
+/// Answer a request.
+pub fn answering<T>(asked: Asked, work: impl FnOnce() -> T) -> T {
     // Set, not restored: the next request on this thread sets its own, and a panic ends with this one.
-    RESENT.set(is_resent);
+    ASKED.set(asked);
     work()
 }
 
@@ -28,9 +48,10 @@ mod tests {
 
     #[test]
     fn each_request_has_its_own() {
+        let resent = |is_resent| Asked { unique: 8, is_resent };
         assert!(!is_resent());
-        assert!(answering(true, is_resent));
-        assert!(!answering(false, is_resent));
-        answering(true, || std::thread::spawn(|| assert!(!is_resent())).join().unwrap());
+        assert!(answering(resent(true), is_resent));
+        assert_eq!(answering(resent(false), || (is_resent(), unique())), (false, 8));
+        answering(resent(true), || std::thread::spawn(|| assert!(!is_resent() && unique() == 0)).join().unwrap());
     }
 }

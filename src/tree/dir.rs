@@ -202,6 +202,15 @@ impl DirTree {
         }
     }
 
+    /// This request is about to change something. `Some`: an earlier server began to carry it out; what it wrote down, as far
+    /// as it did.
+    fn intend(&self, intent: impl FnOnce() -> outlive::Intent) -> Option<outlive::Intent> {
+        match &self.outlive {
+            Some(outlive) => outlive.intend(intent),
+            None => super::again::is_resent().then(outlive::Intent::default),
+        }
+    }
+
     fn entry(&self, found: &found::Found, node: Node) -> Entry {
         Entry {
             attr: found.shown(node, &self.options.ownership),

@@ -78,7 +78,7 @@ const HARMS: [(&str, &str, Harm); 20] = [
         fs::remove_file(dir.join("rootfs/a"))?;
         fs::create_dir(dir.join("rootfs/a"))
     }),
-    ("a hard link parted", "/h2", |dir| {
+    ("a hard link parted", "/h", |dir| {
         fs::remove_file(dir.join("rootfs/h2"))?;
         fs::copy(dir.join("rootfs/h1"), dir.join("rootfs/h2")).map(drop)
     }),
@@ -166,7 +166,8 @@ pub(crate) fn damage_is_found() -> Result<(), Failed> {
         let imported = store.import(&source, &ImportOptions::default())?;
         assert_eq!(store.verify(Repair::No)?, [], "{name}: before");
         harm(&store.paths().image(&imported.id))?;
-        let is_named = |damage: &Damage| damage.id.as_ref() == Some(&imported.id) && damage.part == part;
+        // Which of two names that were one is no more cannot be told: the part begins so.
+        let is_named = |damage: &Damage| damage.id.as_ref() == Some(&imported.id) && damage.part.starts_with(part);
         let found = store.verify(Repair::No)?;
         assert!(found.iter().any(is_named), "{name}: {found:?}");
         assert!(found.iter().all(|damage| !damage.set_aside), "{name}: nothing was asked for");
@@ -272,7 +273,10 @@ pub(crate) fn layers_are_collected() -> Result<(), Failed> {
     let used = move || Ok(vec![fsprov::store::Use { image: by.clone(), by: "rootfs x".into() }]);
     let refused = store.remove(&ImageRef::Id(ids[1].clone()), &used).expect_err("it is in use");
     assert_eq!(refused.kind(), fsprov::Kind::Busy);
-    let done = store.gc(Prune::UnusedImages, &used)?;
+    let parts: u64 = store.usage()?.iter().map(|usage| usage.own_bytes).sum();
+    assert!(store.total_bytes()? >= parts, "what is there is counted");
+    assert!(store.gc(Prune::UnusedOlderThan { seconds: 3600 }, &used)?.images.is_empty(), "it is too young");
+    let done = store.gc(Prune::UnusedOlderThan { seconds: 0 }, &used)?;
     assert_eq!((done.images.len(), layers()?), (1, 1));
     store.remove(&ImageRef::Id(ids[1].clone()), &nobody)?;
     assert_eq!(store.gc(Prune::Garbage, &nobody)?.layers.len(), 1);

@@ -82,10 +82,14 @@ pub(crate) mod on {
 
 /// Names the one case that this process is to run: `LANE/CASE`.
 const CASE: &str = "FSPROV_TEST_CASE";
+/// Names a directory: print what is seen of it and nothing else (a case asks so as another user).
+pub(crate) const PICTURE: &str = "FSPROV_TEST_PICTURE";
 /// Set in the copy of the unprivileged half that runs as the ordinary user.
 const DROPPED: &str = "FSPROV_TEST_DROPPED";
 /// Longest that one case may take; the slowest (a Debian image imported and run) takes about 30 s on two busy cores.
 const CASE_LIMIT: Duration = Duration::from_secs(240);
+/// Another limit in seconds, for the long forms of cases.
+const LIMIT: &str = "FSPROV_TEST_LIMIT";
 /// What a child exits with when its case failed.
 const CASE_FAILED: u8 = 101;
 
@@ -93,6 +97,11 @@ const CASE_FAILED: u8 = 101;
 pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
     if let Some(wanted) = std::env::var_os(CASE) {
         return run_one(&wanted.to_string_lossy(), cases);
+    }
+    if let Some(dir) = std::env::var_os(PICTURE) {
+        let lines = super::walk::to_lines(&super::walk::picture(Path::new(&dir)));
+        let _ = std::io::stdout().write_all(lines.as_bytes());
+        return ExitCode::SUCCESS;
     }
     let root = rustix::process::geteuid().is_root();
     if half == Half::Unprivileged && root && std::env::var_os(DROPPED).is_none() {
@@ -133,10 +142,11 @@ fn trial(lane: &Lane, case: &Case) -> Result<Completion, Failed> {
     command.stdout(both().map_err(|e| e.to_string())?).stderr(both().map_err(|e| e.to_string())?);
     let mut child = command.spawn().map_err(|e| format!("start {command:?}: {e}"))?;
     let started = Instant::now();
+    let limit = std::env::var(LIMIT).ok().and_then(|s| s.parse().ok()).map_or(CASE_LIMIT, Duration::from_secs);
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break Some(status),
-            Ok(None) if started.elapsed() < CASE_LIMIT => std::thread::sleep(Duration::from_millis(5)),
+            Ok(None) if started.elapsed() < limit => std::thread::sleep(Duration::from_millis(5)),
             _ => break None,
         }
     };
@@ -151,7 +161,7 @@ fn trial(lane: &Lane, case: &Case) -> Result<Completion, Failed> {
             }
             let _ = child.kill();
             let _ = child.wait();
-            Err(format!("not done after {CASE_LIMIT:?}; killed it and its processes {family:#?}\n{}", text()).into())
+            Err(format!("not done after {limit:?}; killed it and its processes {family:#?}\n{}", text()).into())
         }
     }
 }

@@ -185,3 +185,17 @@ pub(crate) fn assert_same(want: &Picture, got: &Picture, what: &str) {
     }
     assert!(count == 0, "{what}: {count} of {} paths differ:\n{text}", want.len());
 }
+
+/// A picture as text, to be handed from one process to another.
+pub(crate) fn to_lines(picture: &Picture) -> String {
+    let line = |(path, what): (&Vec<u8>, &String)| format!("{} {what}\n", data_encoding::HEXLOWER.encode(path));
+    picture.iter().map(line).collect()
+}
+
+pub(crate) fn from_lines(text: &str) -> Picture {
+    let line = |line: &str| {
+        let (path, what) = line.split_once(' ').expect("a path and what is seen of it");
+        (data_encoding::HEXLOWER.decode(path.as_bytes()).expect("hex"), what.to_owned())
+    };
+    text.lines().map(line).collect()
+}

@@ -297,6 +297,32 @@ pub(crate) const FOREGROUND: Case = Case::new("foreground_stays_until_a_signal",
     }
 });
 
+/// The test stands for systemd: what a unit of Type=notify with a watchdog is told (sd_notify(3)).
+pub(crate) const SYSTEMD: Case = Case::new("systemd_is_told", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let socket = std::os::unix::net::UnixDatagram::bind(stage.path("notify")).expect("bind");
+    socket.set_read_timeout(Some(Duration::from_secs(30))).expect("timeout");
+    let hear = || {
+        let mut message = [0_u8; 4096];
+        let size = socket.recv(&mut message).expect("systemd is told something");
+        String::from_utf8_lossy(&message[..size]).into_owned()
+    };
+    let call = stage.mount_call(&image, "rootfs", ["--foreground"]);
+    let mut call = call.env("NOTIFY_SOCKET", stage.path("notify")).env("WATCHDOG_USEC", "400000");
+    let said = fs::File::create(stage.path("said")).expect("create");
+    let mut child = call.command.stdout(std::process::Stdio::null()).stderr(said).spawn().expect("start");
+    let ready = hear();
+    assert!(ready.lines().any(|l| l == "READY=1") && ready.contains("STATUS="), "{ready}");
+    assert!(stage.path("rootfs/etc/hosts").exists(), "ready means that it answers");
+    for _ in 0..3 {
+        assert_eq!(hear().trim(), "WATCHDOG=1");
+    }
+    stage.tool("kill", ["-TERM".to_owned(), child.id().to_string()]).run().ok();
+    while hear().trim() != "STOPPING=1" {}
+    assert!(child.wait().expect("wait").success());
+    stage.assert_nothing_left("after systemd stopped it");
+});
+
 /// Other users' processes cannot enter a FUSE mount made without allow_other; a rootfs's state is its owner's alone.
 pub(crate) const STATE_IS_PRIVATE: Case =
     Case::new("the_state_root_is_closed_to_others", on::with_copy, |stage: &Stage| {

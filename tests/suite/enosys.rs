@@ -1,8 +1,9 @@
 //! Old kernels and strict seccomp profiles: the newer system calls answer ENOSYS, and all works without them or says why not.
 
-use std::ffi::OsStr;
+use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
+use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Need, Stage, system};
@@ -76,7 +77,11 @@ pub(crate) const FALLBACKS: Case = Case::needing(
     |stage: &Stage| {
         let enosys = filter(stage);
         let image = stage.small_image();
-        let want = picture(&image);
+        let without_volumes = |mut picture: crate::common::walk::Picture| {
+            picture.retain(|path, _| !path.starts_with(b"data") && !path.starts_with(b"run/lock"));
+            picture
+        };
+        let want = without_volumes(picture(&image));
         let run = |missing: &str, args: &[&OsStr]| {
             let call = stage.tool(&enosys.display().to_string(), [missing]);
             call.arg(crate::common::stage::program()).args(args).run()
@@ -84,10 +89,14 @@ pub(crate) const FALLBACKS: Case = Case::needing(
         let rootfs = stage.path("rootfs");
         let mut worked = 0;
         for missing in MISSING {
-            let mount = run(
-                missing,
-                &["mount".as_ref(), "--backend".as_ref(), stage.lane.backend.as_ref(), image.as_ref(), rootfs.as_ref()],
-            );
+            let mut words: Vec<OsString> = ["mount", "--backend", stage.lane.backend].map(OsString::from).to_vec();
+            if stage.lane.has_volumes() {
+                words.extend(sandbox(stage));
+                words.extend(volume("vol", "/data", "rw"));
+                words.extend(volume(stage.mkdir("other"), "/run/lock", "ro"));
+            }
+            words.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
+            let mount = run(missing, &words.iter().map(OsString::as_os_str).collect::<Vec<_>>());
             if mount.code() != Some(0) {
                 // Not possible on this host, in words that name what is missing: not a bare failure.
                 let said = mount.err();
@@ -100,9 +109,17 @@ pub(crate) const FALLBACKS: Case = Case::needing(
                 continue;
             }
             worked += 1;
-            assert_same(&want, &picture(&rootfs), missing);
+            assert_same(&want, &without_volumes(picture(&rootfs)), missing);
             if stage.lane.backend != "copy" {
                 let refused = std::fs::write(rootfs.join("etc/new"), "x").expect_err("read-only");
+                assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
+            }
+            if stage.lane.has_volumes() {
+                std::fs::write(rootfs.join("data/kept"), missing).expect("write to a volume");
+                let read = std::fs::read_to_string(stage.path("sandbox/vol/kept")).expect("it is on the host");
+                assert_eq!(read, *missing);
+                std::fs::remove_file(rootfs.join("data/kept")).expect("remove it there");
+                let refused = std::fs::write(rootfs.join("run/lock/x"), "x").expect_err("a read-only volume");
                 assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
             }
             let listed = run(missing, &["list".as_ref(), "--json".as_ref()]).ok().json();

@@ -44,6 +44,10 @@ impl Step {
         format!("{}={skip}1*return({what})", self.name)
     }
 
+    pub(crate) fn is_first(&self) -> bool {
+        self.before == 0
+    }
+
     /// FAILPOINTS for this passing and all later ones: a disk that stays full, also for who undoes.
     pub(crate) fn with_for_good(&self, what: &str) -> String {
         self.with(what).replace("1*return", "return")

@@ -128,8 +128,11 @@ pub(crate) const ACLS: Case = Case::needing(
         fs::create_dir(data.join("dir")).expect("mkdir");
         acl(&format!("d:u:{}:rwx,d:g::rwx,d:o::---", user.name), "dir");
         fs::write(data.join("dir/made"), "").expect("write");
-        let made = stage.tool("getfacl", ["-cn", "dir/made"]).cwd(&backing).run().ok().out();
-        assert!(made.contains(&format!("user:{}:rwx", user.uid)) && made.contains("other::---"), "{made}");
+        fs::write(backing.join("dir/plain"), "").expect("write");
+        let acls = ["made", "plain"]
+            .map(|name| stage.tool("getfacl", ["-cn"]).arg(backing.join("dir").join(name)).run().ok().out());
+        assert!(acls[0].contains(&format!("user:{}:rw", user.uid)) && acls[0].contains("mask::rw-"), "{}", acls[0]);
+        assert_eq!(acls[0], acls[1], "made through the mount and on the host");
         // chmod and the mask are one.
         fs::set_permissions(data.join("given"), fs::Permissions::from_mode(0o640)).expect("chmod");
         as_user("cat given").ok();

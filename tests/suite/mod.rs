@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::common::Case;
 
 mod agent;
+mod appc;
 mod cli;
 mod clients;
 mod crash;
@@ -13,18 +14,21 @@ mod durable;
 mod enosys;
 mod faults;
 mod filled;
+mod hardened;
 mod live;
 mod mounted;
 mod posix;
 mod races;
 mod readonly;
 mod recover;
+mod registry;
 mod store;
 mod tree;
 mod volumes;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
+    agent::AUTO_LAYERS,
     agent::AUTO_WRITABLE,
     agent::INSIDE,
     agent::LEAKED,
@@ -33,6 +37,11 @@ pub(crate) const CASES: &[Case] = &[
     agent::ROUNDS,
     agent::WAITS,
     agent::WRITABLE,
+    appc::CONFIG,
+    appc::FETCHES,
+    appc::MESOS,
+    appc::META,
+    appc::SIGNATURES,
     cli::AUTO,
     cli::BAD_IMAGES,
     cli::COMPLETIONS_AND_MAN,
@@ -50,7 +59,11 @@ pub(crate) const CASES: &[Case] = &[
     clients::CHROOT,
     clients::GIT,
     clients::SQLITE,
+    crash::ALONE,
     crash::KILLED_UNSEEN,
+    crash::LOST,
+    crash::NOT_SENT_AGAIN,
+    crash::POISON,
     crash::RESTARTED,
     destroy::AT_ONCE,
     destroy::BUSY,
@@ -65,12 +78,14 @@ pub(crate) const CASES: &[Case] = &[
     destroy::OVER_THE_IMAGE,
     destroy::SERVER_KILLED,
     destroy::STATE_IS_PRIVATE,
+    destroy::SYSTEMD,
     destroy::TWICE,
     destroy::UNMOUNTED_BY_HAND,
     durable::FULL_DISK,
     durable::IN_USE_UNSEEN,
+    durable::IMPORT_STEPS,
     durable::REPAIRED,
-    durable::STEPS,
+    durable::UPKEEP_STEPS,
     enosys::FALLBACKS,
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
@@ -85,6 +100,9 @@ pub(crate) const CASES: &[Case] = &[
     mounted::ATTACKED,
     mounted::CAPPED,
     mounted::MODEL,
+    hardened::CONFINED,
+    hardened::EVERY_KIND,
+    hardened::EXHAUSTED,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
@@ -100,6 +118,13 @@ pub(crate) const CASES: &[Case] = &[
     recover::HEALS,
     recover::REBOOT,
     recover::WRITABLE_CRASH,
+    registry::DEBIAN,
+    registry::LAYERS,
+    registry::LIES,
+    registry::LOGINS,
+    registry::PLATFORMS,
+    registry::RESUMES,
+    registry::TLS,
     store::AT_ONCE,
     store::BARE_TREE,
     store::BROKEN_IMAGES,

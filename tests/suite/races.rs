@@ -1,6 +1,6 @@
 //! Importers, provisioners and a collector at once: nothing in use is lost, and there is one copy of everything.
 //!
-//! `FSPROV_TEST_ROUNDS=1000` sets how often each of them goes (20 otherwise).
+//! `FSPROV_TEST_ROUNDS=1000` sets how often each of them goes (10 otherwise); give that `FSPROV_TEST_LIMIT=3600`, too.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -87,7 +87,7 @@ fn entries(dir: &Path) -> usize {
 
 pub(crate) const ALL_AT_ONCE: Case =
     Case::needing("importers_provisioners_and_gc_at_once", on::once_each, &[Need::DevFuse], |stage: &Stage| {
-        let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+        let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
         let both = layers(stage);
         let small = [("etc/hosts", "127.0.0.1 localhost\n"); 2];
         let upper = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/upper", "upper")];
@@ -166,6 +166,10 @@ pub(crate) const ALL_AT_ONCE: Case =
         );
         stage.note(sum.clone());
         if std::env::var_os("FSPROV_TEST_TELL").is_some() {
-            std::fs::write("/tmp/fsprov-races.txt", format!("{}: {sum}\n", stage.lane.name)).expect("write");
+            std::fs::write(
+                format!("/tmp/fsprov-races-{}.txt", stage.lane.name),
+                format!("{}: {sum}\n", stage.lane.name),
+            )
+            .expect("write");
         }
     });

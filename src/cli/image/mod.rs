@@ -184,7 +184,6 @@ impl Import {
                 None => Signature::Beside,
             },
             progress: Some(show_on(&bar)),
-            ..ImportOptions::default()
         };
         let imported = store.import(&ImageSource::at(&self.path)?, &options);
         bar.finish_and_clear();

@@ -98,13 +98,20 @@ pub(super) struct Gc {
     /// Images that no rootfs uses, too
     #[arg(long)]
     unused: bool,
+    /// Of those, only what was imported at least so many days ago
+    #[arg(long, value_name = "DAYS", requires = "unused")]
+    older_than: Option<u32>,
     #[command(flatten)]
     format: Format,
 }
 
 impl Gc {
     pub(super) fn run(&self, store: &Store) -> Result<()> {
-        let prune = if self.unused { Prune::UnusedImages } else { Prune::Garbage };
+        let prune = match (self.unused, self.older_than) {
+            (false, _) => Prune::Garbage,
+            (true, None) => Prune::UnusedImages,
+            (true, Some(days)) => Prune::UnusedOlderThan { seconds: u64::from(days) * 24 * 3600 },
+        };
         let done = store.gc(prune, &|| image_uses(store))?;
         if self.format.json {
             return output::json(&done);
@@ -134,7 +141,7 @@ impl Du {
         if self.format.json {
             return output::json(&all);
         }
-        let rows: Vec<_> = all
+        let mut rows: Vec<_> = all
             .iter()
             .map(|u| {
                 [
@@ -145,6 +152,7 @@ impl Du {
                 ]
             })
             .collect();
+        rows.push(["-".into(), "(all, what is shared once)".into(), output::size(store.total_bytes()?), String::new()]);
         output::table(["ID", "NAME", "OWN", "SHARED"], &rows)
     }
 }

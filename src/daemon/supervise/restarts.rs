@@ -43,6 +43,12 @@ impl Restarts {
         self.after_death_at(served, Instant::now())
     }
 
+    /// A worker lost a thread to a request, which the next one answers by itself: never hopeless, whoever sends such requests must
+    /// not take the rootfs away from others; but no more than the allowance.
+    pub(super) fn after_a_lost_thread(&mut self) -> Next {
+        self.after_death(Some(PROVEN))
+    }
+
     fn after_death_at(&mut self, served: Option<Duration>, now: Instant) -> Next {
         self.total += 1;
         self.allowance = BURST.min(self.allowance + now.saturating_duration_since(self.counted).as_secs_f64());

@@ -11,10 +11,10 @@ use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 use super::fds::fd_name;
 use super::found::{REGULAR, SYMLINK};
 use super::names::{PERMISSION_BITS, SET_GID};
+use super::outlive::Intent;
 use super::{Attr, Caller, Change, DirTree, Errno, Handle, Node, Result, SetTime, Statfs};
 use crate::plan::IdRange;
 use crate::tree::access_read_only;
-use crate::tree::again::is_resent;
 use crate::volume::Access;
 use std::time::Duration;
 
@@ -178,9 +178,10 @@ impl DirTree {
         let set = |flags| {
             self.options.act_as.run_with_groups(caller, || fs::setxattr(path.as_str(), name.as_bytes(), value, flags))
         };
+        let earlier = self.intend(Intent::default);
         match set(flags) {
             // Made by this request when it came first: setting it to its value is the rest of it.
-            Err(Errno::EXIST) if is_resent() => set(flags.difference(XattrFlags::CREATE)),
+            Err(Errno::EXIST) if earlier.is_some() => set(flags.difference(XattrFlags::CREATE)),
             other => other,
         }
     }
@@ -188,8 +189,9 @@ impl DirTree {
     pub(super) fn remove_xattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
         let (fd, _) = self.fd(node)?;
         let path = proc_path(&fd);
+        let earlier = self.intend(Intent::default);
         match self.options.act_as.run(caller, || fs::removexattr(path.as_str(), name.as_bytes())) {
-            Err(Errno::NODATA) if is_resent() => Ok(()),
+            Err(Errno::NODATA) if earlier.is_some() => Ok(()),
             other => other,
         }
     }

@@ -14,11 +14,10 @@ use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
 use super::identity::without_set_id_privilege;
 use super::list::Stream;
-use super::outlive::{HandleNote, Inherited};
+use super::outlive::{HandleNote, Inherited, Intent};
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
 use crate::sys::raw;
 use crate::tree::Caching;
-use crate::tree::again::is_resent;
 
 /// Largest read answered: fuser's own largest message. The kernel asks for 1 MiB at most.
 const MAX_READ: u32 = 16 << 20;
@@ -344,8 +343,8 @@ impl DirTree {
     ) -> Result<usize> {
         let file = self.file(node, handle)?;
         if flags.contains(OFlags::APPEND)
-            && is_resent()
-            && let Some(done) = appended_before(&self.pool, file.fd(), offset, data)
+            && let Some(earlier) = self.intend(|| Intent { size: size_of(file.fd()), ..Intent::default() })
+            && let Some(done) = appended_before(&self.pool, file.fd(), earlier.size.unwrap_or(offset), data)
         {
             if done == data.len() {
                 return Ok(done);
@@ -377,6 +376,8 @@ impl DirTree {
         if self.options.immutable {
             return Ok(());
         }
+        // A test holds a request here.
+        let _ = crate::fault::point("serve.sync");
         let file = self.file(node, handle)?;
         if data_only { fs::fdatasync(file.fd()) } else { fs::fsync(file.fd()) }
     }
@@ -406,8 +407,12 @@ impl DirTree {
     }
 }
 
-/// How much of `data` an earlier server appended for the same request. The kernel took the file to end at `offset` then: what
-/// stands there and ends the file is this request's, or a host writer's of the same bytes, which is as good.
+fn size_of(fd: &OwnedFd) -> Option<u64> {
+    found::stat_fd(fd).ok().map(|found| found.attr.size)
+}
+
+/// How much of `data` an earlier server appended for the same request. The file ended at `offset` then: what stands there is this
+/// request's, or a host writer's of the same bytes, which is as good. Behind what a host writer appended first it ends the file.
 fn appended_before(pool: &FdPool, fd: &OwnedFd, offset: u64, data: &[u8]) -> Option<usize> {
     // Opened again: a log is mostly open for writing alone, and cannot be read through that.
     let Ok(file) = pool.reopen(fd, OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY) else {
@@ -415,17 +420,28 @@ fn appended_before(pool: &FdPool, fd: &OwnedFd, offset: u64, data: &[u8]) -> Opt
         let grown = found::stat_fd(fd).ok()?.attr.size.checked_sub(offset)?;
         return usize::try_from(grown).ok().filter(|&grown| grown > 0 && grown <= data.len());
     };
-    let mut there = vec![0_u8; data.len()];
+    let there = read_at(&file, offset, data.len())?;
+    if !there.is_empty() && data.starts_with(&there) {
+        return Some(there.len());
+    }
+    let tail = size_of(fd)?.checked_sub(data.len() as u64).filter(|tail| *tail > offset)?;
+    (read_at(&file, tail, data.len())? == data).then_some(data.len())
+}
+
+/// Up to `length` bytes from `offset`. None: they cannot be read.
+fn read_at(file: &OwnedFd, offset: u64, length: usize) -> Option<Vec<u8>> {
+    let mut bytes = vec![0_u8; length];
     let mut got = 0;
-    while got < there.len() {
-        match rustix::io::pread(&file, &mut there[got..], offset + got as u64) {
+    while got < length {
+        match rustix::io::pread(file, &mut bytes[got..], offset + got as u64) {
             Ok(0) => break,
             Ok(n) => got += n,
             Err(Errno::INTR) => {}
             Err(_) => return None,
         }
     }
-    (got > 0 && there[..got] == data[..got]).then_some(got)
+    bytes.truncate(got);
+    Some(bytes)
 }
 
 /// A descriptor to read or write through.

@@ -11,16 +11,19 @@ use std::sync::Arc;
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
 
 use super::fds::{Held, fd_name, open_place};
-use super::found::{self, DIRECTORY, Found, REGULAR, TYPE_BITS};
+use super::found::{self, DIRECTORY, Found, Identity, REGULAR, TYPE_BITS};
 use super::identity::with_umask;
+use super::outlive::Intent;
 use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
 use crate::tree::ROOT;
-use crate::tree::again::is_resent;
 
 /// Permission bits, setuid, setgid and sticky among them.
 pub(super) const PERMISSION_BITS: u32 = 0o7777;
 /// Set-group-id.
 pub(super) const SET_GID: u32 = 0o2000;
+
+/// A name in a directory.
+type Name<'a> = (Node, &'a [u8]);
 
 /// What is to be removed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,9 +35,9 @@ pub(super) enum Removal {
 /// How long ago a request may have come first: a server is back within seconds, a machine that swaps takes longer.
 const RECENT_S: u64 = 300;
 
-/// The name is taken: by this request, when it came first?
-fn made_before(dir: &OwnedFd, name: &[u8], is_it: impl Fn(&Found) -> bool) -> bool {
-    is_resent() && found::stat_name(dir, name).is_ok_and(|found| is_it(&found))
+/// The name is taken: by this request, when an earlier server began to carry it out?
+fn made_before(earlier: Option<Intent>, dir: &OwnedFd, name: &[u8], is_it: impl Fn(&Found) -> bool) -> bool {
+    earlier.is_some() && found::stat_name(dir, name).is_ok_and(|found| is_it(&found))
 }
 
 fn is_young(found: &Found) -> bool {
@@ -82,12 +85,13 @@ impl DirTree {
         is_it: impl Fn(&OwnedFd, &Found) -> bool,
     ) -> Result<Entry> {
         let dir = self.place(parent)?;
+        let earlier = self.intend(Intent::default);
         let made = with_umask(new.umask, |take| {
             let mode = Mode::from_raw_mode(new.mode & PERMISSION_BITS & !take);
             self.as_maker(caller, new.mode, || work(&dir, mode))
         });
         match made {
-            Err(Errno::EXIST) if made_before(&dir, name, |found| is_it(&dir, found)) => {}
+            Err(Errno::EXIST) if made_before(earlier, &dir, name, |found| is_it(&dir, found)) => {}
             other => other?,
         }
         self.known_as(&found::stat_name(&dir, name)?, parent, name)
@@ -163,6 +167,7 @@ impl DirTree {
         self.pool.room()?;
         let dir = self.place(parent)?;
         let backing = self.backing_flags(flags);
+        let earlier = self.intend(Intent::default);
         let made = with_umask(new.umask, |take| {
             let mode = Mode::from_raw_mode(new.mode & PERMISSION_BITS & !take);
             // Always exclusive: what is there already may be a FIFO or a device, which must not be opened.
@@ -188,7 +193,7 @@ impl DirTree {
             }
             Err(Errno::EXIST)
                 if !flags.contains(OFlags::EXCL)
-                    || made_before(&dir, name, |f| f.kind() == REGULAR && f.attr.size == 0 && is_young(f)) =>
+                    || made_before(earlier, &dir, name, |f| f.kind() == REGULAR && f.attr.size == 0 && is_young(f)) =>
             {
                 // Made on the host since the kernel looked, or by this request when it came first.
                 let found = found::stat_name(&dir, name)?;
@@ -210,11 +215,19 @@ impl DirTree {
 
     pub(super) fn remove(&self, caller: &Caller, parent: Node, name: &[u8], what: Removal) -> Result<()> {
         let dir = self.place(parent)?;
-        let known = match self.will_lose(&dir, parent, name) {
-            // It is gone, as this request wants it: it was there when the kernel sent it first.
-            Err(Errno::NOENT) if is_resent() => return Ok(()),
-            other => other?,
-        };
+        let there = found::stat_name(&dir, name);
+        let intent = || Intent { first: there.ok().map(|found| found.identity), ..Intent::default() };
+        if let Some(earlier) = self.intend(intent)
+            && let gone @ (Err(Errno::NOENT) | Ok(_)) = there
+            && gone.ok().is_none_or(|found| earlier.first.is_some_and(|first| first != found.identity))
+        {
+            // It is gone, as this request wants it; what has the name now is somebody else's.
+            if let Some(node) = earlier.first.and_then(|first| self.nodes.known_by(first)) {
+                self.lost(node, parent, name, None);
+            }
+            return Ok(());
+        }
+        let known = self.will_lose(&dir, parent, name)?;
         let flags = match what {
             Removal::File => AtFlags::empty(),
             Removal::Directory => AtFlags::REMOVEDIR,
@@ -230,14 +243,42 @@ impl DirTree {
         Ok(())
     }
 
-    /// What was to be moved is gone: did this request move it when it came first? Then what is there now is a node that the
-    /// kernel knows by the old name.
-    fn moved_before(&self, to_dir: &OwnedFd, from: (Node, &[u8]), to: (Node, &[u8])) -> Result<()> {
-        let found = found::stat_name(to_dir, to.1)?;
-        let node = self.nodes.known(&found).ok_or(Errno::NOENT)?;
+    /// Did an earlier server carry this move out, of what lay at `from` and `to` before? Then the names change for the nodes.
+    fn moved_before(
+        &self,
+        earlier: Intent,
+        now: [Option<Identity>; 2],
+        from: Name<'_>,
+        to: Name<'_>,
+        exchange: bool,
+    ) -> bool {
+        let [at_from, at_to] = now;
+        let Some(first) = earlier.first else {
+            // Nothing was written down: what is gone from one place and known at the other was moved.
+            let node = at_to.filter(|_| at_from.is_none()).and_then(|identity| self.nodes.known_by(identity));
+            if let Some(node) = node {
+                self.renamed(node, from, to);
+            }
+            return node.is_some();
+        };
+        let is_done = at_to == Some(first) && if exchange { at_from == earlier.second } else { at_from != Some(first) };
+        if !is_done {
+            return false;
+        }
+        match earlier.second.and_then(|second| self.nodes.known_by(second)) {
+            Some(node) if exchange => self.renamed(node, to, from),
+            Some(node) => self.lost(node, to.0, to.1, None),
+            None => {}
+        }
+        if let Some(node) = self.nodes.known_by(first) {
+            self.renamed(node, from, to);
+        }
+        true
+    }
+
+    fn renamed(&self, node: Node, from: Name<'_>, to: Name<'_>) {
         self.nodes.add_name(node, to.0, to.1);
         self.nodes.remove_name(node, from.0, from.1, None);
-        Ok(())
     }
 
     /// The node that `parent`/`name` leads to, if the kernel knows it, and what holds it if that is its last name.
@@ -277,12 +318,16 @@ impl DirTree {
             return Err(Errno::INVAL); // a whiteout is a device node: overlayfs's own business
         }
         let (from_dir, to_dir) = (self.place(from.0)?, self.place(to.0)?);
-        let moved = match found::stat_name(&from_dir, from.1) {
-            Err(Errno::NOENT) if is_resent() => return self.moved_before(&to_dir, from, to),
-            other => other?,
-        };
+        let moved = found::stat_name(&from_dir, from.1);
         let exchange = flags.contains(RenameFlags::EXCHANGE);
         let target = found::stat_name(&to_dir, to.1).ok();
+        let now = [moved.ok(), target].map(|found| found.map(|f| f.identity));
+        if let Some(earlier) = self.intend(|| Intent { first: now[0], second: now[1], size: None })
+            && self.moved_before(earlier, now, from, to, exchange)
+        {
+            return Ok(());
+        }
+        let moved = moved?;
         let victim = match &target {
             Some(_) if !exchange => self.will_lose(&to_dir, to.0, to.1)?,
             _ => None,
@@ -299,12 +344,10 @@ impl DirTree {
             self.lost(node, to.0, to.1, pin);
         }
         if let Some(node) = self.nodes.known(&moved) {
-            self.nodes.add_name(node, to.0, to.1);
-            self.nodes.remove_name(node, from.0, from.1, None);
+            self.renamed(node, from, to);
         }
         if exchange && let Some(node) = target.and_then(|t| self.nodes.known(&t)) {
-            self.nodes.add_name(node, from.0, from.1);
-            self.nodes.remove_name(node, to.0, to.1, None);
+            self.renamed(node, to, from);
         }
         self.nodes.tidy();
         Ok(())

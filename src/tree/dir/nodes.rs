@@ -75,7 +75,13 @@ pub(super) struct NodeTable {
     root: Identity,
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
+    most: usize,
     outlive: Option<Arc<Outlive>>,
+}
+
+/// [`MAX_NODES`], or fewer, for tests alone and not in the help.
+fn most_nodes(text: Option<&str>) -> usize {
+    text.and_then(|text| text.parse().ok()).map_or(MAX_NODES, |most: usize| most.min(MAX_NODES))
 }
 
 impl NodeTable {
@@ -84,6 +90,7 @@ impl NodeTable {
             root: root.identity,
             devices: RwLock::new(vec![root.identity.dev]),
             map: DashMap::new(),
+            most: most_nodes(std::env::var("FSPROV_FUSE_MAX_NODES").ok().as_deref()),
             outlive: None,
         };
         table.map.insert(
@@ -186,7 +193,7 @@ impl NodeTable {
             return Ok(ROOT);
         }
         loop {
-            let full = self.map.len() >= MAX_NODES;
+            let full = self.map.len() >= self.most;
             match self.map.entry(node) {
                 MapEntry::Occupied(mut at) => {
                     let state = at.get_mut();
@@ -273,8 +280,13 @@ impl NodeTable {
 
     /// The node that this file is known as, if it is.
     pub(super) fn known(&self, found: &Found) -> Option<Node> {
-        let node = self.id(found.identity.dev, found.identity.ino).ok()?;
-        self.map.get(&node).filter(|s| s.identity == found.identity).map(|_| node)
+        self.known_by(found.identity)
+    }
+
+    /// The node that the file of this identity is known as, if it is.
+    pub(super) fn known_by(&self, identity: Identity) -> Option<Node> {
+        let node = self.id(identity.dev, identity.ino).ok()?;
+        self.map.get(&node).filter(|s| s.identity == identity).map(|_| node)
     }
 
     /// True where `parent`/`name` is the only name known of the node.
@@ -425,6 +437,20 @@ mod tests {
         assert_eq!(*reach.aliases[0].name, *b"new");
         assert!(!table.forget(node, 1));
         assert!(table.forget(node, 1));
+    }
+
+    #[test]
+    fn too_many_nodes_are_refused_until_some_are_forgotten() {
+        let mut table = NodeTable::new(&found(7, 2, 0));
+        table.most = 3;
+        let node = table.remember(&found(7, 3, 1), ROOT, b"a").unwrap();
+        table.remember(&found(7, 4, 1), ROOT, b"b").unwrap();
+        assert_eq!(table.remember(&found(7, 5, 1), ROOT, b"c"), Err(Errno::NOMEM));
+        // What is known already, and the root, need no room.
+        assert_eq!(table.remember(&found(7, 3, 1), ROOT, b"again"), Ok(node));
+        assert_eq!(table.remember(&found(7, 2, 0), ROOT, b"root"), Ok(ROOT));
+        assert!(table.forget(node, 2));
+        assert!(table.remember(&found(7, 5, 1), ROOT, b"c").is_ok());
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! What a directory tree writes down so that the next server process goes on where this one was killed: the nodes that the
-//! kernel knows with their names, the files and directories it has open, and descriptors of files that have no name any more.
+//! kernel knows with their names, the files and directories it has open, descriptors of files that have no name any more, and
+//! what the requests in flight are about to change.
 //!
 //! A log in two memory files that somebody else holds ([`Continuity`]). Each record is whole or not there. A node's record replaces
 //! its earlier ones; when the log is mostly old records, the live ones are copied to the other file while both are written to, and
@@ -14,9 +15,11 @@ use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt as _;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::ThreadId;
 
 use super::found::Identity;
 use super::nodes::Alias;
+use crate::tree::again;
 use crate::tree::{Handle, Node};
 
 const TARGET: &str = "fsprov::tree::dir";
@@ -70,6 +73,18 @@ pub(super) struct HandleNote {
     pub(super) directory: bool,
 }
 
+/// What a request is about to change, as it was before. Written down before the change, it tells whether a request that is sent
+/// again was carried out.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct Intent {
+    /// What is to be moved or removed.
+    pub(super) first: Option<Identity>,
+    /// What is at the place that it is moved to.
+    pub(super) second: Option<Identity>,
+    /// The size of a file that is to be appended to.
+    pub(super) size: Option<u64>,
+}
+
 /// What an earlier process left.
 #[derive(Debug, Default)]
 pub(super) struct Inherited {
@@ -77,6 +92,8 @@ pub(super) struct Inherited {
     pub(super) devices: Vec<u64>,
     pub(super) nodes: HashMap<Node, NodeNote>,
     pub(super) handles: HashMap<Handle, HandleNote>,
+    /// Of requests that may not have been answered, by number.
+    pub(super) intents: HashMap<u64, Intent>,
 }
 
 /// The log of one tree, and what it keeps elsewhere.
@@ -107,6 +124,9 @@ struct Log {
     live: u64,
     devices: Vec<u64>,
     handles: HashMap<Handle, HandleNote>,
+    intents: HashMap<u64, Intent>,
+    /// The last request of each thread that has an intent. It is answered when the thread comes with its next one.
+    last_of: HashMap<ThreadId, u64>,
     broken: bool,
 }
 
@@ -119,6 +139,7 @@ enum Kind {
     Forget = 5,
     Open = 6,
     Close = 7,
+    Intent = 8,
 }
 
 impl Outlive {
@@ -140,6 +161,8 @@ impl Outlive {
             live: chosen.length / 2,
             devices: chosen.inherited.devices.clone(),
             handles: chosen.inherited.handles.clone(),
+            intents: chosen.inherited.intents.clone(),
+            last_of: HashMap::new(),
             broken: false,
         };
         let nodes = kept.iter().map(|(node, _)| *node).collect::<HashSet<_>>();
@@ -189,6 +212,26 @@ impl Outlive {
         if log.handles.remove(&handle).is_some() {
             self.append(log, &Record::new(Kind::Close).number(handle));
         }
+    }
+
+    /// This thread's request is about to change something: write down what. Gives what an earlier process wrote down for the
+    /// same request; that stays, until this thread comes with its next one and so has answered this one.
+    pub(super) fn intend(&self, intent: impl FnOnce() -> Intent) -> Option<Intent> {
+        let unique = again::unique();
+        if unique == 0 {
+            return None;
+        }
+        // Before the lock: it asks the disk.
+        let intent = intent();
+        let mut log = self.log();
+        let earlier = log.intents.get(&unique).copied();
+        let answered = log.last_of.insert(std::thread::current().id(), unique).filter(|last| *last != unique);
+        if let Some(answered) = answered {
+            log.intents.remove(&answered);
+        }
+        let intent = *log.intents.entry(unique).or_insert(intent);
+        self.append(log, &intent_record(unique, answered.unwrap_or(0), intent));
+        earlier
     }
 
     /// Keep a descriptor of a node that is about to lose its last name.
@@ -293,7 +336,8 @@ impl Log {
             self.append_to(other, &Record::new(Kind::Device).number(dev).bytes);
         }
         let handles: Vec<_> = self.handles.iter().map(|(h, n)| handle_record(*h, *n)).collect();
-        for record in handles {
+        let intents: Vec<_> = self.intents.iter().map(|(unique, i)| intent_record(*unique, 0, *i)).collect();
+        for record in handles.into_iter().chain(intents) {
             self.append_to(other, &record.bytes);
         }
     }
@@ -342,6 +386,25 @@ fn handle_record(handle: Handle, note: HandleNote) -> Record {
         .number(handle)
         .number(note.node)
         .number(u64::from(note.flags) << 1 | u64::from(note.directory))
+}
+
+fn intent_record(unique: u64, answered: u64, intent: Intent) -> Record {
+    let mut record = Record::new(Kind::Intent).number(unique).number(answered);
+    for identity in [intent.first, intent.second] {
+        // No file has the inode number 0.
+        let Identity { dev, ino, generation } = identity.unwrap_or(Identity { dev: 0, ino: 0, generation: 0 });
+        record = record.number(dev).number(ino).number(u64::from(generation));
+    }
+    record.number(intent.size.unwrap_or(u64::MAX))
+}
+
+/// The request's number, the number of one that was answered before it, and the intent.
+fn intent_note(rest: &mut &[u8]) -> Option<(u64, u64, Intent)> {
+    let (unique, answered) = (number(rest)?, number(rest)?);
+    let mut identity = || Some(Identity { dev: number(rest)?, ino: number(rest)?, generation: number(rest)? as u32 });
+    let [first, second] = [identity()?, identity()?].map(|identity| Some(identity).filter(|i| i.ino != 0));
+    let size = Some(number(rest)?).filter(|size| *size != u64::MAX);
+    Some((unique, answered, Intent { first, second, size }))
 }
 
 /// A log read back.
@@ -400,6 +463,11 @@ impl Replay {
             }
             k if k == Kind::Close as u8 => {
                 inherited.handles.remove(&number(&mut rest)?);
+            }
+            k if k == Kind::Intent as u8 => {
+                let (unique, answered, intent) = intent_note(&mut rest)?;
+                inherited.intents.remove(&answered);
+                inherited.intents.insert(unique, intent);
             }
             _ => return None,
         }

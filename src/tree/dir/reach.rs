@@ -77,6 +77,13 @@ impl DirTree {
         if let Some(pin) = reach.pin {
             return with_stat(Fd::Held(pin));
         }
+        // Open already: a program that has just written a file sets its owner, mode and times through the same descriptor.
+        if let Some(open) = self.open_elsewhere(&reach)
+            && let Ok((fd, found)) = with_stat(Fd::Held(open.any()))
+            && found.identity == reach.identity
+        {
+            return Ok((fd, found));
+        }
         for alias in &reach.aliases {
             let opened = self.place(alias.parent).and_then(|dir| open_place(&dir, &alias.name, OFlags::empty()));
             match opened.and_then(|fd| found::stat_fd(&fd).and_then(|f| same(f, reach.identity)).map(|f| (fd, f))) {
@@ -85,11 +92,7 @@ impl DirTree {
                 Err(e) => return Err(e),
             }
         }
-        // Removed on the host while it is open here: the open descriptor still leads to it.
-        match self.open_elsewhere(&reach) {
-            Some(open) => with_stat(Fd::Held(open.any())),
-            None => Err(Errno::STALE),
-        }
+        Err(Errno::STALE)
     }
 
     fn open_elsewhere(&self, reach: &Reach) -> Option<Arc<super::files::Open>> {

@@ -535,7 +535,8 @@ fn descriptors_do_not_grow_with_the_walk() {
 
 #[test]
 fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
-    use crate::tree::again::answering;
+    use crate::tree::again::{Asked, answering};
+    let resent = |is_resent| Asked { unique: 8, is_resent };
     let s = scratch();
     s.write("log", "one\n");
     let node = s.node("log");
@@ -544,11 +545,11 @@ fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
         let opened = s.open(node, flags | libc::O_APPEND);
         let write = |data: &[u8]| s.tree.write(node, opened.handle, 4, data, libc::O_APPEND, false);
         assert_eq!(write(b"two\n"), Ok(4));
-        assert_eq!(answering(true, || write(b"two\n")), Ok(4));
+        assert_eq!(answering(resent(true), || write(b"two\n")), Ok(4));
         assert_eq!(s.text("log"), "one\ntwo\n", "done before: not again");
-        assert_eq!(answering(true, || write(b"two\nthree\n")), Ok(10));
+        assert_eq!(answering(resent(true), || write(b"two\nthree\n")), Ok(10));
         assert_eq!(s.text("log"), "one\ntwo\nthree\n", "cut short: the rest");
-        assert_eq!(answering(false, || write(b"two\n")), Ok(4));
+        assert_eq!(answering(resent(false), || write(b"two\n")), Ok(4));
         assert_eq!(s.text("log"), "one\ntwo\nthree\ntwo\n", "another request of the same bytes");
         s.tree.release(node, opened.handle);
     }
@@ -588,4 +589,77 @@ fn a_directory_that_may_be_read_but_not_searched_shows_its_names() {
         assert_eq!(names, [".", "..", "f", "sub"]);
     }
     std::fs::set_permissions(s.path("d"), std::fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Each change is carried out by one server, which is killed before it answers; the next one is sent the same request again.
+#[test]
+fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
+    use crate::tree::again::{Asked, answering};
+    type Ask<'a> = &'a dyn Fn(&DirTree, Node, Node) -> std::result::Result<(), Errno>;
+    let name = OsStr::new;
+    let exchange = |t: &DirTree| t.rename(&ME, (ROOT, name("a")), (ROOT, name("b")), libc::RENAME_EXCHANGE);
+    let changes: [(&str, Ask<'_>, &str); 9] = [
+        ("exchange", &|t, _, _| exchange(t), "a=B b=A d/"),
+        ("rename", &|t, _, _| t.rename(&ME, (ROOT, name("a")), (ROOT, name("c")), 0), "b=B c=A d/"),
+        ("rename over", &|t, _, _| t.rename(&ME, (ROOT, name("a")), (ROOT, name("b")), 0), "b=A d/"),
+        ("unlink", &|t, _, _| t.unlink(&ME, ROOT, name("a")), "b=B d/"),
+        ("rmdir", &|t, _, _| t.rmdir(&ME, ROOT, name("d")), "a=A b=B"),
+        ("mkdir", &|t, _, _| t.mkdir(&ME, ROOT, name("n"), new(0o755)).map(drop), "a=A b=B d/ n/"),
+        (
+            "create",
+            &|t, _, _| t.create(&ME, ROOT, name("n"), new(0o100_644), libc::O_EXCL | libc::O_WRONLY).map(drop),
+            "a=A b=B d/ n=",
+        ),
+        ("link", &|t, a, _| t.link(&ME, a, ROOT, name("n")).map(drop), "a=A b=B d/ n=A"),
+        ("append", &|t, _, handle| t.write(0, handle, 1, b"+", libc::O_APPEND, false).map(drop), "a=A+ b=B d/"),
+    ];
+    for (what, ask, want) in changes {
+        // Killed before it was begun, or after it was done; and the next one once more.
+        for deaths in 0..3 {
+            let dir = tempfile::tempdir().unwrap();
+            std::fs::write(dir.path().join("a"), "A").unwrap();
+            std::fs::write(dir.path().join("b"), "B").unwrap();
+            std::fs::create_dir(dir.path().join("d")).unwrap();
+            let held = super::model::Held::new();
+            let first = held.serve(&dir);
+            let find = |t: &DirTree, n: &str| match t.lookup(&ME, ROOT, name(n)).unwrap() {
+                Lookup::Found(entry) => entry.attr.node,
+                Lookup::Absent(_) => panic!("{what}: no {n}"),
+            };
+            let (a, b) = (find(&first, "a"), find(&first, "b"));
+            let handle = first.open(&ME, a, libc::O_WRONLY | libc::O_APPEND).unwrap().handle;
+            for death in 0..deaths {
+                let tree = held.serve(&dir);
+                answering(Asked { unique: 40, is_resent: death > 0 }, || ask(&tree, a, handle)).unwrap();
+            }
+            let last = held.serve(&dir);
+            let answer = answering(Asked { unique: 40, is_resent: true }, || ask(&last, a, handle));
+            assert_eq!(answer, Ok(()), "{what}, {deaths} deaths");
+            let mut shown: Vec<_> = std::fs::read_dir(dir.path())
+                .unwrap()
+                .map(|entry| {
+                    let (path, name) = (entry.as_ref().unwrap().path(), entry.unwrap().file_name());
+                    let name = name.to_str().unwrap();
+                    std::fs::read_to_string(path).map_or_else(|_| format!("{name}/"), |text| format!("{name}={text}"))
+                })
+                .collect();
+            shown.sort();
+            assert_eq!(shown.join(" "), want, "{what}, {deaths} deaths");
+            // What is known by its node is still reached.
+            for node in [a, b] {
+                assert!(last.getattr(node, None).is_ok(), "{what}, {deaths} deaths");
+            }
+            // The next request is another one: what is there is in its way.
+            let next = answering(Asked { unique: 42, is_resent: false }, || ask(&last, a, handle));
+            let again = match what {
+                "exchange" | "append" => Ok(()),
+                "mkdir" | "create" | "link" => Err(Errno::EXIST),
+                _ => Err(Errno::NOENT),
+            };
+            assert_eq!(next, again, "{what}, {deaths} deaths");
+            // Resent, but never begun by a server: the true answer too.
+            let never = answering(Asked { unique: 44, is_resent: true }, || ask(&last, a, handle));
+            assert_eq!(never, again, "{what}, {deaths} deaths");
+        }
+    }
 }

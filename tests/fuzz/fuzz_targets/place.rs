@@ -1,5 +1,5 @@
 //! Archives placed below a directory: nothing beside it changes, and what is taken makes an index that holds. Slow (it makes
-//! files): give it TMPDIR on a tmpfs.
+//! files, in memory where that can be had).
 #![no_main]
 
 use std::fs;
@@ -14,7 +14,9 @@ use libfuzzer_sys::fuzz_target;
 mod tarball;
 
 static TOP: LazyLock<PathBuf> = LazyLock::new(|| {
-    let top = std::env::temp_dir().join(format!("fsprov-fuzz-place-{}", std::process::id()));
+    let shm = PathBuf::from("/dev/shm");
+    let top = if shm.is_dir() { shm } else { std::env::temp_dir() };
+    let top = top.join(format!("fsprov-fuzz-place-{}", std::process::id()));
     fs::create_dir(&top).expect("make a directory of our own");
     fs::write(top.join("victim"), "precious").expect("write");
     top

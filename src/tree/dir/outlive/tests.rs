@@ -109,3 +109,30 @@ fn copying_keeps_what_lives_and_a_copy_cut_short_does_not_count() {
     assert_eq!(inherited.nodes.into_keys().collect::<Vec<_>>(), [5]);
     assert_eq!((inherited.devices, inherited.handles.len()), (vec![9], 1));
 }
+
+#[test]
+fn an_intent_stands_until_its_thread_comes_with_the_next_one() {
+    use crate::tree::again::{Asked, answering};
+    let files = Files::new();
+    let (log, _) = files.take_over();
+    let intent = Intent { first: Some(identity(5)), second: None, size: Some(9) };
+    let intend =
+        |log: &Outlive, unique, intent| answering(Asked { unique, is_resent: false }, || log.intend(|| intent));
+    assert_eq!(intend(&log, 10, intent), None);
+    drop(log);
+    let (log, inherited) = files.take_over();
+    assert_eq!(inherited.intents.into_iter().collect::<Vec<_>>(), [(10, intent)]);
+    // Sent again: what it was before it was begun, not what it is now, through another death too.
+    assert_eq!(intend(&log, 10, Intent::default()), Some(intent));
+    drop(log);
+    let (log, _) = files.take_over();
+    assert_eq!(intend(&log, 10, Intent::default()), Some(intent));
+    assert_eq!(intend(&log, 12, Intent::default()), None);
+    let (log, inherited) = files.take_over();
+    assert_eq!(inherited.intents.into_keys().collect::<Vec<_>>(), [12]);
+    while !log.log().is_long() {
+        log.node(5, identity(5), 1, &[alias(1, "old")]);
+    }
+    log.start_copying().expect("long enough").finish();
+    assert_eq!(files.take_over().1.intents.into_keys().collect::<Vec<_>>(), [12], "copied");
+}

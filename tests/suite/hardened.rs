@@ -1,0 +1,203 @@
+//! The hardened worker: what it may not do, that it still answers requests of every kind, and what happens at its limits.
+
+use std::fs::{self, File};
+use std::io::Write as _;
+use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::path::{Path, PathBuf};
+
+use fsprov::fuse::adapter::Operation;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, SeekFrom, StatxFlags, XattrFlags};
+use rustix::io::Errno;
+use rustix::process::{Resource, Rlimit, setrlimit};
+
+use super::volumes::{sandbox, volume};
+use crate::common::harness::on;
+use crate::common::{Case, Enter, Stage};
+
+fn mounted(stage: &Stage, image: &Path, place: &str, environment: &[(&str, &str)]) -> PathBuf {
+    stage.mkdir("sandbox/w");
+    let mut options = vec!["--id".into(), place.into()];
+    options.extend(sandbox(stage));
+    options.extend(volume("w", "/w", "rw"));
+    let call = stage.mount_call(image, place, options);
+    environment.iter().fold(call, |call, (name, value)| call.env(name, value)).run().ok();
+    stage.path(place)
+}
+
+#[track_caller]
+fn stats(stage: &Stage, id: &str) -> serde_json::Value {
+    stage.fsprov(["stats", "--json", id]).run().ok().json()
+}
+
+/// One of every kind of request, through a real mount of an indexed image and a volume: what the filter of system calls or the
+/// rules for files refused would show as another error, an answer that is missing, or a worker that died.
+pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_request_is_answered", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    stage
+        .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
+        .run()
+        .ok();
+    let rootfs = mounted(stage, Path::new("small"), "k", &[]);
+    let w = rootfs.join("w");
+    let at = |name: &str| w.join(name);
+    // The image.
+    assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+    assert_eq!(fs::read_link(rootfs.join("var/run")).expect("readlink"), Path::new("/run"));
+    // The volume.
+    fs::create_dir(at("d")).expect("mkdir");
+    let mut file = File::options().read(true).write(true).create_new(true).open(at("f")).expect("create");
+    file.write_all(b"0123456789").expect("write");
+    file.sync_all().expect("fsync");
+    fs::set_permissions(at("f"), fs::Permissions::from_mode(0o640)).expect("setattr");
+    rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, 65536).expect("fallocate");
+    assert_eq!(rustix::fs::seek(&file, SeekFrom::Data(0)), Ok(0));
+    let other = File::create(at("copy")).expect("create");
+    assert_eq!(rustix::fs::copy_file_range(&file, Some(&mut 2), &other, Some(&mut 0), 4), Ok(4));
+    drop(other);
+    assert_eq!(fs::read(at("copy")).expect("read"), b"2345");
+    let mut byte = [0_u8; 1];
+    file.read_at(&mut byte, 3).expect("read");
+    assert_eq!(byte, *b"3");
+    poll(&mut [PollFd::new(&file, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).expect("poll");
+    let direct = File::options().read(true).custom_flags(rustix::fs::OFlags::NOFOLLOW.bits() as i32).open(at("f"));
+    drop(direct.expect("open"));
+    rustix::fs::statx(&file, "", AtFlags::EMPTY_PATH | AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS)
+        .expect("getattr");
+    drop(file);
+    rustix::fs::mknodat(CWD, at("fifo"), FileType::Fifo, Mode::from_raw_mode(0o600), 0).expect("mknod");
+    std::os::unix::fs::symlink("f", at("s")).expect("symlink");
+    fs::hard_link(at("f"), at("l")).expect("link");
+    fs::rename(at("l"), at("d/l")).expect("rename");
+    fs::remove_file(at("d/l")).expect("unlink");
+    rustix::fs::setxattr(at("f"), "user.kind", b"value", XattrFlags::empty()).expect("setxattr");
+    let mut value = [0_u8; 16];
+    assert_eq!(rustix::fs::getxattr(at("f"), "user.kind", &mut value), Ok(5));
+    let mut names = [0_u8; 256];
+    assert!(rustix::fs::listxattr(at("f"), &mut names).expect("listxattr") > 0);
+    rustix::fs::removexattr(at("f"), "user.kind").expect("removexattr");
+    for n in 0..1500 {
+        fs::write(stage.path(format!("sandbox/w/d/{n:04}-a-name-long-enough-for-several-pages")), "").expect("write");
+    }
+    // More than a page of names: the kernel asks for the later ones without attributes.
+    assert_eq!(fs::read_dir(at("d")).expect("readdir").count(), 1500);
+    File::open(at("d")).and_then(|d| d.sync_all()).expect("fsyncdir");
+    rustix::fs::statvfs(&w).expect("statfs");
+    rustix::fs::access(at("f"), rustix::fs::Access::WRITE_OK).expect("access");
+    for (n, entry) in fs::read_dir(at("d")).expect("readdir").enumerate() {
+        if n < 20 {
+            fs::remove_file(entry.expect("entry").path()).expect("unlink");
+        }
+    }
+    fs::create_dir(at("empty")).and_then(|()| fs::remove_dir(at("empty"))).expect("rmdir");
+
+    let stats = stats(stage, "k");
+    // The kernel checks access itself where it may (default_permissions).
+    let checked_by_kernel = stage.lane.enter != Enter::User;
+    let missing: Vec<_> = Operation::ALL
+        .iter()
+        .copied()
+        .map(Operation::name)
+        .filter(|kind| !(*kind == "access" && checked_by_kernel))
+        .filter(|kind| stats["worker"]["requests"][*kind].as_u64().unwrap_or(0) == 0)
+        .collect();
+    assert!(missing.is_empty(), "no request of these kinds was counted: {missing:?}\n{stats:#}");
+    assert_eq!((stats["restarts"].as_u64(), stats["worker"]["panics"].as_u64()), (Some(0), Some(0)), "{stats:#}");
+    assert_eq!(stats["worker"]["confined"]["seccomp"].as_bool(), Some(true), "{stats:#}");
+});
+
+/// As the kernel shows it, not as the worker says it.
+pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    mounted(stage, &image, "k", &[]);
+    let stats = stats(stage, "k");
+    let worker = stats["worker_pid"].as_i64().expect("a pid");
+    let status = fs::read_to_string(format!("/proc/{worker}/status")).expect("its status");
+    let field = |name: &str| {
+        let line = status.lines().find_map(|l| l.strip_prefix(name)?.strip_prefix(':'));
+        line.unwrap_or_else(|| panic!("no {name}: {status}")).trim().to_owned()
+    };
+    assert_eq!(field("NoNewPrivs"), "1");
+    assert_eq!(field("Seccomp"), "2");
+    let capabilities = u64::from_str_radix(&field("CapPrm"), 16).expect("hex");
+    // NET_ADMIN, SYS_MODULE, SYS_RAWIO, SYS_CHROOT, SYS_PTRACE, SYS_BOOT (linux/capability.h).
+    for number in [12, 16, 17, 18, 19, 22] {
+        assert_eq!(capabilities & (1 << number), 0, "capability {number} is left: {capabilities:x}");
+    }
+    assert_eq!(field("CapEff"), field("CapPrm"));
+    assert_eq!(stats["worker"]["confined"]["no_new_privileges"].as_bool(), Some(true));
+    let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");
+    let core: Vec<_> =
+        limits.lines().find(|l| l.starts_with("Max core file size")).expect("core").split_whitespace().collect();
+    assert_eq!(core[4..6], ["0", "0"]);
+    // Nothing of the caller, nothing of the host but what is served.
+    for process in stage.servers() {
+        let dir = PathBuf::from(format!("/proc/{}", process.pid));
+        assert_eq!(fs::read_link(dir.join("cwd")).expect("cwd"), Path::new("/"));
+        for fd in fs::read_dir(dir.join("fd")).expect("fds").flatten() {
+            let Ok(to) = fs::read_link(fd.path()) else { continue };
+            let allowed = !to.starts_with("/")
+                || to.starts_with(&stage.dir)
+                || ["/dev/null", "/dev/fuse", "/proc"].iter().any(|p| to.starts_with(p))
+                || to == crate::common::stage::program()
+                || to.to_string_lossy().starts_with("/memfd:");
+            assert!(allowed, "{} has {} open", process.command, to.display());
+        }
+    }
+});
+
+/// A program that knows or opens very many files gets ENOMEM or ENFILE for that call, and nobody else notices.
+pub(crate) const EXHAUSTED: Case = Case::new("at_its_limits_a_call_fails_and_no_more", on::fuse, |stage: &Stage| {
+    const NODES: usize = 600;
+    let image = stage.small_image();
+    // What the server is started with: it may have some 200 files open.
+    let limit = Rlimit { current: Some(400), maximum: Some(400) };
+    setrlimit(Resource::Nofile, limit).expect("setrlimit");
+    let other = mounted(stage, &image, "other", &[]);
+    let rootfs = mounted(stage, &image, "k", &[("FSPROV_FUSE_MAX_NODES", &NODES.to_string())]);
+    let w = rootfs.join("w");
+    let mut open = File::create(w.join("open")).expect("make");
+    for n in 0..2 * NODES {
+        stage.write(format!("sandbox/w/n{n}"), "x");
+    }
+    let look = |n: usize| fs::symlink_metadata(w.join(format!("n{n}"))).map(drop).map_err(|e| Errno::from_io_error(&e));
+    let answers: Vec<_> = (0..2 * NODES).map(look).collect();
+    let refused = answers.iter().filter(|a| **a == Err(Some(Errno::NOMEM))).count();
+    assert!(refused > 0, "no name too many");
+    assert!(answers.iter().all(|a| a.is_ok() || *a == Err(Some(Errno::NOMEM))), "{answers:?}");
+    open.write_all(b"good").expect("what is known is good");
+    assert_eq!(fs::read_to_string(other.join("w/n0")).expect("another mount"), "x");
+    // What the kernel gives back is there again.
+    let known: Vec<_> = (0..2 * NODES).filter(|n| answers[*n].is_ok()).collect();
+    let unknown = (0..2 * NODES).find(|n| answers[*n].is_err()).expect("one was refused");
+    for n in &known[..100] {
+        fs::remove_file(w.join(format!("n{n}"))).expect("unlink");
+    }
+    assert!(
+        crate::common::system::eventually(std::time::Duration::from_secs(10), || look(unknown).is_ok()),
+        "none is free"
+    );
+
+    let mut held = Vec::new();
+    let refused = loop {
+        match File::open(other.join("w/n1199")) {
+            Ok(file) => held.push(file),
+            Err(e) => break Errno::from_io_error(&e),
+        }
+        assert!(held.len() < 390, "no file too many");
+    };
+    assert_eq!(refused, Some(Errno::NFILE), "after {} files", held.len());
+    // It still looks, lists, and reads what is open.
+    let listed = fs::read_dir(other.join("w")).map(Iterator::count).map_err(|e| Errno::from_io_error(&e));
+    assert!(listed.is_ok() || listed == Err(Some(Errno::NFILE)), "{listed:?}");
+    assert!(other.join("w/n1198").exists());
+    let mut byte = [0_u8; 1];
+    held[0].read_at(&mut byte, 0).expect("an open file is good");
+    assert_eq!(fs::read_to_string(w.join("open")).expect("another mount"), "good");
+    held.clear();
+    assert_eq!(fs::read_to_string(other.join("w/n1199")).expect("after they were closed"), "x");
+    for id in ["k", "other"] {
+        let stats = stats(stage, id);
+        assert_eq!(stats["restarts"].as_u64(), Some(0), "{id}: {stats:#}");
+    }
+});
