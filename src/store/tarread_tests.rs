@@ -216,7 +216,9 @@ fn numbers() {
 #[test]
 fn the_last_padding_may_be_missing_where_another_digest_tells_the_whole() {
     let whole = file(b"a", b"hi\n");
-    let unpadded = &whole[..BLOCK + 3];
+    // Whatever headers come first, the content has the last block.
+    let body = whole.len() - BLOCK;
+    let unpadded = &whole[..body + 3];
     assert!(all(unpadded).is_err(), "an ACI");
     let read = |bytes| {
         let mut tar: TarReader<&[u8]> = TarReader::new(bytes, "test".into(), Limits::default(), EndMarker::Optional);
@@ -228,6 +230,6 @@ fn the_last_padding_may_be_missing_where_another_digest_tells_the_whole() {
         Ok::<_, Error>(count)
     };
     assert_eq!(read(unpadded).unwrap(), 1, "a layer as umoci writes it");
-    assert!(read(&whole[..BLOCK + 2]).is_err(), "content is missing");
-    assert!(read(&whole[..BLOCK + 10]).is_err(), "half a padding");
+    assert!(read(&whole[..body + 2]).is_err(), "content is missing");
+    assert!(read(&whole[..body + 10]).is_err(), "half a padding");
 }
