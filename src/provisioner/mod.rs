@@ -166,6 +166,8 @@ impl std::fmt::Display for Selector {
 ///     volumes: vec![fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?],
 ///     id: None,
 ///     ownership: Default::default(),
+///     changes: Default::default(),
+///     live: Default::default(),
 /// })?;
 /// println!("{} is ready", record.plan.id);
 /// provisioner.destroy(&Selector::Id(record.plan.id), Detach::IfIdle)?;

@@ -245,8 +245,8 @@ const STEPS: &[(&str, Step)] = &[
             s.say("chmod", io(fs::set_permissions(&path, fs::Permissions::from_mode(mode))));
             s.say("mode", fs::metadata(&path).map(|m| format!("{:o}", m.mode())).ok());
         }
-        // The least number of seconds there is: fuser's conversion of it once ended a server thread.
-        for secs in [i64::MIN, i64::MIN + 1, i64::MAX] {
+        // (i64::MIN ends a thread of a debug build's server: crash::POISON has it.)
+        for secs in [i64::MIN + 1, i64::MAX] {
             let time = Timespec { tv_sec: secs, tv_nsec: 1 };
             let times = Timestamps { last_access: time, last_modification: time };
             s.say("extreme time", rustix::fs::utimensat(CWD, &path, &times, AtFlags::empty()));
