@@ -122,7 +122,7 @@ pub(crate) const BARE_TREE: Case =
         fs::hard_link(tree.join("etc/passwd"), tree.join("etc/passwd-")).expect("link");
         let archive = stage.path("bare.tar");
         stage
-            .tool("tar", ["--numeric-owner", "--sort=name", "-C"])
+            .tool("tar", ["--numeric-owner", "--format=posix", "--sort=name", "-C"])
             .arg(&tree)
             .arg("-cf")
             .arg(&archive)
