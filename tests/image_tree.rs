@@ -109,7 +109,7 @@ impl Served {
         let request = Request { point: &point, source: "fsprov-test", read_only: true, others: OtherUsers::Usual };
         let mounted = mount::mount(&Method::choose(&Host::probe())?, &request)?;
         let init = session::read_init(&mounted.connection)?;
-        adapter.pace().watch(&mounted.connection)?;
+        adapter.pace().watch(&mounted.connection, 2)?;
         let ready = session::start(adapter, &mounted.connection, &init, Start::First, 2)?;
         let server = Some(std::thread::spawn(move || ready.run()));
         Ok(Served { dir, mounted, counters, server })

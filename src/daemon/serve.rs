@@ -113,7 +113,7 @@ fn begin(
     };
     let connection = single(fds)?;
     let init = unhex(&init)?;
-    adapter.pace().watch(&connection).map_err(|e| Error::io("watch the connection", "", e))?;
+    adapter.pace().watch(&connection, job.threads).map_err(|e| Error::io("watch the connection", "", e))?;
     let failed = if job.resend.works(&init) {
         0
     } else {

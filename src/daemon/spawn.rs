@@ -53,7 +53,8 @@ const UNDO_PATIENCE: Duration = Duration::from_secs(10);
 /// How much of the log's end an error carries.
 const LOG_TAIL: u64 = 2000;
 /// What a server keeps of the caller's environment.
-const ENVIRONMENT: [&str; 5] = ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES"];
+const ENVIRONMENT: [&str; 6] =
+    ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES", "FSPROV_FUSE_PACE"];
 
 /// Start a server for `plan`. `note` writes down what there is before more is done; when this returns the rootfs answers, and on
 /// an error nothing of it is left.
