@@ -86,6 +86,11 @@ pub fn ownership(
     if squash.is_some() && !(uid_args.is_empty() && gid_args.is_empty()) {
         return Err(Error::new(Kind::Usage, "read id map", "", "--squash and a map exclude one another"));
     }
+    // One of them alone would leave the image's own ids on the other side.
+    let (uid_args, gid_args) = match (uid_args, gid_args) {
+        ([MapArg::Auto], []) | ([], [MapArg::Auto]) => (&[MapArg::Auto][..], &[MapArg::Auto][..]),
+        both => both,
+    };
     Ok(Ownership {
         uids: ranges("--uid-map", uid_args, || auto(user.0, user.0, files.subuid, files.passwd))?,
         gids: ranges("--gid-map", gid_args, || auto(user.0, user.1, files.subgid, files.passwd))?,
@@ -206,7 +211,7 @@ mod tests {
         };
         let passwd = write("passwd", "root:x:0:0::/:/bin/sh\nann:x:1000:1000::/home/ann:/bin/sh\n");
         let subuid = write("subuid", "bob:1:5\nann:100000:65536\n1000:300000:10\n# odd\nann:x:y\n");
-        let subgid = write("subgid", "bob:1:5\n");
+        let subgid = write("subgid", "bob:1:5\nann:7:3\n");
         let files = Files { passwd: &passwd, subuid: &subuid, subgid: &subgid };
         let found = ownership(&[MapArg::Auto], &[], None, (1000, 50), files).unwrap();
         assert_eq!(
@@ -217,8 +222,13 @@ mod tests {
                 IdRange { inside: 65_537, outside: 300_000, count: 10 },
             ]
         );
-        assert!(found.gids.is_empty());
-        let none = ownership(&[], &[MapArg::Auto], None, (1000, 50), files).unwrap_err();
+        let gids = [IdRange { inside: 0, outside: 50, count: 1 }, IdRange { inside: 1, outside: 7, count: 3 }];
+        assert_eq!(found.gids, gids, "auto of one is auto of both");
+        assert_eq!(ownership(&[], &[MapArg::Auto], None, (1000, 50), files).unwrap(), found);
+        let own = MapArg::Range(IdRange { inside: 0, outside: 50, count: 1 });
+        assert_eq!(ownership(&[MapArg::Auto], &[own], None, (1000, 50), files).unwrap().gids, gids[..1]);
+        let none = Files { subgid: &write("none", "bob:1:5\n"), ..files };
+        let none = ownership(&[], &[MapArg::Auto], None, (1000, 50), none).unwrap_err();
         assert_eq!(none.kind(), Kind::NotFound, "{none}");
         assert!(none.to_string().contains("ann"), "{none}");
         assert!(ownership(&[MapArg::Auto], &[], Some((0, 0)), (1000, 50), files).is_err());

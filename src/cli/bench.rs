@@ -15,6 +15,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::plan::{BackendKind, Live, Ownership};
 use crate::provisioner::{Changes, Provisioner, Record, Request, Selector};
+use crate::sys::signals::Termination;
 
 /// How often each is measured; the middle one is shown. Odd.
 const ROUNDS: usize = 3;
@@ -106,12 +107,16 @@ impl Bench {
                 Support::No { reason, remedy } => missing.push(Missing { backend: kind, reason, remedy }),
             }
         }
+        let signals = Termination::catch()?;
         let mut work: Option<Work> = None;
         let mut rows: Vec<(String, Vec<Times>)> = Vec::new();
         let mut indexed = false;
         for round in 0..ROUNDS {
             for kind in subjects.clone() {
-                let (record, mounted) = match put(&provisioner, &image, stage.path(), kind) {
+                if signals.came() {
+                    return Err(Error::new(Kind::Io, "measure", show(&self.image), "ended by a signal"));
+                }
+                let (mut placed, record, mounted) = match put(&provisioner, &image, stage.path(), kind) {
                     Ok(put) => put,
                     // It works here, but not for this image: many layers under bind. A later round fails as it did.
                     Err(error) if round == 0 && error.kind() == Kind::Unsupported => {
@@ -130,15 +135,15 @@ impl Bench {
                 if work.is_none() && single.is_none() {
                     // Only the rootfs shows what many layers are together. What was looked at is warm: put it in place again.
                     work = Some(look(&rootfs));
-                    provisioner.destroy(&Selector::parse(rootfs.as_os_str()), Detach::Lazy)?;
-                    put(&provisioner, &image, stage.path(), kind)?;
+                    placed.take_away()?;
+                    placed = put(&provisioner, &image, stage.path(), kind)?.0;
                 }
                 let work = work.get_or_insert_with(|| look(single.as_ref().unwrap_or(&rootfs)));
                 if let Some(layer) = single.filter(|_| kind == subjects[0] && !subjects.contains(&BackendKind::Bind)) {
                     note(&mut rows, "directory", measure(&layer, work, None));
                 }
                 note(&mut rows, kind.name(), measure(&rootfs, work, Some(mounted)));
-                provisioner.destroy(&Selector::parse(rootfs.as_os_str()), Detach::Lazy)?;
+                placed.take_away()?;
             }
         }
         let Some(work) = work else {
@@ -163,8 +168,34 @@ impl Bench {
     }
 }
 
+/// A rootfs that is taken away however the measurement ends.
+struct Placed<'a> {
+    provisioner: &'a Provisioner,
+    rootfs: Option<PathBuf>,
+}
+
+impl Placed<'_> {
+    fn take_away(&mut self) -> Result<()> {
+        let Some(rootfs) = self.rootfs.take() else { return Ok(()) };
+        self.provisioner.destroy(&Selector::parse(rootfs.as_os_str()), Detach::Lazy).map(|_| ())
+    }
+}
+
+impl Drop for Placed<'_> {
+    fn drop(&mut self) {
+        if let Err(error) = self.take_away() {
+            log::error!(target: "fsprov::cli", "{error}");
+        }
+    }
+}
+
 /// Put the image in place by one backend, and say how long that took.
-fn put(provisioner: &Provisioner, image: &ImageRef, stage: &Path, kind: BackendKind) -> Result<(Record, Duration)> {
+fn put<'a>(
+    provisioner: &'a Provisioner,
+    image: &ImageRef,
+    stage: &Path,
+    kind: BackendKind,
+) -> Result<(Placed<'a>, Record, Duration)> {
     let request = Request {
         image: image.clone(),
         rootfs: stage.join("rootfs"),
@@ -178,7 +209,8 @@ fn put(provisioner: &Provisioner, image: &ImageRef, stage: &Path, kind: BackendK
     };
     let begin = Instant::now();
     let record = provisioner.provision(&request)?;
-    Ok((record, begin.elapsed()))
+    let placed = Placed { provisioner, rootfs: Some(record.plan.rootfs.clone()) };
+    Ok((placed, record, begin.elapsed()))
 }
 
 fn note(rows: &mut Vec<(String, Vec<Times>)>, subject: &str, times: Times) {

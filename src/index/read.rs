@@ -191,7 +191,8 @@ impl Index {
         let mut end = BLOCK;
         for (span, place) in header.sections.iter().zip(&mut sections) {
             let (offset, length) = (span.offset.get() as usize, span.length.get() as usize);
-            if offset != end || length > bytes.len() - offset {
+            // The section before may end in a last block that is not whole: then this offset is past the end.
+            if offset != end || bytes.len().checked_sub(offset).is_none_or(|rest| length > rest) {
                 return Err(damaged("its sections do not follow one another inside the file"));
             }
             *place = (offset, length);
@@ -650,17 +651,17 @@ fn name_error(error: &Error, name: &str) -> Error {
 pub fn seal(bytes: &mut [u8]) {
     let Ok((mut header, _)) = Header::read_from_prefix(bytes) else { return };
     let sums = header.sections[Section::Checksums as usize].offset.get() as usize;
-    if !sums.is_multiple_of(BLOCK) || sums < BLOCK || sums > bytes.len() {
-        return;
+    if sums.is_multiple_of(BLOCK) && (BLOCK..=bytes.len()).contains(&sums) {
+        let (blocks, table) = bytes.split_at_mut(sums);
+        for (block, sum) in blocks[BLOCK..].chunks(BLOCK).zip(table.chunks_exact_mut(4)) {
+            sum.copy_from_slice(&crc32fast::hash(block).to_le_bytes());
+        }
+        header.checksums_crc = crc32fast::hash(table).into();
+        bytes[..size_of::<Header>()].copy_from_slice(header.as_bytes());
     }
-    let (blocks, table) = bytes.split_at_mut(sums);
-    for (block, sum) in blocks[BLOCK..].chunks(BLOCK).zip(table.chunks_exact_mut(4)) {
-        sum.copy_from_slice(&crc32fast::hash(block).to_le_bytes());
-    }
-    header.checksums_crc = crc32fast::hash(table).into();
-    blocks[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    header.header_crc = header_crc(&blocks[..BLOCK]).into();
-    blocks[..size_of::<Header>()].copy_from_slice(header.as_bytes());
+    let Some(block) = bytes.get(..BLOCK) else { return };
+    header.header_crc = header_crc(block).into();
+    bytes[..size_of::<Header>()].copy_from_slice(header.as_bytes());
 }
 
 /// Ask everything of an index, whatever it answers: for tests and the fuzzer.

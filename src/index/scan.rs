@@ -28,6 +28,23 @@ impl Builder {
     /// image: the mount point is taken as an empty directory) and takes `system.` attributes as they are on the disk.
     /// The tree must not change meanwhile.
     pub fn add_directory(&mut self, root: impl AsFd) -> Result<()> {
+        self.add_directory_with(root, |_, _| Ok(None))
+    }
+
+    /// The same, with a digest of each regular file: `sha256` is given its path and the file, open for reading.
+    pub fn add_directory_hashed(
+        &mut self,
+        root: impl AsFd,
+        mut sha256: impl FnMut(&[u8], std::fs::File) -> Result<[u8; 32]>,
+    ) -> Result<()> {
+        self.add_directory_with(root, |path, open| sha256(path, open()?).map(Some))
+    }
+
+    fn add_directory_with(
+        &mut self,
+        root: impl AsFd,
+        mut sha256: impl FnMut(&[u8], &dyn Fn() -> Result<std::fs::File>) -> Result<Option<[u8; 32]>>,
+    ) -> Result<()> {
         let root = root.as_fd();
         let stat = statx(root, "")?;
         let device = (stat.stx_dev_major, stat.stx_dev_minor);
@@ -77,7 +94,15 @@ impl Builder {
                     stack.push(Frame { fd, path, names });
                     continue;
                 }
-                FileType::RegularFile => What::File { size: stat.stx_size, content: None, sha256: None },
+                FileType::RegularFile => {
+                    let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
+                    let open = || match fs::openat(&frame.fd, &name[..], flags, Mode::empty()) {
+                        Ok(fd) => Ok(fd.into()),
+                        Err(e) => Err(Error::sys("index: open", show(&path), e)),
+                    };
+                    let sha256 = sha256(&path, &open)?;
+                    What::File { size: stat.stx_size, content: None, sha256 }
+                }
                 FileType::Symlink => {
                     let target = fs::readlinkat(&frame.fd, &name[..], Vec::with_capacity(MAX_TARGET))
                         .map_err(|e| Error::sys("index: read link", show(&path), e))?;

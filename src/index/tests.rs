@@ -605,4 +605,19 @@ proptest! {
             super::read::exercise(&index);
         }
     }
+
+    #[test]
+    fn a_crafted_header_never_crashes_a_reader(
+        at in 0..size_of::<super::format::Header>() - 8,
+        with in prop_oneof![any::<u64>(), 0..70_000_u64, (0..20_u64).prop_map(|n| n * BLOCK as u64), any::<u32>().prop_map(|n| u64::from(n).wrapping_neg())],
+        cut in 0..BLOCK,
+    ) {
+        let mut bytes = sample();
+        bytes[at..at + 8].copy_from_slice(&with.to_le_bytes());
+        bytes.truncate(bytes.len() - cut);
+        super::read::seal(&mut bytes);
+        if let Ok(index) = Index::from_bytes(bytes) {
+            super::read::exercise(&index);
+        }
+    }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
-use super::import::{ImageSource, ImportOptions, Imported};
+use super::import::{ImageSource, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
 use super::oci::describe;
 use super::tree::Tree;
@@ -14,9 +14,9 @@ use super::{Store, StoreLock};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageRef;
-use crate::image::MAX_MANIFEST_BYTES;
 use crate::image::appc::{self, Pair};
 use crate::image::oci::{Config, Digest, Index, Manifest, Platform, REF_NAME, RootFs, media_type};
+use crate::image::{MAX_MANIFEST_BYTES, Strictness};
 use crate::paths::image;
 
 impl Store {
@@ -108,7 +108,7 @@ impl Store {
         let (meta, tree, in_use) = self.tree(image)?;
         let manifest = self.appc_manifest(&meta, Some(name))?;
         let source = ImageSource::Flattened(meta.id.clone());
-        let options = ImportOptions { strictness: crate::image::Strictness::Lenient, ..ImportOptions::default() };
+        let options = self.import_options(Strictness::Lenient);
         let done = self.import_stream(move |sink| tree.write_aci(&manifest, sink), &source, &options);
         drop(in_use);
         done.map_err(|e| e.within("flatten", image))

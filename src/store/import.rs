@@ -198,6 +198,15 @@ impl Store {
                 if let Some(layout) = Layout::at(path, &source.to_string())? {
                     return self.import_layout(&layout, source, options);
                 }
+                if let Signature::File(file) = &options.signature {
+                    return Err(Error::new(
+                        Kind::Usage,
+                        "check signature of",
+                        source,
+                        "a directory has no bytes that were signed",
+                    )
+                    .hint(format!("{} is of an archive: import that", show(file))));
+                }
                 let tree = tarwrite::DirectoryImage::open(path, options.name.as_deref(), &options.limits)?;
                 self.import_stream(|sink| tree.write(sink), source, options)
             }

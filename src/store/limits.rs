@@ -89,6 +89,8 @@ by_name!(
     ratio,
     depth,
     xattr_bytes,
+    xattrs,
+    xattrs_total_bytes,
     extension_bytes,
     sparse_pieces,
     manifest_bytes,

@@ -287,15 +287,12 @@ impl Store {
                 fresh.push((diff_id.clone(), staged.clone()));
                 staged
             };
-            let layer_meta = LayerMeta::read(&at)?;
+            let layer_meta = add_layer(&mut index, &at)?;
             meta.entries += layer_meta.entries;
             meta.bytes += layer_meta.bytes;
             if layer_meta.on_disk == OnDisk::IndexOnly {
                 meta.on_disk = OnDisk::IndexOnly;
             }
-            index.begin_layer(Whiteouts::Oci)?;
-            let implied = layer_meta.implied()?;
-            index.add_index(&Index::open(&at.join(image::INDEX))?, |path| !implied.contains(path))?;
             meta.layers.push(diff_id.clone());
         }
         let dir = staging.path().join("image");
@@ -353,6 +350,15 @@ impl Store {
             Err(Error::new(Kind::Integrity, "use layer", id, "its rootfs is no directory"))
         }
     }
+}
+
+/// Put the index of the layer in the directory `at` upon what is in the index of an image.
+pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<LayerMeta> {
+    let meta = LayerMeta::read(at)?;
+    index.begin_layer(Whiteouts::Oci)?;
+    let implied = meta.implied()?;
+    index.add_index(&Index::open(&at.join(image::INDEX))?, |path| !implied.contains(path))?;
+    Ok(meta)
 }
 
 fn unpack_layer(

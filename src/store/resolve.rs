@@ -109,7 +109,20 @@ impl Store {
         // Mesos took this image already: what it let pass, we let pass.
         let bytes = super::meta::read_bounded(&manifest, crate::image::MAX_MANIFEST_BYTES as u64)?;
         let name = match crate::image::appc::Manifest::parse(&bytes, Strictness::Lenient) {
-            Ok(checked) => Some(checked.manifest.name),
+            Ok(checked) => {
+                let needs = |what: &str| {
+                    let why = format!("its manifest has {what}, which a store used in place cannot give");
+                    Error::new(Kind::Unsupported, "use the Mesos image", show(&at), why)
+                        .hint("import it: `tar -cC DIR manifest rootfs | fsprov image import -`")
+                };
+                if !checked.manifest.dependencies.is_empty() {
+                    return Err(needs("dependencies"));
+                }
+                if !checked.manifest.path_whitelist.is_empty() {
+                    return Err(needs("a pathWhitelist"));
+                }
+                Some(checked.manifest.name)
+            }
             Err(error) => {
                 log::warn!("{}: {error}", show(&manifest));
                 None
@@ -135,7 +148,7 @@ impl Store {
         self.resolve_by_import(&ImageSource::Archive(path), &options)
     }
 
-    fn import_options(&self, strictness: Strictness) -> ImportOptions {
+    pub(super) fn import_options(&self, strictness: Strictness) -> ImportOptions {
         ImportOptions { strictness, limits: self.policy.limits.clone(), ..ImportOptions::default() }
     }
 

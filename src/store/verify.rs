@@ -118,11 +118,10 @@ impl Store {
                 let options = ImportOptions {
                     name: meta.names.first().cloned(),
                     expected_id: Some(meta.id.clone()),
-                    // It was taken before.
-                    strictness: Strictness::Lenient,
                     reference: origin.reference.clone(),
                     platform: origin.platform.clone(),
-                    ..ImportOptions::default()
+                    // It was taken before.
+                    ..self.import_options(Strictness::Lenient)
                 };
                 self.import(&source, &options)?;
                 meta.names.iter().try_for_each(|name| self.add_name(&meta.id, Some(name)).map(drop))

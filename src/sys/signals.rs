@@ -36,6 +36,12 @@ impl Termination {
         caught().map(|wake| Termination { wake }).map_err(|e| Error::io("catch signals", "SIGINT, SIGTERM", e))
     }
 
+    /// Did one come already? For work that can stop between two steps.
+    pub fn came(&self) -> bool {
+        let now = rustix::event::Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.wake, PollFlags::IN)], Some(&now)).is_ok_and(|ready| ready > 0)
+    }
+
     /// Wait for a signal, or for the end of `process`.
     pub fn wait(&self, process: Option<ProcessId>) -> Result<Woken> {
         let watched = match process.and_then(|p| Pid::from_raw(p.pid)) {

@@ -356,6 +356,16 @@ pub(crate) const MESOS: Case = Case::new("a_mesos_store_is_used_in_place", on::e
     unknown.fails(3, &["the store has none of this name or id", "fsprov image pull"]);
     let own = stage.fsprov(["image", "list", "--json"]).run().ok().json();
     assert_eq!(own, json!([]), "our own store stays empty");
+    // What it would have to put together from several images, or leave out, is refused: not a tree that lacks or shows too much.
+    let plain = fs::read_to_string(image.join("manifest")).expect("read");
+    for (key, value) in [("dependencies", json!([{"imageName": "foo.com/base"}])), ("pathWhitelist", json!(["/etc"]))] {
+        let mut changed: serde_json::Value = serde_json::from_str(&plain).expect("JSON");
+        changed[key] = value;
+        fs::write(image.join("manifest"), changed.to_string()).expect("write");
+        let call = stage.mount_call("foo.com/bar", "rootfs", [] as [&str; 0]).env("FSPROV_CONFIG", &config);
+        call.run().fails(5, &[key, "import"]);
+        stage.assert_nothing_left(key);
+    }
 });
 
 pub(crate) const CONFIG: Case =

@@ -1,6 +1,7 @@
 //! The death of a FUSE server's worker is nobody's business: SIGKILL under readers, writers, programs and changes of names.
 
 use std::collections::BTreeMap;
+use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
@@ -22,6 +23,15 @@ use crate::common::{Case, Need, Stage, needs, system};
 const KILLS: u32 = 25;
 /// How long a new worker may take to be there.
 const COMING_BACK: Duration = Duration::from_secs(20);
+
+/// The options of every rootfs here: `k`, with a writable volume /w.
+fn with_w(stage: &Stage) -> Vec<OsString> {
+    stage.mkdir("sandbox/w");
+    let mut options = vec!["--id".into(), "k".into()];
+    options.extend(sandbox(stage));
+    options.extend(volume("w", "/w", "rw"));
+    options
+}
 
 #[track_caller]
 fn supervisor(stage: &Stage) -> i32 {
@@ -162,10 +172,7 @@ pub(crate) const KILLED_UNSEEN: Case =
             stage.write(format!("sandbox/w/list/e{n}"), "");
         }
         fs::copy(needs::find_tool("sqlite3").expect("sqlite3"), stage.path("sandbox/w/sqlite3")).expect("copy sqlite3");
-        let mut options = vec!["--id".into(), "k".into()];
-        options.extend(sandbox(stage));
-        options.extend(volume("w", "/w", "rw"));
-        let rootfs = stage.mount(&image, "rootfs", options);
+        let rootfs = stage.mount(&image, "rootfs", with_w(stage));
         let w = rootfs.join("w");
         let supervisor = supervisor(stage);
 
@@ -352,12 +359,7 @@ pub(crate) const LOST: Case = Case::needing(
 
 /// A rootfs with a volume /w whose server holds every fsync for a minute, on a kernel without RESEND.
 fn held_in_sync(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {
-    let image = stage.small_image();
-    stage.mkdir("sandbox/w");
-    let mut options = vec!["--id".into(), "k".into()];
-    options.extend(sandbox(stage));
-    options.extend(volume("w", "/w", "rw"));
-    let call = stage.mount_call(&image, "rootfs", options).env("FSPROV_FUSE_RESEND", resend);
+    let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).env("FSPROV_FUSE_RESEND", resend);
     call.env("FAILPOINTS", "serve.sync=sleep(60000)").run().ok();
     (stage.path("rootfs"), supervisor(stage))
 }
@@ -366,12 +368,7 @@ fn held_in_sync(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {
 /// comes. (Only builds with overflow checks have such a one.)
 pub(crate) const POISON: Case = Case::new("a_request_that_ends_a_thread_is_answered", on::fuse, |stage: &Stage| {
     use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_OMIT, utimensat};
-    let image = stage.small_image();
-    stage.mkdir("sandbox/w");
-    let mut options = vec!["--id".into(), "k".into()];
-    options.extend(sandbox(stage));
-    options.extend(volume("w", "/w", "rw"));
-    let rootfs = stage.mount(&image, "rootfs", options);
+    let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let w = rootfs.join("w");
     let mut open = File::create(w.join("open")).expect("make");
     let times = Timestamps {
@@ -395,12 +392,7 @@ pub(crate) const POISON: Case = Case::new("a_request_that_ends_a_thread_is_answe
 
 /// The supervisor alone dies: the worker goes on, and is said to be alone; then it dies too.
 pub(crate) const ALONE: Case = Case::new("a_worker_without_supervisor_goes_on", on::fuse, |stage: &Stage| {
-    let image = stage.small_image();
-    stage.mkdir("sandbox/w");
-    let mut options = vec!["--id".into(), "k".into()];
-    options.extend(sandbox(stage));
-    options.extend(volume("w", "/w", "rw"));
-    let rootfs = stage.mount(&image, "rootfs", options);
+    let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let mut open = File::create(rootfs.join("w/f")).expect("make");
     let supervisor = supervisor(stage);
     let worker = worker_of(supervisor).expect("a worker");
@@ -421,12 +413,7 @@ pub(crate) const ALONE: Case = Case::new("a_worker_without_supervisor_goes_on", 
 });
 
 pub(crate) const RESTARTED: Case = Case::new("restart_keeps_what_is_open", on::fuse, |stage: &Stage| {
-    let image = stage.small_image();
-    stage.mkdir("sandbox/w");
-    let mut options = vec!["--id".into(), "k".into()];
-    options.extend(sandbox(stage));
-    options.extend(volume("w", "/w", "rw"));
-    let rootfs = stage.mount(&image, "rootfs", options);
+    let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let mut open = File::options().read(true).write(true).create_new(true).open(rootfs.join("w/f")).expect("make");
     open.write_all(b"one ").expect("write");
     let supervisor = supervisor(stage);

@@ -258,6 +258,16 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
     if rustix::process::geteuid().is_root() {
         index.run().ok();
         assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().json(), serde_json::json!([]));
+        // A changed byte is found after that too, and another index does not hide it.
+        let file = stage.path("state/images").join(&id).join("rootfs/etc/hosts");
+        let whole = fs::read(&file).expect("read");
+        let mut damaged = whole.clone();
+        damaged[0] ^= 1;
+        fs::write(&file, damaged).expect("damage");
+        stage.fsprov(["image", "index", "example.com/small"]).run().fails(1, &["etc/hosts", "--repair"]);
+        assert!(stage.fsprov(["image", "verify"]).run().fails(1, &["1 findings"]).out().contains("etc/hosts"));
+        fs::write(&file, whole).expect("mend");
+        stage.fsprov(["image", "verify"]).run().ok();
     } else {
         index.run().fails(5, &["example.com/small", "import"]);
     }
@@ -268,6 +278,14 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
     stage.fsprov(["image", "export", "--format", "oci", "example.com/small"]).arg(&layout).run().ok();
     assert!(layout.join("index.json").is_file());
     stage.fsprov(["image", "import", "--name", "oci-small"]).arg(&layout).run().ok();
+    // Of an image of layers the index is made of theirs, by anybody.
+    let listed = images(stage);
+    let oci = listed.iter().find(|i| i["name"] == "oci-small").expect("it is listed")["id"].as_str().expect("an id");
+    let file = stage.path("state/images").join(oci).join("index");
+    let index = fs::read(&file).expect("read the index");
+    fs::write(&file, &index[..5000]).expect("damage the index");
+    stage.fsprov(["image", "index", "oci-small"]).run().ok();
+    assert_eq!(fs::read(&file).expect("read the index"), index);
     let made =
         stage.fsprov(["image", "flatten", "--json", "--name", "example.com/flat", "oci-small"]).run().ok().json();
     assert_eq!(made["name"], "example.com/flat");
