@@ -124,6 +124,10 @@ pub struct Plan {
     /// Does the index leave out files that the layers have (AppC's pathWhitelist)? Then they are not the tree to show.
     #[serde(default)]
     pub is_filtered: bool,
+    /// May the layers have whiteouts? Then only the index tells the image's tree from what lies on the disk. A record that does not say
+    /// is older than this; then they may.
+    #[serde(default = "may_have_whiteouts")]
+    pub has_whiteouts: bool,
     /// Volumes, outer before inner (see [`crate::volume::order`]).
     pub volumes: Vec<Volume>,
     /// Presented ownership.
@@ -138,6 +142,10 @@ pub struct Plan {
     /// A directory of its own for what the backend must keep (below the state root, mode 0700, exists).
     #[serde(with = "crate::pathtext")]
     pub state_dir: PathBuf,
+}
+
+fn may_have_whiteouts() -> bool {
+    true
 }
 
 /// Where the index lies.

@@ -38,6 +38,14 @@ impl Backend for Bind {
             Ok(layer) => layer,
             Err(e) => return refusal(&e),
         };
+        // What whiteouts lie as on the disk (devices, `.wh.` files) a bind mount would show. Asked here alone: a rootfs recorded before
+        // this was known comes back as it was.
+        if plan.has_whiteouts {
+            return Support::no(
+                "the image's layer has whiteouts, which a bind mount would show",
+                "use --backend fuse or overlay, or flatten the image",
+            );
+        }
         match self.host_support(host) {
             Support::Yes => {}
             no @ Support::No { .. } => return no,

@@ -1,8 +1,8 @@
-//! What the index says of a copied tree, put onto it: the layers of an unprivileged import hold names and bytes, and modes, owners,
+//! What the index says of a copied tree, put onto it: what it lacks goes (whiteouts and what they hide), and the layers of an unprivileged import hold names and bytes, and modes, owners,
 //! attributes and special files only as far as the importing user could set them.
 
 use std::ffi::{CString, OsStr};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
@@ -15,6 +15,7 @@ use crate::index::read::{Form, Inode};
 use crate::index::{Damaged, Index};
 use crate::plan::Ownership;
 use crate::sys::attrs::{self, At, Fidelity};
+use crate::sys::remove;
 
 const OP: &str = "set attributes of copied";
 
@@ -62,6 +63,23 @@ impl Pass<'_> {
             let child = self.index.inode(name.row).map_err(|e| damaged(path, e))?;
             let name = OsStr::from_bytes(name.name);
             self.entry(&child, dir, name, &path.join(name), depth_left)?;
+        }
+        self.prune(inode, dir, path)
+    }
+
+    /// Remove what the image does not have: marks of the layers, in whatever form they lie on the disk, and what those hide.
+    fn prune(&self, inode: &Inode, dir: &OwnedFd, path: &Path) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(path), e);
+        let entries =
+            fs::Dir::read_from(dir).and_then(Iterator::collect::<rustix::io::Result<Vec<_>>>).map_err(fail)?;
+        for entry in entries {
+            let name = entry.file_name().to_bytes();
+            if matches!(name, b"." | b"..") || self.index.lookup(inode, name).map_err(|e| damaged(path, e))?.is_some() {
+                continue;
+            }
+            // By descriptor: this very directory, whatever its name leads to.
+            let inside = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
+            remove::remove_tree(&inside.join(OsStr::from_bytes(name)))?;
         }
         Ok(())
     }

@@ -111,7 +111,7 @@ struct LayerWalk<'a> {
     device: u64,
     /// Is there anything below that this layer may replace?
     first: bool,
-    /// Has the image several layers? Then `.wh.` names are not files.
+    /// Has the image several layers and no index? Then `.wh.` names are not files.
     whiteouts: bool,
     links: HashMap<u64, PathBuf>,
     queue: SyncSender<Job>,
@@ -143,7 +143,8 @@ impl<'a> Copier<'a> {
     pub(super) fn run(mut self, layers: &[PathBuf]) -> Result<()> {
         for (n, layer) in layers.iter().enumerate() {
             // A barrier after each: the next may replace what this one brought.
-            self.layer(layer, n == 0, layers.len() > 1)?;
+            // The index knows what is hidden, and whether a name is a mark at all: what it lacks is removed at the end.
+            self.layer(layer, n == 0, layers.len() > 1 && self.index.is_none())?;
         }
         if let Some(index) = &self.index {
             let lacking = copyindex::apply(self.root, index, self.ownership)?;
@@ -217,6 +218,9 @@ impl<'a> Copier<'a> {
         }
         // Whiteouts first: they reach the layers below, not what this one brings.
         if walk.whiteouts {
+            if whiteout::is_opaque(&*level.from).map_err(|e| Error::sys(OP, shown(OsStr::new("")), e))? {
+                self.empty(level)?;
+            }
             for name in &names {
                 match whiteout::read(name) {
                     Some(Mark::Hides(hidden)) => self.remove(level, &hidden)?,

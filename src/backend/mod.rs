@@ -10,6 +10,7 @@ mod copyindex;
 mod copytree;
 pub mod fuse;
 pub mod overlay;
+mod surplus;
 mod whiteout;
 
 use std::sync::Arc;

@@ -5,8 +5,8 @@
 //! image's: whiteouts in its form (device 0:0, opaque directories), and mount points that the image lacks.
 //! Mounts inside a layer's directory are not part of the rootfs (the bind backend shows them).
 
-use std::collections::{BTreeMap, BTreeSet};
-use std::ffi::{OsStr, OsString};
+use std::collections::BTreeSet;
+use std::ffi::OsStr;
 use std::fmt::Write as _;
 use std::io::Read as _;
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -16,11 +16,13 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatVfsMountFlags, Xattr
 use rustix::io::Errno;
 use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
-use super::whiteout::{self, Mark};
+use super::surplus;
+use super::whiteout::{self, HiddenDirs, Mark};
 use super::{Backend, Detach, Health, Journal, Support, Traces, Usage, attach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
+use crate::index::Index;
 use crate::plan::{BackendKind, Plan, Scratch};
 use crate::sys::attrs::{self, At};
 use crate::sys::fs::{open_beneath, open_in_root, path_of};
@@ -59,7 +61,7 @@ impl Backend for Overlay {
         if let Err(e) = plan
             .require_layers()
             .and_then(|()| plan.require_unfiltered())
-            .and_then(|()| check_count(plan, plan.layers.len()))
+            .and_then(|()| check_count(plan, most_layers(plan)))
         {
             return Support::no(e.cause(), e.remedy());
         }
@@ -142,6 +144,17 @@ impl Changes {
     }
 }
 
+/// How many layers it may become, with ours. What shows only when they are looked at counts: here `auto` can still take another backend.
+fn most_layers(plan: &Plan) -> usize {
+    let layers = plan.layers.len();
+    let whiteouts = match &plan.index {
+        Some(_) => usize::from(plan.has_whiteouts),
+        None if layers > 1 => layers,
+        None => 0,
+    };
+    (layers + whiteouts).max(2) + usize::from(!plan.volumes.is_empty())
+}
+
 fn check_count(plan: &Plan, layers: usize) -> Result<()> {
     if layers <= MAX_LAYERS {
         return Ok(());
@@ -158,7 +171,7 @@ fn check_count(plan: &Plan, layers: usize) -> Result<()> {
 /// The overlay's mount, detached.
 fn build(plan: &Plan, work: &Path, changes: Option<&Changes>) -> Result<Piece> {
     fs::mkdir(work, Mode::RWXU).map_err(|e| Error::sys(OP, show(work), e))?;
-    let mut stack = with_whiteouts(&without_repeats(plan)?, work)?;
+    let mut stack = with_whiteouts(plan, without_repeats(plan)?, work)?;
     if stack.len() < 2 {
         // One lower layer alone is refused without an upper one.
         let empty = work.join("empty");
@@ -196,17 +209,27 @@ fn without_repeats(plan: &Plan) -> Result<Vec<PathBuf>> {
 
 // ---- whiteouts ----
 
-#[derive(Debug, Default)]
-struct Hidden {
-    opaque: bool,
-    names: BTreeSet<OsString>,
+/// The layers, bottom first, with what hides what the image does not have. Its index knows, and one layer of ours on top does it: that is
+/// right whoever imported the layers and whoever mounts them (which of two attributes overlayfs heeds depends on that), and for layers
+/// that are the lowest here and not in another image.
+fn with_whiteouts(plan: &Plan, layers: Vec<PathBuf>, work: &Path) -> Result<Vec<PathBuf>> {
+    let Some(file) = &plan.index else { return with_scanned_whiteouts(&layers, work) };
+    if !plan.has_whiteouts {
+        return Ok(layers);
+    }
+    let hidden = surplus::find(&Index::open(&file.0)?, &layers, opaque_xattr()?)?;
+    let mut stack = layers;
+    if !hidden.is_empty() {
+        let ours = work.join("whiteouts");
+        make_whiteouts(&ours, &hidden, &stack.iter().rev().collect::<Vec<_>>())?;
+        stack.push(ours);
+    }
+    Ok(stack)
 }
 
-type HiddenDirs = BTreeMap<PathBuf, Hidden>;
-
-/// The layers, bottom first, with ours in between: whiteouts that one layer has for those below it lie below it, and what hides
+/// Of layers without an index: ours lie in between: whiteouts that one layer has for those below it lie below it, and what hides
 /// the `.wh.` files themselves lies above it. Both are one layer of ours, since the one's above is the other's below.
-fn with_whiteouts(layers: &[PathBuf], work: &Path) -> Result<Vec<PathBuf>> {
+fn with_scanned_whiteouts(layers: &[PathBuf], work: &Path) -> Result<Vec<PathBuf>> {
     if layers.len() == 1 {
         return Ok(layers.to_vec());
     }
@@ -214,7 +237,7 @@ fn with_whiteouts(layers: &[PathBuf], work: &Path) -> Result<Vec<PathBuf>> {
     for (n, layer) in layers.iter().enumerate() {
         let root = open_layer(layer)?;
         for found in whiteout::scan(&root, layer)? {
-            above[n].entry(found.dir.clone()).or_default().names.insert(found.name);
+            above[n].entry(found.dir.clone()).or_default().names.extend(found.name);
             let Some(below) = n.checked_sub(1) else { continue };
             let hidden = above[below].entry(found.dir).or_default();
             match found.mark {
@@ -286,7 +309,7 @@ fn is_hidden(hidden: &HiddenDirs, path: &Path) -> bool {
 
 /// Outside the first user namespace overlayfs keeps its marks in `user.` attributes (option `userxattr`, Linux 5.11).
 fn opaque_xattr() -> Result<&'static str> {
-    Ok(if process::in_initial_user_namespace()? { "trusted.overlay.opaque" } else { "user.overlay.opaque" })
+    Ok(if process::in_initial_user_namespace()? { whiteout::TRUSTED_OPAQUE } else { whiteout::USER_OPAQUE })
 }
 
 /// A directory of ours covers one of the image: it must look the same.

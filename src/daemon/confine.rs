@@ -248,6 +248,7 @@ mod tests {
             layers: Vec::new(),
             index: None,
             is_filtered: false,
+            has_whiteouts: false,
             volumes: vec![volume("rw", Access::Rw), volume("ro", Access::Ro)],
             ownership: crate::plan::Ownership::default(),
             live: crate::plan::Live::default(),

@@ -184,6 +184,7 @@ mod tests {
             layers: Vec::new(),
             index: None,
             is_filtered: false,
+            has_whiteouts: false,
             volumes: Vec::new(),
             ownership: Ownership::default(),
             scratch: None,

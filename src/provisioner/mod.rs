@@ -229,6 +229,7 @@ impl Provisioner {
             layers: image.layers.iter().map(|root| Layer { root: root.clone() }).collect(),
             index: image.index.clone().map(IndexFile),
             is_filtered: image.is_filtered,
+            has_whiteouts: image.has_whiteouts,
             volumes: volume::order(volumes)?,
             ownership: request.ownership.clone(),
             scratch,

@@ -246,6 +246,7 @@ mod tests {
             layers: Vec::new(),
             index: None,
             is_filtered: false,
+            has_whiteouts: false,
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             scratch: None,

@@ -3,8 +3,11 @@
 //! A layer's index has the whiteouts as its archive has them (`.wh.NAME`); they take effect when the index of an image is
 //! made. On the disk they have the form that the kernel's overlayfs reads: a character device 0:0 of the name that is hidden,
 //! and the attribute `overlay.opaque` = `y` on an opaque directory: `trusted.` where we may set it, else `user.` (mount with
-//! `userxattr`). Anybody may make that device since Linux 5.8; before, as an ordinary user, the `.wh.` file stays and
-//! [`LayerMeta::whiteouts`] says so.
+//! `userxattr`). Anybody may make that device since Linux 5.8; before, as an ordinary user, the `.wh.` file stays.
+//!
+//! That form saves overlayfs work and promises nothing: who mounts may heed the other attribute than who imported could set, the
+//! layer may be the lowest of one image and not of another, and what it hides is known of the image alone. So the backends
+//! that show the disk compare it with the image's index, and [`LayerMeta::whiteouts`] says when they need not.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -98,24 +101,24 @@ pub(super) fn make_whiteouts(root: &OwnedFd, paths: &[Vec<u8>]) -> Result<()> {
         let stat = fs::fstat(&dir).map_err(fail)?;
         let file = OsStr::from_bytes(name);
         if name == b".wh..wh..opq" {
-            match fs::fsetxattr(&dir, c"trusted.overlay.opaque", b"y", XattrFlags::empty()) {
-                Ok(()) => {}
-                Err(Errno::PERM | Errno::OPNOTSUPP) => {
-                    match fs::fsetxattr(&dir, c"user.overlay.opaque", b"y", XattrFlags::empty()) {
-                        Ok(()) => {}
-                        // The index still says it; overlay cannot serve such a layer, and the file tells who looks.
-                        Err(Errno::PERM | Errno::OPNOTSUPP) => continue,
-                        Err(e) => return Err(fail(e)),
-                    }
-                }
-                Err(e) => return Err(fail(e)),
+            if !make_opaque(&dir).map_err(fail)? {
+                continue;
             }
         } else if !name.starts_with(b".wh..wh.") {
             let hidden = OsStr::from_bytes(&name[b".wh.".len()..]);
             let mode = Mode::from_raw_mode(0);
             match fs::mknodat(&dir, hidden, FileType::CharacterDevice, mode, fs::makedev(0, 0)) {
-                // The layer brings its own: that one is what shows.
-                Ok(()) | Err(Errno::EXIST) => {}
+                Ok(()) => {}
+                // The layer brings its own: that one is what shows, and of a directory nothing of the lower one in it.
+                Err(Errno::EXIST) => match open_beneath(&dir, Path::new(hidden), flags | OFlags::NOFOLLOW) {
+                    Ok(own) => {
+                        if !make_opaque(&own).map_err(fail)? {
+                            continue;
+                        }
+                    }
+                    Err(Errno::NOTDIR | Errno::LOOP) => {}
+                    Err(e) => return Err(fail(e)),
+                },
                 Err(Errno::PERM) => continue,
                 Err(e) => return Err(fail(e)),
             }
@@ -130,4 +133,16 @@ pub(super) fn make_whiteouts(root: &OwnedFd, paths: &[Vec<u8>]) -> Result<()> {
         fs::futimens(&dir, &times).map_err(fail)?;
     }
     Ok(())
+}
+
+/// False: neither attribute can be set here, and the `.wh.` file tells who looks.
+fn make_opaque(dir: &OwnedFd) -> rustix::io::Result<bool> {
+    for name in [c"trusted.overlay.opaque", c"user.overlay.opaque"] {
+        match fs::fsetxattr(dir, name, b"y", XattrFlags::empty()) {
+            Ok(()) => return Ok(true),
+            Err(Errno::PERM | Errno::OPNOTSUPP) => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(false)
 }

@@ -2,6 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
+use super::layer::{LayerMeta, LayerWhiteouts};
 use super::mesos;
 use super::oci::Layout;
 use super::stream::{Archive, digest};
@@ -33,6 +34,9 @@ pub struct ResolvedImage {
     /// Do the layers on the disk hold what the image does not show (a pathWhitelist)? Then only a backend that goes by the
     /// index may serve it; flattened, any may.
     pub is_filtered: bool,
+    /// May the layers on the disk have whiteouts? Those and what they hide are no part of the image, even of one with a single layer:
+    /// its index tells.
+    pub has_whiteouts: bool,
 }
 
 impl Store {
@@ -76,9 +80,14 @@ impl Store {
         } else {
             meta.layers.iter().map(|layer| self.paths.layer(layer).join(image::ROOTFS)).collect()
         };
+        // A record that cannot be read says nothing, and a look at the tree is then the safe choice.
+        let may_have = |layer: &ImageId| {
+            LayerMeta::read(&self.paths.layer(layer)).map_or(true, |m| m.whiteouts == LayerWhiteouts::Some)
+        };
         ResolvedImage {
             name: meta.names.first().cloned(),
             is_filtered: meta.is_filtered,
+            has_whiteouts: meta.layers.iter().any(may_have),
             id: Some(meta.id),
             layers,
             index: Some(dir.join(image::INDEX)),
@@ -103,6 +112,7 @@ impl Store {
                 index: None,
                 manifest: None,
                 is_filtered: false,
+                has_whiteouts: false,
             });
         };
         let manifest = at.join(image::MANIFEST);
@@ -135,6 +145,7 @@ impl Store {
             index: None,
             manifest: Some(manifest),
             is_filtered: false,
+            has_whiteouts: false,
         })
     }
 

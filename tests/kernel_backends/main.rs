@@ -127,6 +127,7 @@ impl Place {
             layers: vec![Layer { root: self.path("layer") }],
             index: None,
             is_filtered: false,
+            has_whiteouts: false,
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
             scratch: None,

@@ -15,6 +15,7 @@ mod enosys;
 mod faults;
 mod filled;
 mod hardened;
+mod layers;
 mod live;
 mod mounted;
 mod posix;
@@ -94,6 +95,8 @@ pub(crate) const CASES: &[Case] = &[
     filled::FILLED,
     filled::KILLED,
     filled::WHAT_THE_INDEX_SAYS,
+    layers::OTHERS,
+    layers::SAME_TREE,
     live::ACLS,
     live::TTL,
     live::WRITEBACK,

@@ -156,14 +156,14 @@ fn below_opt(root: &Path) {
 }
 
 /// The program and this test program, where the ordinary user can run them; and how he runs them.
-struct AsUser<'a> {
+pub(crate) struct AsUser<'a> {
     stage: &'a Stage,
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
     ids: [String; 2],
 }
 
 impl<'a> AsUser<'a> {
-    fn new(stage: &'a Stage) -> Self {
+    pub(crate) fn new(stage: &'a Stage) -> Self {
         let user = test_user().expect("the test user");
         let dir = stage.mkdir("user");
         for (from, name) in
@@ -177,7 +177,7 @@ impl<'a> AsUser<'a> {
         AsUser { stage, dir, ids: [user.uid, user.gid] }
     }
 
-    fn call(&self, program: &str) -> crate::common::stage::Call<'_> {
+    pub(crate) fn call(&self, program: &str) -> crate::common::stage::Call<'_> {
         let [uid, gid] = &self.ids;
         let call = self.stage.tool("setpriv", ["--reuid", uid, "--regid", gid, "--init-groups", "--"]);
         call.arg(self.dir.join(program))
@@ -273,7 +273,7 @@ const TOOLS: &[Need] = &[
     Need::TestUser,
 ];
 
-fn root_once(lane: &Lane) -> bool {
+pub(crate) fn root_once(lane: &Lane) -> bool {
     on::once_each(lane) && lane.enter == Enter::Root
 }
 
