@@ -80,8 +80,9 @@ const REFUSED: &[libc::c_long] = &[
 ];
 
 /// Capabilities that answers to requests need, of those that root has: acting as any caller on any file, and making what a
-/// caller may make. SYS_ADMIN is for `trusted.` attributes, which root's programs may set on a volume (xattr(7)), SYS_RESOURCE
-/// for the blocks a file system keeps for root; mounting and the like is refused above whatever the capability says.
+/// caller may make. SYS_ADMIN is for `trusted.` attributes, which root's programs may set on a volume (xattr(7)); mounting and the
+/// like is refused above whatever the capability says. Not SYS_RESOURCE, which setfsuid(2) leaves in place: with it every caller
+/// would get the blocks that a file system keeps for root. Root has those by its uid.
 const NEEDED: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::DAC_OVERRIDE)
     .union(CapabilitySet::DAC_READ_SEARCH)
@@ -91,8 +92,7 @@ const NEEDED: CapabilitySet = CapabilitySet::CHOWN
     .union(CapabilitySet::SETGID)
     .union(CapabilitySet::SETFCAP)
     .union(CapabilitySet::MKNOD)
-    .union(CapabilitySet::SYS_ADMIN)
-    .union(CapabilitySet::SYS_RESOURCE);
+    .union(CapabilitySet::SYS_ADMIN);
 
 /// What of it is in force.
 #[derive(Clone, Debug, Serialize)]

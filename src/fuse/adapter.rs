@@ -23,6 +23,7 @@ use super::pace::Pace;
 use crate::tree::again::{self, Asked};
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
+    Writer,
 };
 
 const TARGET: &str = "fsprov::fuse";
@@ -240,6 +241,11 @@ impl FuseAdapter {
             self.pace.end();
         }
     }
+}
+
+/// Of requests that do not say whether setuid is to be taken away.
+fn writer(request: &Request) -> Writer {
+    if request.uid() == 0 { Writer::Trusted } else { Writer::Ordinary(caller(request)) }
 }
 
 fn caller(request: &Request) -> Caller {
@@ -619,19 +625,21 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        // The kernel asks to take setuid away for everybody without CAP_FSETID; and never for a page, which has no caller.
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
+        let writer = if kill { Writer::Ordinary(caller(request)) } else { Writer::Trusted };
         let is_page = write_flags.contains(WriteFlags::FUSE_WRITE_CACHE);
         // A page written back has its place already: the append was decided when it entered the cache.
         let flags = if is_page { flags.0 & !libc::O_APPEND } else { flags.0 };
         self.request(request, Operation::Write, |tree| {
-            let mut written = tree.write(node.0, fh.0, offset, data, flags, kill);
+            let mut written = tree.write(&writer, node.0, fh.0, offset, data, flags);
             // The kernel looks at the error alone when it writes pages back (fuse_writepage_end in fs/fuse/file.c): cut short
             // by a full disk, the rest would be lost in silence. Ask for the rest, to get the error.
             while let Ok(done @ 1..) = written
                 && is_page
                 && done < data.len()
             {
-                let rest = tree.write(node.0, fh.0, offset + done as u64, &data[done..], flags, kill);
+                let rest = tree.write(&writer, node.0, fh.0, offset + done as u64, &data[done..], flags);
                 written = rest.and_then(|n| if n == 0 { Err(Errno::IO) } else { Ok(done + n) });
             }
             match written {
@@ -866,9 +874,11 @@ impl Filesystem for FuseAdapter {
         mode: i32,
         reply: ReplyEmpty,
     ) {
-        self.request(request, Operation::FAllocate, |tree| match tree.fallocate(node.0, fh.0, offset, length, mode) {
-            Ok(()) => reply.ok(),
-            Err(e) => reply.error(failed(Operation::FAllocate, node, e)),
+        self.request(request, Operation::FAllocate, |tree| {
+            match tree.fallocate(&writer(request), node.0, fh.0, offset, length, mode) {
+                Ok(()) => reply.ok(),
+                Err(e) => reply.error(failed(Operation::FAllocate, node, e)),
+            }
         });
     }
 
@@ -894,7 +904,7 @@ impl Filesystem for FuseAdapter {
     ) {
         self.request(request, Operation::CopyFileRange, |tree| {
             let (from, to) = ((node_in.0, fh_in.0, offset_in), (node_out.0, fh_out.0, offset_out));
-            match tree.copy_file_range(from, to, length) {
+            match tree.copy_file_range(&writer(request), from, to, length) {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(failed(Operation::CopyFileRange, node_in, e)),
             }

@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, Change, DirItem, Errno, FOREVER, Fit, Handle, ListMode, Lookup, Node, Opened, ROOT, Result,
-    Statfs, Timespec, Tree,
+    Statfs, Timespec, Tree, Writer,
 };
 use crate::volume::Access;
 
@@ -117,7 +117,7 @@ impl Tree for DeviceTree {
         out(&bytes);
         Ok(())
     }
-    fn write(&self, _: Node, _: Handle, _: u64, data: &[u8], _: i32, _: bool) -> Result<usize> {
+    fn write(&self, _: &Writer, _: Node, _: Handle, _: u64, data: &[u8], _: i32) -> Result<usize> {
         self.writable()?;
         if self.device == Device::Full && !data.is_empty() {
             return Err(Errno::NOSPC);
@@ -189,9 +189,12 @@ mod tests {
         assert!(read(&tree("/dev/null"), 10).is_empty());
         assert_eq!(read(&tree("/dev/zero"), 10), [0_u8; 10]);
         assert_ne!(read(&tree("/dev/urandom"), 32), read(&tree("/dev/random"), 32));
-        assert_eq!(tree("/dev/null").write(ROOT, 0, 0, b"abc", 0, false), Ok(3));
-        assert_eq!(tree("/dev/full").write(ROOT, 0, 0, b"abc", 0, false), Err(Errno::NOSPC));
-        assert_eq!(open("/dev/null", Access::Ro).unwrap().write(ROOT, 0, 0, b"abc", 0, false), Err(Errno::ROFS));
+        assert_eq!(tree("/dev/null").write(&Writer::Trusted, ROOT, 0, 0, b"abc", 0), Ok(3));
+        assert_eq!(tree("/dev/full").write(&Writer::Trusted, ROOT, 0, 0, b"abc", 0), Err(Errno::NOSPC));
+        assert_eq!(
+            open("/dev/null", Access::Ro).unwrap().write(&Writer::Trusted, ROOT, 0, 0, b"abc", 0),
+            Err(Errno::ROFS)
+        );
     }
 
     #[test]

@@ -34,11 +34,11 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::fs::OFlags;
+use rustix::fs::{FallocateFlags, OFlags};
 
 use super::{
     Attr, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, New, Node, Opened, Result,
-    SetTime, Statfs, Tree,
+    SetTime, Statfs, Tree, Writer,
 };
 use crate::plan::Ownership;
 use crate::volume::Access;
@@ -351,23 +351,37 @@ impl Tree for DirTree {
     }
     fn write(
         &self,
+        writer: &Writer,
         node: Node,
         handle: Handle,
         offset: u64,
         data: &[u8],
         flags: i32,
-        kill_privileges: bool,
     ) -> Result<usize> {
         self.writable()?;
-        self.write_file(node, handle, offset, data, OFlags::from_bits_retain(flags as u32), kill_privileges)
+        self.write_file(writer, node, handle, offset, data, OFlags::from_bits_retain(flags as u32))
     }
-    fn fallocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+    fn fallocate(
+        &self,
+        writer: &Writer,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> Result<()> {
         self.writable()?;
-        self.allocate(node, handle, offset, length, mode)
+        self.allocate(writer, (node, handle), offset, length, FallocateFlags::from_bits_retain(mode as u32))
     }
-    fn copy_file_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+    fn copy_file_range(
+        &self,
+        writer: &Writer,
+        from: (Node, Handle, u64),
+        to: (Node, Handle, u64),
+        length: u64,
+    ) -> Result<usize> {
         self.writable()?;
-        self.copy_range(from, to, length)
+        self.copy_range(writer, from, to, length)
     }
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
         self.writable()?;

@@ -105,6 +105,16 @@ pub struct Caller {
     pub pid: u32,
 }
 
+/// Who changes a file's content.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Writer {
+    /// Who may leave setuid and setgid in place, which is as good as root; or the kernel, which writes a page back for nobody
+    /// in particular.
+    Trusted,
+    /// Takes setuid and setgid away, and gets what the file system gives this caller.
+    Ordinary(Caller),
+}
+
 /// One entry of a directory.
 #[derive(Clone, Copy, Debug)]
 pub struct DirItem<'a> {
@@ -345,24 +355,38 @@ pub trait Tree: Send + Sync {
     fn rename(&self, caller: &Caller, from: (Node, &OsStr), to: (Node, &OsStr), flags: u32) -> Result<()> {
         Err(Errno::ROFS)
     }
-    /// Write `data` at `offset`, or at the end where `flags` (open(2)'s) have O_APPEND. `kill_privileges`: take setuid and setgid away.
+    /// Write `data` at `offset`, or at the end where `flags` (open(2)'s) have O_APPEND.
     fn write(
         &self,
+        writer: &Writer,
         node: Node,
         handle: Handle,
         offset: u64,
         data: &[u8],
         flags: i32,
-        kill_privileges: bool,
     ) -> Result<usize> {
         Err(Errno::ROFS)
     }
     /// fallocate(2).
-    fn fallocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+    fn fallocate(
+        &self,
+        writer: &Writer,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> Result<()> {
         Err(Errno::ROFS)
     }
     /// Copy between two files of this tree: bytes copied.
-    fn copy_file_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+    fn copy_file_range(
+        &self,
+        writer: &Writer,
+        from: (Node, Handle, u64),
+        to: (Node, Handle, u64),
+        length: u64,
+    ) -> Result<usize> {
         Err(Errno::ROFS)
     }
     /// Set an extended attribute; `flags` are setxattr(2)'s.

@@ -20,7 +20,7 @@ use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, NODE_LIMIT, New,
-    Node, Opened, ROOT, Result, Statfs, Timespec, Tree, access_read_only,
+    Node, Opened, ROOT, Result, Statfs, Timespec, Tree, Writer, access_read_only,
 };
 use crate::error::{Error, Kind};
 use crate::volume::{Access, ContainerPath, Form};
@@ -670,26 +670,40 @@ impl Tree for RouteTree {
 
     fn write(
         &self,
+        writer: &Writer,
         node: Node,
         handle: Handle,
         offset: u64,
         data: &[u8],
         flags: i32,
-        kill_privileges: bool,
     ) -> Result<usize> {
         let (_, tree, inner) = self.real(node)?;
-        tree.write(inner, handle, offset, data, flags, kill_privileges)
+        tree.write(writer, inner, handle, offset, data, flags)
     }
 
-    fn fallocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+    fn fallocate(
+        &self,
+        writer: &Writer,
+        node: Node,
+        handle: Handle,
+        offset: u64,
+        length: u64,
+        mode: i32,
+    ) -> Result<()> {
         let (_, tree, inner) = self.real(node)?;
-        tree.fallocate(inner, handle, offset, length, mode)
+        tree.fallocate(writer, inner, handle, offset, length, mode)
     }
 
-    fn copy_file_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+    fn copy_file_range(
+        &self,
+        writer: &Writer,
+        from: (Node, Handle, u64),
+        to: (Node, Handle, u64),
+        length: u64,
+    ) -> Result<usize> {
         // The caller's kernel copies by itself on EXDEV.
         let (_, tree, inner_from, inner_to) = self.together(from.0, to.0)?;
-        tree.copy_file_range((inner_from, from.1, from.2), (inner_to, to.1, to.2), length)
+        tree.copy_file_range(writer, (inner_from, from.1, from.2), (inner_to, to.1, to.2), length)
     }
 
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {

@@ -50,7 +50,7 @@ fn requests(tree: &DirTree, path: &[&str], reads: &AtomicU64) -> Result<()> {
             assert_ne!(bytes, SECRET, "read a file outside");
             reads.fetch_add(1, Ordering::Relaxed);
         })?;
-        tree.write(at, opened.handle, 0, b"inside!", 0, false)?;
+        tree.write(&Writer::Trusted, at, opened.handle, 0, b"inside!", 0)?;
         tree.release(at, opened.handle);
         let change = Change { mode: Some(0o640), size: Some(7), ..Change::default() };
         tree.setattr(&ME, at, None, &change)?;
@@ -168,7 +168,7 @@ fn a_million_names_cost_one_request_each_and_then_nothing() {
     // Names go all the same: over the cap a removed file has no pin, but it is removed.
     tree.unlink(&ME, ROOT, OsStr::new("f0")).unwrap();
     let (node, handle) = opened.pop().unwrap();
-    assert_eq!(tree.write(node, handle, 0, b"still works", 0, false), Ok(11));
+    assert_eq!(tree.write(&Writer::Trusted, node, handle, 0, b"still works", 0), Ok(11));
     tree.release(node, handle);
     let again = tree.open(&ME, node, libc::O_RDWR).unwrap();
     tree.release(node, again.handle);

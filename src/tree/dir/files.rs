@@ -12,10 +12,9 @@ use rustix::io::ReadWriteFlags;
 
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
-use super::identity::without_set_id_privilege;
 use super::list::Stream;
 use super::outlive::{HandleNote, Inherited, Intent};
-use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result};
+use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result, Writer};
 use crate::sys::raw;
 use crate::tree::Caching;
 
@@ -334,13 +333,14 @@ impl DirTree {
 
     pub(super) fn write_file(
         &self,
+        writer: &Writer,
         node: Node,
         handle: Handle,
         offset: u64,
         data: &[u8],
         flags: OFlags,
-        kill_privileges: bool,
     ) -> Result<usize> {
+        let act_as = self.options.act_as;
         let file = self.file(node, handle)?;
         if flags.contains(OFlags::APPEND)
             && let Some(earlier) = self.intend(|| Intent { size: size_of(file.fd()), ..Intent::default() })
@@ -350,10 +350,10 @@ impl DirTree {
                 return Ok(done);
             }
             // Cut short by the kill: the rest, behind what is there.
-            let rest = write_file_now(&file, offset, &data[done..], flags, kill_privileges)?;
+            let rest = act_as.run_write(writer, || write_file_now(&file, offset, &data[done..], flags))?;
             return Ok(done + rest);
         }
-        write_file_now(&file, offset, data, flags, kill_privileges)
+        act_as.run_write(writer, || write_file_now(&file, offset, data, flags))
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
@@ -394,16 +394,31 @@ impl DirTree {
         fs::seek(file.fd(), to).map(|found| found as i64)
     }
 
-    pub(super) fn allocate(&self, node: Node, handle: Handle, offset: u64, length: u64, mode: i32) -> Result<()> {
+    pub(super) fn allocate(
+        &self,
+        writer: &Writer,
+        (node, handle): (Node, Handle),
+        offset: u64,
+        length: u64,
+        mode: FallocateFlags,
+    ) -> Result<()> {
         let file = self.file(node, handle)?;
-        fs::fallocate(file.fd(), FallocateFlags::from_bits_retain(mode as u32), offset, length)
+        self.options.act_as.run_write(writer, || fs::fallocate(file.fd(), mode, offset, length))
     }
 
-    pub(super) fn copy_range(&self, from: (Node, Handle, u64), to: (Node, Handle, u64), length: u64) -> Result<usize> {
+    pub(super) fn copy_range(
+        &self,
+        writer: &Writer,
+        from: (Node, Handle, u64),
+        to: (Node, Handle, u64),
+        length: u64,
+    ) -> Result<usize> {
         let (source, target) = (self.file(from.0, from.1)?, self.file(to.0, to.1)?);
-        let (mut from_at, mut to_at) = (from.2, to.2);
         let length = length.min(MAX_COPY) as usize;
-        fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
+        self.options.act_as.run_write(writer, || {
+            let (mut from_at, mut to_at) = (from.2, to.2);
+            fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
+        })
     }
 }
 
@@ -459,28 +474,25 @@ impl Descriptor {
     }
 }
 
-fn write_file_now(file: &Descriptor, offset: u64, data: &[u8], flags: OFlags, kill_privileges: bool) -> Result<usize> {
+fn write_file_now(file: &Descriptor, offset: u64, data: &[u8], flags: OFlags) -> Result<usize> {
     // At the end as the file system knows it: another writer on the host may have moved it.
     let append = if flags.contains(OFlags::APPEND) { ReadWriteFlags::APPEND } else { ReadWriteFlags::empty() };
-    let write = || {
-        let mut done = 0;
-        while done < data.len() {
-            let slice = [IoSlice::new(&data[done..])];
-            let result = if append.is_empty() {
-                rustix::io::pwrite(file.fd(), &data[done..], offset + done as u64)
-            } else {
-                rustix::io::pwritev2(file.fd(), &slice, offset + done as u64, append)
-            };
-            match result {
-                Ok(0) => break,
-                Ok(n) => done += n,
-                Err(Errno::INTR) => {}
-                Err(e) if done == 0 => return Err(e),
-                // What is written is written; the error comes back with the next write.
-                Err(_) => break,
-            }
+    let mut done = 0;
+    while done < data.len() {
+        let slice = [IoSlice::new(&data[done..])];
+        let result = if append.is_empty() {
+            rustix::io::pwrite(file.fd(), &data[done..], offset + done as u64)
+        } else {
+            rustix::io::pwritev2(file.fd(), &slice, offset + done as u64, append)
+        };
+        match result {
+            Ok(0) => break,
+            Ok(n) => done += n,
+            Err(Errno::INTR) => {}
+            Err(e) if done == 0 => return Err(e),
+            // What is written is written; the error comes back with the next write.
+            Err(_) => break,
         }
-        Ok(done)
-    };
-    if kill_privileges { without_set_id_privilege(write) } else { write() }
+    }
+    Ok(done)
 }

@@ -10,7 +10,7 @@ use rustix::fs::{Gid, Mode};
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 
 use crate::sys::raw;
-use crate::tree::{Caller, Errno, Result};
+use crate::tree::{Caller, Errno, Result, Writer};
 
 /// setfsuid(2) of this changes nothing and tells the id in force.
 const ASK: u32 = u32::MAX;
@@ -44,9 +44,10 @@ impl ActAs {
         }
         let _ids = Ids::take(caller)?;
         match work() {
-            Err(refused @ (Errno::ACCESS | Errno::PERM)) => {
+            Err(refused @ (Errno::ACCESS | Errno::PERM | Errno::NOSPC)) => {
                 // Reading the groups costs as much as the rest of a request. What is denied to a group but allowed to all
-                // others was checked by the kernel before the request came (default_permissions).
+                // others was checked by the kernel before the request came (default_permissions). A full ext4 may keep
+                // blocks for a group (mount option resgid).
                 let Some(_groups) = Groups::take(caller) else {
                     return Err(refused);
                 };
@@ -67,8 +68,22 @@ impl ActAs {
     }
 }
 
+impl ActAs {
+    /// Do `work`, which changes a file's content, as the writer. Like [`ActAs::run`] it may be tried twice.
+    ///
+    /// The blocks that a file system keeps for root are root's, and setuid and setgid go, as without a server in between.
+    pub(super) fn run_write<T>(self, writer: &Writer, work: impl Fn() -> Result<T>) -> Result<T> {
+        match writer {
+            Writer::Trusted => work(),
+            Writer::Ordinary(caller) if self == ActAs::Caller && caller.uid != 0 => self.run(caller, work),
+            // A root without CAP_FSETID; or nobody's ids can be taken on.
+            Writer::Ordinary(_) => without_set_id_privilege(work),
+        }
+    }
+}
+
 /// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
-pub(super) fn without_set_id_privilege<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+fn without_set_id_privilege<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
     let Ok(sets) = capabilities(None) else { return work() };
     if !sets.effective.contains(CapabilitySet::FSETID) {
         return work();
@@ -105,9 +120,12 @@ impl Ids {
         let gid = raw::set_fs_gid(caller.gid);
         let uid = raw::set_fs_uid(caller.uid);
         let taken = Ids { uid, gid };
-        // The call tells nothing when an id cannot be set (one that this user namespace does not map).
-        if raw::set_fs_uid(ASK) != caller.uid || raw::set_fs_gid(ASK) != caller.gid {
-            return Err(Errno::PERM);
+        // The call tells nothing when an id cannot be set (one that this user namespace does not map, which does not change).
+        if TAKEN_BEFORE.get() != Some((caller.uid, caller.gid)) {
+            if raw::set_fs_uid(ASK) != caller.uid || raw::set_fs_gid(ASK) != caller.gid {
+                return Err(Errno::PERM);
+            }
+            TAKEN_BEFORE.set(Some((caller.uid, caller.gid)));
         }
         Ok(taken)
     }
@@ -163,6 +181,8 @@ fn groups_of(thread: u32) -> Option<Vec<Gid>> {
 thread_local! {
     /// True where this thread has given up the supplementary groups that the server was started with.
     static GROUPS_DROPPED: Cell<bool> = const { Cell::new(false) };
+    /// Uid and gid that this thread took on last: every write takes them on, and asks whether they hold only once.
+    static TAKEN_BEFORE: Cell<Option<(u32, u32)>> = const { Cell::new(None) };
     /// The umask of this thread, once it is its own.
     static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
 }

@@ -364,7 +364,10 @@ impl World {
                 let (node, append) = (self.known[&at].0, what % 20 == 13);
                 let (offset, data) = (usize::from(two) * 40, vec![three; usize::from(three) * 13]);
                 let flags = if append { libc::O_APPEND } else { 0 };
-                assert_eq!(self.tree.write(node, handle, offset as u64, &data, flags, false), Ok(data.len()));
+                assert_eq!(
+                    self.tree.write(&Writer::Trusted, node, handle, offset as u64, &data, flags),
+                    Ok(data.len())
+                );
                 let bytes = self.content(at).expect("only files are open");
                 let offset = if append { bytes.len() } else { offset };
                 if !data.is_empty() {

@@ -181,7 +181,7 @@ fn unlinked_but_known_files_answer_until_forgotten() {
     let opened = s.open(node, libc::O_RDWR);
     s.tree.unlink(&ME, ROOT, OsStr::new("f")).unwrap();
     assert_eq!(s.tree.getattr(node, None).unwrap().0.nlink, 0);
-    assert_eq!(s.tree.write(node, opened.handle, 4, b" more", 0, false), Ok(5));
+    assert_eq!(s.tree.write(&Writer::Trusted, node, opened.handle, 4, b" more", 0), Ok(5));
     let change = Change { size: Some(6), mode: Some(0o600), ..Change::default() };
     let (attr, _) = s.tree.setattr(&ME, node, Some(opened.handle), &change).unwrap();
     assert_eq!((attr.size, attr.mode & 0o777), (6, 0o600));
@@ -277,10 +277,10 @@ fn appends_go_to_the_end_that_is() {
     let node = s.node("log");
     let opened = s.open(node, libc::O_WRONLY | libc::O_APPEND);
     s.write("log", "one\ntwo from the host\n");
-    assert_eq!(s.tree.write(node, opened.handle, 4, b"three\n", libc::O_APPEND, false), Ok(6));
+    assert_eq!(s.tree.write(&Writer::Trusted, node, opened.handle, 4, b"three\n", libc::O_APPEND), Ok(6));
     assert_eq!(s.text("log"), "one\ntwo from the host\nthree\n");
     // The flag can be cleared (fcntl F_SETFL): then the offset counts.
-    assert_eq!(s.tree.write(node, opened.handle, 0, b"ONE", 0, false), Ok(3));
+    assert_eq!(s.tree.write(&Writer::Trusted, node, opened.handle, 0, b"ONE", 0), Ok(3));
     assert_eq!(&s.text("log")[..4], "ONE\n");
 }
 
@@ -314,7 +314,7 @@ fn a_closed_writer_leaves_no_write_descriptor_and_can_go_on() {
     s.tree.flush(node, opened.handle).unwrap();
     assert!(run().unwrap());
     // A duplicate of the descriptor was closed, not the last one.
-    assert_eq!(s.tree.write(node, opened.handle, 0, b"#", 0, false), Ok(1));
+    assert_eq!(s.tree.write(&Writer::Trusted, node, opened.handle, 0, b"#", 0), Ok(1));
     assert_eq!(s.content(node, opened.handle), b"#!/bin/true\n");
     s.tree.release(node, opened.handle);
     assert_eq!(s.tree.pool.usage().0, 0);
@@ -458,7 +458,7 @@ fn a_single_file_is_a_tree_of_one() {
     let tree = open(&path).unwrap();
     assert_eq!(tree.getattr(ROOT, None).unwrap().0.size, 4);
     let opened = tree.open(&ME, ROOT, libc::O_RDWR).unwrap();
-    assert_eq!(tree.write(ROOT, opened.handle, 0, b"TEXT", 0, false), Ok(4));
+    assert_eq!(tree.write(&Writer::Trusted, ROOT, opened.handle, 0, b"TEXT", 0), Ok(4));
     tree.release(ROOT, opened.handle);
     assert_eq!(std::fs::read_to_string(&path).unwrap(), "TEXT");
     assert_eq!(tree.lookup(&ME, ROOT, OsStr::new("x")), Err(Errno::NOTDIR));
@@ -543,7 +543,7 @@ fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
     for flags in [libc::O_WRONLY, libc::O_RDWR] {
         s.write("log", "one\n");
         let opened = s.open(node, flags | libc::O_APPEND);
-        let write = |data: &[u8]| s.tree.write(node, opened.handle, 4, data, libc::O_APPEND, false);
+        let write = |data: &[u8]| s.tree.write(&Writer::Trusted, node, opened.handle, 4, data, libc::O_APPEND);
         assert_eq!(write(b"two\n"), Ok(4));
         assert_eq!(answering(resent(true), || write(b"two\n")), Ok(4));
         assert_eq!(s.text("log"), "one\ntwo\n", "done before: not again");
@@ -563,18 +563,18 @@ fn a_file_that_only_its_maker_may_write_can_be_written_through_the_next_server()
     let first = held.serve(&dir);
     let made = first.create(&ME, ROOT, OsStr::new("f"), new(0o100_444), libc::O_RDWR).unwrap();
     let (node, handle) = (made.0.attr.node, made.1.handle);
-    assert_eq!(first.write(node, handle, 0, b"first", 0, false), Ok(5));
+    assert_eq!(first.write(&Writer::Trusted, node, handle, 0, b"first", 0), Ok(5));
     drop(first);
     for round in [b"second", b"third!"] {
         let next = held.serve(&dir);
-        assert_eq!(next.write(node, handle, 0, round, 0, false), Ok(6));
+        assert_eq!(next.write(&Writer::Trusted, node, handle, 0, round, 0), Ok(6));
         assert_eq!(std::fs::read(dir.path().join("f")).unwrap(), round);
     }
     let last = held.serve(&dir);
     last.flush(node, handle).unwrap();
     last.release(node, handle);
     assert!(held.is_empty(), "the descriptor was let go");
-    assert_eq!(last.write(node, handle, 0, b"closed", 0, false), Err(Errno::BADF));
+    assert_eq!(last.write(&Writer::Trusted, node, handle, 0, b"closed", 0), Err(Errno::BADF));
 }
 
 #[test]
@@ -611,7 +611,11 @@ fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
             "a=A b=B d/ n=",
         ),
         ("link", &|t, a, _| t.link(&ME, a, ROOT, name("n")).map(drop), "a=A b=B d/ n=A"),
-        ("append", &|t, _, handle| t.write(0, handle, 1, b"+", libc::O_APPEND, false).map(drop), "a=A+ b=B d/"),
+        (
+            "append",
+            &|t, _, handle| t.write(&Writer::Trusted, 0, handle, 1, b"+", libc::O_APPEND).map(drop),
+            "a=A+ b=B d/",
+        ),
     ];
     for (what, ask, want) in changes {
         // Killed before it was begun, or after it was done; and the next one once more.
