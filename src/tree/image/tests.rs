@@ -3,6 +3,7 @@ use std::os::fd::OwnedFd;
 use super::*;
 use crate::index::{Builder, Entry as Row, Time, What, Whiteouts, Xattr};
 use crate::plan::IdRange;
+use crate::tree::Writer;
 
 const ASKER: Caller = Caller { uid: 0, gid: 0, pid: 0 };
 
@@ -223,7 +224,7 @@ fn nothing_is_written() {
     assert_eq!(tree.open(&ASKER, small, 0), Ok(Opened { handle: 0, cache: Caching::Keep }));
     assert_eq!(tree.open(&ASKER, look(&tree, "null").node, 0).err(), Some(Errno::INVAL));
     assert_eq!(tree.unlink(&ASKER, ROOT, OsStr::new("link")), Err(Errno::ROFS));
-    assert_eq!(tree.write(small, 0, 0, b"x", 0, false), Err(Errno::ROFS));
+    assert_eq!(tree.write(&Writer::Trusted, small, 0, 0, b"x", 0), Err(Errno::ROFS));
 }
 
 #[test]
