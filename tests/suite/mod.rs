@@ -25,6 +25,7 @@ mod registry;
 mod store;
 mod tree;
 mod volumes;
+mod writers;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
@@ -156,6 +157,10 @@ pub(crate) const CASES: &[Case] = &[
     volumes::SUBMOUNTS,
     volumes::THROUGH_SYMLINKS,
     volumes::WRONG_REQUESTS,
+    writers::FULL,
+    writers::OTHERS,
+    writers::RESERVED,
+    writers::SET_ID,
 ];
 
 /// A path as one word of sh.
