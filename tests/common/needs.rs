@@ -17,6 +17,8 @@ pub(crate) enum Need {
     TestUser,
     /// The program was built with `--features failpoints`.
     Failpoints,
+    /// Loop devices: a file system of the case's own.
+    Loop,
 }
 
 impl Need {
@@ -46,6 +48,9 @@ impl Need {
             Need::Failpoints if !cfg!(feature = "failpoints") => {
                 Err("needs a build with --features failpoints: scripts/test".into())
             }
+            Need::Loop => std::fs::File::open("/dev/loop-control")
+                .map(drop)
+                .map_err(|e| format!("needs loop devices: /dev/loop-control: {e}")),
             Need::Root | Need::NotRoot | Need::Failpoints => Ok(()),
         }
     }

@@ -120,8 +120,8 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
     assert_eq!(field("NoNewPrivs"), "1");
     assert_eq!(field("Seccomp"), "2");
     let capabilities = u64::from_str_radix(&field("CapPrm"), 16).expect("hex");
-    // NET_ADMIN, SYS_MODULE, SYS_RAWIO, SYS_CHROOT, SYS_PTRACE, SYS_BOOT (linux/capability.h).
-    for number in [12, 16, 17, 18, 19, 22] {
+    // NET_ADMIN, SYS_MODULE, SYS_RAWIO, SYS_CHROOT, SYS_PTRACE, SYS_BOOT, SYS_RESOURCE (linux/capability.h).
+    for number in [12, 16, 17, 18, 19, 22, 24] {
         assert_eq!(capabilities & (1 << number), 0, "capability {number} is left: {capabilities:x}");
     }
     assert_eq!(field("CapEff"), field("CapPrm"));

@@ -26,6 +26,7 @@ mod registry;
 mod store;
 mod tree;
 mod volumes;
+mod writers;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
@@ -159,6 +160,10 @@ pub(crate) const CASES: &[Case] = &[
     volumes::SUBMOUNTS,
     volumes::THROUGH_SYMLINKS,
     volumes::WRONG_REQUESTS,
+    writers::FULL,
+    writers::OTHERS,
+    writers::RESERVED,
+    writers::SET_ID,
 ];
 
 /// A path as one word of sh.

@@ -192,6 +192,19 @@ const STEPS: &[(&str, Step)] = &[
         );
         let mut hole = [1_u8; 16];
         s.say("punched", (io(file.read_at(&mut hole, 5000)), hole));
+        s.say("zero", rustix::fs::fallocate(&file, FallocateFlags::ZERO_RANGE, 20_000, 1000));
+        s.say("zeroed", (io(file.read_at(&mut hole, 20_990)), hole));
+        s.say("zero past the end", rustix::fs::fallocate(&file, FallocateFlags::ZERO_RANGE, 400_000, 200_000));
+        s.say("longer", file.metadata().map(|m| m.len()).ok());
+    }),
+    ("holes", |s, d| {
+        use rustix::fs::SeekFrom::{Data, Hole};
+        let file = File::create(d.join("h")).expect("create");
+        s.say("grow", io(file.set_len(1 << 20)));
+        s.say("write", (io(file.write_all_at(b"one", 0)), io(file.write_all_at(b"two", 512 << 10))));
+        for at in [0, 100, 8192, 512 << 10, (512 << 10) + 8192, 1 << 20, 2 << 20] {
+            s.say("data, hole", (at, rustix::fs::seek(&file, Data(at)), rustix::fs::seek(&file, Hole(at))));
+        }
     }),
     ("append", |s, d| {
         let path = d.join("log");

@@ -95,7 +95,8 @@ impl DirTree {
                 }
             }
         }
-        self.set_times(caller, &fd, change)?;
+        let is_writing = open.is_some_and(|open| open.is_writable());
+        self.set_times(caller, &fd, change, is_writing)?;
         let found = super::found::stat_fd(&fd)?;
         Ok((found.shown(node, &self.options.ownership), self.options.ttl))
     }
@@ -115,7 +116,7 @@ impl DirTree {
         Ok((map(&ownership.uids, uid)?, map(&ownership.gids, gid)?))
     }
 
-    fn set_times(&self, caller: &Caller, fd: &super::reach::Fd, change: &Change) -> Result<()> {
+    fn set_times(&self, caller: &Caller, fd: &super::reach::Fd, change: &Change, is_writing: bool) -> Result<()> {
         // A truncation sets the modification time by itself.
         let mtime = change.mtime.filter(|t| change.size.is_none() || *t != SetTime::Now);
         if change.atime.is_none() && mtime.is_none() {
@@ -127,11 +128,18 @@ impl DirTree {
             Some(SetTime::At(t)) => fs::Timespec { tv_sec: t.secs, tv_nsec: i64::from(t.nanos) },
         };
         let times = Timestamps { last_access: time(change.atime), last_modification: time(mtime) };
-        self.options.act_as.run(caller, || match fs::utimensat(fd, "", &times, AtFlags::EMPTY_PATH) {
+        let set = || match fs::utimensat(fd, "", &times, AtFlags::EMPTY_PATH) {
             // Before Linux 5.8 the flag is unknown here.
             Err(Errno::INVAL) => fs::utimensat(self.pool.proc_fd(), fd_name(fd).as_str(), &times, AtFlags::empty()),
             other => other,
-        })
+        };
+        match self.options.act_as.run(caller, set) {
+            // With the write-back cache the kernel keeps the time of a write, and brings it when the file is closed with the ids of
+            // whoever closes it, who need not own it (fuse_flush_times in fs/fuse/dir.c). What a program itself sets the kernel
+            // has checked (default_permissions).
+            Err(Errno::PERM) if self.options.writeback && is_writing && change.atime.is_none() => set(),
+            other => other,
+        }
     }
 
     pub(super) fn read_link(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
