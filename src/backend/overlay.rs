@@ -145,13 +145,10 @@ impl Changes {
 }
 
 /// How many layers it may become, with ours. What shows only when they are looked at counts: here `auto` can still take another backend.
+/// What layers without an index hide is found by reading them all, and is not asked here.
 fn most_layers(plan: &Plan) -> usize {
-    let layers = plan.layers.len();
-    let whiteouts = match &plan.index {
-        Some(_) => usize::from(plan.has_whiteouts),
-        None if layers > 1 => layers,
-        None => 0,
-    };
+    let layers = plan.layers.iter().map(|layer| &layer.root).collect::<BTreeSet<_>>().len();
+    let whiteouts = usize::from(plan.index.is_some() && plan.has_whiteouts);
     (layers + whiteouts).max(2) + usize::from(!plan.volumes.is_empty())
 }
 
