@@ -3,16 +3,14 @@
 
 use std::ffi::OsString;
 use std::fs::{self, File};
-use std::io::{IoSliceMut, Write as _};
+use std::io::{BufRead as _, BufReader, IoSliceMut, Read as _, Write as _};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::os::unix::fs::FileExt as _;
 use std::os::unix::net::UnixDatagram;
 use std::process::{Child, Command, Stdio};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
-use rustix::io::{Errno, FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
+use rustix::io::{FdFlags, fcntl_dupfd_cloexec, fcntl_setfd};
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -154,17 +152,16 @@ fn prepare(stage: &Stage) -> Vec<OsString> {
     options
 }
 
-fn finish<T>(what: &str, thread: JoinHandle<T>) -> T {
-    assert!(system::eventually(SOON, || thread.is_finished()), "{what}: a request in flight hangs");
-    thread.join().expect("join")
-}
-
-pub(crate) const ADOPTED: Case =
-    Case::needing("all_processes_die_and_the_next_start_goes_on", on::fuse, &[Need::Tool("bash")], |stage: &Stage| {
+pub(crate) const ADOPTED: Case = Case::needing(
+    "all_processes_die_and_the_next_start_goes_on",
+    on::fuse,
+    &[Need::Tool("bash")],
+    |stage: &Stage| {
         let options = prepare(stage);
         fs::copy("/bin/sh", stage.path("sandbox/w/sh")).expect("copy a shell");
-        stage.write("sandbox/w/fresh0", "fresh");
-        stage.write("sandbox/w/fresh1", "fresh");
+        for name in ["fresh0", "fresh1", "held0", "held1"] {
+            stage.write(format!("sandbox/w/{name}"), "fresh");
+        }
         let (rootfs, w) = (stage.path("rootfs"), stage.path("rootfs/w"));
         let mut store = Store::new(stage);
         let mut service = store.start(stage, &options, "serve.sync=sleep(60000)");
@@ -175,7 +172,7 @@ pub(crate) const ADOPTED: Case =
 
         // Its program is mapped from the volume, it reads from the image by its working directory.
         let line =
-            "n=0; while read l <hosts && [ \"$l\" = '127.0.0.1 localhost' ]; do n=$((n+1)); echo $n >\"$0\"; done";
+            "n=0; while read -r l <hosts && [ \"$l\" = '127.0.0.1 localhost' ]; do n=$((n+1)); echo $n >\"$0\"; done";
         let mut reader = Command::new(w.join("sh"))
             .args(["-c", line])
             .arg(stage.path("count"))
@@ -188,57 +185,67 @@ pub(crate) const ADOPTED: Case =
             system::eventually(SOON, || count() > before)
         };
         assert!(moves(), "it reads");
-        let image_file = File::open(rootfs.join("etc/passwd")).expect("open");
-        let mut file = File::options().read(true).write(true).create_new(true).open(w.join("f")).expect("make");
-        let nameless = File::options().read(true).write(true).create_new(true).open(w.join("gone")).expect("make");
-        fs::remove_file(w.join("gone")).expect("unlink");
-        // Dropped before the files, should this case fail: closing them waits for an answer as long as the connection lives.
-        let mut store = store;
+        // Another process holds what is open: in this one it would be closed, and flushed, by every program it starts meanwhile.
+        let script = "exec 7<>$1/w/gone && rm $1/w/gone && exec 8<$1/etc/passwd 9>$1/w/f && echo held && while read -r _; do \
+                      read -r line <&8; echo \"$line\"; printf 'more ' >&9 && echo wrote; \
+                      printf x >&7 2>/dev/null && echo kept || echo lost; done";
+        let mut holder = Command::new("bash")
+            .args(["-c", script, "bash"])
+            .arg(&rootfs)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("start bash");
+        let mut answers = BufReader::new(holder.stdout.take().expect("stdout")).lines().map_while(Result::ok);
+        assert_eq!(answers.next().as_deref(), Some("held"));
 
         for round in 0..2 {
             // Read by the worker and not answered, where the build has fault points.
-            let held = File::create(w.join(format!("held{round}"))).expect("make");
-            let held = std::thread::spawn(move || held.sync_all());
-            std::thread::sleep(Duration::from_millis(200));
-            assert!(Need::Failpoints.check().is_err() || round > 0 || !held.is_finished(), "the fault point holds it");
+            let mut held = Command::new("sync").arg(w.join(format!("held{round}"))).spawn().expect("start sync");
+            std::thread::sleep(Duration::from_millis(300));
+            let is_held = held.try_wait().expect("look").is_none();
+            assert!(Need::Failpoints.check().is_err() || round > 0 || is_held, "the fault point holds it");
             kill_all(stage, &mut service);
+            assert_eq!(health(stage), "dead");
             // Asked for while there is nobody.
             let fresh = w.join(format!("fresh{round}"));
-            let queued = std::thread::spawn(move || fs::read_to_string(fresh));
+            let mut queued = Command::new("cat").arg(fresh).stdout(Stdio::piped()).spawn().expect("start cat");
             std::thread::sleep(Duration::from_millis(200));
-            assert!(!queued.is_finished(), "nobody answers");
-            assert_eq!(health(stage), "dead");
+            assert!(queued.try_wait().expect("look").is_none(), "nobody answers");
 
             service = store.start(stage, &options, "");
             store.hear_until("READY=1");
             let said = || fs::read_to_string(stage.path("said")).unwrap_or_default();
             assert_eq!((shown(stage).2, health(stage).as_str()), (mount, "ready"), "{}", said());
             assert_eq!(store.names().join(" "), names, "what is kept stays kept");
-            assert_eq!(finish("queued", queued).expect("it is answered"), "fresh");
-            finish("held", held).expect("it is answered");
+            for (what, child) in [("queued", &mut queued), ("held", &mut held)] {
+                let ended = || child.try_wait().expect("look").is_some_and(|status| status.success());
+                assert!(system::eventually(SOON, ended), "{what}: a request in flight hangs or fails");
+            }
+            let mut text = String::new();
+            queued.stdout.take().expect("stdout").read_to_string(&mut text).expect("read");
+            assert_eq!(text, "fresh");
             assert!(moves(), "the program in it goes on");
             assert!(reader.try_wait().expect("look").is_none());
-            let mut bytes = [0_u8; 5];
-            image_file.read_exact_at(&mut bytes, 0).expect("an open file of the image is good");
-            assert_eq!(&bytes, b"root:");
-            file.write_all(b"more ").expect("an open file of the volume is good");
-            let host = fs::read_to_string(stage.path("sandbox/w/f")).expect("read");
-            assert_eq!(host, "more ".repeat(round + 1));
-            let lost = nameless.read_at(&mut bytes, 0).map_err(|e| Errno::from_io_error(&e));
-            assert_eq!(lost, Err(Some(Errno::STALE)), "the one thing that is not kept");
-            assert_eq!(
-                fs::read_dir(rootfs.join("etc")).expect("list").count(),
-                fs::read_dir(stage.path("image/etc")).expect("list").count()
-            );
+            holder.stdin.as_mut().expect("stdin").write_all(b"\n").expect("ask");
+            let line = answers.next().expect("an answer");
+            assert!(round > 0 || line.starts_with("root:"), "an open file of the image is good: {line}");
+            assert_eq!(answers.next().as_deref(), Some("wrote"), "an open file of the volume is good");
+            assert_eq!(answers.next().as_deref(), Some("lost"), "a file without a name is what is not kept");
+            assert_eq!(fs::read_to_string(stage.path("sandbox/w/f")).expect("read"), "more ".repeat(round + 1));
+            let count = |dir| fs::read_dir(stage.path(dir)).expect("list").count();
+            assert_eq!(count("rootfs/etc"), count("image/etc"));
         }
         // And a worker's death is nobody's business still.
         system::kill(shown(stage).1);
-        file.write_all(b"most").expect("an open file of the volume is good");
+        assert!(moves(), "the program in it goes on");
+        drop(holder.stdin.take());
+        holder.wait().expect("wait");
         reader.kill().expect("kill");
         reader.wait().expect("wait");
-        drop((image_file, file, nameless));
         stop(stage, &mut store, service);
-    });
+    },
+);
 
 /// What was kept is of no use: it is let go, and the rootfs mounted anew.
 pub(crate) const STALE: Case =
