@@ -251,7 +251,7 @@ mod tests {
             said(all().into_iter().skip(2).chain([("fsprov-log-0".to_owned(), null())]).collect()).contains("several")
         );
         assert!(said(all()).contains("fsprov-state"), "/dev/null is no state: {}", said(all()));
-        assert!(!answers(&OwnedFd::from(rustix::pipe::pipe().unwrap().0), 1));
+        assert!(!answers(&rustix::pipe::pipe().unwrap().0, 1));
     }
 
     #[test]

@@ -72,7 +72,7 @@ pub fn start(
     let job =
         Job { plan: plan.clone(), method, others: options.others, threads: options.threads, resend: options.resend };
     let course = if options.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
-    let mut link = Link::open(&Order { job, course }, options, Vec::new())?;
+    let mut link = Link::open(&Order { job, course }, options, &[])?;
     let mut traces = Traces::default();
     match link.follow(&mut traces, note) {
         Ok(()) => {
@@ -98,7 +98,7 @@ pub fn adopt(
     let (job, fds) = shelf::check(plan, traces, shelved)?;
     let mut now = Traces { supervisor: None, worker: None, ..traces.clone() };
     let adopted = end_worker(traces)
-        .and_then(|()| Link::open(&Order { job, course: Course::Adopt }, options, fds))
+        .and_then(|()| Link::open(&Order { job, course: Course::Adopt }, options, &fds))
         .and_then(|mut link| link.follow(&mut now, note));
     match adopted {
         Ok(()) => Ok(now),
@@ -138,7 +138,7 @@ struct Link {
 }
 
 impl Link {
-    fn open(order: &Order, options: &Options, fds: Vec<OwnedFd>) -> Result<Self> {
+    fn open(order: &Order, options: &Options, fds: &[OwnedFd]) -> Result<Self> {
         const OP: &str = "start server";
         let plan = &order.job.plan;
         let log = plan.state_dir.join(names::LOG);

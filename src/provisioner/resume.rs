@@ -4,7 +4,7 @@
 //! path to it.
 
 use super::{Changes, Condition, Making, Now, Provisioner, Record, Request, State, destroy, lock, parent_resolved};
-use crate::backend::{self, Detach, Shelved};
+use crate::backend::{self, Detach, ProcessId, Shelved};
 use crate::error::Result;
 use crate::plan::BackendKind;
 
@@ -32,7 +32,7 @@ impl Provisioner {
         destroy::refuse_elsewhere(&record, &now)?;
         let condition = Self::condition(&record, &now)?;
         let is_same = is_for(&record, request);
-        let is_alive = condition == Condition::Ready && record.traces.supervisor.is_none_or(|s| s.is_alive());
+        let is_alive = condition == Condition::Ready && record.traces.supervisor.is_none_or(ProcessId::is_alive);
         if is_alive || condition == Condition::Ready && self.shelf.is_none() {
             let mut record = record;
             record.traces = backend::of(record.backend).refresh(&record.traces);

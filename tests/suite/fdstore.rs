@@ -27,7 +27,6 @@ const ASIDE: i32 = 100;
 
 /// systemd's part.
 struct Store {
-    // First: dropped before files on the mount are closed, which would wait for an answer.
     kept: Vec<(String, OwnedFd)>,
     socket: UnixDatagram,
 }
