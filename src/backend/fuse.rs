@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::{Backend, Detach, Health, Journal, ProcessId, Support, Traces};
+use super::{Backend, Detach, Health, Journal, ProcessId, Shelved, Support, Traces};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -71,7 +71,8 @@ impl Backend for Fuse {
     }
 
     fn provision(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
-        self.provision_with(host, plan, journal, &Options::default())
+        let options = Options { shelf: journal.shelf(), ..Options::default() };
+        self.provision_with(host, plan, journal, &options)
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
@@ -94,6 +95,14 @@ impl Backend for Fuse {
         let connection = ours.map(|m| m.dev.1).or(traces.fuse_connection);
         let was_served = end_server(plan, traces, connection, patience, how == Detach::Lazy && was_mounted)?;
         Ok(was_mounted || was_served)
+    }
+
+    fn adopt(&self, plan: &Plan, traces: &Traces, shelved: Vec<Shelved>, journal: &mut dyn Journal) -> Result<bool> {
+        daemon::adopt(plan, traces, shelved, &Options::default(), &mut |traces| journal.note(traces)).map(|_| true)
+    }
+
+    fn shelved(&self, plan: &Plan) -> Vec<String> {
+        daemon::shelved(plan)
     }
 
     fn refresh(&self, traces: &Traces) -> Traces {

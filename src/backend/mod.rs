@@ -13,6 +13,7 @@ pub mod overlay;
 mod surplus;
 mod whiteout;
 
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
@@ -136,7 +137,23 @@ pub trait Journal {
     fn meter(&self) -> Option<Arc<Meter>> {
         None
     }
+
+    /// Where to keep what a dead server's place can be taken with, if there is such a place.
+    fn shelf(&self) -> Option<Arc<dyn Shelf>> {
+        None
+    }
 }
+
+/// Keeps descriptors by name when every process of ours is dead (systemd's descriptor store).
+pub trait Shelf: std::fmt::Debug + Send + Sync {
+    /// Keep one more.
+    fn put(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()>;
+    /// Let go of all that have this name.
+    fn remove(&self, name: &str) -> Result<()>;
+}
+
+/// A descriptor that a [`Shelf`] kept, and its name there.
+pub type Shelved = (String, OwnedFd);
 
 /// How a rootfs fares, from mountinfo and the processes, not from its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -181,6 +198,17 @@ pub trait Backend {
     /// worth keeping; destroy it and provision it again.
     fn revive(&self, _: &Plan, _: &Traces, _: &mut dyn Journal) -> Result<bool> {
         Ok(false)
+    }
+
+    /// Go on serving a rootfs whose server died, with what a [`Shelf`] kept of it; what is open in it stays good. `false`: this backend
+    /// keeps nothing. After an error everything of it that was served is cut off: destroy it.
+    fn adopt(&self, _: &Plan, _: &Traces, _: Vec<Shelved>, _: &mut dyn Journal) -> Result<bool> {
+        Ok(false)
+    }
+
+    /// What its provisioning put on the [`Shelf`].
+    fn shelved(&self, _: &Plan) -> Vec<String> {
+        Vec::new()
     }
 
     /// What the rootfs's own changes take on the disk, where they are kept apart from the image.

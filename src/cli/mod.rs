@@ -14,6 +14,7 @@ mod output;
 mod probe;
 mod recover;
 mod restart;
+mod service;
 mod shown;
 mod stats;
 mod unmount;

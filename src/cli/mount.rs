@@ -8,19 +8,16 @@ use std::time::Duration;
 
 use clap::{Args, ValueEnum as _};
 use indicatif::{ProgressBar, ProgressStyle};
-use sd_notify::NotifyState;
 
 use super::shown::Shown;
-use super::{BackendChoice, Format, Global, output, settings};
-use crate::backend::{Detach, Meter};
+use super::{BackendChoice, Format, Global, output, service, settings};
+use crate::backend::Meter;
 use crate::config::Settings;
-use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
-use crate::plan::{Live, Plan};
-use crate::provisioner::{Changes, Condition, Provisioner, Record, Request, Selector};
-use crate::sys::signals::Termination;
+use crate::plan::Live;
+use crate::provisioner::{Changes, Condition, Record, Request};
 use crate::volume::{self, ContainerPath, VolumeSpec};
 
 /// Largest `--volume-ttl`: beyond a day a change on the host might as well never be seen.
@@ -70,7 +67,8 @@ pub(super) struct Mount {
     /// synced), and its own changes of a file in use are not seen inside (fuse)
     #[arg(long)]
     writeback: bool,
-    /// Stay, and unmount on SIGINT or SIGTERM; under systemd say when it is ready (Type=notify)
+    /// Stay, and unmount on SIGINT or SIGTERM; what an earlier start with this --id left dead is cleaned. Under systemd say when it is
+    /// ready (Type=notify), and leave with its descriptor store what the next start needs to go on should this one be killed
     #[arg(long)]
     foreground: bool,
     #[command(flatten)]
@@ -83,20 +81,15 @@ pub(super) struct Mount {
 
 impl Mount {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let shelved = if self.foreground { service::shelved() } else { Vec::new() };
         let request = self.request(&settings()?)?;
         let provisioner = global.provisioner()?;
-        let record = if self.foreground {
-            // Caught before anything is made: a signal that comes meanwhile ends the wait at once.
-            let signals = Termination::catch()?;
-            let record = provisioner.provision(&request)?;
-            self.report(&record)?;
-            tell(&[NotifyState::Ready, NotifyState::Status(&format!("{} is mounted", show(&record.plan.rootfs)))]);
-            return stay(&provisioner, &record, &signals);
-        } else {
-            let meter = Arc::new(Meter::default());
-            let _bar = Bar::show(&meter);
-            provisioner.metered(meter).provision(&request)?
-        };
+        if self.foreground {
+            return service::run(provisioner, &request, shelved, |record| self.report(record));
+        }
+        let meter = Arc::new(Meter::default());
+        let _bar = Bar::show(&meter);
+        let record = provisioner.metered(meter).provision(&request)?;
         self.report(&record)
     }
 
@@ -207,36 +200,4 @@ fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
         }
         _ => Err("it is a number of seconds from 0 to 86400, such as 0.5".to_owned()),
     }
-}
-
-/// A sign of life is sent this many times in an interval (sd_watchdog_enabled(3) advises two).
-const WATCHDOG_SHARE: u32 = 2;
-
-/// Tell systemd; nothing where it did not start us (no NOTIFY_SOCKET).
-fn tell(state: &[NotifyState<'_>]) {
-    if let Err(e) = sd_notify::notify(state) {
-        log::warn!(target: "fsprov::cli", "tell systemd: {e}");
-    }
-}
-
-/// Signs of life for as long as the rootfs's server answers, or it has none.
-fn watch(plan: &Plan, pause: Duration) {
-    loop {
-        match control::ask(plan, &Question::Stats) {
-            Err(e) if e.kind() != Kind::NotFound => log::error!(target: "fsprov::cli", "{e}"),
-            _ => tell(&[NotifyState::Watchdog]),
-        }
-        std::thread::sleep(pause);
-    }
-}
-
-/// Wait for a signal, or for the server's end; then take the rootfs away.
-fn stay(provisioner: &Provisioner, record: &Record, signals: &Termination) -> Result<()> {
-    if let Some(interval) = sd_notify::watchdog_enabled() {
-        let plan = record.plan.clone();
-        std::thread::spawn(move || watch(&plan, interval / WATCHDOG_SHARE));
-    }
-    signals.wait(record.traces.supervisor.or(record.traces.worker))?;
-    tell(&[NotifyState::Stopping]);
-    provisioner.destroy(&Selector::Id(record.plan.id.clone()), Detach::Lazy).map(|_| ())
 }

@@ -235,7 +235,7 @@ mod tests {
         }
         let open = |name: &str| crate::sys::fs::open_path(&path(name)).unwrap();
         let volumes = vec![open("rw"), open("ro")];
-        let sources = Sources { layers: vec![open("layer")], index: None, volumes, _in_use: None };
+        let sources = Sources { layers: vec![open("layer")], index: None, volumes, in_use: None };
         let volume = |name: &str, access| crate::volume::Volume {
             source: path(name),
             target: crate::volume::ContainerPath::new(format!("/{name}").as_ref()).unwrap(),

@@ -6,6 +6,7 @@
 //! * `serve`: the worker: builds the trees, runs the session
 //! * `confine`: what the worker may not do
 //! * `control`: what can be asked of a running server
+//! * `shelf`: what outlives all of them, and lets the next supervisor go on
 //! * `channel`, `log`, `sources`: what they share
 //!
 //! A job reaches the supervisor over a socket, never in its arguments. Nothing of the mount is relied on before the caller has
@@ -16,6 +17,7 @@ mod confine;
 pub mod control;
 mod log;
 mod serve;
+mod shelf;
 mod sources;
 mod spawn;
 mod supervise;
@@ -31,9 +33,10 @@ use crate::fuse::mount::{Method, OtherUsers};
 use crate::fuse::session::Resend;
 use crate::plan::Plan;
 
+pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
-pub use spawn::{Options, start};
+pub use spawn::{Options, adopt, start};
 pub use supervise::worker_of;
 
 /// Exit code of a worker that lost a thread to a request ([`crate::fuse::poison`]).
@@ -102,6 +105,31 @@ impl Job {
 /// What the mount table shows as the source of a rootfs's FUSE mount.
 pub fn mount_source(plan: &Plan) -> String {
     format!("fsprov-{}", plan.id)
+}
+
+/// What the supervisor is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Course {
+    /// Mount.
+    Mount,
+    /// Mount, and hand the caller what is to be shelved.
+    MountAndShelve,
+    /// Go on with what the caller hands over from the shelf.
+    Adopt,
+}
+
+impl Course {
+    /// Is stdout a channel for descriptors?
+    fn hands_over(self) -> bool {
+        self != Course::Mount
+    }
+}
+
+/// The first line on the socket.
+#[derive(Debug, Serialize, Deserialize)]
+struct Order {
+    job: Job,
+    course: Course,
 }
 
 /// What the supervisor tells the caller, one JSON line each.

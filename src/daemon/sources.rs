@@ -21,7 +21,7 @@ pub(super) struct Sources {
     pub(super) volumes: Vec<OwnedFd>,
     /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the
     /// rootfs was unmounted lazily and nothing names it any more. The supervisor's; a worker has none.
-    pub(super) _in_use: Option<OwnedFd>,
+    pub(super) in_use: Option<OwnedFd>,
 }
 
 fn open(op: &'static str, path: &Path, wanted: FileType) -> Result<OwnedFd> {
@@ -49,11 +49,11 @@ impl Sources {
             layers: layers.collect::<Result<_>>()?,
             index: plan.index.as_ref().map(|i| open("open index", &i.0, FileType::RegularFile)).transpose()?,
             volumes: volumes.collect::<Result<_>>()?,
-            _in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(hold).transpose()?,
+            in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(hold).transpose()?,
         })
     }
 
-    fn all(&self) -> Vec<BorrowedFd<'_>> {
+    pub(super) fn all(&self) -> Vec<BorrowedFd<'_>> {
         self.layers.iter().chain(&self.index).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
     }
 
@@ -71,9 +71,14 @@ impl Sources {
         })
     }
 
+    /// How many there are.
+    pub(super) fn count(plan: &Plan) -> usize {
+        plan.layers.len() + usize::from(plan.index.is_some()) + plan.volumes.len()
+    }
+
     /// The worker's side: sort `fds` by the plan.
     pub(super) fn sort(plan: &Plan, fds: Vec<OwnedFd>) -> Result<Self> {
-        let expected = plan.layers.len() + usize::from(plan.index.is_some()) + plan.volumes.len();
+        let expected = Self::count(plan);
         if fds.len() != expected {
             return Err(Error::new(
                 Kind::Invalid,
@@ -87,7 +92,7 @@ impl Sources {
             layers: fds.by_ref().take(plan.layers.len()).collect(),
             index: plan.index.as_ref().and_then(|_| fds.next()),
             volumes: fds.collect(),
-            _in_use: None,
+            in_use: None,
         })
     }
 }
@@ -126,11 +131,25 @@ const MAX_KEPT: usize = 4096;
 
 impl Legacy {
     pub(super) fn new(plan: &Plan) -> Result<Self> {
-        let logs = (0..=2 * (1 + plan.volumes.len())).map(|_| {
+        let logs = (0..Self::count(plan)).map(|_| {
             memfd_create("fsprov-nodes", MemfdFlags::CLOEXEC)
                 .map_err(|e| Error::sys("make memory file", "fsprov-nodes", e))
         });
         Ok(Legacy { logs: logs.collect::<Result<_>>()?, kept: BTreeMap::new() })
+    }
+
+    /// How many memory files there are.
+    pub(super) fn count(plan: &Plan) -> usize {
+        2 * (1 + plan.volumes.len()) + 1
+    }
+
+    /// What workers left that a shelf kept: all but files without a name.
+    pub(super) fn of_logs(logs: Vec<OwnedFd>) -> Self {
+        Legacy { logs, kept: BTreeMap::new() }
+    }
+
+    pub(super) fn logs(&self) -> &[OwnedFd] {
+        &self.logs
     }
 
     /// Take what a worker says. Gives back what is not for us.

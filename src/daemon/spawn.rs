@@ -3,19 +3,21 @@
 use std::ffi::OsString;
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::Duration;
 
-use super::{GO, Job, Report, SUPERVISE, TARGET, names, this_program_serves};
-use crate::backend::{ProcessId, Traces};
+use super::channel::Channel;
+use super::{Course, GO, Job, Order, Report, SUPERVISE, TARGET, names, shelf, this_program_serves};
+use crate::backend::{ProcessId, Shelf, Shelved, Traces};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
-use crate::fuse::mount::{Method, OtherUsers};
+use crate::fuse::mount::{self, Method, OtherUsers};
 use crate::fuse::session::Resend;
 use crate::plan::Plan;
 
@@ -31,6 +33,8 @@ pub struct Options {
     pub program: Option<PathBuf>,
     /// Ask for requests in flight again after a crash?
     pub resend: Resend,
+    /// Where to put what the next supervisor needs, should all processes of this server die.
+    pub shelf: Option<Arc<dyn Shelf>>,
 }
 
 /// More threads than this gained nothing: each costs memory once it was used.
@@ -41,7 +45,7 @@ impl Default for Options {
         let cpus = std::thread::available_parallelism().map_or(2, usize::from);
         // One more than one at least: a request that waits for the disk must not hold up all the others.
         let threads = cpus.clamp(2, MAX_THREADS);
-        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::from_env() }
+        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::from_env(), shelf: None }
     }
 }
 
@@ -67,17 +71,52 @@ pub fn start(
     fault::point("fuse.spawn")?;
     let job =
         Job { plan: plan.clone(), method, others: options.others, threads: options.threads, resend: options.resend };
-    let log_path = plan.state_dir.join(names::LOG);
-    let mut link = Link::open(&job, options, &log_path)?;
+    let course = if options.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
+    let mut link = Link::open(&Order { job, course }, options, &[])?;
     let mut traces = Traces::default();
     match link.follow(&mut traces, note) {
-        Ok(()) => Ok(traces),
+        Ok(()) => {
+            link.shelve(plan, options);
+            Ok(traces)
+        }
         Err(error) => {
             // Its end of the socket closes: it takes everything back and ends.
             drop(link);
             Err(error.with_undo(wait_for_end(&traces)))
         }
     }
+}
+
+/// Start a supervisor that goes on where a dead one was, with what a [`Shelf`] kept for it. On an error the connection is ended.
+pub fn adopt(
+    plan: &Plan,
+    traces: &Traces,
+    shelved: Vec<Shelved>,
+    options: &Options,
+    note: &mut dyn FnMut(&Traces) -> Result<()>,
+) -> Result<Traces> {
+    let (job, fds) = shelf::check(plan, traces, shelved)?;
+    let mut now = Traces { supervisor: None, worker: None, ..traces.clone() };
+    let adopted = end_worker(traces)
+        .and_then(|()| Link::open(&Order { job, course: Course::Adopt }, options, &fds))
+        .and_then(|mut link| link.follow(&mut now, note));
+    match adopted {
+        Ok(()) => Ok(now),
+        Err(error) => {
+            let end = wait_for_end(&Traces { supervisor: now.supervisor, worker: now.worker, ..Traces::default() });
+            // Whoever waits for an answer must not wait for the shelf to let go.
+            let aborted = traces.fuse_connection.map_or(Ok(()), mount::abort);
+            Err(error.with_undo(end).with_undo(aborted))
+        }
+    }
+}
+
+/// A worker whose supervisor died goes on; two must not.
+fn end_worker(traces: &Traces) -> Result<()> {
+    for process in alive(traces) {
+        process.send_signal(rustix::process::Signal::KILL)?;
+    }
+    wait_for_end(traces)
 }
 
 fn wait_for_end(traces: &Traces) -> Result<()> {
@@ -93,12 +132,16 @@ fn wait_for_end(traces: &Traces) -> Result<()> {
 
 struct Link {
     stream: BufReader<UnixStream>,
+    /// For descriptors, where the order has any handed over.
+    channel: Option<Channel>,
     log: PathBuf,
 }
 
 impl Link {
-    fn open(job: &Job, options: &Options, log: &Path) -> Result<Self> {
+    fn open(order: &Order, options: &Options, fds: &[OwnedFd]) -> Result<Self> {
         const OP: &str = "start server";
+        let plan = &order.job.plan;
+        let log = plan.state_dir.join(names::LOG);
         let program = program(options)?;
         let fail = |e| Error::io(OP, show(&program), e);
         let (ours, theirs) = UnixStream::pair().map_err(fail)?;
@@ -109,17 +152,23 @@ impl Link {
             .append(true)
             .create(true)
             .mode(0o600)
-            .open(log)
-            .map_err(|e| Error::io("open server log", show(log), e))?;
+            .open(&log)
+            .map_err(|e| Error::io("open server log", show(&log), e))?;
+        let (channel, stdout) = if order.course.hands_over() {
+            let (channel, theirs) = Channel::pair()?;
+            (Some(channel), Stdio::from(theirs))
+        } else {
+            (None, Stdio::null())
+        };
         let kept = ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
         let mut first = Command::new(&program)
-            .arg0(title(&job.plan))
+            .arg0(title(plan))
             .arg(SUPERVISE)
             .env_clear()
             .envs(kept)
             .current_dir("/")
             .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(Stdio::null())
+            .stdout(stdout)
             .stderr(Stdio::from(log_file))
             .spawn()
             .map_err(fail)?;
@@ -127,7 +176,7 @@ impl Link {
         // The first process forks and ends at once: its child is not ours, and no zombie is left to us.
         let status = first.wait().map_err(fail)?;
         let mut link = if status.success() {
-            Link { stream, log: log.to_owned() }
+            Link { stream, channel, log }
         } else {
             let mut rest = String::new();
             let _ = stream.get_mut().set_read_timeout(Some(Duration::from_millis(100)));
@@ -135,7 +184,10 @@ impl Link {
             return Err(Error::new(Kind::Helper, OP, show(&program), format!("it ended with {status}"))
                 .hint("the program must be fsprov, or one that calls fsprov::daemon::dispatch() first"));
         };
-        let mut text = serde_json::to_vec(job).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
+        if let (Some(channel), Course::Adopt) = (&link.channel, order.course) {
+            shelf::send(channel, &fds.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>())?;
+        }
+        let mut text = serde_json::to_vec(order).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
         text.push(b'\n');
         link.write(&text)?;
         Ok(link)
@@ -165,6 +217,16 @@ impl Link {
                 Report::Failed(told) => return Err(told.into()),
             }
             self.write(GO)?;
+        }
+    }
+
+    /// Put what the supervisor handed over on the shelf. Without it the rootfs is served all the same.
+    fn shelve(&self, plan: &Plan, options: &Options) {
+        let (Some(channel), Some(shelf)) = (&self.channel, &options.shelf) else { return };
+        let put = shelf::receive(channel)
+            .and_then(|fds| shelf::names(plan).iter().zip(&fds).try_for_each(|(name, fd)| shelf.put(name, fd.as_fd())));
+        if let Err(error) = put {
+            log::warn!(target: TARGET, "{error}: this rootfs will not outlive its server");
         }
     }
 

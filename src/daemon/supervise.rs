@@ -4,11 +4,12 @@
 //! could wait for the worker, which may be the one that is dead. It does not poll the connection, which would wake it at every
 //! request; the worker sees the end of it and says so by its exit code.
 
+mod caller;
 mod restarts;
 
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::io::Write as _;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -22,8 +23,9 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
 use super::control::{Listener, Question};
+use super::shelf::{self, Inheritance};
 use super::sources::{Legacy, Sources};
-use super::{GO, Job, REQUEST_LOST, Report, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
+use super::{Course, Job, Order, REQUEST_LOST, Report, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
 use crate::backend::{ProcessId, Traces};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
@@ -32,12 +34,11 @@ use crate::fuse::session::{self, InFlight};
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
 use crate::sys::raw;
+use caller::Caller;
 use restarts::{Next, Restarts};
 
 /// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
 const WORKER_PATIENCE: Duration = Duration::from_secs(40);
-/// Longest wait for the caller's word to go on: it writes its record in between.
-const CALLER_PATIENCE: Duration = Duration::from_secs(60);
 /// How long a worker may take to end once its mount is gone.
 const END_PATIENCE: Duration = Duration::from_secs(3);
 /// How long a worker may take to tell its statistics: a thread of its own does.
@@ -74,10 +75,19 @@ fn detach() -> Result<UnixStream> {
 
 /// The socket that stdin is, and /dev/null in its place.
 pub(super) fn take_stdin() -> Result<OwnedFd> {
-    let fail = |e| Error::io("take over the socket at", "stdin", e);
-    let socket = std::io::stdin().as_fd().try_clone_to_owned().map_err(fail)?;
-    let null = File::open("/dev/null").map_err(|e| Error::io("open", "/dev/null", e))?;
-    rustix::stdio::dup2_stdin(&null).map_err(|e| fail(e.into()))?;
+    take_over("stdin", std::io::stdin().as_fd(), |null| rustix::stdio::dup2_stdin(null))
+}
+
+fn take_over(
+    name: &str,
+    socket: BorrowedFd<'_>,
+    replace: impl FnOnce(&File) -> rustix::io::Result<()>,
+) -> Result<OwnedFd> {
+    let fail = |e| Error::io("take over the socket at", name, e);
+    let socket = socket.try_clone_to_owned().map_err(fail)?;
+    let null =
+        File::options().read(true).write(true).open("/dev/null").map_err(|e| Error::io("open", "/dev/null", e))?;
+    replace(&null).map_err(|e| fail(e.into()))?;
     Ok(socket)
 }
 
@@ -85,7 +95,7 @@ fn run(caller: UnixStream) -> ExitCode {
     super::log::start("supervisor");
     #[cfg(feature = "failpoints")]
     let _scenario = fail::FailScenario::setup();
-    let mut caller = Caller { stream: BufReader::new(caller) };
+    let mut caller = Caller::from(caller);
     match Supervisor::set_up(&mut caller) {
         Ok(supervisor) => {
             drop(caller);
@@ -96,37 +106,6 @@ fn run(caller: UnixStream) -> ExitCode {
             caller.tell(&Report::Failed(Told::from(&error))).ok();
             ExitCode::FAILURE
         }
-    }
-}
-
-/// Who started us, until the rootfs is ready.
-struct Caller {
-    stream: BufReader<UnixStream>,
-}
-
-impl Caller {
-    fn job(&mut self) -> Result<Job> {
-        const OP: &str = "read job";
-        self.stream.get_ref().set_read_timeout(Some(CALLER_PATIENCE)).map_err(|e| Error::io(OP, "", e))?;
-        let mut line = String::new();
-        self.stream.read_line(&mut line).map_err(|e| Error::io(OP, "", e))?;
-        serde_json::from_str(&line).map_err(|e| Error::new(Kind::Invalid, OP, "", e))
-    }
-
-    fn tell(&mut self, report: &Report) -> Result<()> {
-        const OP: &str = "report to caller";
-        let mut text = serde_json::to_vec(report).map_err(|e| Error::new(Kind::Io, OP, "", e))?;
-        text.push(b'\n');
-        self.stream.get_mut().write_all(&text).map_err(|e| Error::io(OP, "", e))
-    }
-
-    /// Tell, and wait for the word to go on. An error: the caller gave up or died.
-    fn ask(&mut self, report: &Report) -> Result<()> {
-        const OP: &str = "wait for the caller's word";
-        self.tell(report)?;
-        let mut line = Vec::new();
-        self.stream.read_until(b'\n', &mut line).map_err(|e| Error::io(OP, "", e))?;
-        if line == GO { Ok(()) } else { Err(Error::new(Kind::Helper, OP, "", "the caller gave up")) }
     }
 }
 
@@ -164,6 +143,8 @@ struct Supervisor {
     with_care: bool,
     /// `None`: the state directory did not let us; the rootfs is served all the same.
     control: Option<Listener>,
+    /// Somebody else keeps the connection too: it does not end with us.
+    is_shelved: bool,
 }
 
 fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
@@ -188,16 +169,23 @@ fn catch_signals() -> Result<UnixStream> {
 impl Supervisor {
     /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
     fn set_up(caller: &mut Caller) -> Result<Self> {
-        let job = caller.job()?;
+        let Order { job, course } = caller.order()?;
+        let take_stdout = || take_over("stdout", std::io::stdout().as_fd(), |null| rustix::stdio::dup2_stdout(null));
+        let channel = course.hands_over().then(take_stdout).transpose()?.map(Channel::from);
         let me = ProcessId::current()?;
         let signals = catch_signals()?;
         let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
             .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
-        // Before the mount: afterwards these paths may lead into it.
-        let sources = Sources::open(&job.plan)?;
+        let (sources, legacy, standing) = match &channel {
+            Some(channel) if course == Course::Adopt => {
+                let Inheritance { sources, legacy, mounted, init, reply } = Inheritance::receive(&job.plan, channel)?;
+                (sources, legacy, Some(Standing { mounted, init, reply }))
+            }
+            // Before the mount: afterwards these paths may lead into it.
+            _ => (Sources::open(&job.plan)?, Legacy::new(&job.plan)?, None),
+        };
         let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
         let job_file = memory_file("fsprov-job", &text)?;
-        let legacy = Legacy::new(&job.plan)?;
         let control = Listener::bind(&job.plan.state_dir)
             .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
             .ok();
@@ -209,7 +197,10 @@ impl Supervisor {
             FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
             other => Err(unexpected(&other)),
         });
-        let standing = built.and_then(|()| stand(&job, &mut worker));
+        let standing = built.and_then(|()| match standing {
+            Some(standing) => go_on(&job, &mut worker, standing),
+            None => stand(&job, &mut worker),
+        });
         let standing = match standing {
             Ok(standing) => standing,
             Err(error) => {
@@ -230,8 +221,13 @@ impl Supervisor {
             restarts: Restarts::new(),
             with_care: false,
             control,
+            is_shelved: channel.is_some(),
         };
-        let known = fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
+        let handed =
+            channel.filter(|_| course == Course::MountAndShelve).map_or(Ok(()), |to| supervisor.hand_over(&to));
+        let known = handed
+            .and_then(|()| fault::point("server.ready"))
+            .and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
         match known {
             Ok(()) => {
                 log::info!(
@@ -247,6 +243,14 @@ impl Supervisor {
                 Err(error.with_undo(undo))
             }
         }
+    }
+
+    /// What a later supervisor needs, for the caller to put on its shelf.
+    fn hand_over(&self, to: &Channel) -> Result<()> {
+        let Standing { mounted, init, reply } = &self.standing;
+        let state = shelf::State::new(&self.job, &mounted.info, init, reply)?.to_bytes()?;
+        let state = memory_file("fsprov-state", &state)?;
+        shelf::send_all(to, &mounted.connection, &state, &self.sources, &self.legacy)
     }
 
     fn traces(&self) -> Traces {
@@ -512,6 +516,7 @@ impl Supervisor {
             show(&self.job.plan.rootfs)
         );
         // Our descriptor is the last one: closed, it is as good as aborted (fuse_dev_release in fs/fuse/dev.c).
+        self.end_if_shelved();
         ExitCode::FAILURE
     }
 
@@ -538,15 +543,23 @@ impl Supervisor {
     }
 
     /// Unmount, by force if it must be, and end the worker.
-    fn take_down(self, how: Unmount) -> Result<()> {
-        let Supervisor { standing, worker, .. } = self;
-        let done = take_away(&standing.mounted.info, how);
-        if let Some(mut worker) = worker {
+    fn take_down(mut self, how: Unmount) -> Result<()> {
+        let done = take_away(self.info(), how);
+        if let Some(worker) = &mut self.worker {
             worker.end();
         }
         // Our descriptor is the last one: the connection ends here whatever happened above.
-        drop(standing);
+        self.end_if_shelved();
         done
+    }
+
+    /// End the connection, where closing our descriptor does not.
+    fn end_if_shelved(&self) {
+        if self.is_shelved
+            && let Err(error) = mount::abort(self.info().dev.1)
+        {
+            log::info!(target: TARGET, "{error}");
+        }
     }
 }
 
@@ -573,6 +586,14 @@ fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
         Ok((reply, _)) => Ok(Standing { reply, ..standing }),
         Err(error) => Err(error.with_undo(mount::unmount(&standing.mounted.info, Unmount::Lazy).map(drop))),
     }
+}
+
+/// Let the worker begin on a connection that a dead supervisor held. On an error it is as before.
+fn go_on(job: &Job, worker: &mut Worker, standing: Standing) -> Result<Standing> {
+    let start = Begin::Again { reply: hex(&standing.reply), resend: job.resend, with_care: false };
+    let (_, in_flight) = worker.begin(&standing, start)?;
+    log::info!(target: TARGET, "{}: adopted, requests in flight: {in_flight:?}", show(&job.plan.rootfs));
+    Ok(standing)
 }
 
 /// Unmount in a thread of its own: writing back dirty pages needs a worker, and there may be none.

@@ -14,6 +14,7 @@ mod now;
 mod points;
 mod record;
 mod recover;
+mod resume;
 mod select;
 
 use std::path::{Path, PathBuf};
@@ -24,7 +25,7 @@ pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
 pub use select::{Choice, Rejected};
 
-use crate::backend::{self, Detach, Health, Journal, Meter, Traces, Usage};
+use crate::backend::{self, Detach, Health, Journal, Meter, Shelf, Traces, Usage};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
@@ -178,13 +179,14 @@ pub struct Provisioner {
     paths: StatePaths,
     host: Host,
     meter: Option<Arc<Meter>>,
+    shelf: Option<Arc<dyn Shelf>>,
     policy: Policy,
 }
 
 impl Provisioner {
     /// Work with the records below `paths`, on this host.
     pub fn new(paths: StatePaths, host: Host) -> Self {
-        Provisioner { paths, host, meter: None, policy: Policy::default() }
+        Provisioner { paths, host, meter: None, shelf: None, policy: Policy::default() }
     }
 
     /// Count on `meter` what provisioning copies.
@@ -192,6 +194,13 @@ impl Provisioner {
     pub fn metered(mut self, meter: Arc<Meter>) -> Self {
         self.meter = Some(meter);
         self
+    }
+
+    /// The same as the one process of a service: what its rootfs needs to outlive all its processes goes to `shelf`, and
+    /// [`Provisioner::resume`] goes on with it.
+    #[must_use]
+    pub fn on_shelf(self, shelf: Option<Arc<dyn Shelf>>) -> Self {
+        Provisioner { shelf, ..self }
     }
 
     /// The same with this policy for the images it imports.
@@ -431,6 +440,10 @@ impl Journal for Making<'_> {
 
     fn meter(&self) -> Option<Arc<Meter>> {
         self.by.meter.clone()
+    }
+
+    fn shelf(&self) -> Option<Arc<dyn Shelf>> {
+        self.by.shelf.clone()
     }
 }
 

@@ -91,7 +91,7 @@ impl Provisioner {
         }
     }
 
-    fn heal(&self, container: &ContainerPaths, mut record: Record, claim: lock::DirLock) -> Result<Outcome> {
+    pub(super) fn heal(&self, container: &ContainerPaths, mut record: Record, claim: lock::DirLock) -> Result<Outcome> {
         let earlier = Now::look()?.traces(&record);
         let kept = record.clone();
         record.renew()?;

@@ -1,7 +1,8 @@
 //! The only place with `unsafe`: one call a block, its SAFETY line says why it is sound.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::io::Errno;
 
@@ -174,4 +175,19 @@ pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno
     // SAFETY: both are open descriptors of this process; the target stays open and owned by its owner.
     let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
     if done < 0 { Err(last_errno()) } else { Ok(()) }
+}
+
+// ---- cli ----
+
+/// The descriptors that a service manager passed to this process, with their names (sd_listen_fds_with_names(3)); close-on-exec from
+/// now on. The first call owns them, later ones get none.
+pub(crate) fn passed_fds() -> std::io::Result<Vec<(String, OwnedFd)>> {
+    static TAKEN: AtomicBool = AtomicBool::new(false);
+    if TAKEN.swap(true, Ordering::Relaxed) {
+        return Ok(Vec::new());
+    }
+    let passed = sd_notify::listen_fds_with_names()?;
+    // SAFETY: LISTEN_PID is this process, so whoever started it passed these for it to own; each was just found open, and is taken
+    // once.
+    Ok(passed.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect())
 }

@@ -13,6 +13,7 @@ mod destroy;
 mod durable;
 mod enosys;
 mod faults;
+mod fdstore;
 mod filled;
 mod hardened;
 mod layers;
@@ -92,6 +93,9 @@ pub(crate) const CASES: &[Case] = &[
     faults::DESTROY_BREAKS,
     faults::PROVISION_DIES,
     faults::PROVISION_FAILS,
+    fdstore::ADOPTED,
+    fdstore::STALE,
+    fdstore::TAKEN_OVER,
     filled::EXISTING,
     filled::FILLED,
     filled::KILLED,

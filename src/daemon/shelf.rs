@@ -1,0 +1,268 @@
+//! What a supervisor needs to go on where a dead one was, as descriptors that somebody else keeps by name (systemd's descriptor
+//! store): the connection, what was agreed on it, the sources, and the memory files that workers leave things in.
+//!
+//! Files without a name that were in use are not among them: they come and go while the rootfs is served. Their users get ESTALE.
+
+use std::collections::BTreeMap;
+use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::unix::fs::FileExt as _;
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{FileType, fstat};
+use serde::{Deserialize, Serialize};
+
+use super::channel::{Channel, MAX_FDS};
+use super::sources::{Legacy, Sources};
+use super::{Job, hex, unhex};
+use crate::backend::{Shelved, Traces};
+use crate::error::{Error, Kind, Result, show};
+use crate::fuse::mount::{self, Mounted};
+use crate::plan::Plan;
+use crate::sys::mountinfo::MountInfo;
+use crate::sys::process;
+
+const OP: &str = "adopt the connection of";
+/// The shape of [`State`] that this program writes, and the only one it reads.
+const VERSION: u32 = 1;
+/// Longest state read: a job of 200 volumes of two 4 KiB paths, hex-encoded, fits.
+const MAX_STATE: u64 = 8 << 20;
+
+/// What all names begin with.
+pub(crate) const PREFIX: &str = "fsprov-";
+
+/// The names of all that is kept for a rootfs, in the order in which processes hand them to each other. Printable and without a
+/// colon (sd_pid_notify_with_fds(3), FDNAME).
+pub(crate) fn names(plan: &Plan) -> Vec<String> {
+    let numbered = |what: &'static str, count| (0..count).map(move |n| format!("{PREFIX}{what}-{n}"));
+    let single = ["connection", "state"].into_iter().chain(plan.index.as_ref().map(|_| "lock"));
+    single
+        .map(|what| format!("{PREFIX}{what}"))
+        .chain(numbered("source", Sources::count(plan)))
+        .chain(numbered("log", Legacy::count(plan)))
+        .collect()
+}
+
+/// What was agreed, in a memory file.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct State {
+    version: u32,
+    boot_id: String,
+    pub(super) job: Job,
+    mount_id: u64,
+    minor: u32,
+    init: String,
+    reply: String,
+}
+
+impl State {
+    pub(super) fn new(job: &Job, info: &MountInfo, init: &[u8], reply: &[u8]) -> Result<Self> {
+        Ok(State {
+            version: VERSION,
+            boot_id: process::boot_id()?,
+            job: job.clone(),
+            mount_id: info.id,
+            minor: info.dev.1,
+            init: hex(init),
+            reply: hex(reply),
+        })
+    }
+
+    pub(super) fn to_bytes(&self) -> Result<Vec<u8>> {
+        serde_json::to_vec(self).map_err(|e| Error::new(Kind::Io, "write", "fsprov-state", e))
+    }
+
+    fn read(fd: &OwnedFd) -> Result<Self> {
+        let fail = |e| Error::io("read", "fsprov-state", e);
+        let file = std::fs::File::from(fd.try_clone().map_err(fail)?);
+        let length = file.metadata().map_err(fail)?.len();
+        if length > MAX_STATE {
+            return Err(Error::new(Kind::Limit, "read", "fsprov-state", "it is longer than 8 MiB"));
+        }
+        let mut text = vec![0_u8; length as usize];
+        file.read_exact_at(&mut text, 0).map_err(fail)?;
+        let state: State =
+            serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, "read", "fsprov-state", e))?;
+        if state.version != VERSION {
+            let why = format!("it has version {}, this program knows {VERSION}", state.version);
+            return Err(Error::new(Kind::Invalid, "read", "fsprov-state", why));
+        }
+        Ok(state)
+    }
+
+    /// The mount, if it stands and is of this connection.
+    fn mount(&self, connection: &OwnedFd) -> Result<MountInfo> {
+        let plan = &self.job.plan;
+        let refuse = |why: &str| Error::new(Kind::Invalid, OP, show(&plan.rootfs), why);
+        if !answers(connection, self.minor) {
+            return Err(refuse("it has ended, or is another's"));
+        }
+        mount::find(&plan.rootfs, &self.job.source(), Some(self.mount_id))?
+            .filter(|info| info.dev.1 == self.minor)
+            .ok_or_else(|| refuse("it is not mounted any more"))
+    }
+}
+
+/// Is it a FUSE connection that has not ended, and, where the kernel tells (fdinfo, Linux 6.16), the one of this device minor?
+fn answers(connection: &OwnedFd, minor: u32) -> bool {
+    let is_device = fstat(connection).is_ok_and(|s| FileType::from_raw_mode(s.st_mode).is_char_device());
+    let mut fds = [PollFd::new(connection, PollFlags::empty())];
+    let ended = poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) != Ok(0);
+    let info = std::fs::read_to_string(format!("/proc/self/fdinfo/{}", connection.as_raw_fd())).unwrap_or_default();
+    let told = info.lines().find_map(|l| l.strip_prefix("fuse_connection:")?.trim().parse::<u32>().ok());
+    is_device && !ended && told.is_none_or(|told| told == minor)
+}
+
+/// The caller's side: what a shelf kept, found to be all of this rootfs as its record has it. The job, and the descriptors in the
+/// order of [`names`].
+pub(super) fn check(plan: &Plan, traces: &Traces, shelved: Vec<Shelved>) -> Result<(Job, Vec<OwnedFd>)> {
+    let refuse = |why: String| Error::new(Kind::Invalid, OP, show(&plan.rootfs), why);
+    let mut by_name = BTreeMap::new();
+    for (name, fd) in shelved {
+        if by_name.insert(name.clone(), fd).is_some() {
+            return Err(refuse(format!("there are several {name}")));
+        }
+    }
+    let mut fds = Vec::new();
+    for name in names(plan) {
+        fds.push(by_name.remove(&name).ok_or_else(|| refuse(format!("{name} is missing")))?);
+    }
+    let [connection, state, ..] = fds.as_slice() else { return Err(refuse("nothing was kept".into())) };
+    let state = State::read(state)?;
+    let of_record = (Some(state.mount_id), Some(state.minor)) == (traces.mount_id, traces.fuse_connection);
+    if state.boot_id != process::boot_id()? || state.job.plan != *plan || !of_record {
+        return Err(refuse("what was kept is of another mount".into()));
+    }
+    state.mount(connection)?;
+    Ok((state.job, fds))
+}
+
+/// The supervisor's side: what a dead one had.
+pub(super) struct Inheritance {
+    pub(super) sources: Sources,
+    pub(super) legacy: Legacy,
+    pub(super) mounted: Mounted,
+    pub(super) init: Vec<u8>,
+    pub(super) reply: Vec<u8>,
+}
+
+impl Inheritance {
+    pub(super) fn receive(plan: &Plan, from: &Channel) -> Result<Self> {
+        let mut fds = receive(from)?;
+        if fds.len() != names(plan).len() {
+            let why = format!("{} descriptors came where {} belong", fds.len(), names(plan).len());
+            return Err(Error::new(Kind::Invalid, OP, show(&plan.rootfs), why));
+        }
+        let logs = fds.split_off(fds.len() - Legacy::count(plan));
+        let sources = Sources::sort(plan, fds.split_off(fds.len() - Sources::count(plan)))?;
+        let mut single = fds.into_iter();
+        let (Some(connection), Some(state)) = (single.next(), single.next()) else {
+            return Err(Error::new(Kind::Invalid, OP, show(&plan.rootfs), "there is no connection"));
+        };
+        let state = State::read(&state)?;
+        let info = state.mount(&connection)?;
+        Ok(Inheritance {
+            sources: Sources { in_use: single.next(), ..sources },
+            legacy: Legacy::of_logs(logs),
+            mounted: Mounted { connection, info },
+            init: unhex(&state.init)?,
+            reply: unhex(&state.reply)?,
+        })
+    }
+}
+
+/// The supervisor's side: hand over what the next one needs.
+pub(super) fn send_all(
+    to: &Channel,
+    connection: &OwnedFd,
+    state: &OwnedFd,
+    sources: &Sources,
+    legacy: &Legacy,
+) -> Result<()> {
+    let mut fds = vec![connection.as_fd(), state.as_fd()];
+    fds.extend(sources.in_use.as_ref().map(|fd| fd.as_fd()));
+    fds.extend(sources.all());
+    fds.extend(legacy.logs().iter().map(|fd| fd.as_fd()));
+    send(to, &fds)
+}
+
+/// One message of several descriptors.
+#[derive(Serialize, Deserialize)]
+struct Handed {
+    /// How many follow after these.
+    left: usize,
+}
+
+pub(super) fn send(to: &Channel, fds: &[BorrowedFd<'_>]) -> Result<()> {
+    let mut left = fds.len();
+    fds.chunks(MAX_FDS).try_for_each(|some| {
+        left -= some.len();
+        to.send(&Handed { left }, some)
+    })
+}
+
+pub(super) fn receive(from: &Channel) -> Result<Vec<OwnedFd>> {
+    let mut all = Vec::new();
+    loop {
+        let Some((Handed { left }, fds)) = from.receive()? else {
+            return Err(Error::new(Kind::Helper, "take over descriptors", "", "the other process ended"));
+        };
+        all.extend(fds);
+        if left == 0 {
+            return Ok(all);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::{IndexFile, Layer, Live, Ownership};
+
+    fn plan() -> Plan {
+        Plan {
+            id: "a".parse().unwrap(),
+            rootfs: "/nowhere".into(),
+            layers: vec![Layer { root: "/l".into() }],
+            index: Some(IndexFile("/i/index".into())),
+            is_filtered: false,
+            volumes: Vec::new(),
+            ownership: Ownership::default(),
+            scratch: None,
+            live: Live::default(),
+            state_dir: "/s".into(),
+        }
+    }
+
+    #[test]
+    fn names_are_distinct_and_fit_the_protocol() {
+        let names = names(&plan());
+        assert_eq!(names.len(), 3 + 2 + 3);
+        assert!(names.iter().all(|n| n.bytes().all(|b| b.is_ascii_graphic() && b != b':')));
+        assert_eq!(names.iter().collect::<std::collections::BTreeSet<_>>().len(), names.len());
+    }
+
+    #[test]
+    fn what_is_not_all_of_it_is_refused() {
+        let null = || OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
+        let all = || names(&plan()).into_iter().map(|n| (n, null())).collect::<Vec<_>>();
+        let said = |shelved| check(&plan(), &Traces::default(), shelved).unwrap_err().to_string();
+        assert!(said(Vec::new()).contains("fsprov-connection is missing"));
+        assert!(
+            said(all().into_iter().skip(2).chain([("fsprov-log-0".to_owned(), null())]).collect()).contains("several")
+        );
+        assert!(said(all()).contains("fsprov-state"), "/dev/null is no state: {}", said(all()));
+        assert!(!answers(&rustix::pipe::pipe().unwrap().0, 1));
+    }
+
+    #[test]
+    fn descriptors_come_whole_however_many() {
+        let (one, other) = Channel::pair().unwrap();
+        let other = Channel::from(other);
+        let file = std::fs::File::open("/dev/null").unwrap();
+        let fds = vec![file.as_fd(); MAX_FDS + 3];
+        send(&one, &fds).unwrap();
+        assert_eq!(receive(&other).unwrap().len(), MAX_FDS + 3);
+        drop(one);
+        assert!(receive(&other).is_err());
+    }
+}

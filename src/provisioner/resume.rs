@@ -1,0 +1,109 @@
+//! A service starts again: what its last start left is gone on with, or taken away.
+//!
+//! Until a rootfs is adopted nobody answers for it while its connection lives on: nothing here looks into the mount, nor follows a
+//! path to it.
+
+use super::{Changes, Condition, Making, Now, Provisioner, Record, Request, State, destroy, lock, parent_resolved};
+use crate::backend::{self, Detach, ProcessId, Shelved};
+use crate::error::Result;
+use crate::plan::BackendKind;
+
+impl Provisioner {
+    /// The rootfs of the request's id, where an earlier start left it and it can go on: its server lives, or `shelved`, what the shelf
+    /// kept, lets another take its place. `None`: provision. What was dead or half-made is gone then.
+    ///
+    /// One that is alive is taken over only from a start of the same service, which has a shelf.
+    pub fn resume(&self, request: &Request, shelved: Vec<Shelved>) -> Result<Option<Record>> {
+        let names: Vec<_> = shelved.iter().map(|(name, _)| name.clone()).collect();
+        let Some(id) = &request.id else {
+            self.unshelve(&names);
+            return Ok(None);
+        };
+        let container = self.paths.container(id);
+        let Some(claim) = lock::directory(container.dir())? else {
+            self.unshelve(&names);
+            return Ok(None);
+        };
+        let Some(record) = Record::read(&container)? else {
+            drop((claim, shelved));
+            return self.start_over(request, &names);
+        };
+        let now = Now::look()?;
+        destroy::refuse_elsewhere(&record, &now)?;
+        let condition = Self::condition(&record, &now)?;
+        let is_same = is_for(&record, request);
+        let is_alive = condition == Condition::Ready && record.traces.supervisor.is_none_or(ProcessId::is_alive);
+        if is_alive || condition == Condition::Ready && self.shelf.is_none() {
+            let mut record = record;
+            record.traces = backend::of(record.backend).refresh(&record.traces);
+            return Ok((is_same && self.shelf.is_some()).then_some(record));
+        }
+        if is_same && condition == Condition::Gone && record.backend == BackendKind::Copy {
+            // What was written into it must not be lost.
+            self.heal(&container, record, claim)?;
+            return Record::read(&container);
+        }
+        if is_same && matches!(condition, Condition::Ready | Condition::Dead) && !shelved.is_empty() {
+            let (plan, traces, kind) = (record.plan.clone(), record.traces.clone(), record.backend);
+            let mut making = Making { by: self, container: &container, record, _claim: claim };
+            match backend::of(kind).adopt(&plan, &traces, shelved, &mut making) {
+                Ok(true) => {
+                    log::info!("{id}: its server is replaced, and what was open in it stays good");
+                    return Ok(Some(making.record));
+                }
+                Ok(false) => {}
+                Err(error) => log::warn!("{error}: mounting anew"),
+            }
+        } else {
+            if !shelved.is_empty() {
+                log::warn!("{id}: what was kept for it is of another start: mounting anew");
+            }
+            drop((claim, shelved));
+        }
+        self.start_over(request, &names)
+    }
+
+    fn start_over(&self, request: &Request, names: &[String]) -> Result<Option<Record>> {
+        self.unshelve(names);
+        if let Some(id) = &request.id {
+            self.destroy_id(id, Detach::Lazy)?;
+        }
+        Ok(None)
+    }
+
+    /// Have what is kept for this rootfs let go, before it is taken away.
+    pub fn unshelve_all(&self, record: &Record) {
+        self.unshelve(&backend::of(record.backend).shelved(&record.plan));
+    }
+
+    fn unshelve(&self, names: &[String]) {
+        let Some(shelf) = &self.shelf else { return };
+        let done = names.iter().try_for_each(|name| shelf.remove(name));
+        if let Err(error) = done {
+            log::warn!("{error}");
+        }
+    }
+}
+
+/// Is it what is asked for?
+fn is_for(record: &Record, request: &Request) -> bool {
+    let plan = &record.plan;
+    let source = |path: &std::path::Path| {
+        std::fs::canonicalize(request.sandbox.as_deref().unwrap_or("".as_ref()).join(path)).ok()
+    };
+    let has_volume = |spec: &crate::volume::VolumeSpec| {
+        let mut all = plan.volumes.iter();
+        all.any(|v| {
+            v.target == spec.target && v.access == spec.access && Some(&v.source) == source(&spec.source).as_ref()
+        })
+    };
+    record.state == State::Ready
+        && parent_resolved(&request.rootfs).as_ref() == Some(&plan.rootfs)
+        && record.image.reference == request.image.to_string()
+        && request.backend.is_none_or(|kind| kind == record.backend)
+        && plan.scratch.is_some() == (request.changes == Changes::Ephemeral)
+        && plan.ownership == request.ownership
+        && plan.live == request.live
+        && plan.volumes.len() == request.volumes.len()
+        && request.volumes.iter().all(has_volume)
+}
