@@ -220,6 +220,7 @@ mod tests {
 
     fn plan() -> Plan {
         Plan {
+            has_whiteouts: false,
             id: "a".parse().unwrap(),
             rootfs: "/nowhere".into(),
             layers: vec![Layer { root: "/l".into() }],
