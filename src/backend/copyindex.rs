@@ -1,5 +1,5 @@
-//! What the index says of a copied tree, put onto it: what it lacks goes (whiteouts and what they hide), and the layers of an unprivileged import hold names and bytes, and modes, owners,
-//! attributes and special files only as far as the importing user could set them.
+//! What the index says of a copied tree, put onto it. What it lacks goes: whiteouts, and what they hide. What it has is set: the layers
+//! of an unprivileged import hold modes, owners, attributes and special files only as far as the importing user could set them.
 
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -38,8 +38,7 @@ pub(super) fn apply(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Res
 }
 
 fn damaged(path: &Path, why: Damaged) -> Error {
-    Error::new(Kind::Integrity, OP, show(path), format!("the image's index is {why}"))
-        .hint("make it again with `fsprov image index IMAGE`")
+    super::damaged_index(OP, path, &why)
 }
 
 struct Pass<'a> {

@@ -14,13 +14,15 @@ mod surplus;
 mod whiteout;
 
 use std::os::fd::{BorrowedFd, OwnedFd};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
 use serde::{Deserialize, Serialize};
 
-use crate::error::Result;
+use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
+use crate::index::Damaged;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mountinfo::Table;
 
@@ -223,6 +225,12 @@ pub trait Backend {
 
     /// How it fares, by this mount table. Never blocks on a server that does not answer.
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health;
+}
+
+/// What an image's index says of `path` cannot be true.
+fn damaged_index(op: &'static str, path: &Path, why: &Damaged) -> Error {
+    Error::new(Kind::Integrity, op, show(path), format!("the image's index is {why}"))
+        .hint("make it again with `fsprov image index IMAGE`")
 }
 
 /// The backend of this kind.

@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, Mode, OFlags};
 
 use super::whiteout::{self, HiddenDirs, USER_OPAQUE};
-use crate::error::{Error, Kind, Result, show};
+use crate::error::{Error, Result, show};
 use crate::index::read::{Form, Inode};
 use crate::index::{Damaged, Index};
 use crate::sys::fs::open_beneath;
@@ -39,10 +39,7 @@ enum Seen {
 
 /// Names to hide in an overlay of `layers` (bottom first, no index of theirs but the image's), where it heeds `opaque_xattr`.
 pub(super) fn find(index: &Index, layers: &[PathBuf], opaque_xattr: &str) -> Result<HiddenDirs> {
-    let damaged = |e: Damaged| {
-        Error::new(Kind::Integrity, OP, "the image", format!("its index is {e}"))
-            .hint("make it again with `fsprov image index IMAGE`")
-    };
+    let damaged = |why: Damaged| super::damaged_index(OP, Path::new("."), &why);
     let open = |layer: &PathBuf| {
         fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::sys("open layer", show(layer), e))

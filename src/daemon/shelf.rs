@@ -220,12 +220,12 @@ mod tests {
 
     fn plan() -> Plan {
         Plan {
-            has_whiteouts: false,
             id: "a".parse().unwrap(),
             rootfs: "/nowhere".into(),
             layers: vec![Layer { root: "/l".into() }],
             index: Some(IndexFile("/i/index".into())),
             is_filtered: false,
+            has_whiteouts: false,
             volumes: Vec::new(),
             ownership: Ownership::default(),
             scratch: None,
