@@ -368,7 +368,21 @@ pub(crate) const MODEL: Case =
         let (volume, model) = (rootfs.join("data"), Model::default());
         let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
         let mut last = Vec::new();
+        // A long run says every 10,000 steps where it is.
+        let told = std::env::var_os("FSPROV_TEST_MODEL_STEPS").map(|_| {
+            let path = std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
+            OpenOptions::new().append(true).create(true).open(path).expect("open the report")
+        });
+        let tell = |said: &str| {
+            if let Some(mut file) = told.as_ref() {
+                let line = format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {said} without a difference\n", stage.lane.name);
+                file.write_all(line.as_bytes()).expect("report");
+            }
+        };
         for n in 0..steps {
+            if n % 10_000 == 0 && n > 0 {
+                tell(&format!("{n} of {steps} steps"));
+            }
             let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
                 world.step(&mut last);
                 if n % 40 == 0 {
@@ -384,14 +398,7 @@ pub(crate) const MODEL: Case =
             }
         }
         stage.note(format!("FSPROV_TEST_MODEL_SEED={seed}: {steps} steps\n"));
-        if std::env::var_os("FSPROV_TEST_MODEL_STEPS").is_some() {
-            let said =
-                format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {steps} steps without a difference\n", stage.lane.name);
-            let report =
-                std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
-            let mut file = OpenOptions::new().append(true).create(true).open(report).expect("open the report");
-            file.write_all(said.as_bytes()).expect("report");
-        }
+        tell(&format!("all {steps} steps"));
     });
 
 /// How long [`ATTACKED`] runs where FSPROV_TEST_ATTACK_S says nothing.

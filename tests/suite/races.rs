@@ -109,6 +109,14 @@ pub(crate) const ALL_AT_ONCE: Case =
                 (layered(stage, "lower", &both[..1], false), "lower", lower),
             ],
         };
+        // A long run says where it is.
+        let lane = stage.lane.name;
+        let tell = |said: &str| {
+            if std::env::var_os("FSPROV_TEST_TELL").is_some() {
+                let path = format!("/tmp/fsprov-races-{}.txt", lane);
+                std::fs::write(path, format!("{}: {said}\n", lane)).expect("write");
+            }
+        };
         let (working, collections, tries) = (AtomicBool::new(true), AtomicUsize::new(0), AtomicUsize::new(0));
         std::thread::scope(|scope| {
             let collector = scope.spawn(|| {
@@ -119,7 +127,7 @@ pub(crate) const ALL_AT_ONCE: Case =
             });
             let mut busy = Vec::new();
             for number in 0..EACH {
-                let (shared, tries) = (&shared, &tries);
+                let (shared, tries, tell) = (&shared, &tries, &tell);
                 busy.push(scope.spawn(move || {
                     for round in 0..rounds {
                         let (source, ..) = &shared.images[(number + round) % shared.images.len()];
@@ -128,6 +136,9 @@ pub(crate) const ALL_AT_ONCE: Case =
                 }));
                 busy.push(scope.spawn(move || {
                     for round in 0..rounds {
+                        if number == 0 && round % 50 == 0 {
+                            tell(&format!("round {round} of {rounds}"));
+                        }
                         tries.fetch_add(shared.provision(number, round), Ordering::Relaxed);
                     }
                 }));
@@ -165,11 +176,5 @@ pub(crate) const ALL_AT_ONCE: Case =
             count(&collections)
         );
         stage.note(sum.clone());
-        if std::env::var_os("FSPROV_TEST_TELL").is_some() {
-            std::fs::write(
-                format!("/tmp/fsprov-races-{}.txt", stage.lane.name),
-                format!("{}: {sum}\n", stage.lane.name),
-            )
-            .expect("write");
-        }
+        tell(&sum);
     });
