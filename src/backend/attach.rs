@@ -546,7 +546,8 @@ fn foreign_error(rootfs: &Path, foreign: &[&MountInfo]) -> Error {
         .hint("unmount those first; their content is not touched")
 }
 
-fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how: Detach) -> Result<()> {
+/// Mounts below a rootfs that are none of its parts: a reason to refuse, or to say that they go out of sight with it.
+pub(super) fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how: Detach) -> Result<()> {
     let Some(parts) = parts else { return Ok(()) };
     let foreign: Vec<&MountInfo> = below.iter().filter(|m| !parts.contains(&m.id)).collect();
     if foreign.is_empty() {
@@ -560,26 +561,29 @@ fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how:
     Ok(())
 }
 
-/// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
-fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
+/// Refuse while `find` names someone: a process that is just ending, or has just been forked, gets a moment.
+pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<process::Holder>>) -> Result<()> {
     let mut holders = Vec::new();
     for n in 0..BUSY_TRIES {
         if n > 0 {
             std::thread::sleep(BUSY_PAUSE);
         }
-        holders = process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect();
+        holders = find()?;
         if holders.is_empty() {
-            break;
+            return Ok(());
         }
     }
-    if !holders.is_empty() {
-        let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
-        if holders.len() > HOLDERS_SHOWN {
-            names.push(format!("and {} more", holders.len() - HOLDERS_SHOWN));
-        }
-        return Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {}", names.join(", ")))
-            .hint("end those first, or take it out of sight with --lazy"));
+    let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
+    if holders.len() > HOLDERS_SHOWN {
+        names.push(format!("and {} more", holders.len() - HOLDERS_SHOWN));
     }
+    Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {}", names.join(", ")))
+        .hint("end those first, or take it out of sight with --lazy"))
+}
+
+/// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
+fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
+    refuse_in_use(rootfs, || Ok(process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect()))?;
     for mount in tree.iter().rev() {
         fault::point("attach.unmount")?;
         mount::unmount(&mount.point, Unmount::IfIdle).map_err(|e| {

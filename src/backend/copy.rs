@@ -20,6 +20,7 @@ use crate::host::Host;
 use crate::index::Index;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::durable::{self, Survives};
+use crate::sys::process::holders_in_directory;
 use crate::sys::{mount, mountinfo, process, remove};
 
 /// The copy backend.
@@ -192,6 +193,10 @@ fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
     if !now.is_same(copied) {
         log::warn!("{} is not the directory that was filled: it stays as it is", show(&plan.rootfs));
         return Ok(false);
+    }
+    // Nothing of it is deleted under a process; where that was begun already, it goes on.
+    if how == Detach::IfIdle && !plan.state_dir.join(DELETING).exists() {
+        attach::refuse_in_use(&plan.rootfs, || holders_in_directory(&plan.rootfs))?;
     }
     let had_volumes = attach::take_volumes_away(&plan.rootfs, traces, how)?;
     // On a full disk it must be possible to delete; should we die meanwhile, what is left may then pass for a whole copy.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::{Backend, Detach, Health, Journal, ProcessId, Shelved, Support, Traces};
+use super::{Backend, Detach, Health, Journal, ProcessId, Shelved, Support, Traces, attach};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -14,7 +14,7 @@ use crate::fuse::mount::{self, Method};
 use crate::host::Host;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mount::Unmount;
-use crate::sys::mountinfo::{MountInfo, Table};
+use crate::sys::mountinfo::{self, MountInfo, Table};
 
 const TARGET: &str = "fsprov::backend::fuse";
 
@@ -82,6 +82,9 @@ impl Backend for Fuse {
         let ours = mount::find(&plan.rootfs, &source, None)?;
         let mut was_mounted = false;
         if let Some(ours) = &ours {
+            // Volumes are within the mount: whatever lies on it is someone else's.
+            let tree = mountinfo::tree_of(mountinfo::read()?, ours.id);
+            attach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&[]), how)?;
             fault::point("fuse.unmount")?;
             was_mounted = mount::unmount(ours, unmount_of(how))?;
             fault::point("fuse.unmounted")?;

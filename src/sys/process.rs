@@ -181,6 +181,49 @@ impl fmt::Display for Holder {
 /// No request goes to a file system: links of /proc/PID are opened as O_PATH, which follows them without a lookup, and
 /// compared by mount id; mapped files by path, for processes of our own mount namespace.
 pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
+    find_holders(|pid, same_namespace| uses(pid, mounts, same_namespace), |pid| has_copy(pid, mounts))
+}
+
+/// Who uses a plain directory or what lies in it: by path, and in other mount namespaces also by a mount of it. Best effort,
+/// as [`holders`] is.
+///
+/// Where a link of /proc/PID leads is told as the reader sees it (proc_pid_cwd(5)): for our own namespace that is a path of ours;
+/// for another one it is a path there, so the device must be the directory's, too.
+pub fn holders_in_directory(dir: &Path) -> Result<Vec<Holder>> {
+    let fail = |e| Error::io("look at", crate::error::show(dir), e);
+    let dev = std::fs::symlink_metadata(dir).map_err(fail)?.dev();
+    let mount = mountinfo::holding(dir)?;
+    let inside = dir.strip_prefix(&mount.point).map_or_else(|_| mount.root.clone(), |rest| mount.root.join(rest));
+    let shows = |m: &MountInfo| m.dev == mount.dev && m.root.starts_with(&inside);
+    let leads_there = |link: &Path, same_namespace: bool| {
+        std::fs::read_link(link).is_ok_and(|path| path.starts_with(dir))
+            && (same_namespace || std::fs::metadata(link).is_ok_and(|meta| meta.dev() == dev))
+    };
+    Ok(find_holders(
+        |pid, same_namespace| {
+            let proc = PathBuf::from(format!("/proc/{pid}"));
+            for (name, what) in LINKS {
+                if leads_there(&proc.join(name), same_namespace) {
+                    return Some(what);
+                }
+            }
+            for entry in std::fs::read_dir(proc.join("fd")).into_iter().flatten().flatten() {
+                if leads_there(&entry.path(), same_namespace) {
+                    return entry.file_name().to_str()?.parse().ok().map(Hold::Fd);
+                }
+            }
+            (same_namespace && maps_file_in(pid, &[dir])).then_some(Hold::Map)
+        },
+        |pid| mountinfo::read_of(pid).is_ok_and(|table| table.iter().any(shows)),
+    ))
+}
+
+/// By which of its links a process holds a file system.
+const LINKS: [(&str, Hold); 3] = [("cwd", Hold::Cwd), ("root", Hold::Root), ("exe", Hold::Exe)];
+
+/// Every other process of which `uses` (told whether it is of our mount namespace) says how it holds what is asked for, or in
+/// whose other mount namespace `has_copy` finds it mounted.
+fn find_holders(uses: impl Fn(i32, bool) -> Option<Hold>, has_copy: impl Fn(i32) -> bool) -> Vec<Holder> {
     let mine = mount_namespace();
     let mut namespaces: HashMap<Namespace, bool> = HashMap::new();
     let mut found = Vec::new();
@@ -191,9 +234,9 @@ pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
         }
         let theirs = mount_namespace_of(pid);
         let same = theirs.is_ok() && theirs.as_ref().ok() == mine.as_ref().ok();
-        let what = uses(pid, mounts, same).or_else(|| {
+        let what = uses(pid, same).or_else(|| {
             let key = *theirs.as_ref().ok().filter(|_| !same)?;
-            let seen = *namespaces.entry(key).or_insert_with(|| has_copy(pid, mounts));
+            let seen = *namespaces.entry(key).or_insert_with(|| has_copy(pid));
             seen.then_some(Hold::Namespace)
         });
         if let Some(what) = what {
@@ -206,7 +249,7 @@ pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
 
 fn uses(pid: i32, mounts: &[MountInfo], same_namespace: bool) -> Option<Hold> {
     let ours = |id: u64| mounts.iter().any(|m| m.id == id);
-    for (name, what) in [("cwd", Hold::Cwd), ("root", Hold::Root), ("exe", Hold::Exe)] {
+    for (name, what) in LINKS {
         let link = super::fs::open_path(Path::new(&format!("/proc/{pid}/{name}")));
         if link.ok().and_then(|fd| mount::mount_id(fd).ok()).is_some_and(ours) {
             return Some(what);
@@ -218,16 +261,17 @@ fn uses(pid: i32, mounts: &[MountInfo], same_namespace: bool) -> Option<Hold> {
             return entry.file_name().to_str()?.parse().ok().map(Hold::Fd);
         }
     }
-    (same_namespace && maps_file_of(pid, mounts)).then_some(Hold::Map)
+    let points: Vec<&Path> = mounts.iter().map(|m| m.point.as_path()).collect();
+    (same_namespace && maps_file_in(pid, &points)).then_some(Hold::Map)
 }
 
-fn maps_file_of(pid: i32, mounts: &[MountInfo]) -> bool {
+fn maps_file_in(pid: i32, dirs: &[&Path]) -> bool {
     let Ok(text) = std::fs::read(format!("/proc/{pid}/maps")) else { return false };
     text.split(|&b| b == b'\n').any(|line| {
         let Some(at) = line.iter().position(|&b| b == b'/') else { return false };
         // Only a newline is escaped here (proc_pid_maps(5)); undoing the octal form covers it.
         let path = PathBuf::from(std::ffi::OsStr::from_bytes(&mountinfo::unescape(&line[at..])));
-        mounts.iter().any(|m| path.starts_with(&m.point))
+        dirs.iter().any(|dir| path.starts_with(dir))
     })
 }
 
