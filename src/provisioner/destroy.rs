@@ -5,6 +5,7 @@ use crate::backend::{self, Detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ContainerId;
+use crate::plan::BackendKind;
 
 impl Provisioner {
     /// Take a rootfs away, and everything of ours with it: those nested in it (`ID.CHILD`) first. `false`: there is none. Never
@@ -30,6 +31,7 @@ impl Provisioner {
         }
         match &record {
             Some(record) => {
+                self.refuse_with_another_inside(record)?;
                 self.clear(record, how)?;
                 fault::point("destroy.unmounted")?;
                 remove_made(record)?;
@@ -39,6 +41,29 @@ impl Provisioner {
         fault::point("destroy.forget")?;
         self.forget(id, record.as_ref().map(|r| r.plan.rootfs.as_path()))?;
         Ok(true)
+    }
+
+    /// A copy goes with all that lies in its directory, and its volumes go out of sight: not with another rootfs in it. (What
+    /// is mounted in a rootfs that is a mount, its backend sees.)
+    fn refuse_with_another_inside(&self, record: &Record) -> Result<()> {
+        if record.backend != BackendKind::Copy {
+            return Ok(());
+        }
+        let (outer, now) = (&record.plan, Now::look()?);
+        for id in record::ids(&self.paths)?.into_iter().filter(|id| *id != outer.id) {
+            let Some(other) = record::read_or_log(&self.paths.container(&id)) else { continue };
+            if other.plan.rootfs.starts_with(&outer.rootfs) && now.elsewhere(&other)?.is_none() {
+                let (inner, at) = (&other.plan.id, show(&other.plan.rootfs));
+                return Err(Error::new(
+                    Kind::Busy,
+                    "unmount",
+                    show(&outer.rootfs),
+                    format!("rootfs {inner} lies in it: {at}"),
+                )
+                .hint(format!("`fsprov unmount {inner}` first")));
+            }
+        }
+        Ok(())
     }
 
     /// Take away what a rootfs left in the system.

@@ -47,13 +47,16 @@ impl Case {
 pub(crate) mod on {
     use crate::common::{Enter, Lane};
 
-    /// Every backend whose rootfs is a read-only mount.
     pub(crate) fn every_backend(lane: &Lane) -> bool {
-        with_copy(lane) && lane.backend != "copy"
-    }
-    /// And the one whose rootfs is a writable copy, no mount at all.
-    pub(crate) fn with_copy(lane: &Lane) -> bool {
         !lane.backend.is_empty()
+    }
+    /// Those whose rootfs is a read-only mount: not the copy, which is writable and no mount at all.
+    pub(crate) fn read_only(lane: &Lane) -> bool {
+        every_backend(lane) && lane.backend != "copy"
+    }
+    /// Those that can have volumes.
+    pub(crate) fn volumes(lane: &Lane) -> bool {
+        every_backend(lane) && lane.has_volumes()
     }
     pub(crate) fn copy(lane: &Lane) -> bool {
         lane.backend == "copy"

@@ -22,7 +22,7 @@ fn ids(stage: &Stage) -> Vec<String> {
 }
 
 pub(crate) const NESTED: Case =
-    Case::new("nested_ones_go_with_their_parent_and_before_it", on::with_copy, |stage: &Stage| {
+    Case::new("nested_ones_go_with_their_parent_and_before_it", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         let mount = |id: &str| stage.mount(&image, id, ["--id", id]);
         for id in ["a", "a.b", "a.b.c", "ab", "ab.x"] {
@@ -67,7 +67,7 @@ pub(crate) const NESTED: Case =
 /// A rootfs on a volume of another: which goes first is told by the paths, whatever the ids.
 pub(crate) const INSIDE: Case = Case::new(
     "one_inside_another_is_recovered_in_order",
-    |lane: &Lane| on::every_backend(lane) && lane.enter != Enter::User,
+    |lane: &Lane| on::volumes(lane) && lane.enter != Enter::User,
     |stage: &Stage| {
         let image = stage.small_image();
         let vol = stage.mkdir("vol");
@@ -86,7 +86,7 @@ pub(crate) const INSIDE: Case = Case::new(
 );
 
 pub(crate) const WAITS: Case =
-    Case::needing("unmount_waits_for_a_mount_in_flight", on::with_copy, &[Need::Failpoints], |stage: &Stage| {
+    Case::needing("unmount_waits_for_a_mount_in_flight", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
         let image = stage.small_image();
         let mut slow =
             stage.mount_call(&image, "rootfs", ["--id", "one"]).env("FAILPOINTS", "provision.ready=sleep(1500)");
@@ -109,42 +109,43 @@ pub(crate) const WAITS: Case =
 
 /// A namespace made while a rootfs was mounted has a copy of the mount: it must not keep us from taking ours away, nor lead a
 /// deletion into a volume.
-pub(crate) const LEAKED: Case = Case::new("a_mount_leaked_into_another_namespace", on::with_copy, |stage: &Stage| {
-    let image = stage.small_image();
-    let existing = stage.mkdir("existing");
-    for place in ["made", "existing"] {
-        let options =
-            if stage.lane.has_volumes() { volume(stage.mkdir("vol"), "/data", "rw").to_vec() } else { Vec::new() };
-        let rootfs = stage.mount(&image, place, options);
-        stage.write("vol-kept", "kept");
-        let _ = fs::write(stage.path("vol/kept"), "kept");
-        let how: &[&str] =
-            if stage.lane.enter == Enter::User { &["--user", "--map-root-user", "--mount"] } else { &["--mount"] };
-        let mut holder = std::process::Command::new("unshare")
-            .args(how)
-            .args(["sh", "-c", "echo ready; exec sleep 60"])
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("start unshare");
-        let mut word = [0_u8; 6];
-        std::io::Read::read_exact(holder.stdout.as_mut().expect("piped"), &mut word).expect("it starts");
-        let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
-        assert!(said.took < Duration::from_secs(30), "{}", said.describe());
-        assert!(system::mounts_below(&rootfs).is_empty(), "{place}");
-        assert_eq!(stage.records(), Vec::<std::path::PathBuf>::new());
-        if stage.lane.has_volumes() {
-            assert_eq!(fs::read_to_string(stage.path("vol/kept")).expect("read"), "kept", "{place}");
+pub(crate) const LEAKED: Case =
+    Case::new("a_mount_leaked_into_another_namespace", on::every_backend, |stage: &Stage| {
+        let image = stage.small_image();
+        let existing = stage.mkdir("existing");
+        for place in ["made", "existing"] {
+            let options =
+                if stage.lane.has_volumes() { volume(stage.mkdir("vol"), "/data", "rw").to_vec() } else { Vec::new() };
+            let rootfs = stage.mount(&image, place, options);
+            stage.write("vol-kept", "kept");
+            let _ = fs::write(stage.path("vol/kept"), "kept");
+            let how: &[&str] =
+                if stage.lane.enter == Enter::User { &["--user", "--map-root-user", "--mount"] } else { &["--mount"] };
+            let mut holder = std::process::Command::new("unshare")
+                .args(how)
+                .args(["sh", "-c", "echo ready; exec sleep 60"])
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped())
+                .spawn()
+                .expect("start unshare");
+            let mut word = [0_u8; 6];
+            std::io::Read::read_exact(holder.stdout.as_mut().expect("piped"), &mut word).expect("it starts");
+            let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
+            assert!(said.took < Duration::from_secs(30), "{}", said.describe());
+            assert!(system::mounts_below(&rootfs).is_empty(), "{place}");
+            assert_eq!(stage.records(), Vec::<std::path::PathBuf>::new());
+            if stage.lane.has_volumes() {
+                assert_eq!(fs::read_to_string(stage.path("vol/kept")).expect("read"), "kept", "{place}");
+            }
+            let _ = holder.kill();
+            let _ = holder.wait();
+            stage.assert_nothing_left(&format!("after the other namespace ended ({place})"));
         }
-        let _ = holder.kill();
-        let _ = holder.wait();
-        stage.assert_nothing_left(&format!("after the other namespace ended ({place})"));
-    }
-    assert!(existing.is_dir() && !stage.path("made").exists());
-});
+        assert!(existing.is_dir() && !stage.path("made").exists());
+    });
 
 pub(crate) const WRITABLE: Case =
-    Case::new("a_writable_one_keeps_the_image_as_it_is", on::with_copy, |stage: &Stage| {
+    Case::new("a_writable_one_keeps_the_image_as_it_is", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         let before = picture(&image);
         let mut options: Vec<OsString> = vec!["--writable".into(), "--id".into(), "one".into()];

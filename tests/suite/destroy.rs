@@ -26,7 +26,7 @@ pub(crate) fn health(stage: &Stage) -> String {
     only(stage)["state"].as_str().expect("state is a word").to_owned()
 }
 
-pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::every_backend, |stage: &Stage| {
+pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     for (how, existing) in [("path", false), ("path", true), ("id", false), ("alias", false), ("all", true)] {
         if existing {
@@ -57,7 +57,7 @@ pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::
     }
 });
 
-pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::with_copy, |stage: &Stage| {
+pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
     stage.unmount(&rootfs);
@@ -71,7 +71,7 @@ pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::wit
 });
 
 pub(crate) const ONE_PLACE_ONE_ROOTFS: Case =
-    Case::new("a_taken_mount_point_or_id_is_busy", on::with_copy, |stage: &Stage| {
+    Case::new("a_taken_mount_point_or_id_is_busy", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
         let mounts = system::mounts_below(&stage.dir).len();
@@ -100,6 +100,45 @@ pub(crate) const BUSY: Case =
         stage.assert_nothing_left("after the last user of a lazily unmounted rootfs ended");
     });
 
+/// A copy is no mount that the kernel would keep: whoever uses its files must be found.
+pub(crate) const COPY_IN_USE: Case = Case::new("a_copy_in_use_is_not_deleted", on::copy, |stage: &Stage| {
+    let image = stage.small_image();
+    fs::copy("/bin/sleep", image.join("etc/sleep")).expect("copy a program");
+    let rootfs = stage.mount(&image, "rootfs", NONE);
+    let elsewhere = stage.mkdir("elsewhere");
+    let unshare: &[&str] = if stage.lane.enter == Enter::Root { &["-m"] } else { &["-Urm"] };
+    let open = format!("exec sleep 60 <{}/hosts", rootfs.join("etc").display());
+    let bind = format!("mount --bind {} {} && exec sleep 60", rootfs.display(), elsewhere.display());
+    let enter = format!("cd {} && exec sleep 60", rootfs.join("etc").display());
+    let program = rootfs.join("etc/sleep");
+    let users: [(&str, Command); 4] = [
+        ("its program", Command::new(&program)),
+        ("an open file", Command::new("sh")),
+        ("a mount of it in another namespace", Command::new("unshare")),
+        ("a working directory, from another namespace", Command::new("unshare")),
+    ];
+    for (n, (what, mut user)) in users.into_iter().enumerate() {
+        match n {
+            0 => user.arg("60"),
+            1 => user.args(["-c", &open]),
+            2 => user.args(unshare).args(["sh", "-c", &bind]),
+            _ => user.args(unshare).args(["sh", "-c", &enter]),
+        };
+        let mut user = user.spawn().expect("start a user");
+        let pid = user.id();
+        let sleeps = || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "sleep\n");
+        assert!(system::eventually(Duration::from_secs(10), sleeps), "{what}");
+        let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run();
+        let _ = user.kill();
+        let _ = user.wait();
+        said.fails(4, &[&format!("(pid {pid},"), "--lazy"]);
+        assert_eq!(health(stage), "ready", "{what}: a refused unmount changes nothing");
+        assert!(rootfs.join("etc/sleep").exists(), "{what}");
+    }
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after its last user ended");
+});
+
 /// What others mounted below or on top of a rootfs is not ours to take away.
 pub(crate) const FOREIGN_MOUNTS: Case = Case::new(
     "foreign_mounts_are_not_taken_away",
@@ -126,7 +165,7 @@ pub(crate) const FOREIGN_MOUNTS: Case = Case::new(
 
 pub(crate) const FOREIGN_BENEATH: Case = Case::new(
     "a_mount_beneath_the_rootfs_stays",
-    |lane: &Lane| on::every_backend(lane) && lane.enter != Enter::User,
+    |lane: &Lane| on::read_only(lane) && lane.enter != Enter::User,
     |stage: &Stage| {
         let image = stage.small_image();
         let place = stage.mkdir("rootfs");
@@ -142,7 +181,7 @@ pub(crate) const FOREIGN_BENEATH: Case = Case::new(
 
 /// An administrator unmounts by hand: list says gone, unmount removes the rest.
 pub(crate) const UNMOUNTED_BY_HAND: Case =
-    Case::new("unmounted_by_hand_is_gone_and_cleaned", on::every_backend, |stage: &Stage| {
+    Case::new("unmounted_by_hand_is_gone_and_cleaned", on::read_only, |stage: &Stage| {
         let image = stage.small_image();
         let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/data", "rw"));
         if stage.lane.enter == Enter::User {
@@ -184,7 +223,7 @@ pub(crate) const SERVER_KILLED: Case = Case::new("a_killed_server_is_dead_and_cl
 });
 
 /// The mount point lies in the image, or is the image: the server must not wait for itself.
-pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", on::every_backend, |stage: &Stage| {
+pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", on::read_only, |stage: &Stage| {
     let image = stage.small_image();
     fs::create_dir(image.join("mnt")).expect("mkdir");
     for place in ["image/mnt", "image"] {
@@ -198,7 +237,7 @@ pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", 
 });
 
 pub(crate) const MOUNT_POINT_KINDS: Case =
-    Case::new("a_mount_point_must_be_a_directory", on::every_backend, |stage: &Stage| {
+    Case::new("a_mount_point_must_be_a_directory", on::read_only, |stage: &Stage| {
         let image = stage.small_image();
         let file = stage.write("file", "x");
         stage.mount_call(&image, "file", NONE).run().fails(2, &["file", "not a directory"]);
@@ -326,7 +365,7 @@ pub(crate) const SYSTEMD: Case = Case::new("systemd_is_told", on::every_backend,
 
 /// Other users' processes cannot enter a FUSE mount made without allow_other; a rootfs's state is its owner's alone.
 pub(crate) const STATE_IS_PRIVATE: Case =
-    Case::new("the_state_root_is_closed_to_others", on::with_copy, |stage: &Stage| {
+    Case::new("the_state_root_is_closed_to_others", on::every_backend, |stage: &Stage| {
         let image = stage.small_image();
         stage.mount(&image, "rootfs", NONE);
         for path in [stage.state().join("containers"), stage.records()[0].clone()] {
@@ -336,7 +375,7 @@ pub(crate) const STATE_IS_PRIVATE: Case =
     });
 
 pub(crate) const ENOUGH: Case =
-    Case::needing("twenty_rounds_leave_nothing", on::every_backend, &[Need::Tool("true")], |stage: &Stage| {
+    Case::needing("twenty_rounds_leave_nothing", on::volumes, &[Need::Tool("true")], |stage: &Stage| {
         let image = stage.small_image();
         let fds = || fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
         let (mounts, before) = (system::mounts_of_others(), fds());
@@ -353,7 +392,7 @@ pub(crate) const ENOUGH: Case =
 const COUNT: usize = 8;
 
 /// Several at once, of one image, in one state root.
-pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::with_copy, |stage: &Stage| {
+pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let start = |verb: &str, i: usize| {
         let rootfs = stage.path(format!("rootfs-{i}"));

@@ -29,7 +29,7 @@ fn filter(stage: &Stage) -> PathBuf {
 
 /// An ordinary user's filter forbids setuid programs, fusermount3 among them: that lane has nothing to fall back to.
 fn lanes(lane: &crate::common::Lane) -> bool {
-    on::with_copy(lane) && !(lane.is_fuse() && lane.enter == crate::common::Enter::User)
+    on::every_backend(lane) && !(lane.is_fuse() && lane.enter == crate::common::Enter::User)
 }
 
 pub(crate) const FALLBACKS: Case = Case::needing(

@@ -95,7 +95,7 @@ fn undisturbed(outcome: &Outcome) -> bool {
 
 pub(crate) const PROVISION_FAILS: Case = Case::needing(
     "provision_fails_at_each_step_and_leaves_nothing",
-    on::with_copy,
+    on::every_backend,
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
@@ -123,7 +123,7 @@ pub(crate) const PROVISION_FAILS: Case = Case::needing(
 
 pub(crate) const PROVISION_DIES: Case = Case::needing(
     "provision_dies_at_each_step_and_unmount_cleans",
-    on::with_copy,
+    on::every_backend,
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
@@ -168,7 +168,7 @@ pub(crate) const PROVISION_DIES: Case = Case::needing(
 
 pub(crate) const DESTROY_BREAKS: Case = Case::needing(
     "destroy_fails_or_dies_at_each_step_and_can_be_repeated",
-    on::with_copy,
+    on::every_backend,
     &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();

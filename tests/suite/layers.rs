@@ -236,8 +236,11 @@ fn as_imported_before(state: &Path, from: &str, to: &str) {
     }
 }
 
-pub(crate) const SAME_TREE: Case =
-    Case::needing("whiteouts_hide_the_same_whatever_the_backend", on::with_copy, &[Need::DevFuse], |stage: &Stage| {
+pub(crate) const SAME_TREE: Case = Case::needing(
+    "whiteouts_hide_the_same_whatever_the_backend",
+    on::every_backend,
+    &[Need::DevFuse],
+    |stage: &Stage| {
         import(stage);
         check(stage, "as imported");
         stage.fsprov(["image", "verify"]).run().ok();
@@ -248,7 +251,8 @@ pub(crate) const SAME_TREE: Case =
             as_imported_before(&stage.state(), trusted, user);
             check(stage, "as a user's imports are");
         }
-    });
+    },
+);
 
 pub(crate) const OTHERS: Case = Case::needing(
     "whiteouts_hide_the_same_whoever_imported",

@@ -70,6 +70,7 @@ pub(crate) const CASES: &[Case] = &[
     crash::RESTARTED,
     destroy::AT_ONCE,
     destroy::BUSY,
+    destroy::COPY_IN_USE,
     destroy::DETACHED,
     destroy::ENOUGH,
     destroy::FOREGROUND,

@@ -399,7 +399,7 @@ fn transcript(dir: &Path) -> Vec<String> {
 }
 
 pub(crate) const SAME_ANSWERS: Case =
-    Case::new("a_writable_volume_answers_like_its_directory", on::every_backend, |stage: &Stage| {
+    Case::new("a_writable_volume_answers_like_its_directory", on::volumes, |stage: &Stage| {
         let image = stage.small_image();
         let (plain, backing) = (stage.mkdir("plain"), stage.mkdir("vol"));
         let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
@@ -434,7 +434,7 @@ pub(crate) const SAME_ANSWERS: Case =
 const LINES: usize = 500;
 
 pub(crate) const TWO_WRITERS: Case =
-    Case::new("appending_beside_a_writer_on_the_host_loses_nothing", on::every_backend, |stage: &Stage| {
+    Case::new("appending_beside_a_writer_on_the_host_loses_nothing", on::volumes, |stage: &Stage| {
         let image = stage.small_image();
         let backing = stage.mkdir("vol");
         let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
@@ -466,7 +466,7 @@ pub(crate) const TWO_WRITERS: Case =
 /// Programs that map files: written through a shared mapping, read by the other side. In C: the suite has no unsafe code.
 pub(crate) const MAPPED: Case = Case::needing(
     "shared_mappings_reach_the_file",
-    on::every_backend,
+    on::volumes,
     &[Need::Tool("cc")],
     |stage: &Stage| {
         let image = stage.small_image();

@@ -71,25 +71,24 @@ pub(crate) fn assert_read_only(rootfs: &Path, when: &str) {
     assert!(wrong.is_empty(), "{when}: these should all have been EROFS:\n  {}", wrong.join("\n  "));
 }
 
-pub(crate) const EVERY_CHANGE_IS_EROFS: Case =
-    Case::new("every_change_is_erofs", on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
-        let before = picture(&image);
-        let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
-        assert_read_only(&rootfs, "without volumes");
-        stage.unmount(&rootfs);
-        // A writable volume means that the superblock of a FUSE rootfs cannot be read-only: the server itself must refuse.
-        stage.mkdir("sandbox");
-        let sandbox = stage.path("sandbox").into_os_string();
-        let rootfs = stage.mount(&image, "rootfs", ["--sandbox".into(), sandbox, "-v".into(), "work:/data".into()]);
-        assert_read_only(&rootfs, "beside a writable volume");
-        stage.unmount(&rootfs);
-        assert_same(&before, &picture(&image), "the image after all attempts");
-    });
+pub(crate) const EVERY_CHANGE_IS_EROFS: Case = Case::new("every_change_is_erofs", on::read_only, |stage: &Stage| {
+    let image = stage.small_image();
+    rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
+    let before = picture(&image);
+    let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
+    assert_read_only(&rootfs, "without volumes");
+    stage.unmount(&rootfs);
+    // A writable volume means that the superblock of a FUSE rootfs cannot be read-only: the server itself must refuse.
+    stage.mkdir("sandbox");
+    let sandbox = stage.path("sandbox").into_os_string();
+    let rootfs = stage.mount(&image, "rootfs", ["--sandbox".into(), sandbox, "-v".into(), "work:/data".into()]);
+    assert_read_only(&rootfs, "beside a writable volume");
+    stage.unmount(&rootfs);
+    assert_same(&before, &picture(&image), "the image after all attempts");
+});
 
 pub(crate) const PROGRAMS_SAY_READ_ONLY: Case =
-    Case::new("programs_say_read_only_file_system", on::every_backend, |stage: &Stage| {
+    Case::new("programs_say_read_only_file_system", on::read_only, |stage: &Stage| {
         let image = stage.small_image();
         let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
         let name = |path: &str| rootfs.join(path).into_os_string();

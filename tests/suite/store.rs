@@ -88,7 +88,7 @@ pub(crate) const EVERY_COMPRESSION: Case = Case::needing(
 
 /// What is imported is what the archive held: compared with the tree that GNU tar packed.
 pub(crate) const SAME_TREE: Case =
-    Case::new("an_imported_image_shows_the_same_tree", on::with_copy, |stage: &Stage| {
+    Case::new("an_imported_image_shows_the_same_tree", on::every_backend, |stage: &Stage| {
         let tree = stage.mkdir("tree");
         fs::write(tree.join("manifest"), manifest("example.com/full")).expect("write");
         let maker = if stage.lane.is_real_root() { Maker::RealRoot } else { Maker::Anyone };
@@ -115,7 +115,7 @@ pub(crate) const SAME_TREE: Case =
 
 /// A root filesystem as mmdebstrap, `docker export` and others pack it: no manifest, its own top.
 pub(crate) const BARE_TREE: Case =
-    Case::new("a_tar_of_a_root_filesystem_by_itself_is_taken_under_a_name", on::with_copy, |stage: &Stage| {
+    Case::new("a_tar_of_a_root_filesystem_by_itself_is_taken_under_a_name", on::every_backend, |stage: &Stage| {
         let tree = stage.mkdir("bare");
         make_small_tree(&tree);
         images::chmod(&tree, 0o751);
@@ -188,7 +188,7 @@ pub(crate) const TRUE_OWNERS: Case = Case::new(
     },
 );
 
-pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::with_copy, |stage: &Stage| {
+pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::every_backend, |stage: &Stage| {
     // A plain directory, imported: a copy, which does not change with it.
     let plain = stage.path("plain");
     make_small_tree(&plain);
@@ -211,7 +211,7 @@ pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::with
     stage.unmount(&rootfs);
 });
 
-pub(crate) const IN_USE: Case = Case::new("an_image_in_use_is_not_removed", on::with_copy, |stage: &Stage| {
+pub(crate) const IN_USE: Case = Case::new("an_image_in_use_is_not_removed", on::every_backend, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let id = import(stage, &archive)["id"].as_str().expect("an id").to_owned();
     let rootfs = stage.mount("example.com/small", "rootfs", ["--id", "user"]);
@@ -659,7 +659,7 @@ pub(crate) const AT_ONCE: Case = Case::new("importers_at_once_make_one_image", o
 });
 
 /// Odd names in an archive arrive as they are.
-pub(crate) const ODD_NAMES: Case = Case::new("odd_names_survive_the_import", on::with_copy, |stage: &Stage| {
+pub(crate) const ODD_NAMES: Case = Case::new("odd_names_survive_the_import", on::every_backend, |stage: &Stage| {
     let tree = small_aci_tree(stage, "tree");
     let dir = tree.join("rootfs/odd");
     fs::create_dir(&dir).expect("mkdir");
