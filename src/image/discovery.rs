@@ -71,7 +71,7 @@ impl Wanted {
             (_, Some(value)) => Some(value.to_owned()),
             ("version", None) => Some(DEFAULT_VERSION.into()),
             ("os", None) => Some(platform.os.clone()),
-            ("arch", None) => Some(appc_arch(&platform.architecture).into()),
+            ("arch", None) => Some(platform.appc_arch().into()),
             _ => None,
         }
     }
@@ -121,21 +121,12 @@ impl Wanted {
                 None => return refuse(format!("what came has no label {}", label.name)),
             }
         }
-        for (name, here) in [("os", platform.os.as_str()), ("arch", appc_arch(&platform.architecture))] {
+        for (name, here) in [("os", platform.os.as_str()), ("arch", platform.appc_arch())] {
             if let Some(value) = manifest.label(name).filter(|value| self.label(name).is_none() && *value != here) {
                 return refuse(format!("what came is for {name}={value}, not {here}"));
             }
         }
         Ok(())
-    }
-}
-
-/// The specification's names for processors differ from Go's, which [`Platform`] has.
-fn appc_arch(go: &str) -> &str {
-    match go {
-        "386" => "i386",
-        "arm64" => "aarch64",
-        other => other,
     }
 }
 

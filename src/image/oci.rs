@@ -107,6 +107,30 @@ impl Platform {
         Platform { architecture: architecture.into(), os: "linux".into(), variant: None }
     }
 
+    /// The architecture in AppC's words (spec/aci.md, "os" and "arch"), which have a variant within them.
+    pub fn appc_arch(&self) -> &str {
+        match (self.architecture.as_str(), self.variant.as_deref()) {
+            ("386", _) => "i386",
+            ("arm64", _) => "aarch64",
+            ("arm", Some("v6")) => "armv6l",
+            // containerd takes `arm` alone for v7, too.
+            ("arm", Some("v7") | None) => "armv7l",
+            (other, _) => other,
+        }
+    }
+
+    /// For Linux, from [`Platform::appc_arch`]'s words.
+    pub fn from_appc_arch(arch: &str) -> Self {
+        let (architecture, variant) = match arch {
+            "i386" => ("386", None),
+            "aarch64" => ("arm64", None),
+            "armv6l" => ("arm", Some("v6")),
+            "armv7l" => ("arm", Some("v7")),
+            other => (other, None),
+        };
+        Platform { architecture: architecture.into(), os: "linux".into(), variant: variant.map(Into::into) }
+    }
+
     /// Does an image for `self` fit where `wanted` is asked for?
     pub fn fits(&self, wanted: &Platform) -> bool {
         self.os == wanted.os
@@ -390,6 +414,25 @@ mod tests {
             (&old, None, false),
         ] {
             assert_eq!(parse_document(text.as_bytes(), announced).is_ok(), good, "{text} {announced:?}");
+        }
+    }
+
+    #[test]
+    fn appc_has_its_own_words_for_architectures() {
+        for (oci, appc) in [
+            ("linux/amd64", "amd64"),
+            ("linux/386", "i386"),
+            ("linux/arm64", "aarch64"),
+            ("linux/arm/v6", "armv6l"),
+            ("linux/arm/v7", "armv7l"),
+            ("linux/ppc64le", "ppc64le"),
+        ] {
+            let platform: Platform = oci.parse().unwrap();
+            assert_eq!(platform.appc_arch(), appc);
+            assert_eq!(Platform::from_appc_arch(appc), platform);
+        }
+        for (oci, appc) in [("linux/arm64/v8", "aarch64"), ("linux/arm", "armv7l")] {
+            assert_eq!(oci.parse::<Platform>().unwrap().appc_arch(), appc);
         }
     }
 

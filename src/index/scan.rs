@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatxFlags};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::build::{Builder, Entry, Time, What, Xattr, refuse};
@@ -46,8 +46,8 @@ impl Builder {
         mut sha256: impl FnMut(&[u8], &dyn Fn() -> Result<std::fs::File>) -> Result<Option<[u8; 32]>>,
     ) -> Result<()> {
         let root = root.as_fd();
-        let stat = statx(root, "")?;
-        let device = (stat.stx_dev_major, stat.stx_dev_minor);
+        let stat = stat_of(root, "")?;
+        let device = stat.st_dev;
         let top = reopen(root, &[], &[])?;
         let xattrs = xattrs_of(&top, &[])?;
         self.add(entry(Vec::new(), What::Directory, &stat, xattrs))?;
@@ -64,23 +64,23 @@ impl Builder {
                 path.push(b'/');
             }
             path.extend_from_slice(&name);
-            let stat = statx(frame.fd.as_fd(), &name[..]).map_err(|e| fail("stat", &path, &e))?;
-            let kind = FileType::from_raw_mode(stat.stx_mode.into());
-            if (stat.stx_dev_major, stat.stx_dev_minor) != device {
+            let stat = stat_of(frame.fd.as_fd(), &name[..]).map_err(|e| fail("stat", &path, &e))?;
+            let kind = FileType::from_raw_mode(stat.st_mode);
+            if stat.st_dev != device {
                 if kind == FileType::Directory {
                     self.add(entry(path, What::Directory, &stat, Vec::new()))?;
                 }
                 continue;
             }
-            if kind != FileType::Directory && stat.stx_nlink > 1 {
-                if let Some(first) = links.get(&stat.stx_ino) {
+            if kind != FileType::Directory && stat.st_nlink > 1 {
+                if let Some(first) = links.get(&stat.st_ino) {
                     let what = What::HardLink(first.clone());
                     self.add(entry(path, what, &stat, Vec::new()))?;
                     continue;
                 }
-                links.insert(stat.stx_ino, path.clone());
+                links.insert(stat.st_ino, path.clone());
             }
-            let rdev = encode_device(stat.stx_rdev_major, stat.stx_rdev_minor);
+            let rdev = encode_device(fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
             let what = match kind {
                 FileType::Directory => {
                     if stack.len() >= MAX_OPEN_DEPTH {
@@ -101,7 +101,7 @@ impl Builder {
                         Err(e) => Err(Error::sys("index: open", show(&path), e)),
                     };
                     let sha256 = sha256(&path, &open)?;
-                    What::File { size: stat.stx_size, content: None, sha256 }
+                    What::File { size: stat.st_size as u64, content: None, sha256 }
                 }
                 FileType::Symlink => {
                     let target = fs::readlinkat(&frame.fd, &name[..], Vec::with_capacity(MAX_TARGET))
@@ -121,14 +121,14 @@ impl Builder {
     }
 }
 
-fn entry(path: Vec<u8>, what: What, stat: &fs::Statx, xattrs: Vec<Xattr>) -> Entry {
+fn entry(path: Vec<u8>, what: What, stat: &fs::Stat, xattrs: Vec<Xattr>) -> Entry {
     Entry {
         path,
         what,
-        mode: stat.stx_mode & 0o7777,
-        uid: stat.stx_uid,
-        gid: stat.stx_gid,
-        mtime: Time { secs: stat.stx_mtime.tv_sec, nanos: stat.stx_mtime.tv_nsec },
+        mode: (stat.st_mode & 0o7777) as u16,
+        uid: stat.st_uid,
+        gid: stat.st_gid,
+        mtime: Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
         xattrs,
     }
 }
@@ -147,9 +147,9 @@ fn fail(what: &str, path: &[u8], cause: &Error) -> Error {
     Error::new(cause.kind(), format!("index: {what}"), show(path), cause.to_string())
 }
 
-fn statx(dir: std::os::fd::BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<fs::Statx> {
+fn stat_of(dir: std::os::fd::BorrowedFd<'_>, name: impl rustix::path::Arg) -> Result<fs::Stat> {
     let flags = AtFlags::SYMLINK_NOFOLLOW | AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT;
-    fs::statx(dir, name, flags, StatxFlags::BASIC_STATS).map_err(|e| Error::sys("statx", "", e))
+    fs::statat(dir, name, flags).map_err(|e| Error::sys("stat", "", e))
 }
 
 /// Open a directory by its name in its parent; an empty name opens the parent again, for reading.

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use data_encoding::BASE64;
 use serde::Deserialize;
 
-use super::http::{Answer, Client, Failure, Url, encode};
+use super::http::{Answer, Client, DOCKER_API, DOCKER_IO, Failure, Url, encode};
 use crate::error::{Error, Kind, Result, show};
 
 /// Longest file of logins and answer of a token service read.
@@ -234,7 +234,7 @@ pub(super) struct Session<'a> {
 
 impl<'a> Session<'a> {
     pub(super) fn new(client: &'a Client, files: &'a AuthFiles, host: &str, repository: &str) -> Self {
-        let api = if host == "docker.io" { "registry-1.docker.io" } else { host };
+        let api = if host == DOCKER_IO { DOCKER_API } else { host };
         Session {
             client,
             host: api.into(),

@@ -29,6 +29,11 @@ const MAX_REDIRECTS: usize = 5;
 /// Longest file of certificates read.
 const MAX_CA_BYTES: u64 = 4 << 20;
 
+/// Docker's registry as people name it,
+pub(super) const DOCKER_IO: &str = "docker.io";
+/// and the host that answers for it.
+pub(super) const DOCKER_API: &str = "registry-1.docker.io";
+
 /// How one host is spoken to.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -192,8 +197,9 @@ impl Client {
         Client { hosts, agents: Mutex::default(), local: Mutex::default() }
     }
 
+    /// What is said of a host; what is said of `docker.io` holds for the host that answers for it.
     pub(super) fn host(&self, host: &str) -> Option<&HostConfig> {
-        self.hosts.get(host)
+        self.hosts.get(host).or_else(|| self.hosts.get(DOCKER_IO).filter(|_| host == DOCKER_API))
     }
 
     /// May this host be spoken to without TLS?

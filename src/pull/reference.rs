@@ -1,11 +1,10 @@
 //! What names an image in a registry: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]` (distribution specification, "Pulling manifests";
 //! docker's convention where there is no host: docker.io, and `library/` before a single word).
 
+use super::http::DOCKER_IO as DEFAULT_HOST;
 use crate::error::{Error, Kind, Result};
 use crate::image::oci::Digest;
 
-/// The registry meant where none is named.
-const DEFAULT_HOST: &str = "docker.io";
 /// The tag meant where neither tag nor digest is named.
 const DEFAULT_TAG: &str = "latest";
 /// Longest repository and tag (distribution specification).

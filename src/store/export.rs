@@ -141,16 +141,18 @@ impl Store {
         }
         let known = || meta.names.first().map_or("image".to_owned(), |name| ac_identifier(name));
         let mut manifest = appc::Manifest::named(&name.map_or_else(known, str::to_owned))?;
-        let label = |name: &str, value: &str| Pair { name: name.into(), value: value.into() };
-        manifest.labels = meta
-            .labels
-            .iter()
-            .map(|(name, value)| match (name.as_str(), value.as_str()) {
-                ("arch", "arm64") => label("arch", "aarch64"),
-                ("arch", "386") => label("arch", "i386"),
-                (name, value) => label(name, value),
-            })
-            .collect();
+        let platform = Platform {
+            architecture: meta.label("arch").unwrap_or_default().into(),
+            os: meta.label("os").unwrap_or_default().into(),
+            variant: meta.label("variant").map(Into::into),
+        };
+        let label = |(name, value): &(String, String)| match name.as_str() {
+            // AppC's word for the architecture has it within.
+            "variant" => None,
+            "arch" => Some(Pair { name: name.clone(), value: platform.appc_arch().into() }),
+            _ => Some(Pair { name: name.clone(), value: value.clone() }),
+        };
+        manifest.labels = meta.labels.iter().filter_map(label).collect();
         json(&manifest)
     }
 
@@ -166,14 +168,7 @@ impl Store {
             config.remove("history");
             return json(&config);
         }
-        let mut platform = Platform::host();
-        if let Some(arch) = meta.label("arch") {
-            platform.architecture = match arch {
-                "aarch64" => "arm64".into(),
-                "i386" => "386".into(),
-                arch => arch.into(),
-            };
-        }
+        let platform = meta.label("arch").map_or_else(Platform::host, Platform::from_appc_arch);
         json(&Config { platform, rootfs })
     }
 }

@@ -35,6 +35,8 @@ pub struct Collected {
     pub layers: Vec<ImageId>,
     /// Half-made images of importers that died, and downloads that broke off.
     pub staging: usize,
+    /// Damaged images and layers that were set aside: [`Store::remove_set_aside`].
+    pub set_aside: usize,
     /// Bytes that the disk got back.
     pub bytes: u64,
 }
@@ -160,10 +162,12 @@ impl Store {
         Ok(found)
     }
 
-    /// What all images and layers together take on the disk, each once.
-    pub fn total_bytes(&self) -> Result<u64> {
+    /// What all images and layers together take on the disk, each once; and what lies set aside ([`Store::verify`]).
+    pub fn total_bytes(&self) -> Result<(u64, u64)> {
         let _in_use = self.lock_shared()?;
-        Ok(bytes_on_disk(&self.paths.images())? + bytes_on_disk(&self.paths.layers())?)
+        let aside = self.paths.aside();
+        let set_aside = if aside.exists() { bytes_on_disk(&aside)? } else { 0 };
+        Ok((bytes_on_disk(&self.paths.images())? + bytes_on_disk(&self.paths.layers())?, set_aside))
     }
 
     /// Images that stand on this one.

@@ -48,7 +48,7 @@ struct Picked {
     manifest: Vec<u8>,
     config: Vec<u8>,
     names: Vec<String>,
-    platform: String,
+    platform: oci::Platform,
     layers: Vec<Layer>,
 }
 
@@ -162,7 +162,7 @@ impl Layout {
             Ok(Layer { path: blob_path(&blob.digest), blob: Some(blob.clone()), diff_id: diff_id.clone() })
         });
         let layers = layers.collect::<Result<_>>()?;
-        Ok(Picked { manifest: bytes, config: config_bytes, names, platform: config.platform.to_string(), layers })
+        Ok(Picked { manifest: bytes, config: config_bytes, names, platform: config.platform, layers })
     }
 
     /// `manifest.json` of `docker save`. What it has no manifest for gets one: uncompressed layers named by their diff ids.
@@ -200,7 +200,7 @@ impl Layout {
             layers: descriptors,
         };
         let manifest = serde_json::to_vec(&made).map_err(|e| Error::new(Kind::Io, "make manifest", &self.name, e))?;
-        Ok(Picked { manifest, config: config_bytes, names: tags(image), platform: config.platform.to_string(), layers })
+        Ok(Picked { manifest, config: config_bytes, names: tags(image), platform: config.platform, layers })
     }
 }
 
@@ -268,9 +268,9 @@ impl Store {
                 meta.names.push(name);
             }
         }
-        if let Some((os, arch)) = picked.platform.split_once('/') {
-            meta.labels = vec![("os".into(), os.into()), ("arch".into(), arch.into())];
-        }
+        let oci::Platform { os, architecture, variant } = picked.platform.clone();
+        meta.labels = vec![("os".into(), os), ("arch".into(), architecture)];
+        meta.labels.extend(variant.map(|variant| ("variant".into(), variant)));
         let mut index = Builder::new();
         let mut fresh: Vec<(ImageId, PathBuf)> = Vec::new();
         for layer in &picked.layers {

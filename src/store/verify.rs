@@ -12,7 +12,7 @@ use super::layer::LayerMeta;
 use super::meta::{OnDisk, sha256_hex};
 use super::pax::is_xattr_taken;
 use super::tree::{Tree, damaged};
-use super::{ImageKind, ImageSource, ImportOptions, Meta, Store, ids_below};
+use super::{ImageKind, ImageSource, ImportOptions, Meta, Signature, Store, Uses, ids_below};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::{Strictness, appc, oci};
@@ -110,6 +110,35 @@ impl Store {
         Ok(damage)
     }
 
+    /// Delete what [`Store::verify`] set aside, but for images in use: a rootfs may still show what is left of one. Gives the
+    /// number of deleted images and layers, and the bytes that the disk got back.
+    pub fn remove_set_aside(&self, uses: Uses<'_>) -> Result<(usize, u64)> {
+        let _held = self.lock_exclusive()?;
+        let used: Vec<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
+        // The layers of one that was set aside are not known: while anything is used, layers stay.
+        let (mut count, mut bytes) = (0, 0);
+        let dir = self.paths.aside();
+        let entries = match std::fs::read_dir(&dir) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
+            other => other.map_err(|e| Error::io("list", show(&dir), e))?,
+        };
+        for entry in entries {
+            let path = entry.map_err(|e| Error::io("list", show(&dir), e))?.path();
+            let id = path.file_stem().and_then(|stem| stem.to_str()).and_then(|stem| stem.parse::<ImageId>().ok());
+            let is_used = match &id {
+                Some(id) if path.join(image::MANIFEST).exists() => used.contains(id),
+                _ => !used.is_empty(),
+            };
+            if is_used || super::lock::is_held(&path)? {
+                log::info!("{} stays: it may be in use", show(&path));
+                continue;
+            }
+            bytes += crate::sys::usage::measure(&path)?.bytes;
+            count += usize::from(crate::sys::remove::remove_tree(&path)?);
+        }
+        Ok((count, bytes))
+    }
+
     /// Import what was set aside again. What cannot be had is logged and stays as it is: the finding tells.
     fn reimport(&self, origins: &[Meta], damage: &mut [Damage]) {
         for meta in origins {
@@ -120,7 +149,8 @@ impl Store {
                     expected_id: Some(meta.id.clone()),
                     reference: origin.reference.clone(),
                     platform: origin.platform.clone(),
-                    // It was taken before.
+                    // It was taken before, and its id is the digest of all that it is.
+                    signature: Signature::Waived,
                     ..self.import_options(Strictness::Lenient)
                 };
                 self.import(&source, &options)?;

@@ -95,6 +95,9 @@ impl Lane {
                 needs.push(Need::Tool("fusermount3"));
             }
         }
+        if self.backend == "overlay" {
+            needs.push(Need::MountCalls);
+        }
         needs
     }
 }

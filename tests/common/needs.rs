@@ -19,6 +19,8 @@ pub(crate) enum Need {
     Failpoints,
     /// Loop devices: a file system of the case's own.
     Loop,
+    /// open_tree(2) and its kin (Linux 5.2): the overlay backend refuses without them, which `enosys` tests.
+    MountCalls,
 }
 
 impl Need {
@@ -51,9 +53,23 @@ impl Need {
             Need::Loop => std::fs::File::open("/dev/loop-control")
                 .map(drop)
                 .map_err(|e| format!("needs loop devices: /dev/loop-control: {e}")),
-            Need::Root | Need::NotRoot | Need::Failpoints => Ok(()),
+            Need::MountCalls if !has_mount_calls() => Err("needs open_tree(2): scripts/enosys took it away".into()),
+            Need::Root | Need::NotRoot | Need::Failpoints | Need::MountCalls => Ok(()),
         }
     }
+}
+
+/// False on kernels before 5.2, and under `scripts/enosys`.
+pub(crate) fn has_mount_calls() -> bool {
+    let flags = rustix::mount::OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    !matches!(rustix::mount::open_tree(rustix::fs::CWD, "/", flags), Err(rustix::io::Errno::NOSYS))
+}
+
+/// What a program said, but for the warnings by what it goes without the newer calls under `scripts/enosys`.
+pub(crate) fn without_fallbacks(said: &str) -> String {
+    let is_meant =
+        |line: &&str| has_mount_calls() || !(line.starts_with("[WARN ") && line.contains("this kernel has no "));
+    said.lines().filter(is_meant).map(|line| format!("{line}\n")).collect()
 }
 
 /// An ordinary user, with ids as text for command lines.

@@ -378,4 +378,12 @@ pub(crate) const REPAIRED: Case = Case::new("what_is_repaired_is_what_it_was", o
     assert!(done.as_array().expect("an array").iter().all(|d| d["reimported"] == true), "{done:#}");
     place.assert_clean("repaired");
     assert_eq!(list(), before);
+    // What was damaged lies aside, and can be had back as space.
+    assert!(place.call(["du"]).run().ok().out().contains("set aside"));
+    assert_eq!(place.call(["gc", "--json"]).run().ok().json()["set_aside"], 0);
+    let collected = place.call(["gc", "--aside", "--json"]).run().ok().json();
+    assert!(collected["set_aside"].as_u64() >= Some(3) && collected["bytes"].as_u64() > Some(0), "{collected:#}");
+    assert_eq!(fs::read_dir(place.root.path().join("aside")).expect("read").count(), 0);
+    assert!(!place.call(["du"]).run().ok().out().contains("set aside"));
+    place.assert_clean("after the damaged ones were removed");
 });

@@ -9,6 +9,7 @@ use serde_json::Value;
 use super::destroy::health;
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
+use crate::common::needs::has_mount_calls;
 use crate::common::walk::{assert_same, picture};
 use crate::common::{Case, Enter, Need, Stage, system};
 
@@ -192,7 +193,7 @@ pub(crate) const WRITABLE_CRASH: Case = Case::needing(
 
 /// A known rootfs whose healing is cut short is healed by the next `recover`.
 pub(crate) const HEALING_DIES: Case =
-    Case::needing("recover_that_died_is_done_again", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
+    Case::needing("recover_that_died_is_done_again", on::read_only, &[Need::Failpoints], |stage: &Stage| {
         let image = stage.small_image();
         let take_away = || {
             if stage.lane.enter == Enter::User {
@@ -233,8 +234,10 @@ pub(crate) const COPY_AFTER_REBOOT: Case =
             }
             let mut record: Value = serde_json::from_str(&fs::read_to_string(&file).expect("read")).expect("JSON");
             record["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
-            // Disks are found in another order.
-            record["traces"]["copied"]["dev"] = 4242.into();
+            // Disks are found in another order. Without statx(2) nothing but the device tells their directories apart.
+            if has_mount_calls() {
+                record["traces"]["copied"]["dev"] = 4242.into();
+            }
             fs::write(&file, record.to_string()).expect("write");
         };
         for _ in 0..2 {

@@ -88,7 +88,8 @@ impl Verify {
 #[command(
     alias = "prune",
     after_help = "\
-Removes layers that no image names and what importers that died left behind; with --unused also every image that no rootfs uses.
+Removes layers that no image names and what importers that died left behind; with --unused also every image that no rootfs uses, with
+--aside also what `verify --repair` set aside as damaged and no rootfs may be using.
 
 Examples:
   fsprov image gc
@@ -101,6 +102,9 @@ pub(super) struct Gc {
     /// Of those, only what was imported at least so many days ago
     #[arg(long, value_name = "DAYS", requires = "unused")]
     older_than: Option<u32>,
+    /// Damaged images that were set aside, too
+    #[arg(long)]
+    aside: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -112,15 +116,21 @@ impl Gc {
             (true, None) => Prune::UnusedImages,
             (true, Some(days)) => Prune::UnusedOlderThan { seconds: u64::from(days) * 24 * 3600 },
         };
-        let done = store.gc(prune, &|| image_uses(store))?;
+        let mut done = store.gc(prune, &|| image_uses(store))?;
+        if self.aside {
+            let bytes;
+            (done.set_aside, bytes) = store.remove_set_aside(&|| image_uses(store))?;
+            done.bytes += bytes;
+        }
         if self.format.json {
             return output::json(&done);
         }
         output::line(&format!(
-            "removed {} images, {} layers, {} half-made imports: {}",
+            "removed {} images, {} layers, {} half-made imports{}: {}",
             done.images.len(),
             done.layers.len(),
             done.staging,
+            if self.aside { format!(", {} set aside", done.set_aside) } else { String::new() },
             output::size(done.bytes)
         ))
     }
@@ -152,7 +162,11 @@ impl Du {
                 ]
             })
             .collect();
-        rows.push(["-".into(), "(all, what is shared once)".into(), output::size(store.total_bytes()?), String::new()]);
+        let (total, set_aside) = store.total_bytes()?;
+        rows.push(["-".into(), "(all, what is shared once)".into(), output::size(total), String::new()]);
+        if set_aside > 0 {
+            rows.push(["-".into(), "(set aside as damaged)".into(), output::size(set_aside), String::new()]);
+        }
         output::table(["ID", "NAME", "OWN", "SHARED"], &rows)
     }
 }
