@@ -115,6 +115,12 @@ impl<T> Setting<T> {
 impl Settings {
     /// Read the files that exist, the strongest last. A file that does not exist is none; one that cannot be read or understood is an
     /// error that names it.
+    ///
+    /// ```
+    /// let settings = fsprov::config::Settings::read(&fsprov::config::files(|name| std::env::var_os(name)))?;
+    /// println!("backend {} ({:?})", settings.backend.value, settings.backend.origin);
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn read(files: &[PathBuf]) -> Result<Self> {
         let mut settings = Settings {
             root: Setting::default(None),
@@ -164,6 +170,13 @@ impl Settings {
     }
 
     /// What the store takes, and where else it looks.
+    ///
+    /// ```no_run
+    /// let settings = fsprov::config::Settings::read(&["/etc/fsprov/config.toml".into()])?;
+    /// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// let store = fsprov::store::Store::open(&paths)?.with_policy(settings.policy());
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn policy(&self) -> Policy {
         let mut limits = Limits::default();
         for (name, setting) in &self.limits {

@@ -26,7 +26,9 @@ const MAX_TTL_S: f64 = 86_400.0;
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
 IMAGE is a path when it begins with /, ./ or ../: a directory that is a root filesystem, a directory holding \
-`manifest` and `rootfs`, or an .aci; else a name or id of `fsprov image list`.
+`manifest` and `rootfs`, or an .aci (taken as leniently as `image import --lenient` does); else a name or id of `fsprov image list`. \
+NAME:VERSION,LABEL=VALUE,... takes of the images of one name those that have all these labels; of several it is the one whose version \
+is `latest`, else the one imported last.
 
 {}
 

@@ -45,6 +45,20 @@ enum Answer {
 }
 
 /// Ask the server of a rootfs. [`Kind::NotFound`]: it has none that listens.
+///
+/// ```no_run
+/// use fsprov::daemon::control::{Question, ask};
+/// use fsprov::provisioner::{Provisioner, Selector};
+/// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+/// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+/// let plan = provisioner.inspect(&Selector::parse("web-1".as_ref()))?.record.plan;
+/// let stats = ask(&plan, &Question::Stats)?;
+/// println!("{stats:#}");
+/// ask(&plan, &Question::Level("debug".into()))?;
+/// // The worker of another program takes over; nobody who uses the rootfs notices.
+/// ask(&plan, &Question::Restart("/usr/bin/fsprov".into()))?;
+/// # Ok::<(), fsprov::Error>(())
+/// ```
 pub fn ask(plan: &Plan, question: &Question) -> Result<serde_json::Value> {
     const OP: &str = "ask the server of";
     let name = || show(&plan.rootfs);

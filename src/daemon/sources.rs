@@ -49,7 +49,7 @@ impl Sources {
             layers: layers.collect::<Result<_>>()?,
             index: plan.index.as_ref().map(|i| open("open index", &i.0, FileType::RegularFile)).transpose()?,
             volumes: volumes.collect::<Result<_>>()?,
-            in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(hold).transpose()?,
+            in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(crate::sys::fs::hold_directory).transpose()?,
         })
     }
 
@@ -95,14 +95,6 @@ impl Sources {
             in_use: None,
         })
     }
-}
-
-fn hold(dir: &Path) -> Result<OwnedFd> {
-    let fail = |e| Error::sys("lock", show(dir), e);
-    let fd = fs::openat(CWD, dir, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
-    // Whoever cleans up holds it for a moment only.
-    fs::flock(&fd, fs::FlockOperation::LockShared).map_err(fail)?;
-    Ok(fd)
 }
 
 fn device(volume: &Volume) -> Result<OwnedFd> {

@@ -263,6 +263,15 @@ impl Provisioner {
     }
 
     /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out.
+    ///
+    /// ```no_run
+    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// let provisioner = fsprov::provisioner::Provisioner::new(paths, fsprov::host::Host::probe());
+    /// for status in provisioner.list()? {
+    ///     println!("{} {}: {}", status.record.plan.id, status.record.plan.rootfs.display(), status.health.name());
+    /// }
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn list(&self) -> Result<Vec<Status>> {
         let mut all = Vec::new();
         let now = Now::look()?;
@@ -277,7 +286,16 @@ impl Provisioner {
         Ok(all)
     }
 
-    /// One rootfs. [`Kind::NotFound`] where there is none.
+    /// One rootfs, by its id or its mount point. [`Kind::NotFound`] where there is none.
+    ///
+    /// ```no_run
+    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// use fsprov::provisioner::{Provisioner, Selector};
+    /// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+    /// let status = provisioner.inspect(&Selector::parse("/mnt/debian".as_ref()))?;
+    /// println!("{} volumes", status.record.plan.volumes.len());
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn inspect(&self, selector: &Selector) -> Result<Status> {
         let found = match self.find_id(selector)? {
             Some(id) => self.status(&id, &Now::look()?)?,

@@ -1,16 +1,17 @@
 //! Images out of the store again: as an ACI, as a tar of the tree, as an OCI layout; and many layers made one.
 
 use std::io::Write;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
+use super::Store;
 use super::import::{ImageSource, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
 use super::oci::describe;
 use super::tree::Tree;
-use super::{Store, StoreLock};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageRef;
@@ -36,6 +37,13 @@ impl Store {
     }
 
     /// Write an image's tree as a tar archive.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
+    /// store.export_tar(&image, &mut std::io::stdout().lock())?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn export_tar(&self, image: &ImageRef, out: &mut dyn Write) -> Result<()> {
         let (_, tree, _in_use) = self.tree(image)?;
         tree.write_tar(out)
@@ -114,9 +122,12 @@ impl Store {
         done.map_err(|e| e.within("flatten", image))
     }
 
-    fn tree(&self, image: &ImageRef) -> Result<(Meta, Tree, StoreLock)> {
-        let in_use = self.lock_shared()?;
+    /// The tree of an image, which stays in the store as long as the descriptor is open. Not by the store's lock: who removes
+    /// another image need not wait for a slow reader of this one.
+    fn tree(&self, image: &ImageRef) -> Result<(Meta, Tree, OwnedFd)> {
+        let _found = self.lock_shared()?;
         let meta = self.find(image)?;
+        let in_use = crate::sys::fs::hold_directory(&self.paths.image(&meta.id))?;
         let found = self.resolved(meta.clone());
         let index = found.index.ok_or_else(|| Error::new(Kind::Integrity, "read image", image, "it has no index"))?;
         Ok((meta, Tree::open(&index, &found.layers)?, in_use))

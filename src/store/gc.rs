@@ -138,6 +138,14 @@ impl Store {
 
     /// What each image takes on the disk, and each layer that no image names. A layer of several images is in `shared_bytes` of
     /// each.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// for usage in store.usage()? {
+    ///     println!("{:?}: {} bytes, and {} shared", usage.names, usage.own_bytes, usage.shared_bytes);
+    /// }
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn usage(&self) -> Result<Vec<Usage>> {
         let _in_use = self.lock_shared()?;
         let metas = self.list()?;

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 
 use crate::error::{Error, Kind, Result, show};
 
-/// Longest wait for the store's lock. Its holders do a few system calls; who waits longer waits for a stopped process.
+/// Longest wait for the store's lock. Its holders do a few system calls, or check one image; who waits longer waits for a stopped process.
 const LOCK_WAIT: Duration = Duration::from_secs(60);
 /// Between two tries.
 const LOCK_POLL: Duration = Duration::from_millis(5);
@@ -22,7 +22,7 @@ const LOCK_POLL: Duration = Duration::from_millis(5);
 pub struct StoreLock(#[allow(dead_code, reason = "held, not used")] OwnedFd);
 
 /// Does somebody hold the lock on this directory? A server that shows an image holds it shared on the image's, as long as it
-/// serves: longer than a record names the image, where a rootfs in use was unmounted lazily.
+/// serves: longer than a record names the image, where a rootfs in use was unmounted lazily. So does who reads all of an image.
 pub(super) fn is_held(dir: &Path) -> Result<bool> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
     let fd = match openat(CWD, dir, flags, Mode::empty()) {

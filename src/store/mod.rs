@@ -197,9 +197,9 @@ impl Store {
                 Kind::Busy,
                 "remove image",
                 image,
-                "a server still shows it: a rootfs unmounted lazily",
+                "the server of a rootfs unmounted lazily still shows it, or it is being exported",
             )
-            .hint("it ends with the last process that uses that rootfs"));
+            .hint("that server ends with the last process that uses the rootfs; try again"));
         }
         let gone = staging::move_aside(&self.paths, &self.paths.image(&meta.id))?;
         drop(held);

@@ -106,7 +106,12 @@ impl<R: BufRead> TarReader<R> {
         while have < BLOCK {
             let chunk = self.fill()?;
             if chunk.is_empty() {
-                return if have == 0 { Ok(None) } else { Err(self.invalid("it is cut off in the middle of a block")) };
+                return match have {
+                    0 => Ok(None),
+                    // Nothing came before it.
+                    _ if self.position < BLOCK as u64 => Err(self.invalid("it is shorter than any tar archive")),
+                    _ => Err(self.invalid("it is cut off in the middle of a block")),
+                };
             }
             let count = chunk.len().min(BLOCK - have);
             block[have..have + count].copy_from_slice(&chunk[..count]);

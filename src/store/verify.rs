@@ -72,29 +72,36 @@ impl Store {
         let mut all: Vec<(Option<ImageId>, PathBuf, Findings)> = Vec::new();
         let mut bad_layers = HashSet::new();
         let mut origins = Vec::new();
-        {
+        // The lock for one at a time: who removes an image does not wait for all of the store. What is gone meanwhile is well.
+        for id in ids_below(&self.paths.layers())? {
             let _in_use = self.lock_shared()?;
-            for id in ids_below(&self.paths.layers())? {
-                let found = self.verify_layer(&id);
-                if !found.is_empty() {
-                    bad_layers.insert(id.clone());
-                }
-                all.push((Some(id.clone()), self.paths.layer(&id), found));
+            if !self.paths.layer(&id).exists() {
+                continue;
             }
-            for id in self.ids()? {
-                let found = self.verify_image(&id, &bad_layers);
-                if !found.is_empty()
-                    && let Ok(meta) = self.meta(&id)
-                {
-                    origins.push(meta);
-                }
-                all.push((Some(id.clone()), self.paths.image(&id), found));
+            let found = self.verify_layer(&id);
+            if !found.is_empty() {
+                bad_layers.insert(id.clone());
             }
-            for (dir, name) in [(self.paths.images(), "images"), (self.paths.layers(), "layers")] {
-                for stray in strays(&dir, |name| name.parse::<ImageId>().is_ok())? {
-                    let part = format!("{name}/{}", stray.to_string_lossy());
-                    all.push((None, dir.join(&stray), vec![(part, "it is not of the store".into())]));
-                }
+            all.push((Some(id.clone()), self.paths.layer(&id), found));
+        }
+        for id in self.ids()? {
+            let _in_use = self.lock_shared()?;
+            if !self.paths.image(&id).exists() {
+                continue;
+            }
+            let found = self.verify_image(&id, &bad_layers);
+            if !found.is_empty()
+                && let Ok(meta) = self.meta(&id)
+            {
+                origins.push(meta);
+            }
+            all.push((Some(id.clone()), self.paths.image(&id), found));
+        }
+        for (dir, name) in [(self.paths.images(), "images"), (self.paths.layers(), "layers")] {
+            let _in_use = self.lock_shared()?;
+            for stray in strays(&dir, |name| name.parse::<ImageId>().is_ok())? {
+                let part = format!("{name}/{}", stray.to_string_lossy());
+                all.push((None, dir.join(&stray), vec![(part, "it is not of the store".into())]));
             }
         }
         all.retain(|(_, _, found)| !found.is_empty());
@@ -112,6 +119,13 @@ impl Store {
 
     /// Delete what [`Store::verify`] set aside, but for images in use: a rootfs may still show what is left of one. Gives the
     /// number of deleted images and layers, and the bytes that the disk got back.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let (count, bytes) = store.remove_set_aside(&|| Ok(Vec::new()))?;
+    /// println!("{count} removed, {bytes} bytes");
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
     pub fn remove_set_aside(&self, uses: Uses<'_>) -> Result<(usize, u64)> {
         let _held = self.lock_exclusive()?;
         let used: Vec<ImageId> = uses()?.into_iter().map(|one| one.image).collect();

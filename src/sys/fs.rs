@@ -120,6 +120,16 @@ pub fn is_empty(dir: impl AsFd) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
+/// Hold the lock (flock(2)) on a directory shared, as long as the descriptor is open. For who uses an image: whoever cleans up
+/// holds it for a moment only.
+pub fn hold_directory(dir: &Path) -> Result<OwnedFd> {
+    let fail = |e| Error::sys("lock", show(dir), e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let fd = fs::openat(CWD, dir, flags, Mode::empty()).map_err(fail)?;
+    fs::flock(&fd, fs::FlockOperation::LockShared).map_err(fail)?;
+    Ok(fd)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -116,7 +116,8 @@ struct Show {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "An image that a rootfs uses is not removed (exit code 4).\n\nExample:\n  fsprov image rm debian"
+    after_help = "An image that a rootfs uses is not removed (exit code 4). Layers of an OCI image stay for others to use: `fsprov image gc` removes \
+    those that no image names.\n\nExample:\n  fsprov image rm debian"
 )]
 struct Rm {
     /// Its name, its id, or the beginning of its id

@@ -185,6 +185,7 @@ enum Form {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 True owners, modes and devices are written whoever imported the image. Neither form is compressed. PATH must not exist.
+Of an OCI image an ACI has the files and the labels, not the command, environment and user; an OCI layout keeps all of them.
 
 Examples:
   fsprov image export example.com/debian debian.aci
