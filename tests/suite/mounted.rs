@@ -173,8 +173,24 @@ impl World {
         }
     }
 
+    /// `rm -r` of something in the top directory; files of it may be open.
+    fn remove_one(&mut self, steps: &mut Vec<String>) {
+        let tops: Vec<String> = self.model.0.keys().filter(|path| !path.contains('/')).cloned().collect();
+        let p = tops[self.random.below(tops.len() as u64) as usize].clone();
+        steps.push(format!("rm -r {p}"));
+        let remove = |at: &Path| {
+            let path = at.join(&p);
+            if fs::symlink_metadata(&path)?.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) }
+        };
+        self.both("rm -r", |at| io(remove(at))).expect("root and the owner may");
+        self.model.take(&p);
+    }
+
     #[expect(clippy::collapsible_match, reason = "a guard that does the operation would hide it in the choosing")]
     fn step(&mut self, steps: &mut Vec<String>) {
+        if self.model.0.len() > MOST_NAMES {
+            self.remove_one(steps);
+        }
         let what = self.random.below(22);
         let (p, q) = (self.random.path(), self.random.path());
         steps.push(format!("{what} {p} {q}"));
@@ -352,6 +368,9 @@ impl NoFollow for OpenOptions {
 fn number(name: &str) -> Option<u64> {
     std::env::var(name).ok().and_then(|text| text.parse().ok())
 }
+
+/// A long run would else look at ever more names: each look at all of them takes longer than the one before.
+const MOST_NAMES: usize = 200;
 
 pub(crate) const MODEL: Case =
     Case::new("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
