@@ -275,7 +275,7 @@ impl Store {
         let mut fresh: Vec<(ImageId, PathBuf)> = Vec::new();
         for layer in &picked.layers {
             let diff_id = layer.diff_id.id();
-            let staged = staging.path().join(diff_id.as_str());
+            let staged = staged_at(&staging, diff_id);
             let at = if known == Known::InStore && self.check_layer(diff_id).is_ok() {
                 self.paths.layer(diff_id)
             } else if fresh.iter().any(|(have, _)| have == diff_id) {
@@ -287,7 +287,12 @@ impl Store {
                 fresh.push((diff_id.clone(), staged.clone()));
                 staged
             };
-            let layer_meta = add_layer(&mut index, &at)?;
+            fault::point("store.add_layer")?;
+            let layer_meta = match add_layer(&mut index, &at) {
+                // A clean-up took it since it was found.
+                Err(_) if at != staged_at(&staging, diff_id) && !at.exists() => return Ok(None),
+                other => other?,
+            };
             meta.entries += layer_meta.entries;
             meta.bytes += layer_meta.bytes;
             if layer_meta.on_disk == OnDisk::IndexOnly {
@@ -350,6 +355,11 @@ impl Store {
             Err(Error::new(Kind::Integrity, "use layer", id, "its rootfs is no directory"))
         }
     }
+}
+
+/// Where an import unpacks a layer.
+fn staged_at(staging: &Staging, diff_id: &ImageId) -> PathBuf {
+    staging.path().join(diff_id.as_str())
 }
 
 /// Put the index of the layer in the directory `at` upon what is in the index of an image.

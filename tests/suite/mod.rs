@@ -115,6 +115,7 @@ pub(crate) const CASES: &[Case] = &[
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
+    races::LAYER_TAKEN,
     races::ALL_AT_ONCE,
     readonly::EVERY_CHANGE_IS_EROFS,
     readonly::LOCKED_FLAGS_STAY,

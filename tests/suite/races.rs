@@ -3,8 +3,9 @@
 //! `FSPROV_TEST_ROUNDS=1000` sets how often each of them goes (10 otherwise); give that `FSPROV_TEST_LIMIT=3600`, too.
 
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::time::Duration;
 
 use super::durable::{layered, layers};
 use super::store::{pack, small_aci_tree};
@@ -85,6 +86,28 @@ fn entries(dir: &Path) -> usize {
     std::fs::read_dir(dir).map_or(0, Iterator::count)
 }
 
+/// An importer that found a layer in the store, and a clean-up that takes it before it is used.
+pub(crate) const LAYER_TAKEN: Case =
+    Case::needing("a_layer_that_gc_takes_is_unpacked_again", on::once_each, &[Need::Failpoints], |stage: &Stage| {
+        let layout = layered(stage, "layout", &layers(stage), false);
+        let import = || stage.fsprov(["image", "import"]).arg(&layout);
+        import().run().ok();
+        stage.fsprov(["image", "rm", "layout"]).run().ok();
+        let mut slow = import().env("FAILPOINTS", "store.add_layer=sleep(1000)");
+        let mut importer = slow.command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start");
+        // It has found them when it has begun.
+        let staging = stage.state().join("staging");
+        assert!(crate::common::system::eventually(Duration::from_secs(10), || entries(&staging) > 0));
+        std::thread::sleep(Duration::from_millis(300));
+        let collected = stage.fsprov(["image", "gc", "--json"]).run().ok().json();
+        assert_eq!(collected["layers"].as_array().map(Vec::len), Some(2), "{collected}");
+        let mut said = String::new();
+        std::io::Read::read_to_string(importer.stderr.as_mut().expect("piped"), &mut said).expect("read");
+        assert!(importer.wait().expect("wait").success(), "{said}");
+        assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().out().trim(), "[]");
+        assert_eq!(entries(&stage.state().join("layers")), 2);
+    });
+
 pub(crate) const ALL_AT_ONCE: Case =
     Case::needing("importers_provisioners_and_gc_at_once", on::once_each, &[Need::DevFuse], |stage: &Stage| {
         let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
@@ -118,7 +141,17 @@ pub(crate) const ALL_AT_ONCE: Case =
             }
         };
         let (working, collections, tries) = (AtomicBool::new(true), AtomicUsize::new(0), AtomicUsize::new(0));
+        // Whoever fails ends the others: the scope waits for all of them.
+        struct Ends<'a>(&'a AtomicBool);
+        impl Drop for Ends<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.store(false, Ordering::Relaxed);
+                }
+            }
+        }
         std::thread::scope(|scope| {
+            let _ends = Ends(&working);
             let collector = scope.spawn(|| {
                 while working.load(Ordering::Relaxed) {
                     shared.must(&["image", "gc", "--unused"]);
@@ -127,15 +160,17 @@ pub(crate) const ALL_AT_ONCE: Case =
             });
             let mut busy = Vec::new();
             for number in 0..EACH {
-                let (shared, tries, tell) = (&shared, &tries, &tell);
+                let (shared, tries, tell, working) = (&shared, &tries, &tell, &working);
                 busy.push(scope.spawn(move || {
-                    for round in 0..rounds {
+                    let _ends = Ends(working);
+                    for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
                         let (source, ..) = &shared.images[(number + round) % shared.images.len()];
                         shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
                     }
                 }));
                 busy.push(scope.spawn(move || {
-                    for round in 0..rounds {
+                    let _ends = Ends(working);
+                    for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
                         if number == 0 && round % 50 == 0 {
                             tell(&format!("round {round} of {rounds}"));
                         }
