@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec};
 use rustix::io::Errno;
 
 use super::copytree::{MAX_DEPTH, presented};
@@ -138,11 +138,10 @@ impl Pass<'_> {
 
     fn attributes(&mut self, inode: &Inode, to: At<'_>, path: &Path) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
-        let mut stat: Stat = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
-        (stat.st_mode, stat.st_uid, stat.st_gid) = (inode.mode, inode.uid, inode.gid);
+        let there = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
         // The index keeps one time for each inode.
-        (stat.st_mtime, stat.st_atime) = (inode.mtime.secs as _, inode.mtime.secs as _);
-        (stat.st_mtime_nsec, stat.st_atime_nsec) = (inode.mtime.nanos as _, inode.mtime.nanos as _);
+        let time = Timespec { tv_sec: inode.mtime.secs, tv_nsec: inode.mtime.nanos.into() };
+        let stat = attrs::described(there, (inode.mode, inode.uid, inode.gid), time, time);
         let mut xattrs = Vec::new();
         for xattr in self.index.xattrs(inode).map_err(|e| damaged(path, e))? {
             let (name, value) = xattr.map_err(|e| damaged(path, e))?;

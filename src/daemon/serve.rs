@@ -3,7 +3,6 @@
 //! Its exit code speaks to the supervisor: 0 the connection is gone, anything else is a death.
 
 use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt as _;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,7 +12,7 @@ use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
 use super::confine::{self, Confined};
-use super::sources::Sources;
+use super::sources::{Sources, read_memory_file};
 use super::supervise::take_stdin;
 use super::{Job, REQUEST_LOST, TARGET, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
@@ -225,12 +224,8 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
     const OP: &str = "take over a job";
     let early = || Error::new(Kind::Helper, OP, "", "the supervisor ended before it sent all of it");
     let Some((ToWorker::Job { sources, logs, kept }, fds)) = channel.receive()? else { return Err(early()) };
-    let file = std::fs::File::from(single(fds)?);
-    let fail = |e| Error::io(OP, "", e);
-    // The file's offset is shared with every other worker's descriptor of it.
-    let mut text = vec![0_u8; usize::try_from(file.metadata().map_err(fail)?.len()).unwrap_or(0)];
-    file.read_exact_at(&mut text, 0).map_err(fail)?;
-    let job: Job = serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, "", e))?;
+    // From the supervisor: as long as it is.
+    let job: Job = read_memory_file(single(fds)?, "fsprov-job", u64::MAX)?;
     let (mut all_sources, mut all_logs, mut all_kept) = (Vec::new(), Vec::new(), Vec::new());
     while all_sources.len() < sources || all_logs.len() < logs || all_kept.len() < kept {
         match channel.receive()? {

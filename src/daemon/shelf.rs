@@ -5,14 +5,13 @@
 
 use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
-use std::os::unix::fs::FileExt as _;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 
 use super::channel::{Channel, MAX_FDS};
-use super::sources::{Legacy, Sources};
+use super::sources::{Legacy, Sources, read_memory_file};
 use super::{Job, hex, unhex};
 use crate::backend::{Shelved, Traces};
 use crate::error::{Error, Kind, Result, show};
@@ -72,16 +71,8 @@ impl State {
     }
 
     fn read(fd: &OwnedFd) -> Result<Self> {
-        let fail = |e| Error::io("read", "fsprov-state", e);
-        let file = std::fs::File::from(fd.try_clone().map_err(fail)?);
-        let length = file.metadata().map_err(fail)?.len();
-        if length > MAX_STATE {
-            return Err(Error::new(Kind::Limit, "read", "fsprov-state", "it is longer than 8 MiB"));
-        }
-        let mut text = vec![0_u8; length as usize];
-        file.read_exact_at(&mut text, 0).map_err(fail)?;
-        let state: State =
-            serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, "read", "fsprov-state", e))?;
+        let copy = fd.try_clone().map_err(|e| Error::io("read", "fsprov-state", e))?;
+        let state: State = read_memory_file(copy, "fsprov-state", MAX_STATE)?;
         if state.version != VERSION {
             let why = format!("it has version {}, this program knows {VERSION}", state.version);
             return Err(Error::new(Kind::Invalid, "read", "fsprov-state", why));

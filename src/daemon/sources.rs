@@ -103,6 +103,20 @@ fn device(volume: &Volume) -> Result<OwnedFd> {
     if DeviceTree::of(&source, volume.access).is_some() { Ok(source) } else { Err(special(&volume.source)) }
 }
 
+/// What a memory file holds, as JSON. Its offset is shared with other processes' descriptors of it, and left alone.
+pub(super) fn read_memory_file<T: serde::de::DeserializeOwned>(file: OwnedFd, name: &str, most: u64) -> Result<T> {
+    const OP: &str = "read memory file";
+    let fail = |e| Error::io(OP, name, e);
+    let file = std::fs::File::from(file);
+    let length = file.metadata().map_err(fail)?.len();
+    if length > most {
+        return Err(Error::new(Kind::Limit, OP, name, format!("it is longer than {most} bytes")));
+    }
+    let mut text = vec![0_u8; usize::try_from(length).unwrap_or(0)];
+    std::os::unix::fs::FileExt::read_exact_at(&file, &mut text, 0).map_err(fail)?;
+    serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, name, e))
+}
+
 /// Can the FUSE server serve this volume?
 pub(crate) fn servable(volume: &Volume) -> bool {
     volume.form != Form::Special || device(volume).is_ok()

@@ -14,7 +14,7 @@ use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Stat, Uid};
+use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Uid};
 
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -26,7 +26,7 @@ use crate::sys::attrs::{self, At, Fidelity};
 use crate::sys::fs::{is_empty, open_beneath, open_path};
 use crate::tree::dir::{DirOptions, DirTree, FdPool};
 use crate::tree::image::{ImageTree, Trust};
-use crate::tree::{Attr, Caller, Errno, Fit, ListMode, Node, Tree, route};
+use crate::tree::{self, Attr, Caller, Errno, Fit, ListMode, Node, Tree, route};
 use crate::volume::{ContainerPath, Form};
 
 const OP: &str = "copy the image's content into volume source";
@@ -356,10 +356,9 @@ impl Copy<'_> {
 
     fn attributes(&mut self, attr: &Attr, to: At<'_>, path: &Path) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
-        let mut stat: Stat = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
-        (stat.st_mode, stat.st_uid, stat.st_gid) = (attr.mode, attr.uid, attr.gid);
-        (stat.st_mtime, stat.st_mtime_nsec) = (attr.mtime.secs as _, attr.mtime.nanos as _);
-        (stat.st_atime, stat.st_atime_nsec) = (attr.atime.secs as _, attr.atime.nanos as _);
+        let there = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        let time = |time: tree::Timespec| Timespec { tv_sec: time.secs, tv_nsec: time.nanos.into() };
+        let stat = attrs::described(there, (attr.mode, attr.uid, attr.gid), time(attr.mtime), time(attr.atime));
         let xattrs = self.xattrs(attr.node).map_err(fail)?;
         let xattrs: Vec<_> = xattrs.iter().map(|(name, value)| (name.clone(), value.as_slice())).collect();
         let set = attrs::set(&xattrs, &stat, to).map_err(fail)?;

@@ -111,6 +111,14 @@ fn copy_owner(stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
     }
 }
 
+/// `stat` with what an image says of a file in place of what the disk does.
+pub fn described(mut stat: Stat, (mode, uid, gid): (u32, u32, u32), mtime: Timespec, atime: Timespec) -> Stat {
+    (stat.st_mode, stat.st_uid, stat.st_gid) = (mode, uid, gid);
+    (stat.st_mtime, stat.st_mtime_nsec) = (mtime.tv_sec as _, mtime.tv_nsec as _);
+    (stat.st_atime, stat.st_atime_nsec) = (atime.tv_sec as _, atime.tv_nsec as _);
+    stat
+}
+
 /// Set the times; after everything else that is done to the file.
 pub fn copy_times(stat: &Stat, to: At<'_>) -> rustix::io::Result<()> {
     let times = Timestamps {
