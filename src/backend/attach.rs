@@ -7,7 +7,6 @@
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
-use std::time::Duration;
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -24,15 +23,6 @@ use crate::volume::{Access, Form, Volume};
 
 const MOUNT_VOLUME: &str = "mount volume";
 const UNMOUNT: &str = "unmount";
-
-/// Most holders named in a message.
-const HOLDERS_SHOWN: usize = 5;
-
-/// How often users of a mount are looked for before it counts as busy: a process that is just ending, or has just been forked
-/// and not yet begun its program, shows for a moment.
-const BUSY_TRIES: u32 = 4;
-/// How long between two looks.
-const BUSY_PAUSE: Duration = Duration::from_millis(25);
 
 /// What to do about a volume's mount point that is missing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -564,20 +554,17 @@ pub(super) fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[
 /// Refuse while `find` names someone: a process that is just ending, or has just been forked, gets a moment.
 pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<process::Holder>>) -> Result<()> {
     let mut holders = Vec::new();
-    for n in 0..BUSY_TRIES {
+    for n in 0..process::BUSY_TRIES {
         if n > 0 {
-            std::thread::sleep(BUSY_PAUSE);
+            std::thread::sleep(process::BUSY_PAUSE);
         }
         holders = find()?;
         if holders.is_empty() {
             return Ok(());
         }
     }
-    let mut names: Vec<String> = holders.iter().take(HOLDERS_SHOWN).map(ToString::to_string).collect();
-    if holders.len() > HOLDERS_SHOWN {
-        names.push(format!("and {} more", holders.len() - HOLDERS_SHOWN));
-    }
-    Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {}", names.join(", ")))
+    let who = process::name_all(&holders);
+    Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {who}"))
         .hint("end those first, or take it out of sight with --lazy"))
 }
 

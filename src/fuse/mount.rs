@@ -26,8 +26,6 @@ const SUBTYPE: &str = "fsprov";
 pub const FS_TYPE: &str = "fuse.fsprov";
 /// Largest read the kernel sends: what its limit of 256 pages a request comes to (FUSE_MAX_MAX_PAGES, fs/fuse/fuse_i.h).
 const MAX_READ: u32 = 1024 * 1024;
-/// How many of the processes that use a mount an error names.
-const NAMED_HOLDERS: usize = 5;
 
 /// Who mounts.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -253,13 +251,21 @@ pub fn unmount(ours: &MountInfo, how: Unmount) -> Result<bool> {
         }
         Some(_) => {}
     }
-    let done = match sysmount::unmount(&ours.point, how) {
+    let once = || match sysmount::unmount(&ours.point, how) {
         Err(e @ (Errno::PERM | Errno::ACCESS)) => match Method::choose(&Host::probe()) {
             Ok(Method::Helper(program)) => fusermount::unmount(&program, &ours.point, how),
             _ => Err(Error::sys(OP, name(), e).hint("unmount it as the user, and in the namespace, that mounted it")),
         },
         other => other.map_err(|e| Error::sys(OP, name(), e)),
     };
+    let mut done = once();
+    for _ in 1..process::BUSY_TRIES {
+        if !matches!(&done, Err(e) if e.kind() == Kind::Busy) {
+            break;
+        }
+        std::thread::sleep(process::BUSY_PAUSE);
+        done = once();
+    }
     match done {
         Ok(()) => Ok(true),
         // Someone else took it away meanwhile.
@@ -281,11 +287,7 @@ fn busy(ours: &MountInfo) -> Error {
         return error("it is in use by a process that this user may not look at".into())
             .hint("end that process, or unmount with --lazy");
     }
-    let mut named: Vec<String> = holders.iter().take(NAMED_HOLDERS).map(ToString::to_string).collect();
-    if holders.len() > NAMED_HOLDERS {
-        named.push(format!("and {} more", holders.len() - NAMED_HOLDERS));
-    }
-    error(format!("it is in use by {}", named.join(", "))).hint("end them, or unmount with --lazy")
+    error(format!("it is in use by {}", process::name_all(&holders))).hint("end them, or unmount with --lazy")
 }
 
 /// Abort the connection of a FUSE superblock (its device's minor number): every request fails, waiting ones too

@@ -176,6 +176,24 @@ impl fmt::Display for Holder {
     }
 }
 
+/// Most holders that [`name_all`] names.
+const NAMED: usize = 5;
+
+/// Holders in one line for people: the first few, and how many more there are.
+pub fn name_all(holders: &[Holder]) -> String {
+    let mut names: Vec<String> = holders.iter().take(NAMED).map(ToString::to_string).collect();
+    if holders.len() > NAMED {
+        names.push(format!("and {} more", holders.len() - NAMED));
+    }
+    names.join(", ")
+}
+
+/// How often users of a mount are looked for, or an unmount is tried, before it counts as busy: a process that is just ending, or
+/// has just been forked and not yet begun its program, holds what it holds for a moment only.
+pub const BUSY_TRIES: u32 = 4;
+/// How long between two looks.
+pub const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(25);
+
 /// Who uses one of these mounts. Best effort: what we may not look at (other users' processes) is not in it.
 ///
 /// No request goes to a file system: links of /proc/PID are opened as O_PATH, which follows them without a lookup, and
