@@ -167,6 +167,7 @@ pub(crate) const CASES: &[Case] = &[
     volumes::THROUGH_SYMLINKS,
     volumes::WRONG_REQUESTS,
     writers::FULL,
+    writers::DISK_FAILS,
     writers::OTHERS,
     writers::RESERVED,
     writers::SET_ID,

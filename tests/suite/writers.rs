@@ -252,6 +252,38 @@ pub(crate) const FULL: Case = Case::needing(
     },
 );
 
+/// A disk whose blocks are promised and not there (a loop device on a full tmpfs): write(2) gathers in the page cache below, and
+/// only write-back finds out.
+pub(crate) const DISK_FAILS: Case = Case::needing(
+    "an_error_of_the_disk_is_told_at_fsync",
+    roots,
+    &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv"), Need::Tool("mkfs.ext4"), Need::Loop],
+    |stage: &Stage| {
+        let program = Program::new(stage);
+        let (memory, backing) = (stage.mkdir("memory"), stage.mkdir("vol"));
+        stage.tool("mount", ["-t", "tmpfs", "-o", "size=3m", "none"]).arg(&memory).run().ok();
+        let disk = memory.join("disk");
+        fs::File::create(&disk).and_then(|f| f.set_len(64 << 20)).expect("make a disk");
+        stage.tool("mkfs.ext4", ["-q", "-O", "^has_journal", "-E", "nodiscard"]).arg(&disk).run().ok();
+        stage.tool("mount", ["-o", "loop,errors=continue"]).arg(&disk).arg(&backing).run().ok();
+        fs::set_permissions(&backing, fs::Permissions::from_mode(0o777)).expect("chmod");
+        for more in variants(stage) {
+            let rootfs = mount(stage, &backing, more);
+            for who in ["user", "root"] {
+                let file = rootfs.join("data").join(who);
+                let args = [Path::new("sync"), &file];
+                let said = if who == "user" { program.as_user(&args) } else { program.as_root(&args) };
+                // A loop device tells what its own file told.
+                assert_eq!(said, format!("fsync {}", Errno::NOSPC.raw_os_error()), "by {who}, {more:?}");
+                fs::remove_file(&file).expect("unlink");
+            }
+            stage.unmount(&rootfs);
+        }
+        stage.tool("umount", [&backing]).run();
+        stage.tool("umount", [&memory]).run().ok();
+    },
+);
+
 /// A group that nobody is in.
 const GROUP: &str = "47011";
 
