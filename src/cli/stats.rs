@@ -2,14 +2,17 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
 use serde_json::Value;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::time::MissedTickBehavior;
 
 use super::{Format, Global, output};
 use crate::daemon::control::{self, Question};
-use crate::error::Result;
+use crate::error::{Error, Result, show};
 use crate::plan::Plan;
 use crate::provisioner::Selector;
 
@@ -40,18 +43,51 @@ impl Stats {
         if let Some(level) = &self.log_level {
             control::ask(&plan, &Question::Level(level.clone()))?;
         }
-        loop {
-            let stats = control::ask(&plan, &Question::Stats)?;
-            if self.format.json {
-                output::json(&stats)?;
-            } else if self.prometheus {
-                output::text(&prometheus(&plan, &stats))?;
-            } else {
-                output::text(&table(&stats))?;
-            }
-            let Some(seconds) = self.watch else { return Ok(()) };
-            std::thread::sleep(Duration::from_secs(seconds));
+        match self.watch {
+            None => self.show(&plan, &control::ask(&plan, &Question::Stats)?),
+            Some(seconds) => self.watch(&plan, Duration::from_secs(seconds)),
         }
+    }
+
+    fn show(&self, plan: &Plan, stats: &Value) -> Result<()> {
+        if self.format.json {
+            output::json(stats)
+        } else if self.prometheus {
+            output::text(&prometheus(plan, stats))
+        } else {
+            output::text(&table(stats))
+        }
+    }
+
+    /// Show them again and again, until a signal ends it, which it does at once even where the server does not answer.
+    fn watch(&self, plan: &Plan, pause: Duration) -> Result<()> {
+        let fail = |e| Error::io("watch", show(&plan.rootfs), e);
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
+        let asked = Arc::new(plan.clone());
+        let done = runtime.block_on(async {
+            let mut ticks = tokio::time::interval(pause);
+            ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+            let mut terminate = signal(SignalKind::terminate()).map_err(fail)?;
+            let mut interrupt = signal(SignalKind::interrupt()).map_err(fail)?;
+            loop {
+                let next = async {
+                    ticks.tick().await;
+                    let plan = Arc::clone(&asked);
+                    tokio::task::spawn_blocking(move || control::ask(&plan, &Question::Stats)).await
+                };
+                tokio::select! {
+                    _ = terminate.recv() => return Ok(()),
+                    _ = interrupt.recv() => return Ok(()),
+                    stats = next => match stats {
+                        Ok(stats) => self.show(plan, &stats?)?,
+                        Err(e) => return Err(fail(std::io::Error::other(e))),
+                    },
+                }
+            }
+        });
+        // A question that is not answered must not keep us.
+        runtime.shutdown_background();
+        done
     }
 }
 

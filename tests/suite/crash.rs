@@ -430,6 +430,17 @@ pub(crate) const RESTARTED: Case = Case::new("restart_keeps_what_is_open", on::f
     let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
     assert_eq!(stats["supervisor_pid"].as_i64(), Some(i64::from(supervisor)));
     assert!(stats["worker"]["requests"]["write"].as_u64() >= Some(1), "{stats:#}");
+    // Again and again, until a signal ends it.
+    for name in ["INT", "TERM"] {
+        let mut watch = stage.fsprov(["stats", "--watch", "1", "k"]);
+        let mut child = watch.command.stdout(std::process::Stdio::piped()).spawn().expect("start");
+        let seen = std::io::BufReader::new(child.stdout.take().expect("piped"));
+        let times =
+            std::io::BufRead::lines(seen).map_while(Result::ok).filter(|line| line.starts_with("uptime_seconds"));
+        assert_eq!(times.take(2).count(), 2, "{name}");
+        stage.tool("kill", [format!("-{name}"), child.id().to_string()]).run().ok();
+        assert!(child.wait().expect("wait").success(), "SIG{name}");
+    }
     let text = stage.fsprov(["stats", "--prometheus", "k"]).run().ok().out();
     assert!(text.contains("fsprov_requests_total{id=\"k\",kind=\"write\"}"), "{text}");
     stage.fsprov(["stats", "--log-level", "loud", "k"]).run().fails(2, &["loud"]);
