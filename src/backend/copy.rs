@@ -197,6 +197,7 @@ fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
     // Nothing of it is deleted under a process; where that was begun already, it goes on.
     if how == Detach::IfIdle && !plan.state_dir.join(DELETING).exists() {
         attach::refuse_in_use(&plan.rootfs, || holders_in_directory(&plan.rootfs))?;
+        refuse_mounted_elsewhere(&plan.rootfs)?;
     }
     let had_volumes = attach::take_volumes_away(&plan.rootfs, traces, how)?;
     // On a full disk it must be possible to delete; should we die meanwhile, what is left may then pass for a whole copy.
@@ -225,6 +226,21 @@ fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
     }
     restore(&root, copied).map_err(fail)?;
     Ok(had_files || had_volumes)
+}
+
+/// Others mounted it, or something in it, on a place of theirs: what is deleted here goes there, too.
+fn refuse_mounted_elsewhere(rootfs: &Path) -> Result<()> {
+    let shows = mountinfo::shows(rootfs)?;
+    let places: Vec<String> = mountinfo::read()?
+        .iter()
+        .filter(|m| shows(m) && !m.point.starts_with(rootfs))
+        .map(|m| show(&m.point))
+        .collect();
+    if places.is_empty() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Busy, "unmount", show(rootfs), format!("it is mounted on {}, too", places.join(", ")))
+        .hint("unmount those first"))
 }
 
 /// Give the directory back as it was found.

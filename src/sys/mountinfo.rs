@@ -252,6 +252,13 @@ pub fn by_id(id: u64) -> Result<Option<MountInfo>> {
     Ok(read()?.into_iter().find(|m| m.id == id))
 }
 
+/// Tells mounts, of any mount namespace, that show a directory of ours or something in it.
+pub fn shows(dir: &Path) -> Result<impl Fn(&MountInfo) -> bool> {
+    let mount = holding(dir)?;
+    let inside = dir.strip_prefix(&mount.point).map_or_else(|_| mount.root.clone(), |rest| mount.root.join(rest));
+    Ok(move |m: &MountInfo| m.dev == mount.dev && m.root.starts_with(&inside))
+}
+
 /// The mount that holds `path` (absolute, without symlinks): the topmost at its longest mounted prefix.
 pub fn holding(path: &Path) -> Result<MountInfo> {
     let table = read()?;

@@ -210,9 +210,7 @@ pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
 pub fn holders_in_directory(dir: &Path) -> Result<Vec<Holder>> {
     let fail = |e| Error::io("look at", crate::error::show(dir), e);
     let dev = std::fs::symlink_metadata(dir).map_err(fail)?.dev();
-    let mount = mountinfo::holding(dir)?;
-    let inside = dir.strip_prefix(&mount.point).map_or_else(|_| mount.root.clone(), |rest| mount.root.join(rest));
-    let shows = |m: &MountInfo| m.dev == mount.dev && m.root.starts_with(&inside);
+    let shows = mountinfo::shows(dir)?;
     let leads_there = |link: &Path, same_namespace: bool| {
         std::fs::read_link(link).is_ok_and(|path| path.starts_with(dir))
             && (same_namespace || std::fs::metadata(link).is_ok_and(|meta| meta.dev() == dev))
@@ -232,7 +230,8 @@ pub fn holders_in_directory(dir: &Path) -> Result<Vec<Holder>> {
             }
             (same_namespace && maps_file_in(pid, &[dir])).then_some(Hold::Map)
         },
-        |pid| mountinfo::read_of(pid).is_ok_and(|table| table.iter().any(shows)),
+        // Where the directory is a mount itself, a new namespace has a copy of that on the same place: in sight, not in use.
+        |pid| mountinfo::read_of(pid).is_ok_and(|table| table.iter().any(|m| m.point != dir && shows(m))),
     ))
 }
 

@@ -136,6 +136,12 @@ pub(crate) const COPY_IN_USE: Case = Case::new("a_copy_in_use_is_not_deleted", o
         assert_eq!(health(stage), "ready", "{what}: a refused unmount changes nothing");
         assert!(rootfs.join("etc/sleep").exists(), "{what}");
     }
+    if stage.lane.enter == Enter::Root {
+        stage.tool("mount", ["--bind"]).arg(&rootfs).arg(&elsewhere).run().ok();
+        stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().fails(4, &["elsewhere"]);
+        assert!(elsewhere.join("etc/sleep").exists());
+        stage.tool("umount", [&elsewhere]).run().ok();
+    }
     stage.unmount(&rootfs);
     stage.assert_nothing_left("after its last user ended");
 });
