@@ -12,7 +12,7 @@ use super::layer::LayerMeta;
 use super::meta::{OnDisk, sha256_hex};
 use super::pax::is_xattr_taken;
 use super::tree::{Tree, damaged};
-use super::{ImageKind, ImageSource, ImportOptions, Meta, Signature, Store, Uses, ids_below};
+use super::{ImageKind, ImageSource, ImportOptions, Meta, Signature, Store, Uses, ids_below, staging};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::{Strictness, appc, oci};
@@ -127,10 +127,10 @@ impl Store {
     /// # Ok::<(), fsprov::Error>(())
     /// ```
     pub fn remove_set_aside(&self, uses: Uses<'_>) -> Result<(usize, u64)> {
-        let _held = self.lock_exclusive()?;
+        let held = self.lock_exclusive()?;
         let used: Vec<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
         // The layers of one that was set aside are not known: while anything is used, layers stay.
-        let (mut count, mut bytes) = (0, 0);
+        let mut gone = Vec::new();
         let dir = self.paths.aside();
         let entries = match std::fs::read_dir(&dir) {
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
@@ -147,8 +147,14 @@ impl Store {
                 log::info!("{} stays: it may be in use", show(&path));
                 continue;
             }
-            bytes += crate::sys::usage::measure(&path)?.bytes;
-            count += usize::from(crate::sys::remove::remove_tree(&path)?);
+            gone.push(staging::move_aside(&self.paths, &path)?);
+        }
+        // As gc does it: nobody waits for the lock while a tree is deleted.
+        drop(held);
+        let (count, mut bytes) = (gone.len(), 0);
+        for one in gone {
+            bytes += crate::sys::usage::measure(one.path())?.bytes;
+            one.remove()?;
         }
         Ok((count, bytes))
     }
