@@ -405,8 +405,9 @@ impl Filesystem for FuseAdapter {
             InitFlags::FUSE_DONT_MASK,
         ];
         if live {
-            // Opens are answered, so truncation may come with them.
-            wanted.push(InitFlags::FUSE_ATOMIC_O_TRUNC);
+            // Not FUSE_ATOMIC_O_TRUNC: truncation would come with the open, before the kernel looks whether the file is a
+            // running program (do_open in fs/namei.c: vfs_open, then handle_truncate, which says ETXTBSY), and a refused
+            // open(O_RDONLY|O_TRUNC) would have emptied it.
             // On a live tree attributes are asked again soon: only where the reader wants them.
             wanted.push(InitFlags::FUSE_READDIRPLUS_AUTO);
         }

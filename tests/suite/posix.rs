@@ -2,7 +2,9 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Seek as _, SeekFrom, Write as _};
-use std::os::unix::fs::{FileExt as _, FileTypeExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{
+    FileExt as _, FileTypeExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink,
+};
 use std::path::Path;
 use std::time::Duration;
 
@@ -374,6 +376,10 @@ const STEPS: &[(&str, Step)] = &[
         }
         let mut child = std::process::Command::new(d.join("prog")).arg("30").spawn().expect("start");
         s.say("text busy", io(OpenOptions::new().write(true).open(d.join("prog")).map(drop)));
+        // Refused too, and what runs is not emptied by the try.
+        let emptied = OpenOptions::new().read(true).custom_flags(libc::O_TRUNC).open(d.join("prog"));
+        s.say("text busy to O_RDONLY|O_TRUNC", io(emptied.map(drop)));
+        s.say("its size", fs::metadata(d.join("prog")).map(|m| m.len()).ok());
         s.say("replace while it runs", (copy("prog2"), io(fs::rename(d.join("prog2"), d.join("prog")))));
         s.say("still runs", child.try_wait().map(|st| st.is_none()).ok());
         let _ = child.kill();
