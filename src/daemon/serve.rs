@@ -22,6 +22,7 @@ use crate::fuse::poison;
 use crate::fuse::session::{self, InFlight, Resend, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
+use crate::sys::raw;
 use crate::tree::device::DeviceTree;
 use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper};
 use crate::tree::image::{ImageTree, Trust};
@@ -31,6 +32,7 @@ use crate::volume::Form;
 
 /// The program.
 pub(super) fn main() -> ExitCode {
+    raw::hoard_no_memory();
     settle(c"fsprov-worker");
     super::log::start("worker");
     poison::end_with_a_lost_thread(super::THREAD_LOST);

@@ -115,7 +115,28 @@ pub fn drop_resident(map: &memmap2::Mmap) -> std::io::Result<()> {
     unsafe { map.unchecked_advise(memmap2::UncheckedAdvice::DontNeed) }
 }
 
-// ---- tree::dir: identity of a thread, closing with its error ----
+// ---- tree::dir: memory, identity of a thread, closing with its error ----
+
+/// Fixes what mallopt(3) calls M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their first values, 128 KiB. Left alone they grow with
+/// what was freed, to 32 and 64 MiB, and so much is then kept at the end of each arena for good.
+pub fn hoard_no_memory() {
+    // SAFETY: both take a number.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10);
+        libc::mallopt(libc::M_TRIM_THRESHOLD, 128 << 10);
+    };
+}
+
+/// malloc_trim(3): the allocator's free pages go back to the kernel, also those before what is in use. Other C libraries do that by
+/// themselves or not at all.
+pub fn give_back_memory() {
+    // SAFETY: no memory is passed, and what is in use is not touched.
+    #[cfg(target_env = "gnu")]
+    unsafe {
+        libc::malloc_trim(0)
+    };
+}
 
 /// setfsuid(2) for this thread; gives the id that was in force before. glibc's wrapper is the bare call: one thread only.
 pub fn set_fs_uid(uid: u32) -> u32 {

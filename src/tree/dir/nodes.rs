@@ -11,6 +11,7 @@
 //! Guards of the map are never held across a system call that could wait: what such a call needs is copied out first. What
 //! the next process must know is written to the log under the guard ([`super::outlive`]), in the order in which it happened.
 
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
 
 use dashmap::DashMap;
@@ -19,6 +20,7 @@ use dashmap::mapref::entry::Entry as MapEntry;
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
 use super::outlive::{Inherited, Outlive};
+use crate::sys::raw;
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
 /// Most nodes a tree remembers. The kernel gives them back when it needs memory (FORGET); one costs about 200 bytes, so this
@@ -28,6 +30,9 @@ const MAX_NODES: usize = 8 << 20;
 const MAX_ALIASES: usize = 8;
 /// Devices told apart below one root: the number has eight bits.
 const MAX_DEVICES: usize = 256;
+/// With fewer nodes than this at its fullest the table keeps its memory. Not more: the last nodes that live when memory is given
+/// back may each hold pages of its own, which stay when they go.
+const SMALL: usize = 128;
 /// Bits of the inode number in a node id.
 const INO_BITS: u32 = 48;
 const INO_MASK: u64 = (1 << INO_BITS) - 1;
@@ -76,6 +81,10 @@ pub(super) struct NodeTable {
     devices: RwLock<Vec<u64>>,
     map: DashMap<Node, State>,
     most: usize,
+    /// Nodes in the map: counting them there would look into every shard.
+    count: AtomicUsize,
+    /// Most there were since memory was last given back.
+    peak: AtomicUsize,
     outlive: Option<Arc<Outlive>>,
 }
 
@@ -91,13 +100,15 @@ impl NodeTable {
             devices: RwLock::new(vec![root.identity.dev]),
             map: DashMap::new(),
             most: most_nodes(std::env::var("FSPROV_FUSE_MAX_NODES").ok().as_deref()),
+            count: AtomicUsize::new(0),
+            peak: AtomicUsize::new(0),
             outlive: None,
         };
-        table.map.insert(
-            ROOT,
-            // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
-            State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None },
-        );
+        // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
+        let state =
+            State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None };
+        table.map.insert(ROOT, state);
+        table.one_more();
         table
     }
 
@@ -116,6 +127,7 @@ impl NodeTable {
                 extra: None,
             };
             table.map.insert(note.node, state);
+            table.one_more();
         }
         table.outlive = Some(outlive);
         table
@@ -144,7 +156,26 @@ impl NodeTable {
     }
 
     pub(super) fn len(&self) -> usize {
-        self.map.len()
+        self.count.load(Ordering::Relaxed)
+    }
+
+    fn one_more(&self) {
+        let count = self.count.fetch_add(1, Ordering::Relaxed) + 1;
+        if count > self.peak.load(Ordering::Relaxed) {
+            self.peak.fetch_max(count, Ordering::Relaxed);
+        }
+    }
+
+    /// Give memory back once most of many nodes are gone: neither the map nor the allocator does so by itself. For each time it
+    /// happens at least seven eighths of the nodes were forgotten, so it costs them next to nothing. No guard may be held.
+    fn one_less(&self) {
+        let count = self.count.fetch_sub(1, Ordering::Relaxed) - 1;
+        let peak = self.peak.load(Ordering::Relaxed);
+        let mostly_gone = peak >= SMALL && count < peak / 8;
+        if mostly_gone && self.peak.compare_exchange(peak, count, Ordering::Relaxed, Ordering::Relaxed).is_ok() {
+            self.map.shrink_to_fit();
+            raw::give_back_memory();
+        }
     }
 
     /// The node id of a device and inode number, as a directory entry has them.
@@ -193,7 +224,7 @@ impl NodeTable {
             return Ok(ROOT);
         }
         loop {
-            let full = self.map.len() >= self.most;
+            let full = self.len() >= self.most;
             match self.map.entry(node) {
                 MapEntry::Occupied(mut at) => {
                     let state = at.get_mut();
@@ -232,6 +263,7 @@ impl NodeTable {
                         extra: None,
                     });
                     self.write_down(node, &state);
+                    self.one_more();
                     return Ok(node);
                 }
             }
@@ -257,6 +289,7 @@ impl NodeTable {
         }
         let state = at.remove();
         drop(state); // the pin, and with it its descriptor
+        self.one_less();
         true
     }
 
@@ -411,6 +444,27 @@ mod tests {
         assert!(large > ROOT && large <= INO_MASK, "{large:x}");
         let one = table.id(7, 1).unwrap();
         assert!(one > ROOT, "inode 1 is not the root here");
+    }
+
+    #[test]
+    fn memory_is_given_back_when_most_nodes_are_gone() {
+        let table = NodeTable::new(&found(7, 2, 0));
+        let many = 64 * SMALL as u64;
+        for ino in 10..10 + many {
+            table.remember(&found(7, ino, 1), ROOT, b"x").unwrap();
+        }
+        let (full, keeps) = (table.map.capacity(), many / 8);
+        for ino in 10..10 + many - keeps {
+            table.forget(ino, 1);
+        }
+        assert_eq!((table.len() as u64, table.map.len()), (1 + keeps, table.len()));
+        assert!(table.map.capacity() > full / 2, "not yet an eighth");
+        for ino in 10 + many - keeps..10 + many {
+            assert_eq!(table.kind(ino), Some(found(7, ino, 1).kind()));
+            table.forget(ino, 1);
+        }
+        assert_eq!((table.len(), table.map.len()), (1, 1));
+        assert!(table.map.capacity() < full / 4, "{} of {full}", table.map.capacity());
     }
 
     #[test]
