@@ -201,6 +201,10 @@ fn read_file(path: &Path) -> Result<Option<File>> {
             file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|e| Error::io(OP, show(path), e))?;
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
+            let hint = "is it another user's? set HOME to your own, or FSPROV_CONFIG to the file to read (empty: none)";
+            return Err(Error::io(OP, show(path), e).hint(hint));
+        }
         Err(e) => return Err(Error::io(OP, show(path), e)),
     }
     let refuse = |why: String| Error::new(Kind::Usage, OP, show(path), why);

@@ -12,6 +12,10 @@ use super::pax::{Extension, parse_records};
 use crate::error::{Error, Kind, Result};
 use crate::index::{Time, What, Xattr};
 
+/// For who gave another file.
+const TAKEN: &str = "taken are tar archives: AppC images, OCI layouts, docker archives and root filesystems, plain or packed \
+                     by gzip, bzip2, xz or zstd";
+
 /// A tar block.
 pub(crate) const BLOCK: usize = 512;
 
@@ -109,7 +113,9 @@ impl<R: BufRead> TarReader<R> {
                 return match have {
                     0 => Ok(None),
                     // Nothing came before it.
-                    _ if self.position < BLOCK as u64 => Err(self.invalid("it is shorter than any tar archive")),
+                    _ if self.position < BLOCK as u64 => {
+                        Err(self.invalid("it is shorter than any tar archive").hint(TAKEN))
+                    }
                     _ => Err(self.invalid("it is cut off in the middle of a block")),
                 };
             }
@@ -188,7 +194,8 @@ impl<R: BufRead> TarReader<R> {
             }
             let header = tar::Header::from_byte_slice(&block);
             if !Fields(header).checksum_holds() {
-                return Err(self.invalid("an entry's checksum does not hold: no tar archive, or a damaged one"));
+                let error = self.invalid("an entry's checksum does not hold: no tar archive, or a damaged one");
+                return Err(if self.position == BLOCK as u64 { error.hint(TAKEN) } else { error });
             }
             let kind = header.as_old().linkflag[0];
             let size = Fields(header).size().ok_or_else(|| self.invalid("an entry's size is not a number"))?;
