@@ -56,7 +56,7 @@ pub(super) struct Mount {
     /// Likewise for group ids
     #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
     gid_map: Vec<MapArg>,
-    /// Present everything as belonging to this user and group (fuse)
+    /// Present everything of the image as belonging to this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
     /// Let everything be changed (overlay); what was changed is kept in --sandbox, and deleted by `unmount`

@@ -161,6 +161,7 @@ pub(crate) const CASES: &[Case] = &[
     volumes::NESTED,
     volumes::NO_ESCAPE,
     volumes::ODD_PATHS,
+    volumes::OWNERS,
     volumes::SANDBOX_ESCAPE,
     volumes::SOURCE_IS_MADE,
     volumes::SUBMOUNTS,

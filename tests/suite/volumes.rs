@@ -469,3 +469,33 @@ pub(crate) const ACROSS: Case = Case::new("rename_and_link_across_trees", on::vo
     stage.tool("cp", ["-p"]).arg(&i).arg(rootfs.join("data/hosts")).run().ok();
     assert_eq!(read(stage.path("a/hosts")), "127.0.0.1 localhost\n");
 });
+
+/// `--squash` and `--uid-map` say whose the files of the image seem. Those of a volume are whose they are on the disk.
+pub(crate) const OWNERS: Case = Case::new("owners_are_squashed_or_mapped", fuse_here, |stage: &Stage| {
+    let (image, backing) = (stage.small_image(), stage.mkdir("vol"));
+    let owner = |path: &Path| fs::symlink_metadata(path).map(|m| (m.uid(), m.gid())).expect("stat");
+    let own @ (uid, gid) = owner(&image.join("etc/hosts"));
+    let map = |from: u32, to: u32| OsString::from(format!("{from}:{to}:1"));
+    for (name, args, shown) in [
+        ("squash", vec!["--squash".into(), "7:8".into()], (7, 8)),
+        ("map", vec!["--uid-map".into(), map(uid, 4000), "--gid-map".into(), map(gid, 5000)], (4000, 5000)),
+    ] {
+        let rootfs = stage.mount(&image, name, options(&[&args, &volume(&backing, "/data", "rw")]));
+        for path in ["", "etc", "etc/hosts", "bin"] {
+            assert_eq!(owner(&rootfs.join(path)), shown, "{name}: /{path}");
+        }
+        let made = rootfs.join("data").join(name);
+        write(&made, name);
+        assert_eq!((owner(&made), owner(&backing.join(name))), (own, own), "{name}: made in the volume");
+        stage.unmount(&rootfs);
+    }
+    let both =
+        stage.fsprov(["mount", "--squash", "7:8", "--uid-map", "0:1:1"]).args([&image, &stage.path("both")]).run();
+    both.fails(2, &["exclude one another"]);
+    assert!(!stage.path("both").exists());
+});
+
+/// Where an id that the case makes up can be seen.
+fn fuse_here(lane: &Lane) -> bool {
+    on::fuse(lane) && lane.enter != Enter::Userns
+}
