@@ -167,6 +167,11 @@ impl DirTree {
     }
 
     pub(super) fn get_xattr(&self, node: Node, name: &OsStr, out: &mut dyn FnMut(&[u8])) -> Result<()> {
+        // The kernel asks for security.capability before it writes to a file for the first time, and that one is open.
+        let open = self.nodes.a_handle(node).and_then(|handle| self.handles.get(handle)?.not_parked());
+        if let Some(open) = open {
+            return read_sized(out, |buffer| fs::fgetxattr(open.fd(), name.as_bytes(), buffer));
+        }
         let (fd, _) = self.fd(node)?;
         let path = proc_path(&fd);
         read_sized(out, |buffer| fs::getxattr(path.as_str(), name.as_bytes(), buffer))

@@ -119,6 +119,12 @@ impl Open {
         Arc::clone(&self.slot().fd)
     }
 
+    /// The descriptor, if it is no O_PATH one just now.
+    pub(super) fn not_parked(&self) -> Option<Arc<Held>> {
+        let slot = self.slot();
+        (!slot.parked).then(|| Arc::clone(&slot.fd))
+    }
+
     /// The descriptor with the access it was opened with.
     pub(super) fn io(&self, pool: &Arc<FdPool>) -> Result<Arc<Held>> {
         let mut slot = self.slot();

@@ -306,6 +306,11 @@ impl NodeTable {
         })
     }
 
+    /// A handle of this node, if it has one.
+    pub(super) fn a_handle(&self, node: Node) -> Option<Handle> {
+        self.map.get(&node)?.extra.as_deref()?.handles.last().copied()
+    }
+
     /// The type of a known node.
     pub(super) fn kind(&self, node: Node) -> Option<u32> {
         self.map.get(&node).map(|s| s.kind)
