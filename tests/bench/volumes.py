@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
 """Measures writable volumes: fsprov's beside a kernel bind mount and the peers that Debian has, interleaved in one run.
 
-  scripts/bench --volumes [--rounds N] [--rows A,B] [--subjects A,B] [--out DIR] [--stats]
+  scripts/bench --volumes [--rounds N] [--rows A,B] [--subjects A,B] [--on ext4|here] [--out DIR] [--stats]
 
 Run as root (the bind mount); servers and programs run as the ordinary user fsprov-test. Each sample works in a new directory.
+--on: a new ext4 file system with mkfs's defaults, in a file below $TMPDIR (default), or $TMPDIR itself. Without a journal ext4
+passes over inodes deleted in the last minutes one by one (recently_deleted in fs/ext4/ialloc.c): who comes after another's rm pays.
 --stats: what the fsprov servers were asked, per row. Writes volumes.json below DIR (default: target/bench) and prints the table.
 """
 import argparse, glob, json, os, pwd, random, shutil, signal, statistics, subprocess, sys, tempfile, time
@@ -15,6 +17,7 @@ SOURCE_FILES = 3000            # of the tree that is unpacked and cloned
 SOURCE_FILE_BYTES = 256 << 10  # larger files say more of the disk than of the file system
 SQLITE_ROWS = 3000
 PATIENCE = 30                  # seconds until a mount answers
+DISK_BYTES = 16 << 30          # of the file system made for the run; its file is sparse
 
 FIO = ('fio --name=job --filename={dir}/fio --size=64M --io_size=32M --bs=4k --ioengine=psync --randrepeat=1 --invalidate=1 '
        '--output-format=terse --rw=')
@@ -27,7 +30,10 @@ ROWS = {
     'fio randwrite 4k': ('dd if=/dev/zero of={dir}/fio bs=1M count=64 status=none', FIO + 'randwrite'),
     'fio randread 4k': ('dd if=/dev/zero of={dir}/fio bs=1M count=64 status=none', FIO + 'randread'),
 }
-SUBJECTS = ['bind', 'fsprov fuse', 'fsprov --writeback', 'fuse-overlayfs', 'bindfs']
+# What each says of the host's own changes: seen within a second by `fsprov fuse` and bindfs. fuse-overlayfs gathers writes and keeps
+# names and attributes for ever (its defaults: writeback=1, timeout=1e9); so does `fsprov --writeback ttl`.
+SUBJECTS = {'bind': '', 'fsprov fuse': '', 'fsprov --writeback': '--writeback', 'fsprov --writeback ttl': '--writeback --volume-ttl 86400',
+            'fuse-overlayfs': '', 'bindfs': ''}
 
 
 def say(text): print(f'bench: {text}', file=sys.stderr, flush=True)
@@ -41,8 +47,10 @@ def as_user(command, **more):
 
 
 class Bench:
-    def __init__(self, work):
-        self.work, self.servers, self.points = work, [], []
+    def __init__(self, top, on):
+        self.servers, self.points = [], []
+        self.top, self.on = top, on
+        self.work = work = f'{top}/w'
         self.env = {'FSPROV_ROOT': f'{work}/state', 'RUSTC': f'{work}/toolchain/bin/rustc', 'CARGO_HOME': f'{work}/cargo',
                     'GIT_CONFIG_COUNT': '1', 'GIT_CONFIG_KEY_0': 'safe.directory', 'GIT_CONFIG_VALUE_0': '*'}
 
@@ -55,7 +63,16 @@ class Bench:
 
     def prepare(self):
         work = self.work
-        os.chmod(work, 0o755)
+        os.mkdir(work)
+        if self.on == 'ext4':
+            with open(f'{self.top}/disk', 'w') as disk:
+                disk.truncate(DISK_BYTES)
+            # Whole at once: else the kernel initializes inode tables during the run.
+            subprocess.run(['mkfs.ext4', '-q', '-F', '-E', 'lazy_itable_init=0,lazy_journal_init=0', disk.name], check=True)
+            subprocess.run(['mount', '-o', 'loop', disk.name, work], check=True)
+            self.points.append(work)
+        for place in self.top, work:
+            os.chmod(place, 0o755)
         for name in ['image/data', 'toolchain', 'state', 'cargo', 'empty', 'fsprov-bin']:
             os.makedirs(f'{work}/{name}')
         shutil.copy(FSPROV, f'{work}/fsprov')
@@ -101,8 +118,7 @@ class Bench:
             self.points.append(point)
             return point
         if subject.startswith('fsprov'):
-            more = '--writeback' if 'writeback' in subject else ''
-            self.run(f'{self.work}/fsprov mount --backend fuse --id {name} {more} -v {vol}:/data {self.work}/image {point}')
+            self.run(f'{self.work}/fsprov mount --backend fuse --id {name} {SUBJECTS[subject]} -v {vol}:/data {self.work}/image {point}')
             return f'{point}/data'
         self.run(f'mkdir {self.work}/index-{name}')
         words = {'fuse-overlayfs': ['fuse-overlayfs', '-f', '-o', f'lowerdir={self.work}/empty,upperdir={vol},workdir={self.work}/index-{name}', point],
@@ -144,10 +160,10 @@ class Bench:
                 server.kill()
         for point in reversed(self.points):
             subprocess.run(['umount', point], check=False)
-        if f' {self.work}/' in open('/proc/self/mountinfo').read():
-            say(f'something is still mounted below {self.work}: left there')
+        if f' {self.top}/' in open('/proc/self/mountinfo').read():
+            say(f'something is still mounted below {self.top}: left there')
         else:
-            shutil.rmtree(self.work, ignore_errors=True)
+            shutil.rmtree(self.top, ignore_errors=True)
 
 
 def main(arguments):
@@ -155,6 +171,7 @@ def main(arguments):
     parser.add_argument('--rounds', type=int, default=3)
     parser.add_argument('--rows', default=','.join(ROWS))
     parser.add_argument('--subjects', default=','.join(SUBJECTS))
+    parser.add_argument('--on', choices=['ext4', 'here'], default='ext4')
     parser.add_argument('--out', default=os.path.join(HERE, 'target/bench'))
     parser.add_argument('--stats', action='store_true')
     options = parser.parse_args(arguments)
@@ -162,11 +179,11 @@ def main(arguments):
         sys.exit('bench: run as root')
     rows = [r for r in ROWS if any(r.startswith(w) for w in options.rows.split(','))]
     subjects = [s for s in SUBJECTS if s in options.subjects.split(',')]
-    for tool in ['fio', 'git', 'sqlite3'] + [s for s in subjects if s in ('fuse-overlayfs', 'bindfs')]:
-        if not shutil.which(tool):
-            sys.exit(f'bench: {tool} is missing (apt-get install {tool})')
-    bench = Bench(tempfile.mkdtemp(prefix='fsprov-bv.'))
+    wanted = ['fio', 'git', 'sqlite3'] + [s for s in subjects if s in ('fuse-overlayfs', 'bindfs')]
+    if missing := [tool for tool in wanted if not shutil.which(tool)]:
+        sys.exit(f'bench: {", ".join(missing)} missing (apt-get install {" ".join(missing)})')
     samples, asked = {row: {s: [] for s in subjects} for row in rows}, {}
+    bench = Bench(tempfile.mkdtemp(prefix='fsprov-bv.'), options.on)
     try:
         bench.prepare()
         points = {s: bench.mount(s) for s in subjects}
