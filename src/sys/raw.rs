@@ -108,6 +108,13 @@ pub fn map_range(file: impl AsFd, offset: u64, length: usize) -> std::io::Result
     unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map(file.as_fd().as_raw_fd()) }
 }
 
+/// Map `length` bytes from `offset` (a multiple of the page size) of a file, shared, to be written.
+pub fn map_writable(file: impl AsFd, offset: u64, length: usize) -> std::io::Result<memmap2::MmapMut> {
+    // SAFETY: as for `map_file`; the caller writes to a memory file that no other process changes while it is mapped, and whose
+    // pages are there already.
+    unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map_mut(file.as_fd().as_raw_fd()) }
+}
+
 /// Take the pages of a file mapping out of this process's page table (madvise(2) MADV_DONTNEED); they stay in the page
 /// cache and come back at the next touch.
 pub fn drop_resident(map: &memmap2::Mmap) -> std::io::Result<()> {

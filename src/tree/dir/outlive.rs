@@ -5,7 +5,8 @@
 //! A log in two memory files that somebody else holds ([`Continuity`]). Each record is whole or not there. A node's record replaces
 //! its earlier ones; when the log is mostly old records, the live ones are copied to the other file while both are written to, and
 //! the files change places. Writing to a memory file waits for nothing, so it is done under the node table's guards, which is
-//! what keeps a node's records in order.
+//! what keeps a node's records in order. Its end is mapped, because most requests write one or more records: what is in the mapping
+//! is in the file, also where this process is killed at the next instruction.
 //!
 //! Lock order: a guard of the node table, then this.
 
@@ -17,22 +18,29 @@ use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::ThreadId;
 
+use rustix::fs::{FallocateFlags, fallocate};
+
 use super::found::Identity;
 use super::nodes::Alias;
+use crate::sys::raw;
 use crate::tree::again;
 use crate::tree::{Handle, Node};
 
 const TARGET: &str = "fsprov::tree::dir";
 /// A log shorter than this is not worth copying.
 const SMALL: u64 = 1 << 20;
+/// Bytes of a log that are mapped at a time, behind zeros up to there: a multiple of every page size.
+const WINDOW: u64 = 1 << 16;
 /// Bytes before a record's content: its length, its check sum.
 const HEADER: usize = 8;
+/// Room for most records at once.
+const USUAL_RECORD: usize = 128;
 /// Longest record: eight names of 255 bytes and what belongs to them is less than half of it.
 const MAX_RECORD: usize = 8192;
 
 /// Where a tree finds what an earlier process left, and leaves its own.
 pub struct Continuity {
-    /// Two memory files, empty for the first process.
+    /// Two memory files, empty for the first process. Whoever wrote to them before is dead.
     pub logs: [OwnedFd; 2],
     /// Descriptors that an earlier process gave away ([`Keeper`]), by node.
     pub kept: Vec<(Node, OwnedFd)>,
@@ -114,8 +122,7 @@ impl std::fmt::Debug for Outlive {
 }
 
 struct Log {
-    files: [File; 2],
-    length: [u64; 2],
+    files: [LogFile; 2],
     current: usize,
     /// The other file is being filled: both are written to.
     copying: bool,
@@ -147,13 +154,15 @@ impl Outlive {
     pub(super) fn take_over(continuity: Continuity) -> (Self, Inherited, Vec<(Node, OwnedFd)>) {
         let Continuity { logs, kept, keeper } = continuity;
         let files = logs.map(File::from);
-        let read = [Replay::of(&files[0]), Replay::of(&files[1])];
+        let read = files.each_ref().map(Replay::of);
         // Both are complete where the process was killed between finishing one and emptying the other.
         let current = usize::from(read[1].complete && (!read[0].complete || read[1].generation > read[0].generation));
         let [zero, one] = read;
         let chosen = if current == 0 { zero } else { one };
+        let mut files = files.map(LogFile::new);
+        files[current].cut_at(chosen.length);
+        files[1 - current].cut_at(0);
         let log = Log {
-            length: if current == 0 { [chosen.length, 0] } else { [0, chosen.length] },
             files,
             current,
             copying: false,
@@ -275,71 +284,115 @@ impl Copying<'_> {
     pub(super) fn node(&self, node: Node, identity: Identity, kind: u32, aliases: &[Alias]) {
         let mut log = self.outlive.log();
         let other = 1 - log.current;
-        log.append_to(other, &node_record(node, identity, kind, aliases).bytes);
+        log.append_to(other, &node_record(node, identity, kind, aliases));
     }
 
     /// That were all.
     pub(super) fn finish(self) {
         let mut log = self.outlive.log();
         let (old, new) = (log.current, 1 - log.current);
-        log.append_to(new, &Record::new(Kind::Complete).bytes);
+        log.append_to(new, &Record::new(Kind::Complete));
         log.copying = false;
         if log.broken {
             return;
         }
         log.current = new;
-        log.live = log.length[new];
-        log.length[old] = 0;
-        if let Err(e) = log.files[old].set_len(0) {
-            log::warn!(target: TARGET, "empty the old node log: {e}");
-        }
+        log.live = log.files[new].length;
+        log.files[old].cut_at(0);
     }
 }
 
 impl Log {
     fn is_long(&self) -> bool {
-        !self.copying && !self.broken && self.length[self.current] >= SMALL + 2 * self.live
+        !self.copying && !self.broken && self.files[self.current].length >= SMALL + 2 * self.live
     }
 
     fn append(&mut self, record: &Record) {
-        self.append_to(self.current, &record.bytes);
+        self.append_to(self.current, record);
         if self.copying {
-            self.append_to(1 - self.current, &record.bytes);
+            self.append_to(1 - self.current, record);
         }
     }
 
-    fn append_to(&mut self, file: usize, content: &[u8]) {
-        let mut bytes = Vec::with_capacity(HEADER + content.len());
-        bytes.extend_from_slice(&(content.len() as u32).to_le_bytes());
-        bytes.extend_from_slice(&check_sum(content).to_le_bytes());
-        bytes.extend_from_slice(content);
-        match self.files[file].write_all_at(&bytes, self.length[file]) {
-            Ok(()) => self.length[file] += bytes.len() as u64,
-            Err(e) => {
-                if !std::mem::replace(&mut self.broken, true) {
-                    log::error!(target: TARGET, "write node log: {e}: nodes made from now on will not outlive this process");
-                }
-            }
+    fn append_to(&mut self, file: usize, record: &Record) {
+        if let Err(e) = self.files[file].append(record)
+            && !std::mem::replace(&mut self.broken, true)
+        {
+            log::error!(target: TARGET, "write node log: {e}: nodes made from now on will not outlive this process");
         }
     }
 
     fn start_copying(&mut self) {
         let other = 1 - self.current;
-        if let Err(e) = self.files[other].set_len(0) {
-            log::warn!(target: TARGET, "empty a node log: {e}");
-        }
-        self.length[other] = 0;
+        self.files[other].cut_at(0);
         self.copying = true;
         self.generation += 1;
-        self.append_to(other, &Record::new(Kind::Begin).number(self.generation).bytes);
+        self.append_to(other, &Record::new(Kind::Begin).number(self.generation));
         for dev in self.devices.clone() {
-            self.append_to(other, &Record::new(Kind::Device).number(dev).bytes);
+            self.append_to(other, &Record::new(Kind::Device).number(dev));
         }
         let handles: Vec<_> = self.handles.iter().map(|(h, n)| handle_record(*h, *n)).collect();
         let intents: Vec<_> = self.intents.iter().map(|(unique, i)| intent_record(*unique, 0, *i)).collect();
         for record in handles.into_iter().chain(intents) {
-            self.append_to(other, &record.bytes);
+            self.append_to(other, &record);
         }
+    }
+}
+
+/// A memory file that is written at its end, through a mapping. Behind the end it is empty or zeros, which are no record.
+struct LogFile {
+    file: File,
+    /// Where its records end.
+    length: u64,
+    window: Option<Window>,
+}
+
+/// What is mapped of a file: [`WINDOW`] bytes from a multiple of that.
+struct Window {
+    start: u64,
+    map: memmap2::MmapMut,
+}
+
+impl LogFile {
+    fn new(file: File) -> Self {
+        LogFile { file, length: 0, window: None }
+    }
+
+    /// Leave only so much of it. What a kill left behind the last whole record goes: a name in it could look like a record.
+    fn cut_at(&mut self, length: u64) {
+        self.window = None;
+        self.length = length;
+        if let Err(e) = self.file.set_len(length) {
+            log::warn!(target: TARGET, "cut a node log short: {e}");
+        }
+    }
+
+    fn append(&mut self, record: &Record) -> std::io::Result<()> {
+        let mut at = self.length;
+        for mut rest in [&record.header()[..], &record.bytes] {
+            while !rest.is_empty() {
+                let space = &mut self.window(at)?[(at % WINDOW) as usize..];
+                let (piece, after) = rest.split_at(rest.len().min(space.len()));
+                space[..piece.len()].copy_from_slice(piece);
+                at += piece.len() as u64;
+                rest = after;
+            }
+        }
+        self.length = at;
+        Ok(())
+    }
+
+    /// The mapping that `at` lies in.
+    fn window(&mut self, at: u64) -> std::io::Result<&mut memmap2::MmapMut> {
+        let start = at - at % WINDOW;
+        let there = self.window.take().filter(|window| window.start == start);
+        let map = || {
+            // Their memory is taken here, where its want is an error and no SIGBUS at a touch.
+            fallocate(&self.file, FallocateFlags::empty(), start, WINDOW)?;
+            raw::map_writable(&self.file, start, WINDOW as usize).map(|map| Window { start, map })
+        };
+        let window = there.map_or_else(map, Ok)?;
+        Ok(&mut self.window.insert(window).map)
     }
 }
 
@@ -355,7 +408,16 @@ struct Record {
 
 impl Record {
     fn new(kind: Kind) -> Self {
-        Record { bytes: vec![kind as u8] }
+        let mut bytes = Vec::with_capacity(USUAL_RECORD);
+        bytes.push(kind as u8);
+        Record { bytes }
+    }
+    fn header(&self) -> [u8; HEADER] {
+        let [length, sum] = [self.bytes.len() as u32, check_sum(&self.bytes)].map(u32::to_le_bytes);
+        let mut header = [0; HEADER];
+        header[..4].copy_from_slice(&length);
+        header[4..].copy_from_slice(&sum);
+        header
     }
     fn number(mut self, value: u64) -> Self {
         self.bytes.extend_from_slice(&value.to_le_bytes());

@@ -18,6 +18,17 @@ impl Files {
     fn new() -> Self {
         Files([memory(), memory()])
     }
+    /// As they are now: the writer goes on.
+    fn copy(&self) -> Self {
+        Files(self.0.each_ref().map(|from| {
+            let from = File::from(from.try_clone().unwrap());
+            let mut bytes = vec![0; from.metadata().unwrap().len() as usize];
+            from.read_exact_at(&mut bytes, 0).unwrap();
+            let to = File::from(memory());
+            to.write_all_at(&bytes, 0).unwrap();
+            to.into()
+        }))
+    }
     fn take_over(&self) -> (Outlive, Inherited) {
         let logs = [self.0[0].try_clone().unwrap(), self.0[1].try_clone().unwrap()];
         let (outlive, inherited, _) =
@@ -65,16 +76,16 @@ fn a_record_cut_short_at_any_byte_is_left_out_and_written_over() {
         let files = Files::new();
         let (log, _) = files.take_over();
         log.node(5, identity(5), 1, &[alias(1, "first")]);
-        let first = log.log().length[0];
+        let first = log.log().files[0].length;
         log.node(6, identity(6), 1, &[alias(1, "second")]);
-        let mut bytes = vec![0; log.log().length[0] as usize];
-        log.log().files[0].read_exact_at(&mut bytes, 0).unwrap();
+        let mut bytes = vec![0; log.log().files[0].length as usize];
+        log.log().files[0].file.read_exact_at(&mut bytes, 0).unwrap();
         (bytes, first)
     };
     for cut in whole.1..whole.0.len() as u64 {
         let files = Files::new();
         let (log, _) = files.take_over();
-        log.log().files[0].write_all_at(&whole.0[..cut as usize], 0).unwrap();
+        log.log().files[0].file.write_all_at(&whole.0[..cut as usize], 0).unwrap();
         let (log, inherited) = files.take_over();
         assert_eq!(inherited.nodes.len(), 1, "cut at {cut}");
         log.node(7, identity(7), 1, &[alias(1, "third")]);
@@ -90,7 +101,7 @@ fn copying_keeps_what_lives_and_a_copy_cut_short_does_not_count() {
     let (log, _) = files.take_over();
     log.device(9);
     log.open(4, HandleNote { node: 5, flags: 1, directory: false });
-    while log.log().length[0] < SMALL {
+    while log.log().files[0].length < SMALL {
         log.node(5, identity(5), 1, &[alias(1, "old")]);
     }
     let copying = log.start_copying().expect("long enough");
@@ -98,12 +109,12 @@ fn copying_keeps_what_lives_and_a_copy_cut_short_does_not_count() {
     log.node(6, identity(6), 1, &[alias(1, "meanwhile")]);
     copying.node(5, identity(5), 1, &[alias(1, "old")]);
     // Killed here, the first file is still the one that counts.
-    let half = files.take_over().1;
+    let half = files.copy().take_over().1;
     assert_eq!((half.nodes.len(), half.handles.len()), (2, 1));
     copying.finish();
     log.forget(6);
-    assert_eq!(log.log().length[0], 0);
-    assert!(log.log().length[1] < 1000);
+    assert_eq!(log.log().files[0].length, 0);
+    assert!(log.log().files[1].length < 1000);
     let (log, inherited) = files.take_over();
     assert_eq!(log.log().current, 1);
     assert_eq!(inherited.nodes.into_keys().collect::<Vec<_>>(), [5]);
@@ -134,5 +145,42 @@ fn an_intent_stands_until_its_thread_comes_with_the_next_one() {
         log.node(5, identity(5), 1, &[alias(1, "old")]);
     }
     log.start_copying().expect("long enough").finish();
-    assert_eq!(files.take_over().1.intents.into_keys().collect::<Vec<_>>(), [12], "copied");
+    assert_eq!(files.copy().take_over().1.intents.into_keys().collect::<Vec<_>>(), [12], "copied");
+}
+
+#[test]
+fn records_of_every_length_survive_where_one_mapping_ends() {
+    let files = Files::new();
+    let (log, _) = files.take_over();
+    let name = |node: Node| "n".repeat(1 + node as usize % 251);
+    let mut last = 0;
+    while log.log().files[0].length < 5 * WINDOW / 2 {
+        last += 1;
+        log.node(last, identity(last), 1, &[alias(1, &name(last))]);
+    }
+    assert_eq!(log.log().files[0].file.metadata().unwrap().len(), 3 * WINDOW);
+    let inherited = files.copy().take_over().1;
+    assert_eq!(inherited.nodes.len() as u64, last);
+    for (node, note) in inherited.nodes {
+        assert_eq!(note.aliases, [alias(1, &name(node))]);
+    }
+}
+
+#[test]
+fn what_a_kill_left_behind_the_last_record_is_gone() {
+    let files = Files::new();
+    let (log, _) = files.take_over();
+    log.node(5, identity(5), 1, &[alias(1, "whole")]);
+    let end = log.log().files[0].length;
+    drop(log);
+    // A record of which the first bytes are missing; a name in it looks like a record.
+    let inner = Record::new(Kind::Forget).number(5);
+    let torn = [&[0xff; HEADER + 9][..], &inner.header(), &inner.bytes].concat();
+    File::from(files.0[0].try_clone().unwrap()).write_all_at(&torn, end).unwrap();
+    let (log, _) = files.take_over();
+    // As long as what stood before the inner record.
+    log.forget(6);
+    assert_eq!(log.log().files[0].length, end + (HEADER + 9) as u64);
+    drop(log);
+    assert_eq!(files.take_over().1.nodes.into_keys().collect::<Vec<_>>(), [5]);
 }
