@@ -84,8 +84,13 @@ impl ActAs {
 
 /// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
 fn without_set_id_privilege<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
+    if NO_FSETID.get() {
+        return work();
+    }
     let Ok(sets) = capabilities(None) else { return work() };
     if !sets.effective.contains(CapabilitySet::FSETID) {
+        // For good, where it is not permitted either: this program enters no user namespace and executes nothing in its place.
+        NO_FSETID.set(!sets.permitted.contains(CapabilitySet::FSETID));
         return work();
     }
     let mut without = sets;
@@ -183,6 +188,8 @@ thread_local! {
     static GROUPS_DROPPED: Cell<bool> = const { Cell::new(false) };
     /// Uid and gid that this thread took on last: every write takes them on, and asks whether they hold only once.
     static TAKEN_BEFORE: Cell<Option<(u32, u32)>> = const { Cell::new(None) };
+    /// True where this thread has no CAP_FSETID and can get none: each write of an ordinary user would ask.
+    static NO_FSETID: Cell<bool> = const { Cell::new(false) };
     /// The umask of this thread, once it is its own.
     static UMASK: Cell<Option<u32>> = const { Cell::new(None) };
 }
