@@ -238,7 +238,7 @@ impl FuseAdapter {
         }
         self.counters.took(begun.elapsed());
         if paced {
-            self.pace.end();
+            self.pace.end(!matches!(operation, Operation::Release | Operation::ReleaseDir));
         }
     }
 }

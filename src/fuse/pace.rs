@@ -134,7 +134,9 @@ impl Pace {
     }
 
     /// The request was answered: come back when there is another one for this thread, or after a while.
-    pub fn end(&self) {
+    /// `awaited`: whoever caused it sleeps until the answer. Nobody does after close(2), whose caller goes on and may have asked
+    /// for the next thing already.
+    pub fn end(&self, awaited: bool) {
         let now = self.now();
         self.answered.store(now, Ordering::Relaxed);
         let Some(connection) = self.connection.get() else { return };
@@ -149,11 +151,11 @@ impl Pace {
             return;
         }
         match look(connection, self.look) {
-            Seen::Backlog => {
+            Seen::Backlog if awaited => {
                 self.vain.store(0, Ordering::Relaxed);
                 self.all_for(SEVERAL);
             }
-            Seen::Request => self.vain.store(0, Ordering::Relaxed),
+            Seen::Backlog | Seen::Request => self.vain.store(0, Ordering::Relaxed),
             Seen::Nothing if self.vain.fetch_add(1, Ordering::Relaxed) + 1 >= VAIN => {
                 self.vain.store(0, Ordering::Relaxed);
                 self.run.store(0, Ordering::Relaxed);
@@ -206,7 +208,7 @@ fn variant(text: Option<&str>) -> Duration {
 /// What a look at the connection showed.
 #[derive(Debug, PartialEq, Eq)]
 enum Seen {
-    /// A request was waiting already: it is another caller's, as the one who was just answered has not woken up yet.
+    /// A request was waiting already. Where the last caller sleeps until the answer it is another's: nobody wakes up so fast.
     Backlog,
     /// A request, or an error that the next read will tell.
     Request,
@@ -251,7 +253,7 @@ mod tests {
     fn serve(pace: &Pace) {
         pace.begin();
         pace.run.store(RUN, Ordering::Relaxed);
-        pace.end();
+        pace.end(true);
     }
 
     #[test]
@@ -259,7 +261,7 @@ mod tests {
         let (pace, writer) = watched(1);
         let state = || (pace.vain.load(Ordering::Relaxed), pace.run.load(Ordering::Relaxed));
         pace.begin();
-        pace.end();
+        pace.end(true);
         assert_eq!(state().0, 0, "no run, no look");
         for n in 1..VAIN {
             serve(&pace);
@@ -302,6 +304,18 @@ mod tests {
     }
 
     #[test]
+    fn what_follows_a_close_is_the_same_callers() {
+        let (pace, writer) = watched(1);
+        rustix::io::write(&writer, b"x").unwrap();
+        for (awaited, all) in [(false, false), (true, true)] {
+            pace.begin();
+            pace.run.store(RUN, Ordering::Relaxed);
+            pace.end(awaited);
+            assert_eq!(pace.all_until.load(Ordering::Relaxed) > 0, all);
+        }
+    }
+
+    #[test]
     fn a_waiting_request_calls_all() {
         let (pace, writer) = watched(2);
         rustix::io::write(&writer, b"x").unwrap();
@@ -311,7 +325,7 @@ mod tests {
                 pace.begin();
                 pace.begin();
                 pace.run.store(RUN, Ordering::Relaxed);
-                pace.end();
+                pace.end(true);
             });
         });
         assert!(begin.elapsed() < Duration::from_secs(5));
