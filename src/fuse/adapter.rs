@@ -22,8 +22,8 @@ use super::inflight::Notes;
 use super::pace::Pace;
 use crate::tree::again::{self, Asked};
 use crate::tree::{
-    Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, SetTime, Timespec, Tree,
-    Writer,
+    Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, Opened, SetTime,
+    Timespec, Tree, Writer,
 };
 
 const TARGET: &str = "fsprov::fuse";
@@ -324,12 +324,14 @@ fn give_entry(reply: ReplyEntry, entry: &Entry) {
     reply.entry_with_ttls(&entry.attr_ttl, &entry.entry_ttl, &attr_out(&entry.attr), Generation(entry.generation));
 }
 
-fn file_flags(cache: Caching) -> FopenFlags {
-    match cache {
+fn file_flags(opened: Opened) -> FopenFlags {
+    let caching = match opened.cache {
         Caching::Keep => FopenFlags::FOPEN_KEEP_CACHE,
         Caching::Fresh => FopenFlags::empty(),
         Caching::Direct => FopenFlags::FOPEN_DIRECT_IO,
-    }
+    };
+    // With the write-back cache the kernel asks all the same (fuse_flush in fs/fuse/file.c).
+    if opened.closes_silently { caching | FopenFlags::FOPEN_NOFLUSH } else { caching }
 }
 
 fn directory_flags(cache: Caching) -> FopenFlags {
@@ -580,14 +582,7 @@ impl Filesystem for FuseAdapter {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.open(&caller(request), node.0, flags.0) {
-                Ok(opened) => {
-                    let mut answer = file_flags(opened.cache);
-                    if flags.0 & libc::O_ACCMODE == libc::O_RDONLY {
-                        // Nothing was written, so closing has nothing to tell: one request less (Linux 5.16).
-                        answer |= FopenFlags::FOPEN_NOFLUSH;
-                    }
-                    reply.opened(FileHandle(opened.handle), answer);
-                }
+                Ok(opened) => reply.opened(FileHandle(opened.handle), file_flags(opened)),
                 Err(e) => reply.error(failed(Operation::Open, node, e)),
             }
         });
@@ -652,8 +647,10 @@ impl Filesystem for FuseAdapter {
 
     fn flush(&self, request: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
         self.request(request, Operation::Flush, |tree| {
-            // Where opens need no asking nothing is written, so no close has anything to report: never ask again.
-            if self.no_open {
+            // Where opens need no asking nothing is written, so no close has anything to report; with the write-back cache
+            // the tree tells with the write. Never ask again: the kernel writes its pages out at a close all the same, and gives
+            // the errors of that (fuse_flush in fs/fuse/file.c).
+            if self.no_open || self.options.writeback {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.flush(node.0, fh.0) {
@@ -858,7 +855,7 @@ impl Filesystem for FuseAdapter {
                     &attr_out(&entry.attr),
                     Generation(entry.generation),
                     FileHandle(opened.handle),
-                    file_flags(opened.cache),
+                    file_flags(opened),
                 ),
                 Err(e) => reply.error(failed(Operation::Create, parent, e)),
             }

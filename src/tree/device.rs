@@ -100,7 +100,7 @@ impl Tree for DeviceTree {
             self.writable()?;
         }
         // Past the page cache: a device has no size.
-        Ok(Opened { handle: 0, cache: Caching::Direct })
+        Ok(Opened { handle: 0, cache: Caching::Direct, closes_silently: true })
     }
     fn read(&self, _: Node, _: Handle, _: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         if self.device == Device::Null {

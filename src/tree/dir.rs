@@ -102,6 +102,8 @@ impl DirOptions {
 pub struct DirTree {
     root: Arc<OwnedFd>,
     root_mount: u64,
+    /// Closing a file on this device, the root's, has nothing to tell.
+    silent_device: Option<u64>,
     options: DirOptions,
     pool: Arc<FdPool>,
     /// This tree's number in the pool.
@@ -173,6 +175,7 @@ impl DirTree {
             }
         };
         Ok(DirTree {
+            silent_device: found::closes_silently(&root).then_some(found.identity.dev),
             root: Arc::new(root),
             root_mount: found.mount,
             nodes,

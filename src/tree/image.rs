@@ -177,7 +177,7 @@ impl Tree for ImageTree {
             return Err(Errno::ROFS);
         }
         match self.inode(node)?.form {
-            Form::File => Ok(Opened { handle: 0, cache: Caching::Keep }),
+            Form::File => Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }),
             Form::Directory { .. } => Err(Errno::ISDIR),
             Form::Symlink | Form::Special => Err(Errno::INVAL),
         }

@@ -155,6 +155,8 @@ pub struct Opened {
     pub handle: Handle,
     /// What the kernel may keep.
     pub cache: Caching,
+    /// Closing it has nothing to tell and nothing to see to: the kernel need not ask (FOPEN_NOFLUSH, Linux 5.16).
+    pub closes_silently: bool,
 }
 
 /// What the kernel may keep of an opened file's or directory's content.
@@ -290,11 +292,12 @@ pub trait Tree: Send + Sync {
 
     /// Open a directory.
     fn opendir(&self, caller: &Caller, node: Node) -> Result<Opened> {
-        Ok(Opened { handle: 0, cache: Caching::Keep })
+        Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true })
     }
     /// Close a directory.
     fn releasedir(&self, node: Node, handle: Handle) {}
-    /// A descriptor of the file was closed; errors of delayed writes come back here.
+    /// A descriptor of the file was closed; errors of delayed writes come back here. Not called where the file closes silently
+    /// ([`Opened::closes_silently`]), and never with the kernel's write-back cache: there writes themselves must tell.
     fn flush(&self, node: Node, handle: Handle) -> Result<()> {
         Ok(())
     }

@@ -560,7 +560,7 @@ impl Tree for RouteTree {
     fn opendir(&self, caller: &Caller, node: Node) -> Result<Opened> {
         match self.tree(node)? {
             Some((_, tree, inner)) => tree.opendir(caller, inner),
-            None => Ok(Opened { handle: 0, cache: Caching::Keep }),
+            None => Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }),
         }
     }
 

@@ -49,9 +49,9 @@ pub(crate) const WRITEBACK: Case =
     Case::new("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| {
         let image = stage.small_image();
         let backing = stage.mkdir("vol");
-        let writes = || {
+        let requests = |kind: &str| {
             let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
-            stats["worker"]["requests"]["write"].as_u64().unwrap_or(0)
+            stats["worker"]["requests"][kind].as_u64().unwrap_or(0)
         };
         let mut counts = Vec::new();
         for more in [&[][..], &["--writeback"]] {
@@ -80,7 +80,8 @@ pub(crate) const WRITEBACK: Case =
             let mut seen = String::new();
             fs::File::open(&path).expect("open").read_to_string(&mut seen).expect("read");
             assert_eq!(seen, fs::read_to_string(backing.join("f")).expect("read"));
-            counts.push(writes());
+            counts.push(requests("write"));
+            assert!(more.is_empty() || requests("flush") == 1, "asked once, and never again");
             stage.unmount(&rootfs);
             fs::remove_file(backing.join("f")).expect("unlink");
         }

@@ -9,6 +9,7 @@ use std::os::unix::ffi::OsStrExt as _;
 use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
 
 use super::fds::fd_name;
+use super::files::ANY_EXECUTE;
 use super::found::{REGULAR, SYMLINK};
 use super::names::{PERMISSION_BITS, SET_GID};
 use super::outlive::Intent;
@@ -55,6 +56,9 @@ impl DirTree {
         change: &Change,
     ) -> Result<(Attr, Duration)> {
         let act_as = self.options.act_as;
+        if change.mode.is_some_and(|mode| mode & ANY_EXECUTE != 0) {
+            self.may_be_run(node);
+        }
         let open = handle.and_then(|h| self.handle(h));
         let (fd, found) = self.fd(node)?;
         if change.uid.is_some() || change.gid.is_some() {

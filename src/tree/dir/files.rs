@@ -24,6 +24,9 @@ const MAX_READ: u32 = 16 << 20;
 /// short count (copy_file_range(2)).
 const MAX_COPY: u64 = 64 << 20;
 
+/// Who may run a file: anybody.
+pub(super) const ANY_EXECUTE: u32 = 0o111;
+
 /// A descriptor is given away under its node, or, with this bit, under its handle. Node ids lie below 2^56.
 pub(super) const HANDLE_KEY: u64 = 1 << 63;
 
@@ -86,22 +89,30 @@ struct Slot {
     fd: Arc<Held>,
     /// O_PATH only: a descriptor for writing would make execve(2) of the file fail with ETXTBSY on the host.
     parked: bool,
+    /// Its close has nothing to tell, and nobody can run the file: it need not be parked.
+    closes_silently: bool,
 }
 
 impl Open {
     pub(super) fn new(fd: Held, flags: OFlags) -> Self {
         Open {
             flags: flags & OFlags::ACCMODE,
-            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false }),
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false, closes_silently: false }),
             stream: Mutex::default(),
         }
+    }
+
+    /// The same, where its close has nothing to tell and nobody can run the file.
+    fn silent(self) -> Self {
+        self.slot().closes_silently = true;
+        self
     }
 
     /// A file of which there is no more than an O_PATH descriptor yet: it is opened when it is used.
     fn parked(fd: Held, flags: u32) -> Self {
         Open {
             flags: OFlags::from_bits_retain(flags) & OFlags::ACCMODE,
-            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: true }),
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: true, closes_silently: false }),
             stream: Mutex::default(),
         }
     }
@@ -130,7 +141,7 @@ impl Open {
         let mut slot = self.slot();
         if slot.parked {
             let fd = pool.reopen(slot.fd.fd(), self.flags | OFlags::NONBLOCK)?;
-            *slot = Slot { fd: Arc::new(pool.hold(fd)?), parked: false };
+            (slot.fd, slot.parked) = (Arc::new(pool.hold(fd)?), false);
         }
         Ok(Arc::clone(&slot.fd))
     }
@@ -150,7 +161,7 @@ impl Open {
             return;
         }
         if let Ok(fd) = pool.reopen(slot.fd.fd(), OFlags::PATH).and_then(|fd| pool.hold(fd)) {
-            *slot = Slot { fd: Arc::new(fd), parked: true };
+            (slot.fd, slot.parked) = (Arc::new(fd), true);
         }
     }
 
@@ -189,7 +200,7 @@ impl DirTree {
         if self.options.immutable {
             // Read by node: no descriptor for each open file.
             return match self.nodes.kind(node) {
-                Some(REGULAR) => Ok(Opened { handle: 0, cache: Caching::Keep }),
+                Some(REGULAR) => Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }),
                 Some(_) => Err(Errno::NXIO),
                 None => Err(Errno::STALE),
             };
@@ -213,7 +224,7 @@ impl DirTree {
         }?;
         let stamp = (!changes).then_some((found.attr.mtime, found.attr.ctime, found.attr.size));
         let before = self.nodes.swap_stamp(node, stamp);
-        let mut opened = self.opened(node, file, flags)?;
+        let mut opened = self.opened(node, file, flags, &found)?;
         if stamp.is_some() && before == stamp {
             // Unchanged since it was last opened, and not written here since: what the kernel has cached is right.
             opened.cache = Caching::Keep;
@@ -221,10 +232,15 @@ impl DirTree {
         Ok(opened)
     }
 
-    /// A handle for a file just opened.
-    pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags) -> Result<Opened> {
+    /// A handle for a file just opened, which is `found`.
+    pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags, found: &Found) -> Result<Opened> {
         let held = self.pool.hold(fd)?;
-        let open = Open::new(held, self.backing_flags(flags));
+        let mut open = Open::new(held, self.backing_flags(flags));
+        let closes_silently = !open.is_writable()
+            || (self.silent_device == Some(found.identity.dev) && found.attr.mode & ANY_EXECUTE == 0);
+        if closes_silently {
+            open = open.silent();
+        }
         let note = HandleNote { node, flags: open.flags.bits(), directory: false };
         let only = open.is_writable() && !open.can_be_had_again(&self.pool, &open.any());
         let only = only.then(|| open.any());
@@ -235,7 +251,7 @@ impl DirTree {
             // The next server could not open it so: it gets this descriptor.
             outlive.keep(HANDLE_KEY | handle, only.fd().as_fd());
         }
-        Ok(Opened { handle, cache: Caching::Fresh })
+        Ok(Opened { handle, cache: Caching::Fresh, closes_silently })
     }
 
     pub(super) fn note_handle(&self, handle: Handle, note: HandleNote) {
@@ -357,25 +373,42 @@ impl DirTree {
             }
             // Cut short by the kill: the rest, behind what is there.
             let rest = act_as.run_write(writer, || write_file_now(&file, offset, &data[done..], flags))?;
-            return Ok(done + rest);
+            return self.written(&file, handle, done + rest);
         }
-        act_as.run_write(writer, || write_file_now(&file, offset, data, flags))
+        let done = act_as.run_write(writer, || write_file_now(&file, offset, data, flags))?;
+        self.written(&file, handle, done)
+    }
+
+    /// With the write-back cache no close comes here ([`Tree::flush`](crate::tree::Tree::flush)): what it would tell is told by the
+    /// write, and the kernel keeps that error for the close.
+    fn written(&self, file: &Descriptor, handle: Handle, done: usize) -> Result<usize> {
+        if self.options.writeback && self.handles.get(handle).is_some_and(|open| !open.slot().closes_silently) {
+            flush_now(file.fd())?;
+        }
+        Ok(done)
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
         let Some(open) = self.handle(handle) else {
             return Ok(()); // an immutable tree's, which has none
         };
-        if !open.is_writable() {
+        if !open.is_writable() || open.slot().closes_silently {
             return Ok(());
         }
-        let result = {
-            let held = open.any();
-            // The close of a duplicate is where NFS and quota report delayed errors (close(2)).
-            held.fd().try_clone().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO)).and_then(raw::close)
-        };
+        let result = flush_now(open.any().fd());
         open.park(&self.pool);
         result
+    }
+
+    /// The file is about to become a program. What wrote it keeps the file but not the right to write, also where its close
+    /// is not reported.
+    pub(super) fn may_be_run(&self, node: Node) {
+        for open in self.nodes.handles(node).into_iter().filter_map(|handle| self.handles.get(handle)) {
+            if open.is_writable() {
+                open.slot().closes_silently = false;
+                open.park(&self.pool);
+            }
+        }
     }
 
     pub(super) fn sync(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
@@ -426,6 +459,11 @@ impl DirTree {
             fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
         })
     }
+}
+
+/// The close of a duplicate is where NFS and quota report delayed errors (close(2)).
+fn flush_now(fd: &OwnedFd) -> Result<()> {
+    fd.try_clone().map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO)).and_then(raw::close)
 }
 
 fn size_of(fd: &OwnedFd) -> Option<u64> {

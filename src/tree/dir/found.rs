@@ -57,6 +57,18 @@ pub(super) fn stat_name(dir: impl AsFd, name: &[u8]) -> Result<Found> {
     stat(dir, name, AtFlags::SYMLINK_NOFOLLOW | AtFlags::NO_AUTOMOUNT)
 }
 
+/// Has close(2) nothing to tell on the file system of this descriptor? These have no `flush` among their file operations
+/// (fs/ext4/file.c, fs/xfs/xfs_file.c, fs/btrfs/file.c, mm/shmem.c); NFS, FUSE, overlayfs and others report delayed errors there.
+pub(super) fn closes_silently(fd: impl AsFd) -> bool {
+    const SILENT: [u64; 4] = [
+        libc::EXT4_SUPER_MAGIC as u64,
+        libc::XFS_SUPER_MAGIC as u64,
+        libc::BTRFS_SUPER_MAGIC as u64,
+        libc::TMPFS_MAGIC as u64,
+    ];
+    fs::fstatfs(fd).is_ok_and(|s| SILENT.contains(&(s.f_type as u64)))
+}
+
 /// What an open file is.
 pub(super) fn stat_fd(fd: impl AsFd) -> Result<Found> {
     stat(fd, b"", AtFlags::EMPTY_PATH)

@@ -128,7 +128,8 @@ impl DirTree {
         let fd = self.options.act_as.run(caller, || self.pool.reopen(&place, flags))?;
         let handle = self.handles.add(Open::new(self.pool.hold(fd)?, OFlags::RDONLY));
         self.note_handle(handle, HandleNote { node, flags: 0, directory: true });
-        Ok(Opened { handle, cache: if self.options.immutable { Caching::Keep } else { Caching::Fresh } })
+        let cache = if self.options.immutable { Caching::Keep } else { Caching::Fresh };
+        Ok(Opened { handle, cache, closes_silently: true })
     }
 
     pub(super) fn list(

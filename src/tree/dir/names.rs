@@ -183,7 +183,7 @@ impl DirTree {
             Ok(fd) => {
                 let found = found::stat_fd(&fd)?;
                 let entry = self.known_as(&found, parent, name)?;
-                match self.opened(entry.attr.node, fd, flags) {
+                match self.opened(entry.attr.node, fd, flags, &found) {
                     Ok(opened) => Ok((entry, opened)),
                     Err(e) => {
                         crate::tree::Tree::forget(self, entry.attr.node, 1);

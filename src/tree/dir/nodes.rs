@@ -311,6 +311,12 @@ impl NodeTable {
         self.map.get(&node)?.extra.as_deref()?.handles.last().copied()
     }
 
+    /// The handles of this node.
+    pub(super) fn handles(&self, node: Node) -> Vec<Handle> {
+        let state = self.map.get(&node);
+        state.and_then(|s| s.extra.as_deref().map(|e| e.handles.clone())).unwrap_or_default()
+    }
+
     /// The type of a known node.
     pub(super) fn kind(&self, node: Node) -> Option<u32> {
         self.map.get(&node).map(|s| s.kind)

@@ -321,6 +321,29 @@ fn a_closed_writer_leaves_no_write_descriptor_and_can_go_on() {
 }
 
 #[test]
+fn only_the_close_of_a_program_or_of_what_may_report_is_reported() {
+    let s = scratch();
+    let silent = super::found::closes_silently(std::fs::File::open(s.dir.path()).unwrap());
+    let make = |name: &str, mode: u32| {
+        s.tree.create(&ME, ROOT, OsStr::new(name), new(mode | 0o100_000), libc::O_WRONLY).unwrap()
+    };
+    assert!(!make("program", 0o755).1.closes_silently);
+    let (text, writer) = make("text", 0o644);
+    assert_eq!(writer.closes_silently, silent);
+    let node = text.attr.node;
+    let reader = s.open(node, libc::O_RDONLY);
+    assert!(reader.closes_silently);
+    let content = b"#!/bin/true\n";
+    assert_eq!(s.tree.write(&Writer::Trusted, node, writer.handle, 0, content, 0), Ok(content.len()));
+    // Made a program after its close, which is not reported: it can be run when the call returns.
+    let change = Change { mode: Some(0o755), ..Change::default() };
+    s.tree.setattr(&ME, node, None, &change).unwrap();
+    assert!(std::process::Command::new(s.path("text")).status().unwrap().success());
+    s.tree.release(node, writer.handle);
+    s.tree.release(node, reader.handle);
+}
+
+#[test]
 fn made_files_have_the_modes_asked_for() {
     let s = scratch();
     let (entry, opened) = s.tree.create(&ME, ROOT, OsStr::new("f"), new(0o100_666), libc::O_RDWR).unwrap();
@@ -429,7 +452,7 @@ fn an_immutable_tree_is_read_by_node_without_open_files() {
     s.write("f", "text");
     std::fs::create_dir(s.path("d")).unwrap();
     let node = s.node("f");
-    assert_eq!(s.open(node, libc::O_RDONLY), Opened { handle: 0, cache: Caching::Keep });
+    assert_eq!(s.open(node, libc::O_RDONLY), Opened { handle: 0, cache: Caching::Keep, closes_silently: true });
     assert_eq!(s.content(node, 0), b"text");
     assert_eq!(s.tree.handle_count(), 0);
     let mut names = 0;

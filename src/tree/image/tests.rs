@@ -221,7 +221,7 @@ fn nothing_is_written() {
     let small = look(&tree, "d/small").node;
     assert_eq!(tree.open(&ASKER, small, libc::O_RDWR).err(), Some(Errno::ROFS));
     assert_eq!(tree.open(&ASKER, small, libc::O_TRUNC).err(), Some(Errno::ROFS));
-    assert_eq!(tree.open(&ASKER, small, 0), Ok(Opened { handle: 0, cache: Caching::Keep }));
+    assert_eq!(tree.open(&ASKER, small, 0), Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }));
     assert_eq!(tree.open(&ASKER, look(&tree, "null").node, 0).err(), Some(Errno::INVAL));
     assert_eq!(tree.unlink(&ASKER, ROOT, OsStr::new("link")), Err(Errno::ROFS));
     assert_eq!(tree.write(&Writer::Trusted, small, 0, 0, b"x", 0), Err(Errno::ROFS));
