@@ -647,10 +647,8 @@ impl Filesystem for FuseAdapter {
 
     fn flush(&self, request: &Request, node: INodeNo, fh: FileHandle, _lock_owner: LockOwner, reply: ReplyEmpty) {
         self.request(request, Operation::Flush, |tree| {
-            // Where opens need no asking nothing is written, so no close has anything to report; with the write-back cache
-            // the tree tells with the write. Never ask again: the kernel writes its pages out at a close all the same, and gives
-            // the errors of that (fuse_flush in fs/fuse/file.c).
-            if self.no_open || self.options.writeback {
+            // Where opens need no asking nothing is written, so no close has anything to report: never ask again.
+            if self.no_open {
                 return reply.error(fuser::Errno::ENOSYS);
             }
             match tree.flush(node.0, fh.0) {

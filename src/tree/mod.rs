@@ -297,7 +297,7 @@ pub trait Tree: Send + Sync {
     /// Close a directory.
     fn releasedir(&self, node: Node, handle: Handle) {}
     /// A descriptor of the file was closed; errors of delayed writes come back here. Not called where the file closes silently
-    /// ([`Opened::closes_silently`]), and never with the kernel's write-back cache: there writes themselves must tell.
+    /// ([`Opened::closes_silently`]), unless the kernel's write-back cache is on.
     fn flush(&self, node: Node, handle: Handle) -> Result<()> {
         Ok(())
     }

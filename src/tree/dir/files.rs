@@ -78,6 +78,7 @@ impl Handles {
 pub(super) struct Open {
     /// What it was opened with: access mode alone.
     flags: OFlags,
+    closing: Closing,
     slot: Mutex<Slot>,
     /// Of a directory: where its reader stands.
     pub(super) stream: Mutex<Stream>,
@@ -89,36 +90,51 @@ struct Slot {
     fd: Arc<Held>,
     /// O_PATH only: a descriptor for writing would make execve(2) of the file fail with ETXTBSY on the host.
     parked: bool,
-    /// Its close has nothing to tell, and nobody can run the file: it need not be parked.
-    closes_silently: bool,
+    /// Somebody may want to run the file once it is closed, so that it must be parked by then.
+    is_program: bool,
+}
+
+/// What a close of an open file has to tell, and whether we hear of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Closing {
+    /// An error that the file system below was late with, perhaps. The kernel asks.
+    Reported,
+    /// Nothing; the kernel asks all the same.
+    Silent,
+    /// Nothing, and the kernel was told not to ask.
+    Unasked,
 }
 
 impl Open {
     pub(super) fn new(fd: Held, flags: OFlags) -> Self {
-        Open {
-            flags: flags & OFlags::ACCMODE,
-            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false, closes_silently: false }),
-            stream: Mutex::default(),
-        }
+        Self::with(fd, flags, Closing::Reported, true)
     }
 
-    /// The same, where its close has nothing to tell and nobody can run the file.
-    fn silent(self) -> Self {
-        self.slot().closes_silently = true;
-        self
+    fn with(fd: Held, flags: OFlags, closing: Closing, is_program: bool) -> Self {
+        Open {
+            flags: flags & OFlags::ACCMODE,
+            closing,
+            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: false, is_program }),
+            stream: Mutex::default(),
+        }
     }
 
     /// A file of which there is no more than an O_PATH descriptor yet: it is opened when it is used.
     fn parked(fd: Held, flags: u32) -> Self {
-        Open {
-            flags: OFlags::from_bits_retain(flags) & OFlags::ACCMODE,
-            slot: Mutex::new(Slot { fd: Arc::new(fd), parked: true, closes_silently: false }),
-            stream: Mutex::default(),
-        }
+        let open = Self::new(fd, OFlags::from_bits_retain(flags));
+        open.slot().parked = true;
+        open
     }
 
     fn slot(&self) -> MutexGuard<'_, Slot> {
         self.slot.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Is it a program, or now one?
+    fn becomes_program(&self, now: bool) -> bool {
+        let mut slot = self.slot();
+        slot.is_program |= now;
+        slot.is_program
     }
 
     pub(super) fn is_writable(&self) -> bool {
@@ -235,12 +251,17 @@ impl DirTree {
     /// A handle for a file just opened, which is `found`.
     pub(super) fn opened(&self, node: Node, fd: OwnedFd, flags: OFlags, found: &Found) -> Result<Opened> {
         let held = self.pool.hold(fd)?;
-        let mut open = Open::new(held, self.backing_flags(flags));
-        let closes_silently = !open.is_writable()
-            || (self.silent_device == Some(found.identity.dev) && found.attr.mode & ANY_EXECUTE == 0);
-        if closes_silently {
-            open = open.silent();
-        }
+        let is_program = found.attr.mode & ANY_EXECUTE != 0;
+        let closing = if self.silent_device != Some(found.identity.dev) {
+            Closing::Reported
+        } else if is_program || self.options.writeback {
+            // The close of a program lets the host run it at once; and with the write-back cache the kernel always asks.
+            Closing::Silent
+        } else {
+            Closing::Unasked
+        };
+        let open = Open::with(held, self.backing_flags(flags), closing, is_program);
+        let closes_silently = !open.is_writable() || closing == Closing::Unasked;
         let note = HandleNote { node, flags: open.flags.bits(), directory: false };
         let only = open.is_writable() && !open.can_be_had_again(&self.pool, &open.any());
         let only = only.then(|| open.any());
@@ -373,29 +394,34 @@ impl DirTree {
             }
             // Cut short by the kill: the rest, behind what is there.
             let rest = act_as.run_write(writer, || write_file_now(&file, offset, &data[done..], flags))?;
-            return self.written(&file, handle, done + rest);
+            return Ok(done + rest);
         }
         let done = act_as.run_write(writer, || write_file_now(&file, offset, data, flags))?;
-        self.written(&file, handle, done)
+        drop(file);
+        self.written(handle, offset == 0 && looks_like_program(data));
+        Ok(done)
     }
 
-    /// With the write-back cache no close comes here ([`Tree::flush`](crate::tree::Tree::flush)): what it would tell is told by the
-    /// write, and the kernel keeps that error for the close.
-    fn written(&self, file: &Descriptor, handle: Handle, done: usize) -> Result<usize> {
-        if self.options.writeback && self.handles.get(handle).is_some_and(|open| !open.slot().closes_silently) {
-            flush_now(file.fd())?;
+    /// The file was written through this handle. What looks like a program will be run, if only after a chmod on the host: where
+    /// its close is not heard of, it is parked after each write.
+    fn written(&self, handle: Handle, looks_like_program: bool) {
+        if let Some(open) = self.handles.get(handle)
+            && open.becomes_program(looks_like_program)
+            && open.closing == Closing::Unasked
+        {
+            open.park(&self.pool);
         }
-        Ok(done)
     }
 
     pub(super) fn flush_file(&self, handle: Handle) -> Result<()> {
         let Some(open) = self.handle(handle) else {
             return Ok(()); // an immutable tree's, which has none
         };
-        if !open.is_writable() || open.slot().closes_silently {
+        let is_silent = open.closing != Closing::Reported;
+        if !open.is_writable() || (is_silent && !open.becomes_program(false)) {
             return Ok(());
         }
-        let result = flush_now(open.any().fd());
+        let result = if is_silent { Ok(()) } else { flush_now(open.any().fd()) };
         open.park(&self.pool);
         result
     }
@@ -405,7 +431,7 @@ impl DirTree {
     pub(super) fn may_be_run(&self, node: Node) {
         for open in self.nodes.handles(node).into_iter().filter_map(|handle| self.handles.get(handle)) {
             if open.is_writable() {
-                open.slot().closes_silently = false;
+                open.becomes_program(true);
                 open.park(&self.pool);
             }
         }
@@ -454,11 +480,21 @@ impl DirTree {
     ) -> Result<usize> {
         let (source, target) = (self.file(from.0, from.1)?, self.file(to.0, to.1)?);
         let length = length.min(MAX_COPY) as usize;
-        self.options.act_as.run_write(writer, || {
+        let copied = self.options.act_as.run_write(writer, || {
             let (mut from_at, mut to_at) = (from.2, to.2);
             fs::copy_file_range(source.fd(), Some(&mut from_at), target.fd(), Some(&mut to_at), length)
-        })
+        })?;
+        drop(target);
+        // What was copied to its start is not seen here.
+        self.written(to.1, to.2 == 0);
+        Ok(copied)
     }
+}
+
+/// A script with an interpreter's path, or ELF: what binfmt_script and binfmt_elf of the kernel take.
+pub(super) fn looks_like_program(start: &[u8]) -> bool {
+    let interpreter = start.strip_prefix(b"#!").map(<[u8]>::trim_ascii_start);
+    start.starts_with(b"\x7fELF") || interpreter.is_some_and(|path| path.starts_with(b"/"))
 }
 
 /// The close of a duplicate is where NFS and quota report delayed errors (close(2)).

@@ -341,6 +341,31 @@ fn only_the_close_of_a_program_or_of_what_may_report_is_reported() {
     assert!(std::process::Command::new(s.path("text")).status().unwrap().success());
     s.tree.release(node, writer.handle);
     s.tree.release(node, reader.handle);
+    // Made one on the host.
+    for (name, content, mode) in [("script", "#! /bin/true\n", 0o644), ("early", "#!/bin/true\n", 0o755)] {
+        let (entry, writer) = make(name, mode);
+        let wrote = s.tree.write(&Writer::Trusted, entry.attr.node, writer.handle, 0, content.as_bytes(), 0);
+        assert_eq!(wrote, Ok(content.len()));
+        let wrote = s.tree.write(&Writer::Trusted, entry.attr.node, writer.handle, wrote.unwrap() as u64, b"#\n", 0);
+        assert_eq!((wrote, s.text(name)), (Ok(2), format!("{content}#\n")));
+        if mode == 0o755 || !silent {
+            s.tree.flush(entry.attr.node, writer.handle).unwrap();
+        }
+        std::fs::set_permissions(s.path(name), std::fs::Permissions::from_mode(0o755)).unwrap();
+        assert!(std::process::Command::new(s.path(name)).status().unwrap().success(), "{name}");
+        s.tree.release(entry.attr.node, writer.handle);
+    }
+}
+
+#[test]
+fn programs_are_known_by_their_first_bytes() {
+    use super::files::looks_like_program;
+    for yes in ["#!/bin/sh", "#! \t/usr/bin/env x", "\x7fELF\x02"] {
+        assert!(looks_like_program(yes.as_bytes()), "{yes:?}");
+    }
+    for no in ["", "#", "#!", "#![allow(unused)]", "#!  ", "ELF", " #!/bin/sh", "text"] {
+        assert!(!looks_like_program(no.as_bytes()), "{no:?}");
+    }
 }
 
 #[test]
