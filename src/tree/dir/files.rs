@@ -365,8 +365,8 @@ impl DirTree {
                     Ok(0) => break,
                     Ok(n) => done += n,
                     Err(Errno::INTR) => {}
-                    Err(e) if done == 0 => return Err(e),
-                    Err(_) => break,
+                    // Not what was read before it: the kernel would take the file to end there (fuse_short_read in fs/fuse/file.c).
+                    Err(e) => return Err(e),
                 }
             }
             out(&wanted[..done]);

@@ -358,6 +358,28 @@ fn only_the_close_of_a_program_or_of_what_may_report_is_reported() {
 }
 
 #[test]
+fn a_read_that_fails_half_way_is_an_error_and_no_end_of_file() {
+    // A regular file that can be read up to where nothing is mapped, and then says EIO.
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let range = |line: &str| {
+        let (from, to) = line.split_once(' ').unwrap().0.split_once('-').unwrap();
+        [from, to].map(|at| u64::from_str_radix(at, 16).unwrap())
+    };
+    let ranges: Vec<_> = maps.lines().filter(|line| line.contains(" rw-p ")).map(range).collect();
+    let starts: Vec<_> = maps.lines().map(|line| range(line)[0]).collect();
+    // From above, where the stack is: no other test maps anything there.
+    let end = ranges.iter().rev().map(|r| r[1]).find(|end| !starts.contains(end)).unwrap();
+    let root = crate::sys::fs::open_path(Path::new("/proc/self/mem")).unwrap();
+    let options = DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Ro) };
+    let tree = DirTree::open(root, options, FdPool::new().unwrap()).unwrap();
+    let opened = tree.open(&ME, ROOT, libc::O_RDONLY).unwrap();
+    let mut got = 0;
+    assert_eq!(tree.read(ROOT, opened.handle, end - 4096, 4096, &mut |bytes| got = bytes.len()), Ok(()));
+    assert_eq!(got, 4096);
+    assert_eq!(tree.read(ROOT, opened.handle, end - 4096, 8192, &mut |_| panic!("answered")), Err(Errno::IO));
+}
+
+#[test]
 fn programs_are_known_by_their_first_bytes() {
     use super::files::looks_like_program;
     for yes in ["#!/bin/sh", "#! \t/usr/bin/env x", "\x7fELF\x02"] {
