@@ -65,6 +65,9 @@ impl Store {
                 Ok(meta) => Ok(self.resolved(self.check_shallow(&meta.id)?)),
                 Err(e) if e.kind() == Kind::NotFound => match mesos::find(&self.policy.mesos_stores, image)? {
                     Some(dir) => self.resolve_path(&dir),
+                    None if Path::new(&image.to_string()).exists() => {
+                        Err(e.hint(format!("there is a file or directory {image} here, which is written ./{image}")))
+                    }
                     None => Err(e),
                 },
                 Err(e) => Err(e),
