@@ -4,36 +4,9 @@
 //! on two CPUs each wake-up is an interrupt to a CPU that has gone to sleep (on a virtual machine: out of the guest). One of the
 //! two goes away when the server looks for the next request for a while before it sleeps.
 //!
-//! Measured on 2 virtual CPUs (Linux 6.18, KVM), a first walk + stat of 5,023 files in 839 directories by one caller, as a
-//! ratio to the same walk over a warm bind mount; medians of 16 to 19 samples during which others used less than 0.2 CPUs:
-//!
-//! | server | ratio |
-//! | --- | --- |
-//! | sleeps at once, 2 threads | 4.0 |
-//! | looks for 50 us / 100 us / 200 us, 2 threads | 3.9 / 4.0 / 3.5 |
-//! | looks for 200 us, 1 thread | 3.1 |
-//! | server and caller pinned to one CPU by hand | 2.4 |
-//!
-//! And earlier, of one or two such samples each, so no more than hints: pinned to the caller's CPU as sampled from
-//! /proc/TID/stat, 5.1 beside 5.4 to 6.4 unpinned, as the scheduler moves the caller to the idle CPU at each reply; pinned
-//! so and SCHED_IDLE so that it does not, 2.5, but then anything else that computes starves the server; pinned to
-//! different CPUs by hand, 7.3.
-//!
-//! A walk of a larger tree has two requests a directory, the second for nothing (getdents(2) must say "no more"), and `find` itself
-//! computes for more than half of the time, in the kernel, which makes the inodes and names. What is left to save is the wake-ups.
-//! With both of two threads in read(2) the kernel wakes one for each request while the other, which looks, takes it: so whoever
-//! has answered one of a lone caller's requests and finds another thread attending steps aside. The same walk, 112,586 files in 15,778
-//! directories, five rounds interleaved, medians, as a ratio to a bind mount:
-//!
-//! | server | one caller | four at once |
-//! | --- | --- | --- |
-//! | looks for 200 us, 2 threads | 6.3 | 6.3 |
-//! | so, and all but one step aside | 4.8 | 4.3 |
-//! | so, and a thread of SCHED_IDLE keeps the callers' CPU awake (not kept: it burns a CPU for a tenth) | 3.9 | 3.5 |
-//! | all on one CPU, by taskset(1) | 2.8 | |
-//!
-//! There a request is answered in 7 us, and its sleeping caller runs 35 us later: that is how long this virtual machine takes to
-//! wake a halted CPU (sched_waking to sched_switch, perf).
+//! Of two threads in read(2) the kernel wakes one for each request while the other, which looks, takes it: so a thread that has answered
+//! one of a lone caller's requests and finds another thread attending steps aside. What was measured and what was tried:
+//! docs/benchmarks.md.
 //!
 //! So it looks, steps aside, and never pins. What it must not do: burn a CPU that others want, look in vain, or keep a second
 //! caller waiting. It gives its CPU away between two looks and stops where someone took it; it looks only after requests that
@@ -46,7 +19,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// How long to look. A caller on another CPU needs 50 us and more to wake up and ask for the next thing; see the table.
+/// How long to look. A caller on another CPU needs 50 us and more to wake up and ask for the next thing (docs/benchmarks.md).
 const LOOK: Duration = Duration::from_micros(200);
 /// `FSPROV_FUSE_PACE` compares variants: `sleep`, or `look:MICROSECONDS` in place of [`LOOK`]. For measurements alone, and not
 /// in the help.
