@@ -14,7 +14,7 @@ use serde::ser::SerializeStruct as _;
 use serde::{Serialize, Serializer};
 
 use crate::error::show;
-use crate::sys::{mount as sysmount, process};
+use crate::sys::{mount as sysmount, overlay, process};
 
 /// One finding: possible, or not with the reason and the remedy.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -286,33 +286,34 @@ fn user_namespace_remedy(errno: Errno) -> &'static str {
     }
 }
 
+/// As provisioning mounts it, with two directories that every machine has and that do not hold each other; it is seen nowhere.
 fn try_overlay() -> Finding {
-    let context = match mount::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC) {
-        Ok(context) => context,
+    let open = |path| fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    let Ok(lower) = ["/usr", "/etc"].into_iter().map(open).collect::<Result<Vec<_>, _>>() else { return Finding::Yes };
+    match overlay::detached(&overlay::Stack { lower: &lower, upper: None }) {
+        Ok(_) => Finding::Yes,
         // Before Linux 5.2 only the list of file systems tells.
-        Err(Errno::NOSYS) => {
-            return match std::fs::read_to_string("/proc/filesystems") {
-                Ok(list) if list.contains("\toverlay\n") => Finding::Yes,
-                _ => no_overlay(),
-            };
-        }
-        Err(Errno::NODEV) => return no_overlay(),
-        Err(e) => return Finding::no(format!("open the overlay file system: {}", text(e)), ""),
-    };
-    // Two directories that every machine has and that do not hold each other; nothing is mounted.
-    let created =
-        mount::fsconfig_set_string(&context, "lowerdir", "/usr:/etc").and_then(|()| mount::fsconfig_create(&context));
-    match created {
-        Ok(()) => Finding::Yes,
-        Err(Errno::PERM) => {
+        Err(overlay::Failure::NotDetached) => match std::fs::read_to_string("/proc/filesystems") {
+            Ok(list) if list.contains("\toverlay\n") => Finding::Yes,
+            _ => no_overlay(),
+        },
+        Err(overlay::Failure::Refused { errno, said }) => judge_overlay(errno, &said),
+    }
+}
+
+fn judge_overlay(errno: Errno, said: &str) -> Finding {
+    match errno {
+        Errno::NODEV => no_overlay(),
+        Errno::PERM => {
             Finding::no("overlayfs in a user namespace: Operation not permitted", "Linux 5.11, or --backend fuse")
         }
-        // The trial's own directories are in the way (missing, or on a file system overlayfs does not take): undecided, and
-        // the real attempt will say so.
-        Err(e) => {
-            log::debug!(target: "fsprov::host", "overlay of /usr and /etc: {e}");
+        // The trial's own directories are in the way (on a file system that overlayfs does not take): undecided, and the real attempt
+        // will say so.
+        Errno::INVAL => {
+            log::debug!(target: "fsprov::host", "overlay of /usr and /etc: {said}");
             Finding::Yes
         }
+        e => Finding::no(format!("mount an overlay: {}", text(e)), "use --backend fuse"),
     }
 }
 

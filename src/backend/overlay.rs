@@ -7,14 +7,11 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::fmt::Write as _;
-use std::io::Read as _;
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatVfsMountFlags, XattrFlags};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
 use rustix::io::Errno;
-use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags};
 
 use super::surplus;
 use super::whiteout::{self, HiddenDirs, Mark};
@@ -28,6 +25,7 @@ use crate::sys::attrs::{self, At};
 use crate::sys::fs::{open_beneath, open_in_root, path_of};
 use crate::sys::mount::{self, AttrSet, Piece};
 use crate::sys::mountinfo::Table;
+use crate::sys::overlay::{self, Failure, Stack, Upper};
 use crate::sys::{process, remove, usage};
 use crate::volume::{Form, Volume};
 
@@ -421,197 +419,22 @@ fn rest<'a>(names: &'a [&'a OsStr]) -> impl Iterator<Item = Component<'a>> {
 
 // ---- mounting ----
 
-/// What every overlay of ours is told. Layers come from outside: attributes in them that make overlayfs follow paths
-/// (redirect_dir) or take data from elsewhere (metacopy) are not heeded.
-const OPTIONS: [(&str, &str); 3] = [("redirect_dir", "nofollow"), ("metacopy", "off"), ("index", "off")];
-
-/// For the upper layer: it ends with the mount, so nothing need be brought to the disk, at unmounting above all (Linux 5.10).
-const VOLATILE: &str = "volatile";
-
 /// A detached overlay of `stack`, bottom first; writable where there is a place for `changes`.
 fn mount_stack(plan: &Plan, stack: &[PathBuf], work: &Path, changes: Option<&Changes>) -> Result<OwnedFd> {
     check_count(plan, stack.len())?;
     let opened = stack.iter().map(|layer| open_layer(layer)).collect::<Result<Vec<_>>>()?;
-    let userxattr = !process::in_initial_user_namespace()?;
-    let mut attrs = flags_of(&opened).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
-    attrs.set(MountAttrFlags::MOUNT_ATTR_RDONLY, changes.is_none());
-    match mount_new(&opened, changes, userxattr, attrs) {
-        Err(Failure { errno: Errno::NOSYS, .. } | Failure { step: Step::Lower, errno: Errno::INVAL, .. }) => {
-            log::info!(target: "fsprov::overlay", "this kernel has no fsconfig lowerdir+ (Linux 6.7): mount(2) instead");
-            mount_classic(&opened, changes, userxattr, attrs, work)
-        }
-        other => other.map_err(|f| {
-            let error = Error::sys(OP, show(&plan.rootfs), f.errno);
-            match f.said.as_str() {
-                "" => error,
-                said => Error::new(error.kind(), OP, show(&plan.rootfs), format!("{} ({said})", error.cause())),
+    let upper = changes.map(|Changes { upper, work }| Upper { changes: upper.as_fd(), work: work.as_fd() });
+    let stack = Stack { lower: &opened, upper };
+    match overlay::detached(&stack) {
+        Ok(tree) => Ok(tree),
+        Err(Failure::NotDetached) => overlay::mount_at(&stack, &work.join("stage")),
+        Err(Failure::Refused { errno, said }) => {
+            let error = Error::sys(OP, show(&plan.rootfs), errno);
+            match said.as_str() {
+                "" => Err(error),
+                // The words are beside the error, which keeps its errno.
+                said => Err(error.hint(format!("the kernel says: {said}"))),
             }
-        }),
-    }
-}
-
-/// The flags that layers' mounts have (nosuid, nodev, noexec) stay: overlayfs itself forgets them.
-fn flags_of(layers: &[OwnedFd]) -> rustix::io::Result<MountAttrFlags> {
-    let mut attrs = MountAttrFlags::MOUNT_ATTR_RDONLY;
-    for layer in layers {
-        let flags = fs::fstatvfs(layer)?.f_flag;
-        attrs.set(
-            MountAttrFlags::MOUNT_ATTR_NOSUID,
-            attrs.contains(MountAttrFlags::MOUNT_ATTR_NOSUID) || flags.contains(StatVfsMountFlags::NOSUID),
-        );
-        attrs.set(
-            MountAttrFlags::MOUNT_ATTR_NODEV,
-            attrs.contains(MountAttrFlags::MOUNT_ATTR_NODEV) || flags.contains(StatVfsMountFlags::NODEV),
-        );
-        attrs.set(
-            MountAttrFlags::MOUNT_ATTR_NOEXEC,
-            attrs.contains(MountAttrFlags::MOUNT_ATTR_NOEXEC) || flags.contains(StatVfsMountFlags::NOEXEC),
-        );
-    }
-    Ok(attrs)
-}
-
-#[derive(Debug)]
-enum Step {
-    Lower,
-    Other,
-}
-
-#[derive(Debug)]
-struct Failure {
-    step: Step,
-    errno: Errno,
-    /// What the kernel said about it.
-    said: String,
-}
-
-fn mount_new(
-    layers: &[OwnedFd],
-    changes: Option<&Changes>,
-    userxattr: bool,
-    attrs: MountAttrFlags,
-) -> std::result::Result<OwnedFd, Failure> {
-    let context = calls::fsopen("overlay", FsOpenFlags::FSOPEN_CLOEXEC).map_err(|errno| Failure {
-        step: Step::Other,
-        errno,
-        said: String::new(),
-    })?;
-    let fail = |step| {
-        let context = &context;
-        move |errno| Failure { step, errno, said: messages(context) }
-    };
-    calls::fsconfig_set_string(&context, "source", "fsprov").map_err(fail(Step::Other))?;
-    for layer in layers.iter().rev() {
-        set_dir(&context, "lowerdir+", layer).map_err(fail(Step::Lower))?;
-    }
-    if let Some(changes) = changes {
-        set_dir(&context, "upperdir", &changes.upper).map_err(fail(Step::Other))?;
-        set_dir(&context, "workdir", &changes.work).map_err(fail(Step::Other))?;
-        calls::fsconfig_set_flag(&context, VOLATILE).map_err(fail(Step::Other))?;
-    }
-    for (key, value) in OPTIONS {
-        calls::fsconfig_set_string(&context, key, value).map_err(fail(Step::Other))?;
-    }
-    if userxattr {
-        calls::fsconfig_set_flag(&context, "userxattr").map_err(fail(Step::Other))?;
-    }
-    calls::fsconfig_create(&context).map_err(fail(Step::Other))?;
-    calls::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attrs).map_err(fail(Step::Other))
-}
-
-fn set_dir(context: &OwnedFd, key: &str, dir: &OwnedFd) -> rustix::io::Result<()> {
-    match calls::fsconfig_set_fd(context, key, dir) {
-        // A descriptor is taken since Linux 6.13; a string, of less than 256 bytes, since 6.7 (`lowerdir+`) or ever.
-        Err(Errno::INVAL) => calls::fsconfig_set_string(context, key, format!("/proc/self/fd/{}", dir.as_raw_fd())),
-        other => other,
-    }
-}
-
-/// Most messages read from a file system context, one a read: the kernel keeps eight.
-const MAX_MESSAGES: usize = 8;
-
-fn messages(context: &OwnedFd) -> String {
-    let Ok(duplicate) = context.try_clone() else { return String::new() };
-    let mut file = std::fs::File::from(duplicate);
-    let mut said = Vec::new();
-    let mut buffer = [0_u8; 512];
-    for _ in 0..MAX_MESSAGES {
-        match file.read(&mut buffer) {
-            Ok(length) if length > 0 => said.push(String::from_utf8_lossy(&buffer[..length]).trim().to_owned()),
-            _ => break,
         }
     }
-    said.join("; ")
-}
-
-/// One page of options for mount(2), less its end.
-const MAX_CLASSIC_OPTIONS: usize = 4095;
-
-/// Mount with mount(2) in our own directory, and take a detached copy of that.
-fn mount_classic(
-    layers: &[OwnedFd],
-    changes: Option<&Changes>,
-    userxattr: bool,
-    attrs: MountAttrFlags,
-    work: &Path,
-) -> Result<OwnedFd> {
-    let mut options = String::from("lowerdir=");
-    for (n, layer) in layers.iter().rev().enumerate() {
-        if n > 0 {
-            options.push(':');
-        }
-        // Short, and without any character that would have to be escaped.
-        let _ = write!(options, "/proc/self/fd/{}", layer.as_raw_fd());
-    }
-    for (key, value) in OPTIONS {
-        let _ = write!(options, ",{key}={value}");
-    }
-    if let Some(Changes { upper, work }) = changes {
-        let (upper, work) = (upper.as_raw_fd(), work.as_raw_fd());
-        let _ = write!(options, ",upperdir=/proc/self/fd/{upper},workdir=/proc/self/fd/{work},{VOLATILE}");
-    }
-    if userxattr {
-        options.push_str(",userxattr");
-    }
-    if options.len() > MAX_CLASSIC_OPTIONS {
-        return Err(Error::new(
-            Kind::Unsupported,
-            OP,
-            format!("{} layers", layers.len()),
-            "one page of mount options is too small",
-        )
-        .hint("Linux 6.7 takes up to 500 layers; or use --backend fuse"));
-    }
-    let stage = work.join("stage");
-    let fail = |e: Errno| Error::sys(OP, show(&stage), e);
-    match fs::mkdir(&stage, Mode::RWXU) {
-        Ok(()) | Err(Errno::EXIST) => {}
-        Err(e) => return Err(fail(e)),
-    }
-    let data = std::ffi::CString::new(options).map_err(|e| Error::new(Kind::Io, OP, show(&stage), e))?;
-    let flags = if changes.is_some() { calls::MountFlags::empty() } else { calls::MountFlags::RDONLY };
-    calls::mount("fsprov", &stage, "overlay", flags, Some(data.as_c_str())).map_err(fail)?;
-    let taken = clone_detached(&stage, attrs).map_err(fail);
-    let undone = mount::unmount(&stage, mount::Unmount::Lazy).map_err(fail);
-    match taken {
-        Ok(tree) => undone.map(|()| tree),
-        Err(e) => Err(e.with_undo(undone)),
-    }
-}
-
-fn clone_detached(stage: &Path, attrs: MountAttrFlags) -> rustix::io::Result<OwnedFd> {
-    let root = fs::open(stage, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-    let tree = mount::open_tree_clone(&root, mount::Depth::One)?;
-    mount::set_attr(
-        &tree,
-        &AttrSet {
-            read_only: attrs.contains(MountAttrFlags::MOUNT_ATTR_RDONLY),
-            nosuid: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOSUID),
-            nodev: attrs.contains(MountAttrFlags::MOUNT_ATTR_NODEV),
-            noexec: attrs.contains(MountAttrFlags::MOUNT_ATTR_NOEXEC),
-            private: true,
-            idmap: None,
-        },
-    )?;
-    Ok(tree)
 }

@@ -5,6 +5,7 @@ pub mod durable;
 pub mod fs;
 pub mod mount;
 pub mod mountinfo;
+pub mod overlay;
 pub mod process;
 pub mod raw;
 pub mod remove;
