@@ -142,6 +142,11 @@ impl Error {
         self
     }
 
+    /// Did an undo fail?
+    pub fn left_something(&self) -> bool {
+        !self.0.undo.is_empty()
+    }
+
     /// What sort of failure it was.
     pub fn kind(&self) -> Kind {
         self.0.kind

@@ -5,7 +5,7 @@
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
-use std::sync::OnceLock;
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 use rustix::fs::{self, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -14,6 +14,7 @@ use serde::ser::SerializeStruct as _;
 use serde::{Serialize, Serializer};
 
 use crate::error::show;
+use crate::plan::BackendKind;
 use crate::sys::{mount as sysmount, overlay, process};
 
 /// One finding: possible, or not with the reason and the remedy.
@@ -69,6 +70,8 @@ pub struct Host {
     user_namespaces: OnceLock<Finding>,
     overlay: OnceLock<Finding>,
     idmapped_mounts: OnceLock<Finding>,
+    /// Shared by all copies of this value.
+    learned: Arc<Mutex<Vec<(BackendKind, Finding)>>>,
 }
 
 impl Host {
@@ -90,7 +93,19 @@ impl Host {
             user_namespaces: OnceLock::new(),
             overlay: OnceLock::new(),
             idmapped_mounts: OnceLock::new(),
+            learned: Arc::default(),
         }
+    }
+
+    /// Mounting by this backend failed because the kernel lacks something, though it had seemed to work.
+    pub fn learn(&self, backend: BackendKind, no: Finding) {
+        self.learned.lock().unwrap_or_else(PoisonError::into_inner).push((backend, no));
+    }
+
+    /// Why mounting by this backend failed before, if it did.
+    pub fn learned(&self, backend: BackendKind) -> Option<Finding> {
+        let learned = self.learned.lock().unwrap_or_else(PoisonError::into_inner);
+        learned.iter().find(|(of, _)| *of == backend).map(|(_, no)| no.clone())
     }
 
     /// May this user make a user namespace and mount in it?

@@ -253,7 +253,7 @@ impl Provisioner {
         let claim = self.claim(&record)?;
         drop(in_use);
         let mut making = Making { by: self, container: &container, record, _claim: claim };
-        match sources.fill(&making.record.plan).and_then(|()| making.build()) {
+        match sources.fill(&making.record.plan).and_then(|()| making.build_by(choice, request.backend)) {
             Ok(()) => {
                 sources.keep();
                 Ok(making.record)
@@ -466,6 +466,20 @@ impl Journal for Making<'_> {
 }
 
 impl Making<'_> {
+    /// Build it; where `auto` chose a backend that fails for a reason of this host, by the next one that can.
+    fn build_by(&mut self, mut choice: Choice, asked: Option<BackendKind>) -> Result<()> {
+        loop {
+            let error = match self.build() {
+                Err(error) if asked.is_none() => error,
+                other => return other,
+            };
+            choice = select::choose_after(&self.by.host, &self.record.plan, choice, error)?;
+            self.record.backend = choice.backend;
+            self.record.state = State::Pending;
+            self.note(&Traces::default())?;
+        }
+    }
+
     fn build(&mut self) -> Result<()> {
         let host = &self.by.host;
         fault::point("provision.directories")?;

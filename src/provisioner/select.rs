@@ -1,8 +1,10 @@
 //! Which backend: the one asked for, or the first that can serve this request on this host.
 
+use rustix::io::Errno;
+
 use crate::backend::{self, Support};
 use crate::error::{Error, Kind, Result, show};
-use crate::host::Host;
+use crate::host::{Finding, Host};
 use crate::plan::{BackendKind, Plan};
 
 /// A backend that cannot serve, and why.
@@ -27,19 +29,69 @@ pub struct Choice {
 
 /// Choose. With `asked` only that one is tried.
 pub(super) fn choose(host: &Host, plan: &Plan, asked: Option<BackendKind>) -> Result<Choice> {
-    choose_by(plan, asked, |kind| backend::of(kind).support(host, plan))
+    choose_by(plan, asked, Vec::new(), |kind| support(host, plan, kind))
 }
 
-fn choose_by(plan: &Plan, asked: Option<BackendKind>, support: impl Fn(BackendKind) -> Support) -> Result<Choice> {
+/// The next choice of `auto`, after `error` came from mounting by the last one. The error itself comes back where another backend would
+/// have it too.
+pub(super) fn choose_after(host: &Host, plan: &Plan, last: Choice, error: Error) -> Result<Choice> {
+    let Choice { backend, mut rejected } = last;
+    let reason = error.to_string();
+    match Blame::of(&error) {
+        None => return Err(error),
+        Some(Blame::Kernel) => host.learn(backend, Finding::no(&*reason, "")),
+        Some(Blame::Surroundings) => {}
+    }
+    reject(&mut rejected, Rejected { backend, reason, remedy: String::new() });
+    choose_by(plan, None, rejected, |kind| support(host, plan, kind))
+}
+
+fn support(host: &Host, plan: &Plan, kind: BackendKind) -> Support {
+    host.learned(kind).map_or_else(|| backend::of(kind).support(host, plan), |no| Support::from(&no))
+}
+
+/// What made a backend fail while mounting, when it is not the request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Blame {
+    /// The kernel, or a filter around us, lacks something: it will fail the next time too.
+    Kernel,
+    /// A policy, or a file system that this plan uses, refuses: another plan may pass.
+    Surroundings,
+}
+
+impl Blame {
+    fn of(error: &Error) -> Option<Self> {
+        if error.left_something() {
+            return None;
+        }
+        match error.errno() {
+            Some(Errno::NOSYS | Errno::OPNOTSUPP | Errno::NODEV) => Some(Blame::Kernel),
+            Some(Errno::PERM | Errno::ACCESS | Errno::INVAL | Errno::BADF) => Some(Blame::Surroundings),
+            None if error.kind() == Kind::Unsupported => Some(Blame::Surroundings),
+            _ => None,
+        }
+    }
+}
+
+fn reject(rejected: &mut Vec<Rejected>, one: Rejected) {
+    log::info!("backend {}: {}", one.backend, one.reason);
+    rejected.push(one);
+}
+
+fn choose_by(
+    plan: &Plan,
+    asked: Option<BackendKind>,
+    mut rejected: Vec<Rejected>,
+    support: impl Fn(BackendKind) -> Support,
+) -> Result<Choice> {
     let candidates = asked.as_ref().map_or(&backend::AUTO_ORDER[..], std::slice::from_ref);
-    let mut rejected = Vec::new();
-    for &kind in candidates {
-        match support(kind) {
-            Support::Yes => return Ok(Choice { backend: kind, rejected }),
-            Support::No { reason, remedy } => {
-                log::info!("backend {kind}: {reason}");
-                rejected.push(Rejected { backend: kind, reason, remedy });
-            }
+    for &backend in candidates {
+        if rejected.iter().any(|r| r.backend == backend) {
+            continue;
+        }
+        match support(backend) {
+            Support::Yes => return Ok(Choice { backend, rejected }),
+            Support::No { reason, remedy } => reject(&mut rejected, Rejected { backend, reason, remedy }),
         }
     }
     let error = |cause: String| Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), cause);
@@ -57,4 +109,40 @@ fn choose_by(plan: &Plan, asked: Option<BackendKind>, support: impl Fn(BackendKi
                 .fold("no backend can serve it".to_owned(), |text, one| format!("{text}\n  {one}")),
         ),
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn auto_goes_on_for_the_host_s_sake_and_for_no_other_reason() {
+        let sys = |errno| Error::sys("make overlay of", "/r", errno);
+        for errno in [Errno::NOSYS, Errno::OPNOTSUPP, Errno::NODEV] {
+            assert_eq!(Blame::of(&sys(errno)), Some(Blame::Kernel), "{errno}");
+        }
+        for errno in [Errno::PERM, Errno::ACCESS, Errno::INVAL, Errno::BADF] {
+            assert_eq!(Blame::of(&sys(errno).hint("the kernel says: no")), Some(Blame::Surroundings), "{errno}");
+        }
+        for errno in [Errno::NOENT, Errno::BUSY, Errno::EXIST, Errno::NOSPC, Errno::IO, Errno::LOOP] {
+            assert_eq!(Blame::of(&sys(errno)), None, "{errno}");
+        }
+        let text = |kind| Error::new(kind, "mount volume", "/data", "the image has no such directory");
+        assert_eq!(Blame::of(&text(Kind::Unsupported)), Some(Blame::Surroundings));
+        assert_eq!(Blame::of(&text(Kind::Usage)), None);
+        // What is left of an attempt would be in the next one's way.
+        assert_eq!(Blame::of(&sys(Errno::NOSYS).with_undo(Err(sys(Errno::BUSY)))), None);
+    }
+
+    #[test]
+    fn what_the_kernel_lacks_is_remembered_with_its_reason() {
+        let host = Host::probe();
+        assert_eq!(host.learned(BackendKind::Overlay), None);
+        host.learn(BackendKind::Overlay, Finding::no("make overlay of /r: not supported", ""));
+        let again = host.clone();
+        host.learn(BackendKind::Overlay, Finding::no("later", ""));
+        let no = Finding::no("make overlay of /r: not supported", "");
+        assert_eq!(again.learned(BackendKind::Overlay), Some(no));
+        assert_eq!(host.learned(BackendKind::Bind), None);
+    }
 }

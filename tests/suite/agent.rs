@@ -232,6 +232,47 @@ pub(crate) const AUTO_WRITABLE: Case = Case::new("auto_of_a_writable_one", on::o
     stage.unmount(&rootfs);
 });
 
+/// `auto` goes on where a backend that seemed to work fails while mounting: the image lies on as many overlays as the kernel allows, which
+/// `probe` cannot know.
+pub(crate) const AUTO_GOES_ON: Case = Case::needing(
+    "auto_goes_on_when_mounting_fails",
+    |lane| on::once_each(lane) && lane.enter == Enter::Root,
+    &[Need::DevFuse, Need::MountCalls],
+    |stage: &Stage| {
+        let mut image = stage.small_image();
+        for name in ["once", "twice"] {
+            let (empty, at) = (stage.mkdir(format!("{name}-empty")), stage.mkdir(name));
+            let options = format!("lowerdir={}:{}", image.display(), empty.display());
+            stage.tool("mount", ["-t", "overlay", "-o", &options, "overlay"]).arg(&at).run().ok();
+            image = at;
+        }
+        let rootfs = stage.path("rootfs");
+        let mount = |words: &[&str]| {
+            let [v, text] = volume(stage.mkdir("vol"), "/opt/new", "rw");
+            let call = stage.fsprov(["--verbose", "mount", "--json"]).args(words).args([v, text]);
+            call.arg(&image).arg(&rootfs).run()
+        };
+        mount(&["--backend", "overlay"]).fails_saying(&["make overlay of", "Invalid argument"]);
+        let nothing_left = || assert!(stage.records().is_empty() && !rootfs.exists(), "{:?}", stage.records());
+        nothing_left();
+        let said = mount(&[]).ok();
+        assert_eq!(said.json()["backend"], "fuse");
+        assert!(said.err().contains("backend overlay: make overlay of"), "why not overlay: {}", said.describe());
+        fs::write(rootfs.join("opt/new/x"), "x").expect("write to the volume");
+        let inspected = stage.fsprov(["inspect", "--json"]).arg(&rootfs).run().ok().json();
+        assert_eq!(inspected["backend"], "fuse", "{inspected:#}");
+        stage.unmount(&rootfs);
+        nothing_left();
+        // None is left: each says why.
+        let writable = stage.fsprov(["mount", "--writable"]).arg(&image).arg(&rootfs).run();
+        writable.fails(5, &["bind: ", "overlay: make overlay of", "fuse: "]);
+        nothing_left();
+        for name in ["twice", "once"] {
+            stage.tool("umount", [name]).run().ok();
+        }
+    },
+);
+
 /// An image of two layers, the upper one hiding and adding, in the store as `two`.
 fn import_two_layers(stage: &Stage) {
     let layers = [("l0", ["etc/hosts", "etc/gone", "data/x"]), ("l1", ["etc/.wh.gone", "etc/hosts", "etc/new"])];

@@ -31,6 +31,7 @@ mod writers;
 
 /// Every case.
 pub(crate) const CASES: &[Case] = &[
+    agent::AUTO_GOES_ON,
     agent::AUTO_LAYERS,
     agent::AUTO_WRITABLE,
     agent::INSIDE,
