@@ -25,6 +25,7 @@ mod supervise;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde::{Deserialize, Serialize};
 
 use crate::backend::{ProcessId, Traces};
@@ -162,6 +163,12 @@ fn settle(name: &std::ffi::CStr) {
     // Modes of what is made through the mount are the caller's, masked by the caller's umask, not by ours.
     rustix::process::umask(rustix::fs::Mode::empty());
     let _ = std::env::set_current_dir("/");
+    // The soft limit is often 1024 for the sake of select(2), which we do not call. The supervisor needs it too: it keeps files
+    // that programs deleted and have open.
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        ::log::debug!(target: TARGET, "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
+    }
     // A handler that does nothing: a closing terminal must not end a server, and what it starts gets the default back.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGHUP, std::sync::Arc::new(AtomicBool::new(false)));
 }

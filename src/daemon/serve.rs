@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
 use super::confine::{self, Confined};
@@ -24,7 +24,7 @@ use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
-use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper};
+use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper, Shares};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
 use crate::tree::{Node, Tree};
@@ -125,6 +125,7 @@ fn begin(
         failed
     };
     let mut poisoned = 0;
+    let notifier = adapter.notifier();
     let mut ready = match &start {
         Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
         Begin::Again { reply, resend, with_care } => {
@@ -140,6 +141,8 @@ fn begin(
             session::start(adapter, &connection, &init, Start::Again { reply: &reply, resend: *resend }, job.threads)?
         }
     };
+    // Empty until now.
+    let _ = notifier.set(ready.notifier());
     if let InFlight::Failed(count) = &mut ready.in_flight {
         *count = failed;
         watch_for_lost(connection, minor, Arc::clone(&server.counters))?;
@@ -246,11 +249,6 @@ fn set_limits() {
     if let Err(e) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
         log::debug!(target: TARGET, "RLIMIT_CORE: {e}");
     }
-    // The soft limit is often 1024 for the sake of select(2), which we do not call.
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        log::debug!(target: TARGET, "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
-    }
 }
 
 /// Gives descriptors of one tree to the supervisor.
@@ -285,7 +283,8 @@ impl Trees {
         let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
-        let pool = FdPool::new()?;
+        let shares = Shares::of_process(job.threads, kept.len())?;
+        let pool = FdPool::with(shares)?;
         let mut legacy = Inheritance { logs: logs.into_iter(), kept, channel };
         let (mut mapped, mut directories) = (None, Vec::new());
         let mut directory = |root, options, continuity| -> Result<Arc<dyn Tree>> {
@@ -296,6 +295,7 @@ impl Trees {
         let of_image = legacy.next(0);
         let image: Arc<dyn Tree> = if let Some(index) = index {
             let tree = Arc::new(image_tree(&job, &index, layers)?);
+            tree.keep_open(shares.image);
             mapped = Some(Arc::clone(&tree));
             tree
         } else {

@@ -321,9 +321,17 @@ impl Supervisor {
             let (signal, ended, said, asked) = (is_ready(0), is_ready(1), is_ready(2), is_ready(3));
             if said {
                 // What a dead worker said last is in the socket still.
-                while let Some((message, fds)) = worker.channel.receive_now()? {
-                    if let Some(other) = self.legacy.hear(message, fds) {
-                        log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id);
+                loop {
+                    match worker.channel.receive_now() {
+                        Ok(None) => break,
+                        Ok(Some((message, fds))) => {
+                            if let Some(other) = self.legacy.hear(message, fds) {
+                                log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id);
+                            }
+                        }
+                        // A file that will not outlive the worker, nothing more.
+                        Err(e) if e.kind() == Kind::Limit => log::warn!(target: TARGET, "{e}"),
+                        Err(e) => return Err(e),
                     }
                 }
             }

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use fuser::{
     BsdFileFlags, CopyFileRangeFlags, FileAttr, FileHandle, FileType, Filesystem, FopenFlags, Generation, INodeNo,
-    InitFlags, KernelConfig, LockOwner, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData, ReplyDirectory,
-    ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite, ReplyXattr, Request,
-    TimeOrNow, WriteFlags,
+    InitFlags, KernelConfig, LockOwner, Notifier, OpenFlags, RenameFlags, ReplyAttr, ReplyCreate, ReplyData,
+    ReplyDirectory, ReplyDirectoryPlus, ReplyEmpty, ReplyEntry, ReplyLseek, ReplyOpen, ReplyStatfs, ReplyWrite,
+    ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
 use super::inflight::Notes;
@@ -47,6 +47,9 @@ pub struct AdapterOptions {
     /// which write without CAP_FSETID where the kernel asks for it.
     pub kills_privileges: bool,
 }
+
+/// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
+const ATTRIBUTES_ALONE: i64 = -1;
 
 /// The bit of a request's number that says that it was sent before (FUSE_UNIQUE_RESEND, linux/fuse.h, Linux 6.9).
 const UNIQUE_RESEND: u64 = 1 << 63;
@@ -162,6 +165,7 @@ pub struct FuseAdapter {
     no_opendir: bool,
     pace: Arc<Pace>,
     notes: OnceLock<Notes>,
+    notifier: Arc<OnceLock<Notifier>>,
 }
 
 thread_local! {
@@ -190,6 +194,7 @@ impl FuseAdapter {
             no_opendir: false,
             pace: Arc::default(),
             notes: OnceLock::new(),
+            notifier: Arc::default(),
         }
     }
 
@@ -201,6 +206,24 @@ impl FuseAdapter {
     /// How its threads wait for requests: tell it the connection ([`Pace::watch`]).
     pub fn pace(&self) -> Arc<Pace> {
         Arc::clone(&self.pace)
+    }
+
+    /// Where its session's notifier belongs, before the session runs.
+    pub fn notifier(&self) -> Arc<OnceLock<Notifier>> {
+        Arc::clone(&self.notifier)
+    }
+
+    /// An ordinary writer changed a file, which took setuid and setgid away below; the kernel, which left that to us
+    /// (FUSE_HANDLE_KILLPRIV_V2), goes on showing them, and running the file with them, until its attributes run out. Before the
+    /// reply, so that nobody who has written sees or uses them.
+    fn tell_lost_set_id(&self, tree: &dyn Tree, writer: &Writer, node: INodeNo) {
+        if matches!(writer, Writer::Trusted) || !tree.lost_set_id(node.0) {
+            return;
+        }
+        let told = self.notifier.get().map(|notifier| notifier.inval_inode(node, ATTRIBUTES_ALONE, 0));
+        if let Some(Err(e)) = told {
+            log::debug!(target: TARGET, "invalidate the attributes of {:x}: {e}", node.0);
+        }
     }
 
     /// Write down which requests are being answered, for a server that cannot ask for them again.
@@ -255,6 +278,8 @@ fn caller(request: &Request) -> Caller {
 fn failed(operation: Operation, node: INodeNo, errno: Errno) -> fuser::Errno {
     // What programs run into all day is nobody's news.
     log::trace!(target: TARGET, "{} {:x}: {errno}", operation.name(), node.0);
+    // The limit that was reached is this process's, not the caller's.
+    let errno = if errno == Errno::MFILE { Errno::NFILE } else { errno };
     fuser::Errno::from_i32(errno.raw_os_error())
 }
 
@@ -638,6 +663,7 @@ impl Filesystem for FuseAdapter {
                 let rest = tree.write(&writer, node.0, fh.0, offset + done as u64, &data[done..], flags);
                 written = rest.and_then(|n| if n == 0 { Err(Errno::IO) } else { Ok(done + n) });
             }
+            self.tell_lost_set_id(tree, &writer, node);
             match written {
                 Ok(written) => reply.written(written as u32),
                 Err(e) => reply.error(failed(Operation::Write, node, e)),
@@ -871,7 +897,10 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEmpty,
     ) {
         self.request(request, Operation::FAllocate, |tree| {
-            match tree.fallocate(&writer(request), node.0, fh.0, offset, length, mode) {
+            let writer = writer(request);
+            let done = tree.fallocate(&writer, node.0, fh.0, offset, length, mode);
+            self.tell_lost_set_id(tree, &writer, node);
+            match done {
                 Ok(()) => reply.ok(),
                 Err(e) => reply.error(failed(Operation::FAllocate, node, e)),
             }
@@ -900,7 +929,10 @@ impl Filesystem for FuseAdapter {
     ) {
         self.request(request, Operation::CopyFileRange, |tree| {
             let (from, to) = ((node_in.0, fh_in.0, offset_in), (node_out.0, fh_out.0, offset_out));
-            match tree.copy_file_range(&writer(request), from, to, length) {
+            let writer = writer(request);
+            let done = tree.copy_file_range(&writer, from, to, length);
+            self.tell_lost_set_id(tree, &writer, node_out);
+            match done {
                 Ok(copied) => reply.written(copied as u32),
                 Err(e) => reply.error(failed(Operation::CopyFileRange, node_in, e)),
             }

@@ -43,12 +43,14 @@ use super::{
 use crate::plan::Ownership;
 use crate::volume::Access;
 
-pub use fds::FdPool;
+pub use fds::{FdPool, Shares};
 pub use identity::ActAs;
 pub use outlive::{Continuity, Keeper};
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
+/// Setuid and setgid.
+const SET_ID: u32 = 0o6000;
 
 /// How a directory is served.
 #[derive(Clone, Debug)]
@@ -214,9 +216,17 @@ impl DirTree {
         }
     }
 
+    /// The attributes as the kernel is shown them.
+    fn shown(&self, found: &found::Found, node: Node) -> Attr {
+        if found.attr.mode & SET_ID != 0 && found.kind() == found::REGULAR {
+            self.nodes.show_set_id(node);
+        }
+        found.shown(node, &self.options.ownership)
+    }
+
     fn entry(&self, found: &found::Found, node: Node) -> Entry {
         Entry {
-            attr: found.shown(node, &self.options.ownership),
+            attr: self.shown(found, node),
             generation: u64::from(found.identity.generation),
             entry_ttl: self.options.ttl,
             attr_ttl: self.options.ttl,
@@ -252,7 +262,7 @@ impl Tree for DirTree {
             Some(open) => open.stat()?,
             None => self.stat(node)?,
         };
-        Ok((found.shown(node, &self.options.ownership), self.options.ttl))
+        Ok((self.shown(&found, node), self.options.ttl))
     }
     fn readlink(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         self.read_link(node, out)
@@ -385,6 +395,9 @@ impl Tree for DirTree {
     ) -> Result<usize> {
         self.writable()?;
         self.copy_range(writer, from, to, length)
+    }
+    fn lost_set_id(&self, node: Node) -> bool {
+        self.nodes.take_shown_set_id(node)
     }
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
         self.writable()?;

@@ -66,6 +66,11 @@ impl ImageTree {
         &self.index
     }
 
+    /// Keep no more than so many files open between requests.
+    pub fn keep_open(&self, most: usize) {
+        self.content.keep_open(most);
+    }
+
     /// Files that are open at the moment.
     pub fn open_files(&self) -> usize {
         self.content.open_files()

@@ -392,6 +392,10 @@ pub trait Tree: Send + Sync {
     ) -> Result<usize> {
         Err(Errno::ROFS)
     }
+    /// Asked after an ordinary writer changed this file: does the kernel know it with setuid or setgid, which are gone now?
+    fn lost_set_id(&self, node: Node) -> bool {
+        false
+    }
     /// Set an extended attribute; `flags` are setxattr(2)'s.
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
         Err(Errno::ROFS)

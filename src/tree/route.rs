@@ -706,6 +706,10 @@ impl Tree for RouteTree {
         tree.copy_file_range(writer, (inner_from, from.1, from.2), (inner_to, to.1, to.2), length)
     }
 
+    fn lost_set_id(&self, node: Node) -> bool {
+        self.real(node).is_ok_and(|(_, tree, inner)| tree.lost_set_id(inner))
+    }
+
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
         let (_, tree, inner) = self.real(node)?;
         tree.setxattr(caller, inner, name, value, flags)

@@ -13,6 +13,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
+use crate::common::system::eventually;
 use crate::common::{Case, Enter, Stage};
 
 fn mounted(stage: &Stage, image: &Path, place: &str, environment: &[(&str, &str)]) -> PathBuf {
@@ -180,10 +181,7 @@ pub(crate) const EXHAUSTED: Case = Case::new("at_its_limits_a_call_fails_and_no_
     for n in &known[..100] {
         fs::remove_file(w.join(format!("n{n}"))).expect("unlink");
     }
-    assert!(
-        crate::common::system::eventually(std::time::Duration::from_secs(10), || look(unknown).is_ok()),
-        "none is free"
-    );
+    assert!(eventually(std::time::Duration::from_secs(10), || look(unknown).is_ok()), "none is free");
 
     let mut held = Vec::new();
     let refused = loop {
@@ -208,3 +206,110 @@ pub(crate) const EXHAUSTED: Case = Case::new("at_its_limits_a_call_fails_and_no_
         assert_eq!(stats["restarts"].as_u64(), Some(0), "{id}: {stats:#}");
     }
 });
+
+fn set_limit(soft: u64, hard: u64) {
+    setrlimit(Resource::Nofile, Rlimit { current: Some(soft), maximum: Some(hard) }).expect("setrlimit");
+}
+
+/// Where a server may have very few files open, programs that open many take nothing that lookups of others need.
+pub(crate) const FEW: Case = Case::new("with_few_descriptors_only_opens_are_refused", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    stage
+        .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
+        .run()
+        .ok();
+    // As after `ulimit -n 64`, but not for this program: the mount comes first.
+    let mine = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
+    let limited = stage.tool("sh", ["-c", "ulimit -n 64; exec \"$@\"", "sh"]);
+    stage.mkdir("sandbox/w");
+    let mut call = stage.mount_call("small", "k", {
+        let mut options = vec!["--id".into(), "k".into()];
+        options.extend(sandbox(stage));
+        options.extend(volume("w", "/w", "rw"));
+        options
+    });
+    call.command = {
+        let mut command = limited.command;
+        command.arg(call.command.get_program()).args(call.command.get_args());
+        command
+    };
+    call.run().ok();
+    set_limit(mine.min(1000), mine);
+    let rootfs = stage.path("k");
+    let w = rootfs.join("w");
+    for n in 0..100 {
+        stage.mkdir(format!("sandbox/w/d{n}"));
+        stage.write(format!("sandbox/w/d{n}/f"), "x");
+    }
+    let mut held = Vec::new();
+    let refused = loop {
+        match File::open(w.join("d0/f")) {
+            Ok(file) => held.push(file),
+            Err(e) => break Errno::from_io_error(&e),
+        }
+        assert!(held.len() < 64, "no file too many");
+    };
+    assert_eq!(refused, Some(Errno::NFILE), "after {} files", held.len());
+    assert!(held.len() >= 8, "only {} files", held.len());
+    // What opens nothing works, from several callers at once, in more directories than are kept open.
+    std::thread::scope(|scope| {
+        for caller in 0..4 {
+            let w = &w;
+            scope.spawn(move || {
+                for n in 0..100 {
+                    let dir = w.join(format!("d{n}"));
+                    let new = dir.join(format!("new{caller}"));
+                    assert!(fs::symlink_metadata(dir.join("f")).is_ok(), "look {n}");
+                    fs::create_dir(&new).unwrap_or_else(|e| panic!("mkdir {n}: {e}"));
+                    let moved = dir.join(format!("moved{caller}"));
+                    fs::rename(&new, &moved).unwrap_or_else(|e| panic!("rename {n}: {e}"));
+                    fs::set_permissions(&moved, fs::Permissions::from_mode(0o700)).expect("chmod");
+                    fs::remove_dir(&moved).unwrap_or_else(|e| panic!("rmdir {n}: {e}"));
+                }
+            });
+        }
+    });
+    let made = File::create(w.join("made")).map(drop).map_err(|e| Errno::from_io_error(&e));
+    assert_eq!(made, Err(Some(Errno::NFILE)), "make a file");
+    // The image's files have a share of their own.
+    for _ in 0..3 {
+        assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+        assert_eq!(fs::read(rootfs.join("bin/tool")).map(drop).map_err(|e| e.to_string()), Ok(()));
+    }
+    let stats = stats(stage, "k");
+    assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
+    held.clear();
+    assert!(eventually(std::time::Duration::from_secs(5), || fs::write(w.join("made"), "y").is_ok()));
+});
+
+/// The supervisor keeps what programs deleted and have open. More than it has room for is lost with a worker; the rootfs is not.
+pub(crate) const MANY_NAMELESS: Case =
+    Case::new("many_deleted_files_that_are_open_do_not_end_the_rootfs", on::fuse, |stage: &Stage| {
+        const FILES: usize = 300;
+        let image = stage.small_image();
+        let hard = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
+        set_limit(128, hard);
+        let rootfs = mounted(stage, &image, "k", &[]);
+        set_limit(hard.min(4096), hard);
+        let w = rootfs.join("w");
+        let held: Vec<_> = (0..FILES)
+            .map(|n| {
+                let path = w.join(format!("n{n}"));
+                let file = File::options().read(true).write(true).create_new(true).open(&path).expect("make");
+                file.write_all_at(b"still here", 0).expect("write");
+                fs::remove_file(&path).expect("unlink");
+                file
+            })
+            .collect();
+        // What it was told last is heard by then.
+        assert_eq!(stats(stage, "k")["restarts"].as_u64(), Some(0));
+        fs::write(w.join("after"), "good").expect("the rootfs serves");
+        let kept = stats(stage, "k")["nameless_files_kept"].as_u64().expect("a number");
+        assert_eq!(kept, FILES as u64, "all of them outlive the worker");
+        crate::common::system::kill(stats(stage, "k")["worker_pid"].as_i64().expect("a pid") as i32);
+        for file in &held {
+            let mut text = [0_u8; 10];
+            file.read_at(&mut text, 0).expect("read after the worker's death");
+            assert_eq!(&text, b"still here");
+        }
+    });

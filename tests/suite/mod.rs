@@ -113,6 +113,9 @@ pub(crate) const CASES: &[Case] = &[
     hardened::CONFINED,
     hardened::EVERY_KIND,
     hardened::EXHAUSTED,
+    hardened::FEW,
+    hardened::MANY_NAMELESS,
+    posix::HANDLES,
     posix::MAPPED,
     posix::SAME_ANSWERS,
     posix::TWO_WRITERS,
@@ -168,10 +171,12 @@ pub(crate) const CASES: &[Case] = &[
     volumes::SUBMOUNTS,
     volumes::THROUGH_SYMLINKS,
     volumes::WRONG_REQUESTS,
+    writers::EXECUTE_ONLY,
     writers::FULL,
     writers::DISK_FAILS,
     writers::OTHERS,
     writers::RESERVED,
+    writers::SET_ID_AT_ONCE,
     writers::SET_ID,
 ];
 

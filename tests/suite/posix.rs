@@ -166,6 +166,30 @@ const STEPS: &[(&str, Step)] = &[
         s.say("exchange with missing", with("b", "zz", RenameFlags::EXCHANGE));
         s.say("both flags", with("b", "c", RenameFlags::EXCHANGE | RenameFlags::NOREPLACE));
     }),
+    ("renames that leave a whiteout", |s, d| {
+        for (name, content) in [("a", "a"), ("b", "b"), ("c", "c")] {
+            fs::write(d.join(name), content).expect("write");
+        }
+        fs::create_dir(d.join("other")).expect("mkdir");
+        let with = |from: &str, to: &str, flags| {
+            rustix::fs::renameat_with(CWD, d.join(from), CWD, d.join(to), RenameFlags::WHITEOUT | flags)
+        };
+        let is = |name: &str| {
+            let kind = fs::symlink_metadata(d.join(name)).map(|m| (m.file_type().is_char_device(), m.rdev()));
+            (io(kind), io(fs::read_to_string(d.join(name))).ok())
+        };
+        s.say("to new", with("a", "n", RenameFlags::empty()));
+        s.say("both names", (is("a"), is("n")));
+        s.say("over another, elsewhere", with("b", "other/c", RenameFlags::empty()));
+        s.say("over a name", with("c", "other/c", RenameFlags::empty()));
+        s.say("all names", (is("b"), is("c"), is("other/c")));
+        s.say("over a whiteout", with("n", "a", RenameFlags::empty()));
+        s.say("both again", (is("n"), is("a")));
+        s.say("noreplace", with("a", "b", RenameFlags::NOREPLACE));
+        s.say("exchange", with("a", "b", RenameFlags::EXCHANGE));
+        s.say("remove", io(fs::remove_file(d.join("b"))));
+        s.say("gone", is("b"));
+    }),
     ("sizes", |s, d| {
         let file =
             OpenOptions::new().read(true).write(true).create(true).truncate(true).open(d.join("t")).expect("open");
@@ -512,3 +536,48 @@ pub(crate) const MAPPED: Case = Case::needing(
         assert_eq!(seen.len(), 8192);
     },
 );
+
+/// A handle leads back to a file that the kernel knows, and to nothing else: never to another file.
+pub(crate) const HANDLES: Case = Case::needing(
+    "a_file_handle_is_good_or_stale",
+    |lane| on::fuse(lane) && lane.is_real_root(),
+    &[Need::Tool("python3")],
+    |stage: &Stage| {
+        let backing = stage.mkdir("vol");
+        stage.write("vol/f", "by its handle");
+        stage.write("vol/other", "another");
+        let rootfs = stage.mount(stage.small_image(), "rootfs", volume(&backing, "/data", "rw"));
+        let program = stage.write("handle.py", HANDLE_PROGRAM);
+        let said = stage.tool("python3", [&program, &rootfs.join("data"), Path::new("f")]).run().ok().out();
+        assert_eq!(said.lines().collect::<Vec<_>>(), ["by its handle", "ESTALE", "by its handle"]);
+    },
+);
+
+/// Opens a file by its handle: while it is known, after the kernel forgot it, and by name after that.
+const HANDLE_PROGRAM: &str = r#"
+import ctypes, errno, os, sys, time
+libc = ctypes.CDLL(None, use_errno=True)
+class Handle(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_uint), ("type", ctypes.c_int), ("data", ctypes.c_char * 128)]
+place = os.open(sys.argv[1], os.O_RDONLY | os.O_DIRECTORY)
+handle, mount = Handle(bytes=128), ctypes.c_int()
+if libc.name_to_handle_at(place, sys.argv[2].encode(), ctypes.byref(handle), ctypes.byref(mount), 0):
+    sys.exit(os.strerror(ctypes.get_errno()))
+def read():
+    fd = libc.open_by_handle_at(place, ctypes.byref(handle), os.O_RDONLY)
+    if fd < 0:
+        return errno.errorcode[ctypes.get_errno()]
+    with os.fdopen(fd) as file:
+        return file.read()
+print(read())
+for _ in range(50):
+    with open("/proc/sys/vm/drop_caches", "w") as caches:
+        caches.write("2")
+    answer = read()
+    if answer == "ESTALE":
+        break
+    time.sleep(0.1)
+print(answer)
+with open(sys.argv[2], opener=lambda name, flags: os.open(name, flags, dir_fd=place)) as file:
+    print(file.read())
+"#;

@@ -167,6 +167,84 @@ pub(crate) const SET_ID: Case = Case::needing(
     },
 );
 
+/// The kernel's own copy of the mode, which execve(2) goes by, and statx(2) where the mode alone is asked for.
+pub(crate) const SET_ID_AT_ONCE: Case = Case::needing(
+    "setuid_is_gone_at_once",
+    roots,
+    &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
+    |stage: &Stage| {
+        let program = Program::new(stage);
+        let backing = stage.mkdir("vol");
+        for more in variants(stage) {
+            let mut more = more.to_vec();
+            if stage.lane.is_fuse() {
+                more.extend(["--volume-ttl", "600"]);
+            }
+            let rootfs = mount(stage, &backing, &more);
+            let data = rootfs.join("data");
+            fs::write(data.join("from"), vec![b'x'; 8192]).expect("write");
+            for op in ["write", "allocate", "punch", "zero", "copy"] {
+                let file = data.join(op);
+                fs::write(&file, vec![b'x'; 8192]).expect("write");
+                fs::set_permissions(&file, fs::Permissions::from_mode(0o6777)).expect("chmod");
+                let mode = || {
+                    let flags = rustix::fs::AtFlags::empty();
+                    let stat = rustix::fs::statx(rustix::fs::CWD, &file, flags, rustix::fs::StatxFlags::MODE);
+                    match stat {
+                        Ok(stat) => u32::from(stat.stx_mode) & 0o7777,
+                        // Under scripts/enosys.
+                        Err(_) => fs::metadata(&file).expect("stat").mode() & 0o7777,
+                    }
+                };
+                assert_eq!(mode(), 0o6777, "{op}");
+                let said = program.as_user(&[Path::new(op), &file, &data.join("from")]);
+                assert!(said == "ok" || op == "zero", "{op}, {more:?}: {said}");
+                if said == "ok" {
+                    assert_eq!(mode(), 0o777, "after {op} by an ordinary user, {more:?}");
+                }
+            }
+            stage.unmount(&rootfs);
+        }
+    },
+);
+
+pub(crate) const EXECUTE_ONLY: Case = Case::needing(
+    "a_program_that_may_not_be_read_runs",
+    roots,
+    &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
+    |stage: &Stage| {
+        let program = Program::new(stage);
+        let source = stage.write(
+            "who.c",
+            "#include <stdio.h>\n#include <unistd.h>\nint main() { printf(\"%d\\n\", geteuid()); return 0; }\n",
+        );
+        let backing = stage.mkdir("vol");
+        stage.tool("cc", ["-O1", "-o"]).arg(backing.join("who")).arg(&source).run().ok();
+        let rootfs = mount(stage, &backing, &[]);
+        let data = rootfs.join("data");
+        let who = data.join("who");
+        // Not by setpriv itself, which has root's capabilities until it runs another program.
+        let run = |what: &Path| {
+            let ran = program.user_runs(&["--clear-groups"], "env", what);
+            (ran.code(), ran.out().trim().to_owned())
+        };
+        for (mode, euid) in [(0o755, &*program.user.uid), (0o711, &program.user.uid), (0o4711, "0")] {
+            fs::set_permissions(&who, fs::Permissions::from_mode(mode)).expect("chmod");
+            assert_eq!(run(&who), (Some(0), euid.to_owned()), "mode {mode:o}");
+            let read = program.user_runs(&["--clear-groups"], "cat", &who).code();
+            assert_eq!(read, Some(i32::from(mode & 0o4 == 0)), "read it, mode {mode:o}");
+        }
+        // What one may not run: 126, as env(1) says it.
+        fs::set_permissions(&who, fs::Permissions::from_mode(0o710)).expect("chmod");
+        assert_eq!(run(&who).0, Some(126));
+        // A script's interpreter reads it: no kernel runs that.
+        let script = data.join("script");
+        fs::write(&script, "#!/bin/sh\necho read\n").expect("write");
+        fs::set_permissions(&script, fs::Permissions::from_mode(0o711)).expect("chmod");
+        assert_ne!(run(&script).0, Some(0));
+    },
+);
+
 /// Of a small ext4, a quarter of which is root's.
 pub(crate) const RESERVED: Case = Case::needing(
     "blocks_kept_for_root_are_not_for_callers",

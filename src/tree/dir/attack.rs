@@ -152,8 +152,8 @@ fn a_million_names_cost_one_request_each_and_then_nothing() {
     // refused is refused for that request alone.
     let dir = tempfile::tempdir().unwrap();
     let options = DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Rw) };
-    let tree = DirTree::open(crate::sys::fs::open_path(dir.path()).unwrap(), options, FdPool::with_limit(50).unwrap())
-        .unwrap();
+    let pool = FdPool::with(Shares { open: 50, directories: 128, image: 0 }).unwrap();
+    let tree = DirTree::open(crate::sys::fs::open_path(dir.path()).unwrap(), options, pool).unwrap();
     let mut opened = Vec::new();
     let new = New { mode: 0o100_600, umask: 0, rdev: 0 };
     let refused = loop {

@@ -102,7 +102,7 @@ impl DirTree {
         let is_writing = open.is_some_and(|open| open.is_writable());
         self.set_times(caller, &fd, change, is_writing)?;
         let found = super::found::stat_fd(&fd)?;
-        Ok((found.shown(node, &self.options.ownership), self.options.ttl))
+        Ok((self.shown(&found, node), self.options.ttl))
     }
 
     fn owner_on_disk(&self, uid: Option<u32>, gid: Option<u32>) -> Result<(Option<u32>, Option<u32>)> {

@@ -16,10 +16,11 @@ use crate::tree::{Errno, Node, Result};
 /// Directory descriptors kept open between requests, all trees of a server together. A walk works in a handful of
 /// directories at a time; 128 leaves half of the server's 256 for its image tree, devices and log.
 const CACHED_FDS: usize = 128;
-/// Descriptors left free for the session, the control socket, the log, and the requests being worked on.
-const RESERVED_FDS: usize = 64;
-/// Least number of files that may be open at once, however low RLIMIT_NOFILE is.
-const MIN_OPEN_FILES: usize = 64;
+/// Descriptors left free for the session: the connection twice, what its threads wait with, a look at /proc, two socket ends while
+/// a request is tried ([`crate::fuse::poison`]).
+const RESERVED_FDS: usize = 10;
+/// And for each request being worked on: two directories, a file, and the same file opened again.
+const FDS_OF_A_REQUEST: usize = 4;
 /// openat2(2) answers EAGAIN when a rename or mount raced with the walk; it settles in a few tries.
 const RESOLVE_TRIES: u32 = 64;
 /// Longest path handed to one call: PATH_MAX less room for the terminating NUL.
@@ -69,28 +70,63 @@ impl Drop for Held {
     }
 }
 
+/// How the descriptors that a server may have are shared out, so that a program that opens many files takes none that another
+/// one's lookup needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shares {
+    /// Files open and pinned on behalf of programs.
+    pub(super) open: usize,
+    /// Directories kept open between requests.
+    pub(super) directories: usize,
+    /// Files of an indexed image kept open between requests.
+    pub image: usize,
+}
+
+impl Shares {
+    /// Of what RLIMIT_NOFILE leaves now (raise that first), for a server with `threads` threads. `kept`: descriptors that are
+    /// open already and will count as open files.
+    pub fn of_process(threads: usize, kept: usize) -> crate::Result<Self> {
+        let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let soft = soft.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+        let listed = std::fs::read_dir("/proc/self/fd")
+            .map_err(|e| crate::Error::io("list", "/proc/self/fd", e).hint("mount /proc"))?;
+        // One of them is the listing's own.
+        let used = listed.count().saturating_sub(1 + kept);
+        Self::of(soft, used + RESERVED_FDS + FDS_OF_A_REQUEST * threads).ok_or_else(|| {
+            let why = format!("{soft} files may be open, and {used} are before a request came");
+            crate::Error::new(crate::Kind::Limit, "share out descriptors", "", why)
+                .hint("raise the limit of open files (ulimit -n)")
+        })
+    }
+
+    fn of(limit: usize, reserved: usize) -> Option<Self> {
+        let free = limit.checked_sub(reserved)?;
+        // A quarter for each cache, until that is as much as it can use.
+        let cached = CACHED_FDS.min(free / 4);
+        (cached > 0).then_some(Shares { open: free - 2 * cached, directories: cached, image: cached })
+    }
+}
+
 impl FdPool {
-    /// A pool whose cap on open files follows from RLIMIT_NOFILE as it is now: raise that first.
+    /// The pool of a process with one thread; see [`Shares::of_process`].
+    pub fn new() -> crate::Result<Arc<Self>> {
+        Self::with(Shares::of_process(1, 0)?)
+    }
+
+    /// A pool of these shares.
     ///
     /// # Errors
     /// /proc is not mounted.
-    pub fn new() -> crate::Result<Arc<Self>> {
-        let soft = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let soft = soft.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-        Self::with_limit(soft.saturating_sub(CACHED_FDS + RESERVED_FDS).max(MIN_OPEN_FILES))
-    }
-
-    /// A pool with this cap on open files.
-    pub(super) fn with_limit(limit: usize) -> crate::Result<Arc<Self>> {
+    pub fn with(shares: Shares) -> crate::Result<Arc<Self>> {
         let proc_fd =
             fs::openat(CWD, "/proc/self/fd", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
                 .map_err(|e| crate::Error::sys("open", "/proc/self/fd", e).hint("mount /proc"))?;
         Ok(Arc::new(FdPool {
-            cache: Mutex::new(LruCache::new(NonZeroUsize::new(CACHED_FDS).expect("not zero"))),
+            cache: Mutex::new(LruCache::new(NonZeroUsize::new(shares.directories).unwrap_or(NonZeroUsize::MIN))),
             proc_fd,
             next_tree: AtomicU32::new(0),
             held: AtomicUsize::new(0),
-            limit,
+            limit: shares.open,
         }))
     }
 
@@ -214,14 +250,7 @@ mod tests {
 
     #[test]
     fn the_cap_is_a_cap_and_comes_back() {
-        let pool = FdPool::new().unwrap();
-        let small = Arc::new(FdPool {
-            cache: Mutex::new(LruCache::new(NonZeroUsize::new(2).unwrap())),
-            proc_fd: pool.proc_fd.try_clone().unwrap(),
-            next_tree: AtomicU32::new(0),
-            held: AtomicUsize::new(0),
-            limit: 1,
-        });
+        let small = FdPool::with(Shares { open: 1, directories: 2, image: 0 }).unwrap();
         let fd = || fs::openat(CWD, "/", OFlags::PATH, Mode::empty()).unwrap();
         let first = small.hold(fd()).unwrap();
         assert_eq!(small.hold(fd()).map(|_| ()), Err(Errno::NFILE));
@@ -233,6 +262,14 @@ mod tests {
         assert_eq!(small.cached(), 2);
         small.remove_tree(0);
         assert_eq!(small.cached(), 0);
+    }
+
+    #[test]
+    fn shares_add_up_to_what_is_free() {
+        assert_eq!(Shares::of(1024, 64), Some(Shares { open: 704, directories: 128, image: 128 }));
+        assert_eq!(Shares::of(64, 32), Some(Shares { open: 16, directories: 8, image: 8 }));
+        assert_eq!(Shares::of(36, 32), Some(Shares { open: 2, directories: 1, image: 1 }));
+        assert_eq!((Shares::of(35, 32), Shares::of(20, 32)), (None, None));
     }
 
     #[test]

@@ -27,6 +27,10 @@ const MAX_COPY: u64 = 64 << 20;
 /// Who may run a file: anybody.
 pub(super) const ANY_EXECUTE: u32 = 0o111;
 
+/// Among the flags of an open: the kernel opens a program to run it (__FMODE_EXEC, linux/fs.h). No program can ask for it: open(2)
+/// drops what is no flag of its own, openat2(2) refuses it.
+const TO_BE_RUN: OFlags = OFlags::from_bits_retain(0x20);
+
 /// A descriptor is given away under its node, or, with this bit, under its handle. Node ids lie below 2^56.
 pub(super) const HANDLE_KEY: u64 = 1 << 63;
 
@@ -235,6 +239,11 @@ impl DirTree {
             // Widened for the write-back cache, but it may only be written.
             Err(Errno::ACCESS) if backing & OFlags::ACCMODE != flags & OFlags::ACCMODE => {
                 open(flags & (OFlags::ACCMODE | OFlags::TRUNC))
+            }
+            // A program need not be readable to be run (mode 0711), and that this caller may run it the kernel has seen to: a mount
+            // that others than its owner may enter has `default_permissions`.
+            Err(Errno::ACCESS) if !changes && flags.contains(TO_BE_RUN) && found.attr.mode & ANY_EXECUTE != 0 => {
+                self.pool.reopen(&fd, backing | OFlags::NONBLOCK | OFlags::NOCTTY)
             }
             other => other,
         }?;

@@ -314,9 +314,6 @@ impl DirTree {
 
     pub(super) fn move_name(&self, caller: &Caller, from: (Node, &[u8]), to: (Node, &[u8]), flags: u32) -> Result<()> {
         let flags = RenameFlags::from_bits(flags).ok_or(Errno::INVAL)?;
-        if flags.intersects(RenameFlags::WHITEOUT) {
-            return Err(Errno::INVAL); // a whiteout is a device node: overlayfs's own business
-        }
         let (from_dir, to_dir) = (self.place(from.0)?, self.place(to.0)?);
         let moved = found::stat_name(&from_dir, from.1);
         let exchange = flags.contains(RenameFlags::EXCHANGE);

@@ -60,6 +60,8 @@ struct Extra {
 struct State {
     identity: Identity,
     kind: u32,
+    /// The kernel was shown setuid or setgid of it, perhaps by an earlier process.
+    shows_set_id: bool,
     references: u64,
     aliases: Vec<Alias>,
     extra: Option<Box<Extra>>,
@@ -105,9 +107,7 @@ impl NodeTable {
             outlive: None,
         };
         // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
-        let state =
-            State { identity: root.identity, kind: root.kind(), references: 1, aliases: Vec::new(), extra: None };
-        table.map.insert(ROOT, state);
+        table.map.insert(ROOT, State::new(root.identity, root.kind(), Vec::new()));
         table.one_more();
         table
     }
@@ -119,15 +119,12 @@ impl NodeTable {
         for note in inherited.nodes.values() {
             // How many references the kernel holds is not written down. It gives all of them back at once when it evicts an
             // inode, and that is at least one.
-            let state = State {
-                identity: note.identity,
-                kind: note.kind,
-                references: 1,
-                aliases: note.aliases.clone(),
-                extra: None,
-            };
-            table.map.insert(note.node, state);
+            let state = State::new(note.identity, note.kind, note.aliases.clone());
+            table.map.insert(note.node, State { shows_set_id: true, ..state });
             table.one_more();
+        }
+        if let Some(mut root) = table.map.get_mut(&ROOT) {
+            root.shows_set_id = !inherited.nodes.is_empty() || !inherited.handles.is_empty();
         }
         table.outlive = Some(outlive);
         table
@@ -255,13 +252,8 @@ impl NodeTable {
                     if full {
                         return Err(Errno::NOMEM);
                     }
-                    let state = at.insert(State {
-                        identity,
-                        kind: found.kind(),
-                        references: 1,
-                        aliases: vec![Alias { parent, name: name.into() }],
-                        extra: None,
-                    });
+                    let alias = Alias { parent, name: name.into() };
+                    let state = at.insert(State::new(identity, found.kind(), vec![alias]));
                     self.write_down(node, &state);
                     self.one_more();
                     return Ok(node);
@@ -372,6 +364,22 @@ impl NodeTable {
         }
     }
 
+    /// The kernel is shown setuid or setgid of this node.
+    pub(super) fn show_set_id(&self, node: Node) {
+        if let Some(mut state) = self.map.get_mut(&node) {
+            state.shows_set_id = true;
+        }
+    }
+
+    /// Was the kernel shown setuid or setgid of this node, since this was last asked?
+    pub(super) fn take_shown_set_id(&self, node: Node) -> bool {
+        let shown = self.map.get(&node).is_some_and(|state| state.shows_set_id);
+        if shown && let Some(mut state) = self.map.get_mut(&node) {
+            state.shows_set_id = false;
+        }
+        shown
+    }
+
     /// Put a new stamp in place; gives the one before.
     pub(super) fn swap_stamp(&self, node: Node, stamp: Option<Stamp>) -> Option<Stamp> {
         let mut state = self.map.get_mut(&node)?;
@@ -383,6 +391,11 @@ impl NodeTable {
 }
 
 impl State {
+    /// With one reference.
+    fn new(identity: Identity, kind: u32, aliases: Vec<Alias>) -> Self {
+        State { identity, kind, shows_set_id: false, references: 1, aliases, extra: None }
+    }
+
     fn extra(&mut self) -> &mut Extra {
         self.extra.get_or_insert_default()
     }

@@ -263,7 +263,18 @@ fn rename_keeps_its_flags_and_its_victims() {
     s.tree.rename(&ME, (ROOT, name("a")), (ROOT, name("b")), libc::RENAME_EXCHANGE).unwrap();
     assert_eq!((s.find(ROOT, "a").unwrap().attr.node, s.find(ROOT, "b").unwrap().attr.node), (b, a));
     assert_eq!((s.tree.getattr(a, None).unwrap().0.nlink, s.tree.getattr(b, None).unwrap().0.nlink), (1, 1));
-    assert_eq!(s.tree.rename(&ME, (ROOT, name("a")), (ROOT, name("w")), libc::RENAME_WHITEOUT), Err(Errno::INVAL));
+    // Where the file system below has whiteouts, one is left, and nothing else of the name.
+    s.write("moved", "m");
+    let moved = s.node("moved");
+    match s.tree.rename(&ME, (ROOT, name("moved")), (ROOT, name("away")), libc::RENAME_WHITEOUT) {
+        Ok(()) => {
+            assert_eq!(s.find(ROOT, "away").unwrap().attr.node, moved);
+            let left = s.find(ROOT, "moved").unwrap().attr;
+            assert_eq!((left.mode & libc::S_IFMT, left.rdev), (libc::S_IFCHR, 0));
+            assert_ne!(left.node, moved);
+        }
+        other => assert_eq!(other, Err(Errno::INVAL)),
+    }
     s.tree.rename(&ME, (ROOT, name("b")), (ROOT, name("a")), 0).unwrap();
     assert_eq!(s.tree.getattr(b, None).unwrap().0.nlink, 0, "replaced, but known");
     assert_eq!(s.tree.getattr(a, None).unwrap().0.nlink, 1);

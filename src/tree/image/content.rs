@@ -122,6 +122,11 @@ impl Content {
         }
     }
 
+    /// Keep no more than so many files open.
+    pub(super) fn keep_open(&self, most: usize) {
+        lock(&self.open).resize(capacity(most.min(OPEN_FILES)));
+    }
+
     pub(super) fn open_files(&self) -> usize {
         lock(&self.open).len()
     }
