@@ -54,7 +54,7 @@ fn merge(c: &mut Criterion) {
             let mut builder = Builder::new();
             for layer in &layers {
                 builder.begin_layer(Whiteouts::Oci).expect("at most 4096");
-                builder.add_index(layer, |_| true).expect("undamaged");
+                builder.add_index(layer, |_, _| true).expect("undamaged");
             }
             black_box(builder.finish().expect("within limits"))
         });

@@ -8,6 +8,7 @@ use serde::{Deserialize, Deserializer, Serialize};
 
 use super::{Strictness, parse_json};
 use crate::error::{Error, Kind, Result};
+use crate::index::{MAX_NAME, MAX_PATH};
 
 /// The version of the specification that manifests made here name.
 pub const AC_VERSION: &str = "0.8.11";
@@ -291,7 +292,7 @@ impl Checker {
             ("pathWhitelist", m.path_whitelist.len()),
         ] {
             let rule = format!("at most {MAX_ITEMS} items are taken");
-            Self::must(count <= MAX_ITEMS || field == "pathWhitelist", field, &count.to_string(), &rule)?;
+            Self::must(count <= MAX_ITEMS, field, &count.to_string(), &rule)?;
         }
         labels("labels", &m.labels)?;
         self.platform(m)?;
@@ -313,6 +314,9 @@ impl Checker {
                 && !path.split('/').any(|part| matches!(part, "." | ".."));
             let field = format!("pathWhitelist[{i}]");
             Self::must(plain, &field, path, "it must be an absolute path without . and ..")?;
+            // An index holds no others.
+            let fits = path.len() <= MAX_PATH + 1 && path.split('/').all(|part| part.len() <= MAX_NAME);
+            Self::must(fits, &field, path, &format!("at most {MAX_PATH} bytes are taken, {MAX_NAME} a name"))?;
         }
         m.app.as_ref().map_or(Ok(()), |app| self.app(app))
     }

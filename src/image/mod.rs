@@ -10,6 +10,10 @@ use crate::error::{Error, Kind, Result};
 /// Deepest JSON taken. serde_json stops at 128 by itself; no manifest seen goes past 10.
 pub const MAX_JSON_DEPTH: usize = 32;
 
+/// Most values of one document, at whatever depth: an index of 1,024 manifests has 16,000. Each costs up to 640 bytes where it is an
+/// object, of which 1 MiB of text could hold 150,000.
+pub const MAX_JSON_VALUES: usize = 32_768;
+
 /// Largest manifest taken: the AppC and OCI ones seen are below 64 KiB.
 pub const MAX_MANIFEST_BYTES: usize = 1 << 20;
 
@@ -30,15 +34,19 @@ pub(crate) fn parse_json<T: serde::de::DeserializeOwned>(what: &'static str, byt
     if bytes.len() > MAX_MANIFEST_BYTES {
         return refuse(Kind::Limit, format!("it has {} bytes: at most {MAX_MANIFEST_BYTES} are taken", bytes.len()));
     }
-    if json_depth(bytes) > MAX_JSON_DEPTH {
+    let (depth, values) = json_size(bytes);
+    if depth > MAX_JSON_DEPTH {
         return refuse(Kind::Limit, format!("it nests deeper than {MAX_JSON_DEPTH} levels"));
+    }
+    if values > MAX_JSON_VALUES {
+        return refuse(Kind::Limit, format!("it has more than {MAX_JSON_VALUES} values"));
     }
     serde_json::from_slice(bytes).or_else(|e| refuse(Kind::Invalid, e.to_string()))
 }
 
-/// Deepest nesting of `[` and `{` outside strings.
-fn json_depth(bytes: &[u8]) -> usize {
-    let (mut depth, mut most) = (0_usize, 0);
+/// Outside strings: the deepest nesting of `[` and `{`, and how many values there are at most (each stands after one of `[{,`).
+fn json_size(bytes: &[u8]) -> (usize, usize) {
+    let (mut depth, mut most, mut values) = (0_usize, 0, 1);
     let (mut in_string, mut escaped) = (false, false);
     for byte in bytes {
         match byte {
@@ -47,13 +55,15 @@ fn json_depth(bytes: &[u8]) -> usize {
             b'"' => in_string = !in_string,
             b'[' | b'{' if !in_string => {
                 depth += 1;
+                values += 1;
                 most = most.max(depth);
             }
+            b',' if !in_string => values += 1,
             b']' | b'}' if !in_string => depth = depth.saturating_sub(1),
             _ => {}
         }
     }
-    most
+    (most, values)
 }
 
 #[cfg(test)]
@@ -61,10 +71,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn depth_is_counted_outside_strings() {
-        for (text, want) in [("{}", 1), (r#"{"a":[{"b":"[[[["}]}"#, 3), (r#""\"[""#, 0), ("]]]]", 0)] {
-            assert_eq!(json_depth(text.as_bytes()), want, "{text}");
+    fn depth_and_values_are_counted_outside_strings() {
+        for (text, want) in
+            [("{}", (1, 2)), (r#"{"a":[{"b":"[[,["},1]}"#, (3, 5)), (r#""\"[""#, (0, 1)), ("]]]]", (0, 1))]
+        {
+            assert_eq!(json_size(text.as_bytes()), want, "{text}");
         }
+        let many = format!("[{}0]", r#"{"":0},"#.repeat(MAX_JSON_VALUES / 2));
+        let error = parse_json::<serde_json::Value>("manifest", many.as_bytes()).unwrap_err();
+        assert_eq!(error.kind(), Kind::Limit, "each of these objects costs 640 bytes");
         let deep = "[".repeat(MAX_JSON_DEPTH + 1);
         let error = parse_json::<serde_json::Value>("manifest", deep.as_bytes()).unwrap_err();
         assert_eq!(error.kind(), Kind::Limit);

@@ -129,13 +129,16 @@ pub struct InodeRecord {
     pub name: U32,
     /// The layer that its content lies in.
     pub layer: U16,
-    /// Zero.
-    pub reserved: U16,
+    /// [`IMPLIED`] or 0; indexes of before have 0.
+    pub flags: U16,
     /// Directory: its first name. Symlink: target's offset in the strings. File: content path's, where it has one of its own.
     pub first: U32,
     /// Directory: how many names. Symlink: target's length. File: content path's length, 0 for the file's own path.
     pub count: U32,
 }
+
+/// A directory that no entry of its archive speaks of: merged, it leaves a lower layer's attributes as they are.
+pub const IMPLIED: u16 = 1;
 
 /// One name in a directory.
 #[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned)]

@@ -10,12 +10,14 @@
 pub mod build;
 pub mod format;
 mod merge;
+mod paged;
 pub mod read;
 mod scan;
 #[cfg(test)]
 mod tests;
 mod write;
 
+pub(crate) use build::Step;
 pub use build::{Builder, Entry, LayerNumber, Time, What, Whiteouts, Xattr};
 pub use read::{Damaged, Index};
 

@@ -15,8 +15,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes as _, KnownLayout, Unaligned};
 
 use super::build::{Time, check_name};
 use super::format::{
-    BLOCK, Header, InodeRecord, KNOWN_INCOMPAT, MAGIC, MAX_FILE, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO,
-    S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, SECTIONS, Section, VERSION, XattrRecord, XattrSetRecord, header_crc, prefix,
+    BLOCK, Header, IMPLIED, InodeRecord, KNOWN_INCOMPAT, MAGIC, MAX_FILE, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFDIR,
+    S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, SECTIONS, Section, VERSION, XattrRecord, XattrSetRecord, header_crc,
+    prefix,
 };
 use super::{MAX_DEPTH, MAX_LAYERS, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES, MAX_XATTR_NAME};
 use crate::error::{Error, Kind, Result, show};
@@ -129,6 +130,8 @@ pub struct Inode {
     pub xattrs: u32,
     /// The layer with its content.
     pub layer: u16,
+    /// A directory that no entry of its archive speaks of.
+    pub is_implied: bool,
     /// What it is.
     pub form: Form,
     digest: u32,
@@ -378,6 +381,7 @@ impl Index {
             mtime: Time { secs: r.mtime_secs.get(), nanos: r.mtime_nanos.get() },
             xattrs: r.xattrs.get(),
             layer: r.layer.get(),
+            is_implied: r.flags.get() & IMPLIED != 0,
             form,
             digest,
             parent: r.parent.get(),

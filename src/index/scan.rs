@@ -6,9 +6,10 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::build::{Builder, Entry, Time, What, Xattr, refuse};
+use super::build::{Builder, Entry, Row, Time, What, Xattr, refuse};
 use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
-use super::read::{Damaged, Form, Index};
+use super::paged::Table;
+use super::read::{Damaged, Form, Index, Inode};
 use super::{MAX_DEPTH, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES};
 use crate::error::{Error, Kind, Result};
 
@@ -51,7 +52,7 @@ impl Builder {
         let top = reopen(root, &[], &[])?;
         let xattrs = xattrs_of(&top, &[])?;
         self.add(entry(Vec::new(), What::Directory, &stat, xattrs))?;
-        let mut links: HashMap<u64, Vec<u8>> = HashMap::new();
+        let mut links: HashMap<u64, Row> = HashMap::new();
         let names = list(&top, &[])?;
         let mut stack = vec![Frame { fd: top, path: Vec::new(), names }];
         while let Some(frame) = stack.last_mut() {
@@ -72,13 +73,13 @@ impl Builder {
                 }
                 continue;
             }
-            if kind != FileType::Directory && stat.st_nlink > 1 {
-                if let Some(first) = links.get(&stat.st_ino) {
-                    let what = What::HardLink(first.clone());
-                    self.add(entry(path, what, &stat, Vec::new()))?;
-                    continue;
-                }
-                links.insert(stat.st_ino, path.clone());
+            if kind != FileType::Directory
+                && stat.st_nlink > 1
+                && let Some(first) = links.get(&stat.st_ino)
+            {
+                let what = What::File { size: 0, content: None, sha256: None };
+                self.add_as(&entry(path, what, &stat, Vec::new()), Some(*first))?;
+                continue;
             }
             let rdev = encode_device(fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
             let what = match kind {
@@ -115,7 +116,10 @@ impl Builder {
                 FileType::Unknown => return Err(refuse(Kind::Invalid, &path, "its file type is unknown")),
             };
             let xattrs = xattrs_at(&frame.fd, &name, &path)?;
-            self.add(entry(path, what, &stat, xattrs))?;
+            let row = self.add_as(&entry(path, what, &stat, xattrs), None)?;
+            if stat.st_nlink > 1 {
+                links.extend(row.map(|row| (stat.st_ino, row)));
+            }
         }
         Ok(())
     }
@@ -218,72 +222,109 @@ fn collect(
 }
 
 impl Builder {
-    /// Add what another index of one layer has to the layer begun last, where `keep` says so of its path (a directory that is
-    /// not kept is still made where something below it is). An image of many layers is put together so, from the indexes
+    /// Add what another index of one layer has to the layer begun last, where `keep` says so of its path and inode (a directory that
+    /// is not kept is still made where something below it is). An image of many layers is put together so, from the indexes
     /// that its layers got when they were imported; whiteouts are entries of those ([`Whiteouts::Plain`]) and take effect here.
     ///
     /// [`Whiteouts::Plain`]: super::Whiteouts::Plain
-    pub fn add_index(&mut self, index: &Index, mut keep: impl FnMut(&[u8]) -> bool) -> Result<()> {
+    pub fn add_index(&mut self, index: &Index, mut keep: impl FnMut(&[u8], &Inode) -> bool) -> Result<()> {
         let damaged = |e: Damaged| Error::new(Kind::Integrity, "read index", "", e);
         if index.layer_count() > 1 {
             return Err(Error::new(Kind::Invalid, "merge index", "", "it is of more than one layer"));
         }
-        // Rows that were added under a path already: their other names are hard links.
-        let mut first_names: HashMap<u32, Vec<u8>> = HashMap::new();
-        let mut stack = vec![(Vec::new(), index.inode(0).map_err(damaged)?)];
+        // By row of the index, of inodes of several names: their row here plus 1, once the first name was added.
+        let mut seen: Option<Table<u32>> = None;
+        // Of each directory above: the names left, and how long its path is.
+        let mut stack: Vec<(std::ops::Range<u32>, usize)> = Vec::new();
+        let mut path = Vec::new();
         let mut content = Vec::new();
-        while let Some((path, inode)) = stack.pop() {
+        let mut next = Some(index.inode(0).map_err(damaged)?);
+        while let Some(inode) = next {
+            if keep(&path, &inode) {
+                let is_linked = inode.nlink > 1 && !matches!(inode.form, Form::Directory { .. });
+                let mut link = None;
+                if is_linked {
+                    let seen = match &mut seen {
+                        Some(seen) => seen,
+                        none => {
+                            let mut all = Table::new(self.names.dir(), LINKS_HELD);
+                            all.grow(index.inode_count())?;
+                            none.insert(all)
+                        }
+                    };
+                    link = match seen.get(inode.row)? {
+                        HIDES => {
+                            let why = "it is one more name of a whiteout";
+                            return Err(refuse(Kind::Invalid, &path, why));
+                        }
+                        row => row.checked_sub(1),
+                    };
+                }
+                let added = self.add_as(&entry_of(index, &inode, &path, &mut content).map_err(damaged)?, link)?;
+                if let Some(seen) = seen.as_mut().filter(|_| is_linked) {
+                    seen.set(inode.row, &added.map_or(HIDES, |row| row + 1))?;
+                }
+            }
             if let Form::Directory { first, count } = inode.form {
-                if path.len() > MAX_PATH {
+                if path.len() > MAX_PATH || stack.len() > MAX_DEPTH {
                     return Err(refuse(Kind::Integrity, &path, "a directory in the index lies in itself"));
                 }
-                // Last first, so that they come off the stack in order.
-                for at in (first..first + count).rev() {
-                    let name = index.name(at).map_err(damaged)?;
-                    let slash: &[u8] = if path.is_empty() { b"" } else { b"/" };
-                    stack.push(([&path, slash, name.name].concat(), index.inode(name.row).map_err(damaged)?));
-                }
+                stack.push((first..first + count, path.len()));
             }
-            if !keep(&path) {
-                continue;
-            }
-            let mut xattrs = Vec::new();
-            for xattr in index.xattrs(&inode).map_err(damaged)? {
-                let (name, value) = xattr.map_err(damaged)?;
-                xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
-            }
-            let linked = !matches!(inode.form, Form::Directory { .. }) && inode.nlink > 1;
-            let what = match (inode.form, first_names.get(&inode.row)) {
-                (_, Some(first)) => What::HardLink(first.clone()),
-                (Form::Directory { .. }, _) => What::Directory,
-                (Form::File, _) => {
-                    index.content_path(&inode, &mut content).map_err(damaged)?;
-                    let content = (content != path).then(|| content.clone());
-                    What::File { size: inode.size, content, sha256: index.sha256(&inode).map_err(damaged)? }
+            next = loop {
+                let Some((names, length)) = stack.last_mut() else { break None };
+                path.truncate(*length);
+                let Some(at) = names.next() else {
+                    stack.pop();
+                    continue;
+                };
+                let name = index.name(at).map_err(damaged)?;
+                if !path.is_empty() {
+                    path.push(b'/');
                 }
-                (Form::Symlink, _) => {
-                    What::Symlink(index.target(&inode).map_err(damaged)?.unwrap_or_default().to_vec())
-                }
-                (Form::Special, _) => match inode.mode & S_IFMT {
-                    S_IFIFO => What::Fifo,
-                    S_IFSOCK => What::Socket,
-                    S_IFCHR => What::Char(inode.rdev),
-                    _ => What::Block(inode.rdev),
-                },
+                path.extend_from_slice(name.name);
+                break Some(index.inode(name.row).map_err(damaged)?);
             };
-            if linked {
-                first_names.entry(inode.row).or_insert_with(|| path.clone());
-            }
-            self.add(Entry {
-                path,
-                what,
-                mode: (inode.mode & 0o7777) as u16,
-                uid: inode.uid,
-                gid: inode.gid,
-                mtime: inode.mtime,
-                xattrs,
-            })?;
         }
         Ok(())
     }
+}
+
+/// For an inode whose first name is a whiteout.
+const HIDES: u32 = u32::MAX;
+
+/// Bytes held of the rows of inodes that have several names.
+const LINKS_HELD: usize = 512 << 10;
+
+/// What an index says of an inode that has the name `path`.
+fn entry_of(index: &Index, inode: &Inode, path: &[u8], content: &mut Vec<u8>) -> std::result::Result<Entry, Damaged> {
+    let mut xattrs = Vec::new();
+    for xattr in index.xattrs(inode)? {
+        let (name, value) = xattr?;
+        xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
+    }
+    let what = match inode.form {
+        Form::Directory { .. } => What::Directory,
+        Form::File => {
+            index.content_path(inode, content)?;
+            let content = (*content != path).then(|| content.clone());
+            What::File { size: inode.size, content, sha256: index.sha256(inode)? }
+        }
+        Form::Symlink => What::Symlink(index.target(inode)?.unwrap_or_default().to_vec()),
+        Form::Special => match inode.mode & S_IFMT {
+            S_IFIFO => What::Fifo,
+            S_IFSOCK => What::Socket,
+            S_IFCHR => What::Char(inode.rdev),
+            _ => What::Block(inode.rdev),
+        },
+    };
+    Ok(Entry {
+        path: path.to_vec(),
+        what,
+        mode: (inode.mode & 0o7777) as u16,
+        uid: inode.uid,
+        gid: inode.gid,
+        mtime: inode.mtime,
+        xattrs,
+    })
 }

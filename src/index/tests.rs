@@ -306,9 +306,9 @@ fn an_index_reads_as_a_layer() {
     let (lower, upper) = (finish(lower), finish(upper));
     let mut both = Builder::new();
     both.begin_layer(Whiteouts::Oci).unwrap();
-    both.add_index(&lower, |_| true).unwrap();
+    both.add_index(&lower, |_, _| true).unwrap();
     both.begin_layer(Whiteouts::Oci).unwrap();
-    both.add_index(&upper, |path| !path.starts_with(b"skip")).unwrap();
+    both.add_index(&upper, |path, _| !path.starts_with(b"skip")).unwrap();
     let both = finish(both);
     assert_eq!(names(&both), ["", "d", "d/x", "d/y", "d/z", "dev", "dev/c"]);
     let at = |path: &[u8]| both.find(path).unwrap().unwrap();
@@ -316,7 +316,7 @@ fn an_index_reads_as_a_layer() {
     assert_eq!((at(b"d/z").mode & S_IFMT, at(b"d/z").layer, at(b"dev/c").rdev), (0o120_000, 1, 0x501));
     let mut again = Builder::new();
     again.begin_layer(Whiteouts::Plain).unwrap();
-    assert_eq!(again.add_index(&both, |_| true).unwrap_err().kind(), Kind::Invalid);
+    assert_eq!(again.add_index(&both, |_, _| true).unwrap_err().kind(), Kind::Invalid);
 }
 
 fn sample() -> Vec<u8> {

@@ -1,79 +1,98 @@
 //! Lays a built tree out as an index file.
+//!
+//! Nothing here grows with the tree but what lies in [`super::paged`]; the sections are written one after another.
 
-use std::collections::VecDeque;
-use std::io::Write as _;
+use std::cmp::Reverse;
+use std::collections::BinaryHeap;
+use std::io::{Cursor, Seek, SeekFrom, Write};
 use std::path::Path;
 
-use zerocopy::IntoBytes as _;
 use zerocopy::little_endian::{U16, U32, U64};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::build::{Body, Builder, Inode, ROOT_ROW, Row};
+use super::MAX_ROWS;
+use super::build::{Builder, NameRow, ROOT_ROW, Row};
 use super::format::{
-    BLOCK, Header, InodeRecord, MAGIC, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG,
-    S_IFSOCK, SECTIONS, Section, Span, VERSION, XattrRecord, XattrSetRecord, header_crc, prefix,
+    BLOCK, Header, IMPLIED, InodeRecord, MAGIC, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFLNK, S_IFREG, SECTIONS,
+    Section, Span, VERSION, XattrRecord, XattrSetRecord, header_crc, prefix,
 };
-use super::{MAX_PATH, MAX_ROWS};
+use super::paged::{Heap, Table};
 use crate::error::{Error, Kind, Result, show};
 
 /// What a directory's st_size says: a block of most file systems; programs read nothing into it.
 const DIRECTORY_SIZE: u64 = 4096;
-
-/// A heap of bytes addressed by 32-bit offsets.
-#[derive(Default)]
-struct Heap(Vec<u8>);
-
-impl Heap {
-    fn add(&mut self, bytes: &[u8]) -> Result<u32> {
-        let at = self.0.len();
-        if at + bytes.len() >= NONE as usize {
-            return Err(limit("its names or links take more than 4 GiB"));
-        }
-        self.0.extend_from_slice(bytes);
-        Ok(at as u32)
-    }
-}
+/// Names of one directory that are sorted at once, and their bytes; those of a larger one are sorted in runs, and the runs merged.
+const SORTED_AT_ONCE: usize = 1 << 15;
+const SORTED_BYTES: usize = 1 << 20;
+/// Bytes held of each part: most are written once, in order.
+const HELD: usize = 256 << 10;
+const ROWS_HELD: usize = 2 << 20;
 
 fn limit(why: &'static str) -> Error {
     Error::new(Kind::Limit, "write index", "", why)
 }
 
-/// Which row of the file each inode of the builder has, and where its first name is.
+/// Bytes addressed by 32-bit offsets.
+struct Strings(Heap);
+
+impl Strings {
+    fn add(&mut self, bytes: &[u8]) -> Result<u32> {
+        if self.0.len() + bytes.len() as u64 >= u64::from(NONE) {
+            return Err(limit("its names or links take more than 4 GiB"));
+        }
+        self.0.add(bytes).map(|at| at as u32)
+    }
+}
+
+/// What is known of a row of the file before it is written.
+#[derive(Clone, Copy, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
 struct Placed {
-    /// File row by builder row; [`NONE`] where it is not in the tree (any more).
-    row: Vec<u32>,
-    /// Builder row by file row.
-    order: Vec<Row>,
-    nlink: Vec<u32>,
-    /// By file row: the directory and the name.
-    home: Vec<(u32, u32)>,
-    /// By file row, of directories: the first name and how many.
-    names_of: Vec<(u32, u32)>,
+    inode: Row,
+    /// The directory of its first name, the name's position, and its row in the builder.
+    parent: u32,
+    name: u32,
+    home: u32,
+    /// Of directories: the first name and how many.
+    first: u32,
+    count: u32,
+    nlink: u32,
 }
 
 struct Writer<'a> {
-    builder: &'a Builder,
-    names: Vec<u8>,
-    name_bytes: Heap,
-    strings: Heap,
-    digests: Vec<u8>,
+    builder: &'a mut Builder,
+    rows: Table<Placed>,
+    inodes: Heap,
+    names: Heap,
+    name_bytes: Strings,
+    strings: Strings,
     content_bytes: u64,
 }
 
 impl Builder {
     /// The finished index as bytes.
-    pub fn finish(mut self) -> Result<Vec<u8>> {
-        self.end_layer();
+    pub fn finish(self) -> Result<Vec<u8>> {
+        let mut out = Cursor::new(Vec::new());
+        self.finish_into(&mut out)?;
+        Ok(out.into_inner())
+    }
+
+    /// Write the finished index to the beginning of `out`.
+    pub fn finish_into(mut self, out: &mut (impl Write + Seek)) -> Result<()> {
+        self.end_layer()?;
+        let dir = self.names.dir().to_owned();
         let mut writer = Writer {
-            builder: &self,
-            names: Vec::new(),
-            name_bytes: Heap::default(),
-            strings: Heap::default(),
-            digests: Vec::new(),
+            builder: &mut self,
+            rows: Table::new(&dir, ROWS_HELD),
+            inodes: Heap::new(&dir, HELD),
+            names: Heap::new(&dir, HELD),
+            name_bytes: Strings(Heap::new(&dir, HELD)),
+            strings: Strings(Heap::new(&dir, HELD)),
             content_bytes: 0,
         };
-        let placed = writer.place()?;
-        let inodes = writer.inodes(&placed)?;
-        let (sets, xattrs, xattr_bytes) = self.xattrs()?;
+        writer.place()?;
+        writer.write_inodes()?;
+        let Writer { inodes, names, name_bytes, strings, content_bytes, .. } = writer;
         let header = Header {
             magic: MAGIC,
             version: VERSION.into(),
@@ -81,26 +100,28 @@ impl Builder {
             incompat: 0.into(),
             compat: 0.into(),
             file_length: 0.into(),
-            content_bytes: writer.content_bytes.into(),
+            content_bytes: content_bytes.into(),
             layers: (self.layer_count() as u32).into(),
             checksums_crc: 0.into(),
             sections: [Span::default(); SECTIONS],
         };
-        let parts =
-            [inodes, writer.names, writer.name_bytes.0, writer.strings.0, sets, xattrs, xattr_bytes.0, writer.digests];
-        Ok(assemble(header, parts))
+        let [sets, xattrs, xattr_bytes] = self.xattrs()?;
+        let mut digests = Heap::new(&dir, HELD);
+        for row in 0..self.digests.len() {
+            digests.add(&self.digests.get(row)?)?;
+        }
+        assemble(header, [inodes, names, name_bytes.0, strings.0, sets, xattrs, xattr_bytes, digests], out)
     }
 
     /// Write the finished index to `path`: complete and on the disk, or not there at all. What was there is replaced.
     pub fn write_file(self, path: &Path) -> Result<()> {
         const OP: &str = "write index";
-        let bytes = self.finish()?;
         let dir = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         crate::fault::point("index.create")?;
         let mut file =
             tempfile::NamedTempFile::with_prefix_in(".index-", dir).map_err(|e| Error::io(OP, show(path), e))?;
         crate::fault::point("index.write")?;
-        file.write_all(&bytes).map_err(|e| Error::io(OP, show(path), e))?;
+        self.finish_into(file.as_file_mut())?;
         crate::fault::point("index.sync")?;
         file.as_file().sync_all().map_err(|e| Error::io(OP, show(path), e))?;
         crate::fault::point("index.rename")?;
@@ -109,210 +130,273 @@ impl Builder {
         std::fs::File::open(dir).and_then(|d| d.sync_all()).map_err(|e| Error::io(OP, show(dir), e))
     }
 
-    fn xattrs(&self) -> Result<(Vec<u8>, Vec<u8>, Heap)> {
-        let (mut sets, mut records, mut bytes) = (Vec::new(), Vec::new(), Heap::default());
+    /// Sets, attributes and their bytes.
+    fn xattrs(&mut self) -> Result<[Heap; 3]> {
+        let dir = self.names.dir().to_owned();
+        let [mut sets, mut records] = [(); 2].map(|()| Heap::new(&dir, HELD));
+        let mut bytes = Strings(Heap::new(&dir, HELD));
         let mut next = 0_u32;
-        for set in &self.xattr_sets {
+        for row in 0..self.xattr_sets.len() {
+            let stored = self.xattr_sets.get(row)?;
+            let mut set = Vec::new();
+            self.xattr_bytes.read(stored.at, stored.length as usize, &mut set)?;
+            let pairs = pairs_of(&set);
             let list = bytes.0.len() as u32;
             let mut names = Vec::new();
-            for xattr in set {
-                names.push(bytes.add(&xattr.name)?);
+            for (name, _) in &pairs {
+                names.push(bytes.add(name)?);
                 bytes.add(&[0])?;
             }
             let record = XattrSetRecord {
                 list: list.into(),
                 list_length: (bytes.0.len() as u32 - list).into(),
                 first: next.into(),
-                count: (set.len() as u32).into(),
+                count: (pairs.len() as u32).into(),
             };
-            sets.extend_from_slice(record.as_bytes());
-            for (xattr, name) in set.iter().zip(names) {
+            sets.add(record.as_bytes())?;
+            for ((name, value), at) in pairs.iter().zip(names) {
                 let record = XattrRecord {
-                    name: name.into(),
-                    name_length: (xattr.name.len() as u32).into(),
-                    value: bytes.add(&xattr.value)?.into(),
-                    value_length: (xattr.value.len() as u32).into(),
+                    name: at.into(),
+                    name_length: (name.len() as u32).into(),
+                    value: bytes.add(value)?.into(),
+                    value_length: (value.len() as u32).into(),
                 };
-                records.extend_from_slice(record.as_bytes());
+                records.add(record.as_bytes())?;
                 next += 1;
             }
         }
-        Ok((sets, records, bytes))
+        Ok([sets, records, bytes.0])
     }
+}
+
+/// Names and values of a set as `xattr_set` stored it.
+fn pairs_of(set: &[u8]) -> Vec<(&[u8], &[u8])> {
+    let mut rest = set.get(4..).unwrap_or_default();
+    let mut part = || {
+        let (length, after) = rest.split_first_chunk::<4>()?;
+        let (part, after) = after.split_at_checked(u32::from_le_bytes(*length) as usize)?;
+        rest = after;
+        Some(part)
+    };
+    std::iter::from_fn(|| Some((part()?, part()?))).collect()
 }
 
 impl Writer<'_> {
     /// Rows and names, directory by directory, breadth first: what one readdirplus answers lies together.
-    fn place(&mut self) -> Result<Placed> {
-        let count = self.builder.inodes.len();
-        let mut placed = Placed {
-            row: vec![NONE; count],
-            order: vec![ROOT_ROW],
-            nlink: vec![2],
-            home: vec![(0, NONE)],
-            names_of: vec![(0, 0)],
-        };
-        placed.row[ROOT_ROW as usize] = 0;
-        let mut queue = VecDeque::from([ROOT_ROW]);
+    fn place(&mut self) -> Result<()> {
+        let root = Placed { inode: ROOT_ROW, parent: 0, name: NONE, home: NONE, first: 0, count: 0, nlink: 2 };
+        self.rows.push(&root)?;
+        self.builder.inodes.change(ROOT_ROW, |node| node.out = 0)?;
         let mut next_name = 0_u32;
-        while let Some(directory) = queue.pop_front() {
-            let children = self.builder.children(directory).expect("only directories are queued");
-            let parent = placed.row[directory as usize];
-            placed.names_of[parent as usize] = (next_name, children.len() as u32);
-            for (name, link) in children {
-                let inode = &self.builder.inodes[link.inode as usize];
-                let is_directory = matches!(inode.body, Body::Directory(_));
-                let mut row = placed.row[link.inode as usize];
-                if row == NONE {
-                    row = placed.order.len() as u32;
-                    placed.row[link.inode as usize] = row;
-                    placed.order.push(link.inode);
-                    placed.nlink.push(if is_directory { 2 } else { 1 });
-                    placed.home.push((parent, next_name));
-                    placed.names_of.push((0, 0));
-                } else {
-                    placed.nlink[row as usize] += 1;
-                }
-                if is_directory {
-                    placed.nlink[parent as usize] += 1;
-                    queue.push_back(link.inode);
-                }
-                let record = NameRecord {
-                    prefix: prefix(name),
-                    offset: self.name_bytes.add(name)?.into(),
-                    inode: row.into(),
-                    length: name.len() as u8,
-                    kind: (mode_of(inode) >> 12) as u8,
-                    reserved: 0.into(),
-                };
-                self.names.extend_from_slice(record.as_bytes());
-                next_name += 1;
-                if next_name as usize >= MAX_ROWS {
-                    return Err(limit("it has more than 268,435,456 names"));
-                }
+        let mut row = 0;
+        // The rows are their own queue.
+        while row < self.rows.len() {
+            let inode = self.rows.get(row)?.inode;
+            let node = self.builder.inodes.get(inode)?;
+            if node.is_directory() {
+                let first = next_name;
+                let mut subdirectories = 0;
+                self.each_child(node.first, |writer, at, link, name| {
+                    subdirectories += u32::from(link.is_directory());
+                    writer.place_name(row, next_name, at, link, name)?;
+                    next_name += 1;
+                    if next_name as usize >= MAX_ROWS {
+                        return Err(limit("it has more than 268,435,456 names"));
+                    }
+                    Ok(())
+                })?;
+                self.rows.change(row, |placed| {
+                    (placed.first, placed.count) = (first, next_name - first);
+                    placed.nlink += subdirectories;
+                })?;
             }
+            row += 1;
         }
-        Ok(placed)
+        Ok(())
     }
 
-    fn inodes(&mut self, placed: &Placed) -> Result<Vec<u8>> {
-        let mut out = Vec::with_capacity(placed.order.len() * size_of::<InodeRecord>());
-        for (row, &builder_row) in placed.order.iter().enumerate() {
-            let inode = &self.builder.inodes[builder_row as usize];
-            let (parent, name) = placed.home[row];
+    fn place_name(&mut self, parent: u32, position: u32, at: u32, link: &NameRow, name: &[u8]) -> Result<()> {
+        let mut node = self.builder.inodes.get(link.inode)?;
+        if node.out == NONE {
+            let nlink = if node.is_directory() { 2 } else { 1 };
+            let placed = Placed { inode: link.inode, parent, name: position, home: at, first: 0, count: 0, nlink };
+            node.out = self.rows.push(&placed)?;
+            self.builder.inodes.set(link.inode, &node)?;
+        } else {
+            self.rows.change(node.out, |placed| placed.nlink += 1)?;
+        }
+        let record = NameRecord {
+            prefix: prefix(name),
+            offset: self.name_bytes.add(name)?.into(),
+            inode: node.out.into(),
+            length: name.len() as u8,
+            kind: node.kind,
+            reserved: 0.into(),
+        };
+        self.names.add(record.as_bytes()).map(drop)
+    }
+
+    /// The live names of a directory, sorted by their bytes; `first` is the name from which the others are reached.
+    fn each_child(
+        &mut self,
+        first: u32,
+        mut take: impl FnMut(&mut Self, u32, &NameRow, &[u8]) -> Result<()>,
+    ) -> Result<()> {
+        let mut runs = Vec::new();
+        let mut sorted = Table::<u32>::new(self.builder.names.dir(), HELD);
+        let mut next = first;
+        loop {
+            let mut bytes = Vec::new();
+            let mut run = Vec::new();
+            while next != NONE && run.len() < SORTED_AT_ONCE && bytes.len() < SORTED_BYTES {
+                let name = self.builder.names.get(next)?;
+                if name.is_live() {
+                    run.push((bytes.len() as u32, name.length, next));
+                    self.builder.name_bytes.read(name.at.into(), name.length.into(), &mut bytes)?;
+                }
+                next = name.next;
+            }
+            let of = |(at, length, _): &(u32, u8, u32)| &bytes[*at as usize..][..usize::from(*length)];
+            run.sort_unstable_by(|a, b| of(a).cmp(of(b)));
+            if next == NONE && runs.is_empty() {
+                for one in &run {
+                    let link = self.builder.names.get(one.2)?;
+                    take(self, one.2, &link, of(one))?;
+                }
+                return Ok(());
+            }
+            let start = sorted.len();
+            for (_, _, at) in &run {
+                sorted.push(at)?;
+            }
+            runs.push((start, sorted.len()));
+            if next == NONE {
+                break;
+            }
+        }
+        // The head of each run, smallest first.
+        let mut heads = BinaryHeap::new();
+        for (run, (start, end)) in runs.iter_mut().enumerate() {
+            self.push_head(&mut heads, &mut sorted, run, start, *end)?;
+        }
+        while let Some(Reverse((name, at, run))) = heads.pop() {
+            let link = self.builder.names.get(at)?;
+            take(self, at, &link, &name)?;
+            let (start, end) = &mut runs[run];
+            self.push_head(&mut heads, &mut sorted, run, start, *end)?;
+        }
+        Ok(())
+    }
+
+    fn push_head(
+        &mut self,
+        heads: &mut BinaryHeap<Reverse<(Vec<u8>, u32, usize)>>,
+        sorted: &mut Table<u32>,
+        run: usize,
+        start: &mut u32,
+        end: u32,
+    ) -> Result<()> {
+        if *start < end {
+            let at = sorted.get(*start)?;
+            *start += 1;
+            let link = self.builder.names.get(at)?;
+            let mut name = Vec::new();
+            self.builder.name_bytes.read(link.at.into(), link.length.into(), &mut name)?;
+            heads.push(Reverse((name, at, run)));
+        }
+        Ok(())
+    }
+
+    fn write_inodes(&mut self) -> Result<()> {
+        let mut bytes = Vec::new();
+        for row in 0..self.rows.len() {
+            let placed = self.rows.get(row)?;
+            let node = self.builder.inodes.get(placed.inode)?;
+            let kind = u32::from(node.kind) << 12;
             let (mut first, mut count, mut size, mut rdev_or_digest) = (0, 0, 0, 0);
-            match &inode.body {
-                Body::Directory(_) => {
-                    (first, count) = placed.names_of[row];
+            match kind {
+                S_IFREG => {
+                    size = node.size;
+                    self.content_bytes = self.content_bytes.saturating_add(size);
+                    rdev_or_digest = node.digest;
+                    // Of hard links, a name of the layer that has the content: it is there whatever became of the others.
+                    let is_home = node.length == 0 && matches!(node.first, NONE) || node.first == placed.home;
+                    if node.length > 0 || !is_home {
+                        bytes.clear();
+                        if node.length > 0 {
+                            self.builder.strings.read(node.content, node.length.into(), &mut bytes)?;
+                        } else {
+                            bytes = self.builder.path_of(node.first)?;
+                        }
+                        if bytes != self.builder.path_of(placed.home)? {
+                            (first, count) = (self.strings.add(&bytes)?, bytes.len() as u32);
+                        }
+                    }
+                }
+                S_IFLNK => {
+                    bytes.clear();
+                    self.builder.strings.read(node.size, node.length.into(), &mut bytes)?;
+                    (first, count) = (self.strings.add(&bytes)?, node.length.into());
+                    size = node.length.into();
+                }
+                S_IFCHR | S_IFBLK => rdev_or_digest = node.size as u32,
+                _ if node.is_directory() => {
+                    (first, count) = (placed.first, placed.count);
                     size = DIRECTORY_SIZE;
                 }
-                Body::Symlink(target) => {
-                    (first, count) = (self.strings.add(target)?, target.len() as u32);
-                    size = target.len() as u64;
-                }
-                Body::File { size: bytes, content, sha256, names } => {
-                    size = *bytes;
-                    self.content_bytes = self.content_bytes.saturating_add(size);
-                    if let Some(digest) = sha256 {
-                        self.digests.extend_from_slice(&**digest);
-                        rdev_or_digest = (self.digests.len() / 32) as u32;
-                    }
-                    let mut own = Vec::new();
-                    if content.is_some() || !names.is_empty() {
-                        self.home_path(placed, row as u32, &mut own)?;
-                    }
-                    // Of hard links, the name that the content came under: it is there however the layer was unpacked.
-                    let place = content.as_ref().or_else(|| names.first());
-                    if let Some(place) = place.filter(|p| ***p != *own) {
-                        (first, count) = (self.strings.add(place)?, place.len() as u32);
-                    }
-                }
-                Body::Char(rdev) | Body::Block(rdev) => rdev_or_digest = *rdev,
-                Body::Fifo | Body::Socket => {}
+                _ => {}
             }
-            let a = inode.attributes;
             let record = InodeRecord {
-                mtime_secs: a.mtime.secs.into(),
+                mtime_secs: node.mtime().secs.into(),
                 size: size.into(),
-                mode: mode_of(inode).into(),
-                uid: a.uid.into(),
-                gid: a.gid.into(),
-                nlink: placed.nlink[row].into(),
-                mtime_nanos: a.mtime.nanos.into(),
+                mode: (kind | u32::from(node.mode)).into(),
+                uid: node.uid.into(),
+                gid: node.gid.into(),
+                nlink: placed.nlink.into(),
+                mtime_nanos: node.mtime().nanos.into(),
                 rdev_or_digest: rdev_or_digest.into(),
-                xattrs: a.xattrs.into(),
-                parent: parent.into(),
-                name: name.into(),
-                layer: U16::new(inode.layer),
-                reserved: 0.into(),
+                xattrs: node.xattrs.into(),
+                parent: placed.parent.into(),
+                name: placed.name.into(),
+                layer: U16::new(node.layer),
+                flags: U16::new(if node.is_directory() && node.is_implied() { IMPLIED } else { 0 }),
                 first: U32::new(first),
                 count: U32::new(count),
             };
-            out.extend_from_slice(record.as_bytes());
-        }
-        Ok(out)
-    }
-
-    /// The path of a row's first name.
-    fn home_path(&self, placed: &Placed, row: u32, out: &mut Vec<u8>) -> Result<()> {
-        let mut names = Vec::new();
-        let mut at = row;
-        while at != 0 {
-            let (parent, name) = placed.home[at as usize];
-            names.push(name);
-            at = parent;
-        }
-        for name in names.iter().rev() {
-            let record = &self.names[*name as usize * size_of::<NameRecord>()..][..size_of::<NameRecord>()];
-            let record = zerocopy::transmute_ref!(
-                <&[u8; size_of::<NameRecord>()]>::try_from(record).expect("sliced to this length")
-            );
-            let record: &NameRecord = record;
-            if !out.is_empty() {
-                out.push(b'/');
-            }
-            out.extend_from_slice(&self.name_bytes.0[record.offset.get() as usize..][..record.length as usize]);
-        }
-        if out.len() > MAX_PATH {
-            return Err(limit("a path in it is longer than 4095 bytes"));
+            self.inodes.add(record.as_bytes())?;
         }
         Ok(())
     }
 }
 
-fn mode_of(inode: &Inode) -> u32 {
-    let kind = match inode.body {
-        Body::Directory(_) => S_IFDIR,
-        Body::File { .. } => S_IFREG,
-        Body::Symlink(_) => S_IFLNK,
-        Body::Fifo => S_IFIFO,
-        Body::Socket => S_IFSOCK,
-        Body::Char(_) => S_IFCHR,
-        Body::Block(_) => S_IFBLK,
-    };
-    kind | inode.attributes.mode as u32
-}
-
-fn assemble(mut header: Header, parts: [Vec<u8>; SECTIONS - 1]) -> Vec<u8> {
-    let mut out = vec![0; BLOCK];
-    for (section, part) in parts.into_iter().enumerate() {
-        header.sections[section] = Span { offset: U64::new(out.len() as u64), length: U64::new(part.len() as u64) };
-        out.extend_from_slice(&part);
-        out.resize(out.len().next_multiple_of(BLOCK), 0);
-    }
-    let at = out.len();
-    let mut sums = Vec::with_capacity(at / BLOCK * 4);
-    for block in out[BLOCK..].chunks(BLOCK) {
-        sums.extend_from_slice(&crc32fast::hash(block).to_le_bytes());
+fn assemble(mut header: Header, parts: [Heap; SECTIONS - 1], out: &mut (impl Write + Seek)) -> Result<()> {
+    let failed = |e| Error::io("write index", "", e);
+    let mut at = BLOCK;
+    out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&[0; BLOCK])).map_err(failed)?;
+    let mut sums = Vec::new();
+    for (section, mut part) in parts.into_iter().enumerate() {
+        let length = part.len();
+        header.sections[section] = Span { offset: U64::new(at as u64), length: U64::new(length) };
+        // A page of a heap is a whole number of blocks.
+        part.each(|bytes| {
+            for block in bytes.chunks(BLOCK) {
+                let mut whole = [0; BLOCK];
+                whole[..block.len()].copy_from_slice(block);
+                sums.extend_from_slice(&crc32fast::hash(&whole).to_le_bytes());
+                out.write_all(&whole).map_err(failed)?;
+            }
+            Ok(())
+        })?;
+        at += (length as usize).next_multiple_of(BLOCK);
     }
     header.sections[Section::Checksums as usize] =
         Span { offset: U64::new(at as u64), length: U64::new(sums.len() as u64) };
     header.checksums_crc = crc32fast::hash(&sums).into();
     header.file_length = U64::new((at + sums.len()) as u64);
-    out.extend_from_slice(&sums);
-    out[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    let crc = header_crc(&out[..BLOCK]);
-    header.header_crc = crc.into();
-    out[..size_of::<Header>()].copy_from_slice(header.as_bytes());
-    out
+    out.write_all(&sums).map_err(failed)?;
+    let mut first = [0; BLOCK];
+    first[..size_of::<Header>()].copy_from_slice(header.as_bytes());
+    header.header_crc = header_crc(&first).into();
+    first[..size_of::<Header>()].copy_from_slice(header.as_bytes());
+    out.seek(SeekFrom::Start(0)).and_then(|_| out.write_all(&first)).and_then(|()| out.flush()).map_err(failed)
 }

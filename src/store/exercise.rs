@@ -64,22 +64,26 @@ pub fn read(archive: &[u8]) -> Result<Builder> {
     Ok(index)
 }
 
+/// Read a compressed archive from memory as an import does, with the limits of one, and hash it.
+pub fn stream(archive: &[u8]) -> Result<[u8; 64]> {
+    let input = Box::new(std::io::Cursor::new(archive.to_vec()));
+    super::stream::digest(super::stream::Archive { name: "archive".into(), input, total: None }, &limits())
+}
+
 /// Place an archive below `dir`, an empty directory of the caller's, as a layer (`replace`) or as an AppC image's tree is.
 pub fn place(archive: &[u8], dir: &Path, replace: bool) -> Result<Index> {
     let limits = limits();
     let root = std::fs::File::open(dir).map_err(|e| Error::io("open", show(dir), e))?;
-    let mut placer = Placer::new(root.into(), limits.clone(), if replace { Again::Replace } else { Again::Refuse });
+    let again = if replace { Again::Replace } else { Again::Refuse };
+    let mut placer = Placer::new(root.into(), limits.clone(), again, super::import::one_layer(&std::env::temp_dir())?);
     let mut tar = TarReader::new(archive, "archive".into(), limits.clone(), EndMarker::Optional);
-    let mut index = Builder::new();
-    index.begin_layer(Whiteouts::Plain)?;
     while let Some(member) = tar.next()? {
         let path = normalize(&member.path, &limits, true)?;
         let target = |raw: &[u8]| normalize(raw, &limits, true);
-        index.add(placer.place(member, path, target, |take| tar.body(take))?)?;
+        placer.place(member, path, target, |take| tar.body(take))?;
     }
     tar.finish()?;
-    placer.finish()?;
-    Index::from_bytes(index.finish()?)
+    Index::from_bytes(placer.finish()?.1.finish()?)
 }
 
 /// Read `meta.json`.

@@ -134,7 +134,7 @@ pub struct Imported {
 
 /// What one pass over an archive gave.
 enum Unpacked {
-    Appc(Appc),
+    Appc(Box<Appc>),
     /// It is an OCI layout or a docker archive, unpacked to be read.
     Layout(PathBuf),
 }
@@ -271,7 +271,7 @@ impl Store {
         let (unpacked, digest) =
             stream::run::<Sha512, _>(produce, |reader| unpack(reader, &name, staging.path(), options))?;
         let unpacked = match unpacked {
-            Unpacked::Appc(unpacked) => unpacked,
+            Unpacked::Appc(unpacked) => *unpacked,
             Unpacked::Layout(at) => {
                 let why = "it looks like an OCI layout or docker archive, and lacks index.json and manifest.json";
                 let layout = Layout::at(&at, &name)?.ok_or_else(|| Error::new(Kind::Invalid, "read", &name, why))?;
@@ -310,12 +310,13 @@ impl Store {
         let dir = staging.path().join("image");
         write_new(&dir.join(image::MANIFEST), &unpacked.manifest)?;
         fault::point("store.index")?;
-        let mut index = unpacked.index.finish()?;
+        let mut index = unpacked.index;
         if !manifest.dependencies.is_empty() || !manifest.path_whitelist.is_empty() {
-            write_new(&dir.join(image::OWN_INDEX), &index)?;
-            index = self.render(&mut meta, &manifest, &Index::from_bytes(index)?)?;
+            let own = dir.join(image::OWN_INDEX);
+            write_index(&own, index)?;
+            index = self.render(&mut meta, &manifest, &Index::open(&own)?, staging.path())?;
         }
-        write_new(&dir.join(image::INDEX), &index)?;
+        write_index(&dir.join(image::INDEX), index)?;
         let gone = || Error::new(Kind::Busy, "publish", &meta.source, "what it needs was taken away");
         let outcome = self.publish(&staging, &dir, &meta, &[])?.ok_or_else(gone)?;
         let meta = match outcome {
@@ -398,13 +399,21 @@ fn check_name(name: &str) -> Result<()> {
     }
 }
 
-pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
-    use std::io::Write as _;
+fn create_new(path: &Path) -> Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt as _;
     fault::point("store.write_new")?;
-    let failed = |e| Error::io("write", show(path), e);
-    let mut file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
-    file.write_all(bytes).map_err(failed)
+    let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    file.map_err(|e| Error::io("write", show(path), e))
+}
+
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    create_new(path)?.write_all(bytes).map_err(|e| Error::io("write", show(path), e))
+}
+
+pub(super) fn write_index(path: &Path, index: Builder) -> Result<()> {
+    let mut out = std::io::BufWriter::with_capacity(64 << 10, create_new(path)?);
+    index.finish_into(&mut out).map_err(|e| e.within("write", show(path)))
 }
 
 /// What an archive turns out to be, by the first name in it that is not its top.
@@ -427,9 +436,7 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &Import
         mkdirat(CWD, dir, Mode::RWXU).map_err(|e| Error::sys("make", show(dir), e))?;
     }
     let root = std::fs::File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
-    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse);
-    let mut index = Builder::new();
-    index.begin_layer(Whiteouts::Plain)?;
+    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse, one_layer(staging)?);
     let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Required);
     let mut manifest = None;
     let mut has_root = false;
@@ -451,7 +458,7 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &Import
                     manifest = Some(made_manifest(&member, options)?);
                     has_root = true;
                     if let Some(top) = top.take() {
-                        index.add(placer.place(top, Vec::new(), |_| Ok(Vec::new()), |_| Ok(()))?)?;
+                        placer.place(top, Vec::new(), |_| Ok(Vec::new()), |_| Ok(()))?;
                     }
                     form = Form::Tree;
                 }
@@ -479,8 +486,7 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &Import
                         _ => Err(refuse_path(raw, "a hard link's target lies outside the root filesystem")),
                     }
                 };
-                let entry = placer.place(member, inside, target, |take| tar.body(take))?;
-                index.add(entry)?;
+                placer.place(member, inside, target, |take| tar.body(take))?;
             }
             Place::Top | Place::Else => return Err(refuse(&member, NOTHING_ELSE)),
         }
@@ -493,7 +499,15 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &Import
     if !has_root {
         return Err(missing("rootfs"));
     }
-    Ok(Unpacked::Appc(Appc { manifest, placed: placer.finish()?, index }))
+    let (placed, index) = placer.finish()?;
+    Ok(Unpacked::Appc(Box::new(Appc { manifest, placed, index })))
+}
+
+/// An index with one layer begun, of which what is too much for memory goes to `dir`.
+pub(super) fn one_layer(dir: &Path) -> Result<Builder> {
+    let mut index = Builder::in_dir(dir);
+    index.begin_layer(Whiteouts::Plain)?;
+    Ok(index)
 }
 
 const NOTHING_ELSE: &str = "an AppC image holds manifest and rootfs at its top, and nothing else";
@@ -516,7 +530,7 @@ fn unpack_layout(
 ) -> Result<()> {
     mkdirat(CWD, at, Mode::RWXU).map_err(|e| Error::sys("make", show(at), e))?;
     let root = std::fs::File::open(at).map_err(|e| Error::io("open", show(at), e))?;
-    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse);
+    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse, one_layer(at)?);
     let mut next = Some((first, path));
     while let Some((mut member, path)) = next.take() {
         if !matches!(member.what, What::File { .. } | What::Directory | What::Symlink(_)) {

@@ -22,6 +22,7 @@ use serde::{Deserialize, Serialize};
 use super::meta::{OnDisk, read_bounded};
 use super::place::Placed;
 use crate::error::{Error, Kind, Result, show};
+use crate::index::Builder;
 use crate::paths::image;
 use crate::sys::durable::{Survives, write_file};
 use crate::sys::fs::open_beneath;
@@ -48,20 +49,21 @@ pub(super) struct LayerMeta {
     pub(super) bytes: u64,
     pub(super) on_disk: OnDisk,
     pub(super) whiteouts: LayerWhiteouts,
-    /// Directories that no entry spoke of, in hex: merged, they leave the lower layer's attributes as they are.
-    #[serde(default)]
+    /// Directories that no entry spoke of, in hex: merged, they leave the lower layer's attributes as they are. Records of before
+    /// have it; now the layer's index says it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
     implied: Vec<String>,
 }
 
 impl LayerMeta {
-    pub(super) fn new(placed: &Placed, implied: &[Vec<u8>], has_whiteouts: bool) -> Self {
+    pub(super) fn new(placed: &Placed, whiteouts: LayerWhiteouts) -> Self {
         LayerMeta {
             version: VERSION,
             entries: placed.entries,
             bytes: placed.bytes,
             on_disk: if placed.is_exact() { OnDisk::Exact } else { OnDisk::IndexOnly },
-            whiteouts: if has_whiteouts { LayerWhiteouts::Some } else { LayerWhiteouts::None },
-            implied: implied.iter().map(|path| data_encoding::HEXLOWER.encode(path)).collect(),
+            whiteouts,
+            implied: Vec::new(),
         }
     }
 
@@ -87,52 +89,58 @@ impl LayerMeta {
     }
 }
 
-/// Put the whiteouts of a layer on the disk in overlayfs's form. `paths` are those of its `.wh.` entries.
-pub(super) fn make_whiteouts(root: &OwnedFd, paths: &[Vec<u8>]) -> Result<()> {
-    for path in paths {
-        let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
-            Some(slash) => (&path[..slash], &path[slash + 1..]),
-            None => (&b"."[..], &path[..]),
-        };
-        crate::fault::point("store.whiteout")?;
-        let fail = |e| Error::sys("make whiteout", format!("{:?}", String::from_utf8_lossy(path)), e);
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY;
-        let dir = open_beneath(root, Path::new(OsStr::from_bytes(parent)), flags).map_err(fail)?;
-        let stat = fs::fstat(&dir).map_err(fail)?;
-        let file = OsStr::from_bytes(name);
-        if name == b".wh..wh..opq" {
-            if !make_opaque(&dir).map_err(fail)? {
-                continue;
-            }
-        } else if !name.starts_with(b".wh..wh.") {
-            let hidden = OsStr::from_bytes(&name[b".wh.".len()..]);
-            let mode = Mode::from_raw_mode(0);
-            match fs::mknodat(&dir, hidden, FileType::CharacterDevice, mode, fs::makedev(0, 0)) {
-                Ok(()) => {}
-                // The layer brings its own: that one is what shows, and of a directory nothing of the lower one in it.
-                Err(Errno::EXIST) => match open_beneath(&dir, Path::new(hidden), flags | OFlags::NOFOLLOW) {
-                    Ok(own) => {
-                        if !make_opaque(&own).map_err(fail)? {
-                            continue;
-                        }
-                    }
-                    Err(Errno::NOTDIR | Errno::LOOP) => {}
-                    Err(e) => return Err(fail(e)),
-                },
-                Err(Errno::PERM) => continue,
-                Err(e) => return Err(fail(e)),
-            }
+/// Put the whiteouts of a layer on the disk in overlayfs's form. `index` is the layer's, in the making.
+pub(super) fn make_whiteouts(root: &OwnedFd, index: &mut Builder) -> Result<LayerWhiteouts> {
+    let mut found = LayerWhiteouts::None;
+    index.each_whiteout(|path| {
+        found = LayerWhiteouts::Some;
+        make_whiteout(root, path)
+    })?;
+    Ok(found)
+}
+
+fn make_whiteout(root: &OwnedFd, path: &[u8]) -> Result<()> {
+    let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
+        Some(slash) => (&path[..slash], &path[slash + 1..]),
+        None => (&b"."[..], path),
+    };
+    crate::fault::point("store.whiteout")?;
+    let fail = |e| Error::sys("make whiteout", format!("{:?}", String::from_utf8_lossy(path)), e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY;
+    let dir = open_beneath(root, Path::new(OsStr::from_bytes(parent)), flags).map_err(fail)?;
+    let stat = fs::fstat(&dir).map_err(fail)?;
+    let file = OsStr::from_bytes(name);
+    if name == b".wh..wh..opq" {
+        if !make_opaque(&dir).map_err(fail)? {
+            return Ok(());
         }
-        fs::unlinkat(&dir, file, AtFlags::empty())
-            .or_else(|e| if e == Errno::ISDIR { Ok(()) } else { Err(e) })
-            .map_err(fail)?;
-        let times = fs::Timestamps {
-            last_access: fs::Timespec { tv_sec: 0, tv_nsec: fs::UTIME_OMIT },
-            last_modification: fs::Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as i64 },
-        };
-        fs::futimens(&dir, &times).map_err(fail)?;
+    } else if !name.starts_with(b".wh..wh.") {
+        let hidden = OsStr::from_bytes(&name[b".wh.".len()..]);
+        let mode = Mode::from_raw_mode(0);
+        match fs::mknodat(&dir, hidden, FileType::CharacterDevice, mode, fs::makedev(0, 0)) {
+            Ok(()) => {}
+            // The layer brings its own: that one is what shows, and of a directory nothing of the lower one in it.
+            Err(Errno::EXIST) => match open_beneath(&dir, Path::new(hidden), flags | OFlags::NOFOLLOW) {
+                Ok(own) => {
+                    if !make_opaque(&own).map_err(fail)? {
+                        return Ok(());
+                    }
+                }
+                Err(Errno::NOTDIR | Errno::LOOP) => {}
+                Err(e) => return Err(fail(e)),
+            },
+            Err(Errno::PERM) => return Ok(()),
+            Err(e) => return Err(fail(e)),
+        }
     }
-    Ok(())
+    fs::unlinkat(&dir, file, AtFlags::empty())
+        .or_else(|e| if e == Errno::ISDIR { Ok(()) } else { Err(e) })
+        .map_err(fail)?;
+    let times = fs::Timestamps {
+        last_access: fs::Timespec { tv_sec: 0, tv_nsec: fs::UTIME_OMIT },
+        last_modification: fs::Timespec { tv_sec: stat.st_mtime, tv_nsec: stat.st_mtime_nsec as i64 },
+    };
+    fs::futimens(&dir, &times).map_err(fail)
 }
 
 /// False: neither attribute can be set here, and the `.wh.` file tells who looks.

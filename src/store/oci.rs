@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
-use super::import::{ImageSource, ImportOptions, Imported, Outcome, write_new};
+use super::import::{ImageSource, ImportOptions, Imported, Outcome, one_layer, write_index, write_new};
 use super::layer::LayerMeta;
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin};
@@ -271,7 +271,7 @@ impl Store {
         let oci::Platform { os, architecture, variant } = picked.platform.clone();
         meta.labels = vec![("os".into(), os), ("arch".into(), architecture)];
         meta.labels.extend(variant.map(|variant| ("variant".into(), variant)));
-        let mut index = Builder::new();
+        let mut index = Builder::in_dir(staging.path());
         let mut fresh: Vec<(ImageId, PathBuf)> = Vec::new();
         for layer in &picked.layers {
             let diff_id = layer.diff_id.id();
@@ -306,7 +306,7 @@ impl Store {
         write_new(&dir.join(image::MANIFEST), &picked.manifest)?;
         write_new(&dir.join(image::CONFIG), &picked.config)?;
         fault::point("store.index")?;
-        write_new(&dir.join(image::INDEX), &index.finish()?)?;
+        write_index(&dir.join(image::INDEX), index)?;
         let Some(outcome) = self.publish(&staging, &dir, &meta, &fresh)? else { return Ok(None) };
         let meta = match outcome {
             Outcome::Created => meta,
@@ -367,7 +367,9 @@ pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<LayerMeta> {
     let meta = LayerMeta::read(at)?;
     index.begin_layer(Whiteouts::Oci)?;
     let implied = meta.implied()?;
-    index.add_index(&Index::open(&at.join(image::INDEX))?, |path| !implied.contains(path))?;
+    index.add_index(&Index::open(&at.join(image::INDEX))?, |path, inode| {
+        !inode.is_implied && (implied.is_empty() || !implied.contains(path))
+    })?;
     Ok(meta)
 }
 
@@ -389,7 +391,7 @@ fn unpack_layer(
     let (archive, state) = watched(Archive { name, input: Box::new(file), total: Some(total) });
     let root = File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
     let ((placed, index), diff_id) = stream::run::<Sha256, _>(archive.producer(limits, progress), |reader| {
-        place_layer(reader, root.into(), &layer.diff_id.to_string(), limits)
+        place_layer(reader, root.into(), dir, &layer.diff_id.to_string(), limits)
     })?;
     let got = Digest::from_sha256(&<[u8; 32]>::from(diff_id));
     if got != layer.diff_id {
@@ -403,34 +405,32 @@ fn unpack_layer(
         };
         check_blob(&blob.digest, Some(blob.size), &Digest::from_sha256(&sha.finalize().into()), length)?;
     }
-    write_new(&dir.join(image::INDEX), &index.finish()?)?;
+    write_index(&dir.join(image::INDEX), index)?;
     placed.write(dir)
 }
 
-fn place_layer(reader: &mut ChunkReader, root: OwnedFd, name: &str, limits: &Limits) -> Result<(LayerMeta, Builder)> {
+/// Place a layer below `root`; `dir` is where its index puts what is too much for memory.
+fn place_layer(
+    reader: &mut ChunkReader,
+    root: OwnedFd,
+    dir: &Path,
+    name: &str,
+    limits: &Limits,
+) -> Result<(LayerMeta, Builder)> {
     let root_again = root.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicate descriptor", "", e))?;
-    let mut placer = Placer::new(root, limits.clone(), Again::Replace);
-    let mut index = Builder::new();
-    index.begin_layer(Whiteouts::Plain)?;
+    let mut placer = Placer::new(root, limits.clone(), Again::Replace, one_layer(dir)?);
     // The diff id tells a whole layer from one cut off.
     let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Optional);
-    let mut whiteouts = Vec::new();
     while let Some(member) = tar.next()? {
         let path = normalize(&member.path, limits, true)?;
         if path.is_empty() && !matches!(member.what, What::Directory) {
             return Err(Error::new(Kind::Invalid, "place entry", "\"/\"", "the root is not a directory"));
         }
         let target = |raw: &[u8]| normalize(raw, limits, true);
-        let entry = placer.place(member, path, target, |take| tar.body(take))?;
-        let name = entry.path.rsplit(|b| *b == b'/').next().unwrap_or(b"");
-        if name.starts_with(b".wh.") {
-            whiteouts.push(entry.path.clone());
-        }
-        index.add(entry)?;
+        placer.place(member, path, target, |take| tar.body(take))?;
     }
     tar.finish()?;
-    let implied = placer.implied();
-    let placed = placer.finish()?;
-    super::layer::make_whiteouts(&root_again, &whiteouts)?;
-    Ok((LayerMeta::new(&placed, &implied, !whiteouts.is_empty()), index))
+    let (placed, mut index) = placer.finish()?;
+    let whiteouts = super::layer::make_whiteouts(&root_again, &mut index)?;
+    Ok((LayerMeta::new(&placed, whiteouts), index))
 }

@@ -9,7 +9,6 @@
 //! left to the index: a file has at least u+rw and a directory u+rwx, so that we can read them back; a device is an empty
 //! regular file that holds its name. [`Placed::is_exact`] tells which it was.
 
-use std::collections::HashMap;
 use std::ffi::{CString, OsStr};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -23,7 +22,7 @@ use super::pax::is_xattr_taken;
 use super::tarread::{Content, Member};
 use crate::error::{Error, Kind, Result};
 use crate::fault;
-use crate::index::{Entry, MAX_NAME, MAX_PATH, MAX_TARGET, Time, What};
+use crate::index::{Builder, Entry, MAX_NAME, MAX_PATH, MAX_TARGET, Step, Time, What};
 
 /// What happens to a second entry of one name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -53,13 +52,6 @@ impl Placed {
     }
 }
 
-#[derive(Clone, Copy, Debug)]
-struct DirNote {
-    /// Some entry spoke of it; else it was made as somebody's parent.
-    said: bool,
-    mtime: Time,
-}
-
 const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
@@ -67,10 +59,13 @@ pub(crate) struct Placer {
     root: OwnedFd,
     /// The directory at hand and those above it, below the root.
     open: Vec<(Vec<u8>, OwnedFd)>,
-    dirs: HashMap<Vec<u8>, DirNote>,
+    /// What was placed, by number: which directories there are, who spoke of them, and their times.
+    index: Builder,
     limits: Limits,
     again: Again,
     placed: Placed,
+    /// Directories made that no entry had spoken of.
+    made: u64,
     data_bytes: u64,
     hole_bytes: u64,
     xattr_bytes: u64,
@@ -133,37 +128,36 @@ fn timestamps(mtime: Time) -> Timestamps {
 }
 
 impl Placer {
-    /// `root` is an empty directory of ours.
-    pub(crate) fn new(root: OwnedFd, limits: Limits, again: Again) -> Self {
+    /// `root` is an empty directory of ours, and `index` an empty one: a layer in it is begun, and has no whiteouts.
+    pub(crate) fn new(root: OwnedFd, limits: Limits, again: Again, index: Builder) -> Self {
         Placer {
             root,
             open: Vec::new(),
-            dirs: HashMap::new(),
+            index,
             limits,
             again,
             placed: Placed::default(),
+            made: 0,
             data_bytes: 0,
             hole_bytes: 0,
             xattr_bytes: 0,
         }
     }
 
-    /// Place one member of an archive at `path` (normalized, below our root; empty: the root itself) and give it as the
-    /// index takes it. `body` hands out a file's content.
+    /// Place one member of an archive at `path` (normalized, below our root; empty: the root itself), and put it into the index.
+    /// `body` hands out a file's content.
     pub(crate) fn place(
         &mut self,
         member: Member,
         path: Vec<u8>,
         link_target: impl FnOnce(&[u8]) -> Result<Vec<u8>>,
         body: impl FnOnce(&mut dyn FnMut(Content<'_>) -> Result<()>) -> Result<()>,
-    ) -> Result<Entry> {
+    ) -> Result<()> {
         fault::point("store.place")?;
         self.placed.entries += 1;
         let shown = format!("{:?}", lossy(&path));
         let refuse = |kind, why: String| Err(Error::new(kind, "place entry", &shown, why));
-        if self.placed.entries > self.limits.entries {
-            return refuse(Kind::Limit, format!("the archive has more than {} entries", self.limits.entries));
-        }
+        self.check_entries(&path)?;
         if let What::File { size, .. } = member.what {
             self.placed.bytes = self.placed.bytes.saturating_add(size);
             if self.placed.bytes > self.limits.total_bytes {
@@ -218,7 +212,17 @@ impl Placer {
             What::Char(_) | What::Block(_) => self.device(&entry, &name)?,
             What::Socket => return refuse(Kind::Invalid, "it is a socket".into()),
         }
-        Ok(entry)
+        self.index.add(entry)
+    }
+
+    /// A directory that is only on the way to an entry costs as much as one of its own.
+    fn check_entries(&self, path: &[u8]) -> Result<()> {
+        let most = self.limits.entries;
+        if self.placed.entries + self.made <= most {
+            return Ok(());
+        }
+        let why = format!("the archive has more than {most} entries, with the directories on the way to them");
+        Err(Error::new(Kind::Limit, "place entry", format!("{:?}", lossy(path)), why))
     }
 
     fn failed(entry: &Entry) -> impl Fn(Errno) -> Error + '_ {
@@ -269,8 +273,8 @@ impl Placer {
                     let fd = fs::openat(self.here(), name, OPEN_DIR, Mode::empty()).map_err(refuse)?;
                     // What the index, too, says of a directory that no entry speaks of.
                     fs::fchmod(&fd, Mode::from_raw_mode(0o755)).map_err(refuse)?;
-                    let note = DirNote { said: false, mtime: Time::default() };
-                    self.dirs.insert(path[..end].to_vec(), note);
+                    self.made += 1;
+                    self.check_entries(path)?;
                     fd
                 }
                 other => other.map_err(refuse)?,
@@ -295,7 +299,6 @@ impl Placer {
                     Err(Errno::ISDIR) => {
                         // ENOTEMPTY stays an error: what lies in it has been told of already.
                         fs::unlinkat(self.here(), name, AtFlags::REMOVEDIR).map_err(&failed)?;
-                        self.dirs.remove(&entry.path);
                     }
                     other => other.map_err(&failed)?,
                 }
@@ -307,12 +310,10 @@ impl Placer {
 
     fn directory(&mut self, entry: &Entry, name: &[u8]) -> Result<()> {
         let failed = Self::failed(entry);
-        if let Some(note) = self.dirs.get(&entry.path) {
-            if note.said && self.again == Again::Refuse {
-                return Err(failed(Errno::EXIST));
-            }
-        } else if !name.is_empty() {
-            self.make(entry, name, |at| fs::mkdirat(at, OsStr::from_bytes(name), Mode::RWXU))?;
+        match self.index.said(&entry.path)? {
+            Some(true) if self.again == Again::Refuse => return Err(failed(Errno::EXIST)),
+            None => self.make(entry, name, |at| fs::mkdirat(at, OsStr::from_bytes(name), Mode::RWXU))?,
+            Some(_) => {}
         }
         let opened;
         let dir = if name.is_empty() {
@@ -322,9 +323,8 @@ impl Placer {
             opened.as_fd()
         };
         let exact = set_attributes(dir, entry, 0o700).map_err(&failed)?;
-        self.placed.index_only += u64::from(!exact);
         // The time is set at the end: what is placed in it changes it again.
-        self.dirs.insert(entry.path.clone(), DirNote { said: true, mtime: entry.mtime });
+        self.placed.index_only += u64::from(!exact);
         Ok(())
     }
 
@@ -464,33 +464,29 @@ impl Placer {
         Ok(())
     }
 
-    /// The directories that no entry spoke of.
-    pub(crate) fn implied(&self) -> Vec<Vec<u8>> {
-        let mut paths: Vec<Vec<u8>> =
-            self.dirs.iter().filter(|(_, note)| !note.said).map(|(path, _)| path.clone()).collect();
-        if !self.dirs.contains_key(&[][..]) {
-            paths.push(Vec::new());
-        }
-        paths.sort_unstable();
-        paths
-    }
-
-    /// Set the times of the directories. Gives what was placed.
-    pub(crate) fn finish(mut self) -> Result<Placed> {
+    /// Set the times of the directories. Gives what was placed, and its index.
+    pub(crate) fn finish(self) -> Result<(Placed, Builder)> {
         fault::point("store.times")?;
-        if !self.dirs.contains_key(&[][..]) {
-            fs::fchmod(&self.root, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys("set mode", "\"/\"", e))?;
-            self.dirs.insert(Vec::new(), DirNote { said: false, mtime: Time::default() });
+        let Placer { root, mut index, placed, .. } = self;
+        if index.said(&[])? != Some(true) {
+            fs::fchmod(&root, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys("set mode", "\"/\"", e))?;
         }
-        let mut dirs: Vec<(Vec<u8>, DirNote)> = std::mem::take(&mut self.dirs).into_iter().collect();
-        // Neighbours share their parents' descriptors.
-        dirs.sort_unstable_by(|a, b| a.0.cmp(&b.0));
-        for (path, note) in dirs {
-            self.enter(&path)?;
-            fs::futimens(self.here(), &timestamps(note.mtime))
-                .map_err(|e| Error::sys("set time", format!("{:?}", lossy(&path)), e))?;
-        }
-        Ok(self.placed)
+        let fail = |e: Errno| Error::sys("set the times of directories", "", e);
+        fs::futimens(&root, &timestamps(index.root_mtime()?)).map_err(fail)?;
+        let mut above = vec![root];
+        index.each_directory(|step| {
+            match step {
+                Step::Down { name, mtime } => {
+                    let at = above.last().expect("the root stays");
+                    let dir = fs::openat(at, OsStr::from_bytes(name), OPEN_DIR, Mode::empty()).map_err(fail)?;
+                    fs::futimens(&dir, &timestamps(mtime)).map_err(fail)?;
+                    above.push(dir);
+                }
+                Step::Up => drop(above.pop()),
+            }
+            Ok(())
+        })?;
+        Ok((placed, index))
     }
 }
 

@@ -236,6 +236,13 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
         let got = (&mut *bytes).take(CHUNK as u64).read_to_end(&mut chunk);
         got.map_err(|e| match (compression, e.raw_os_error()) {
             (Compression::None, _) | (_, Some(_)) => Error::io("read", &name, e),
+            _ if asks_too_much(&e) => Error::new(
+                Kind::Limit,
+                "decompress",
+                format!("{name} ({compression:?})"),
+                format!("it needs more than {} bytes of memory", limits.decoder_bytes),
+            )
+            .hint("[limits] decoder_bytes says how many are taken: 68157440 for `xz -9`, 134217728 for `zstd --long`"),
             _ => Error::new(Kind::Invalid, "decompress", format!("{name} ({compression:?})"), e),
         })?;
         if chunk.is_empty() {
@@ -251,6 +258,13 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
             return Ok(());
         }
     }
+}
+
+/// Do a decoder's words say that it was refused memory?
+fn asks_too_much(error: &std::io::Error) -> bool {
+    let is_xz = matches!(error.get_ref().and_then(|e| e.downcast_ref()), Some(liblzma::stream::Error::MemLimit));
+    // zstd's errors are text.
+    is_xz || error.to_string().contains("too much memory")
 }
 
 /// Has an archive of `came` bytes grown to more than it may?

@@ -1,5 +1,7 @@
 //! The corpus: each archive with what it tries. `OUT` in a name stands for a directory that must not change.
 
+#[path = "hostile_memory.rs"]
+mod memory;
 #[path = "hostile_more.rs"]
 mod more;
 
@@ -58,6 +60,7 @@ pub(crate) fn corpus(out: &str) -> Vec<Hostile> {
     bombs(&mut all);
     compressed(&mut all);
     more::add_all(&mut all, out);
+    memory::add_all(&mut all);
     all
 }
 

@@ -8,6 +8,8 @@ use fsprov::index::{Index, read};
 use fsprov::store::exercise;
 use libfuzzer_sys::fuzz_target;
 
+mod memory;
+
 #[path = "../../archives/tarball.rs"]
 #[allow(dead_code, reason = "a target uses a part of it")]
 mod tarball;
@@ -43,7 +45,9 @@ fn take(bytes: &[u8], data: &[u8]) {
     }
 }
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| memory::bounded(data, || run(data)));
+
+fn run(data: &[u8]) {
     let Some((how, data)) = data.split_first() else { return };
     let mut bytes;
     if how % 4 == 0 {
@@ -60,4 +64,4 @@ fuzz_target!(|data: &[u8]| {
         exercise::seal(&mut bytes);
     }
     take(&bytes, data);
-});
+}

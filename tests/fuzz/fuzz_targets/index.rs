@@ -7,6 +7,8 @@ use std::sync::LazyLock;
 use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts, Xattr, read};
 use libfuzzer_sys::fuzz_target;
 
+mod memory;
+
 /// A good index: most of what the fuzzer makes of it still passes the header's checks.
 static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     let mut builder = Builder::new();
@@ -27,7 +29,9 @@ static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
     builder.finish().expect("within limits")
 });
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| memory::bounded(data, || run(data)));
+
+fn run(data: &[u8]) {
     if let Ok(index) = Index::from_bytes(data.to_vec()) {
         read::exercise(&index);
     }
@@ -41,4 +45,4 @@ fuzz_target!(|data: &[u8]| {
     if let Ok(index) = Index::from_bytes(bytes) {
         read::exercise(&index);
     }
-});
+}

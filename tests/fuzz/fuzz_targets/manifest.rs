@@ -7,7 +7,11 @@ use fsprov::image::{Strictness, appc};
 use fsprov::store::exercise;
 use libfuzzer_sys::fuzz_target;
 
-fuzz_target!(|data: &[u8]| {
+mod memory;
+
+fuzz_target!(|data: &[u8]| memory::bounded(data, || run(data)));
+
+fn run(data: &[u8]) {
     let Some((how, data)) = data.split_first() else { return };
     match how % 8 {
         0 | 1 => {
@@ -47,4 +51,4 @@ fuzz_target!(|data: &[u8]| {
         }
         _ => drop(exercise::meta(data)),
     }
-});
+}

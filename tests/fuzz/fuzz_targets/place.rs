@@ -9,6 +9,8 @@ use std::sync::LazyLock;
 use fsprov::store::exercise;
 use libfuzzer_sys::fuzz_target;
 
+mod memory;
+
 #[path = "../../archives/tarball.rs"]
 #[allow(dead_code, reason = "a target uses a part of it")]
 mod tarball;
@@ -24,12 +26,28 @@ static TOP: LazyLock<PathBuf> = LazyLock::new(|| {
 
 /// Names that meet one another: what a byte chooses from.
 const NAMES: [&[u8]; 16] = [
-    b"a", b"b", b"a/b", b"a/b/c", b"./a", b"a/.", b"a/../b", b"../victim", b"/a", b"a/", b"l", b"l/a", b"", b".", b"b/l",
+    b"a",
+    b"b",
+    b"a/b",
+    b"a/b/c",
+    b"./a",
+    b"a/.",
+    b"a/../b",
+    b"../victim",
+    b"/a",
+    b"a/",
+    b"l",
+    b"l/a",
+    b"",
+    b".",
+    b"b/l",
     b"../../victim",
 ];
 const KINDS: &[u8; 8] = b"01234560";
 
-fuzz_target!(|data: &[u8]| {
+fuzz_target!(|data: &[u8]| memory::bounded(data, || run(data)));
+
+fn run(data: &[u8]) {
     let Some((how, data)) = data.split_first() else { return };
     let mut tar = tarball::Tar::default();
     // An entry for each three bytes.
@@ -50,4 +68,4 @@ fuzz_target!(|data: &[u8]| {
     assert_eq!(fs::read(TOP.join("victim")).expect("it is there"), b"precious");
     assert_eq!(fs::read_dir(&*TOP).expect("list").count(), 2, "something lies beside the root");
     fsprov::sys::remove::remove_tree(&dir).expect("remove the root");
-});
+}
