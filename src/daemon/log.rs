@@ -98,15 +98,6 @@ impl Write for BoundedStderr {
     }
 }
 
-/// This process's memory in bytes: resident, and of that what is shared with files (/proc/self/statm, proc_pid_statm(5)).
-pub(super) fn memory() -> serde_json::Value {
-    let text = std::fs::read_to_string("/proc/self/statm").unwrap_or_default();
-    let mut pages =
-        text.split_ascii_whitespace().map(|n| n.parse::<u64>().unwrap_or(0) * rustix::param::page_size() as u64);
-    let (_, resident, shared) = (pages.next(), pages.next().unwrap_or(0), pages.next().unwrap_or(0));
-    serde_json::json!({ "resident": resident, "shared": shared })
-}
-
 /// Keep the newer half of a file that is longer than `limit`. Lines that another process writes meanwhile may be lost.
 fn shorten(file: &mut File, limit: u64) -> io::Result<()> {
     let length = file.metadata()?.len();

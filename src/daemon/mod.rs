@@ -4,23 +4,24 @@
 //! * `supervise`: the supervisor: one thread, cwd `/`, no file of the store or of its own mount open (closing one would wait for
 //!   the worker, which may be dead)
 //! * `serve`: the worker: builds the trees, runs the session
-//! * `confine`: what the worker may not do
+//! * `walls`: what the worker may not do
 //! * `control`: what can be asked of a running server
 //! * `shelf`: what outlives all of them, and lets the next supervisor go on
-//! * `channel`, `log`, `sources`: what they share
+//! * `channel`, `figures`, `log`, `sources`: what they share
 //!
 //! A job reaches the supervisor over a socket, never in its arguments. Nothing of the mount is relied on before the caller has
 //! written it down: the supervisor waits for a word before each step, and takes everything back when the caller dies.
 
 mod channel;
-mod confine;
 pub mod control;
+mod figures;
 mod log;
 mod serve;
 mod shelf;
 mod sources;
 mod spawn;
 mod supervise;
+mod walls;
 
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags};
-use rustix::process::{Resource, Rlimit, setrlimit};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::channel::{Begin, Channel, FromWorker, ToWorker};
-use super::confine::{self, Confined};
 use super::sources::{Sources, read_memory_file};
-use super::supervise::take_stdin;
-use super::{Job, REQUEST_LOST, TARGET, hex, settle, unhex};
+use super::supervise::{take_stdin, take_stdout};
+use super::walls::{self, Walls};
+use super::{Job, REQUEST_LOST, TARGET, figures, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
 use crate::fuse::inflight::Notes;
@@ -24,7 +24,7 @@ use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
-use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper, Shares};
+use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper, Shares, groups};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
 use crate::tree::{Node, Tree};
@@ -77,11 +77,12 @@ struct Server {
     trees: Trees,
     counters: Arc<Counters>,
     started: Instant,
-    confined: Confined,
+    walls: Walls,
 }
 
 fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     set_limits();
+    let groups = take_stdout()?;
     let mut hand_over = take_job(channel)?;
     let job = hand_over.job.clone();
     let notes = hand_over
@@ -89,8 +90,11 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
         .pop()
         .map(Notes::new)
         .ok_or_else(|| Error::new(Kind::Invalid, "take over a job", "", "there is no file for notes"))?;
-    let confined = confine::confine(&job.plan, &hand_over.sources);
-    let trees = Trees::build(hand_over, channel)?;
+    let shares = Shares::of_process(job.threads, hand_over.kept.len())?;
+    groups::ask_at(groups);
+    figures::memory();
+    let walls = walls::raise(&job.plan, &mut hand_over.sources);
+    let trees = Trees::build(hand_over, shares, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions {
         kills_privileges: true,
@@ -99,7 +103,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
     let counters = adapter.counters();
-    Ok((adapter, Server { job, trees, counters, started: Instant::now(), confined }, notes))
+    Ok((adapter, Server { job, trees, counters, started: Instant::now(), walls }, notes))
 }
 
 fn begin(
@@ -244,10 +248,19 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
     Ok(HandOver { job, sources, logs: all_logs, kept: all_kept })
 }
 
+/// Most of the address space: 8 threads with their stacks, buffers and arenas, eight million nodes in a table that grows, and an
+/// index of ten million files are less than half of it.
+const MAX_ADDRESSES: u64 = 16 << 30;
+
 fn set_limits() {
     // Its memory holds what its callers read and write.
     if let Err(e) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
         log::debug!(target: TARGET, "RLIMIT_CORE: {e}");
+    }
+    // Someone who takes it over is not to take the machine's memory.
+    let most = getrlimit(Resource::As).maximum.map_or(MAX_ADDRESSES, |most| most.min(MAX_ADDRESSES));
+    if let Err(e) = setrlimit(Resource::As, Rlimit { current: Some(most), maximum: Some(most) }) {
+        log::debug!(target: TARGET, "RLIMIT_AS: {e}");
     }
 }
 
@@ -279,11 +292,10 @@ struct Trees {
 }
 
 impl Trees {
-    fn build(hand_over: HandOver, channel: &Arc<Channel>) -> Result<Self> {
+    fn build(hand_over: HandOver, shares: Shares, channel: &Arc<Channel>) -> Result<Self> {
         let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
-        let shares = Shares::of_process(job.threads, kept.len())?;
         let pool = FdPool::with(shares)?;
         let mut legacy = Inheritance { logs: logs.into_iter(), kept, channel };
         let (mut mapped, mut directories) = (None, Vec::new());
@@ -351,7 +363,8 @@ impl Server {
             .map(|(o, count)| (o.name().to_owned(), count.into()))
             .collect();
         let (held, limit) = self.trees.pool.usage();
-        serde_json::json!({
+        #[allow(unused_mut)]
+        let mut stats = serde_json::json!({
             "rootfs": show(&self.job.plan.rootfs),
             "uptime_s": self.started.elapsed().as_secs(),
             "requests": by_kind,
@@ -359,7 +372,7 @@ impl Server {
             "panics": self.counters.panics(),
             "in_progress": self.counters.in_progress(),
             "latency_us_sum": self.counters.microseconds(),
-            "confined": self.confined,
+            "walls": self.walls,
             "latency_us_below_power_of_two": self.counters.latencies().to_vec(),
             "nodes": self.trees.directories.iter().map(|t| t.node_count()).sum::<usize>(),
             "handles": self.trees.directories.iter().map(|t| t.handle_count()).sum::<usize>(),
@@ -367,9 +380,14 @@ impl Server {
             "files_held": held,
             "files_limit": limit,
             "directories_cached": self.trees.pool.cached(),
-            "descriptors": std::fs::read_dir("/proc/self/fd").map_or(0, Iterator::count),
-            "memory": super::log::memory(),
-        })
+            "descriptors": figures::descriptors(),
+            "memory": figures::memory(),
+        });
+        #[cfg(feature = "failpoints")]
+        if let Some(attempts) = walls::attempt_escapes() {
+            stats["escapes"] = serde_json::json!(attempts);
+        }
+        stats
     }
 }
 
@@ -381,6 +399,6 @@ fn image_tree(job: &Job, index: &OwnedFd, layers: Vec<OwnedFd>) -> Result<ImageT
 /// An O_PATH descriptor of a regular file opened again for reading, through /proc: the same file, wherever its name leads by now.
 fn reopen(fd: &OwnedFd) -> Result<OwnedFd> {
     let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    rustix::fs::open(&path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::openat(rustix::fs::CWD, &path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| Error::sys("open index", show(crate::sys::fs::path_of(fd).unwrap_or_default()), e))
 }

@@ -1,6 +1,6 @@
 //! The supervisor: mounts, holds the connection, and sees to it that somebody answers.
 //!
-//! One thread. It opens nothing below its own mount and nothing of the store beyond O_PATH descriptors: whatever it did there
+//! One thread, and one that tells the worker which groups a caller is in. It opens nothing below its own mount and nothing of the store beyond O_PATH descriptors: whatever it did there
 //! could wait for the worker, which may be the one that is dead. It does not poll the connection, which would wake it at every
 //! request; the worker sees the end of it and says so by its exit code.
 
@@ -34,6 +34,7 @@ use crate::fuse::session::{self, InFlight};
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
 use crate::sys::raw;
+use crate::tree::dir::groups;
 use caller::Caller;
 use restarts::{Next, Restarts};
 
@@ -76,6 +77,11 @@ fn detach() -> Result<UnixStream> {
 /// The socket that stdin is, and /dev/null in its place.
 pub(super) fn take_stdin() -> Result<OwnedFd> {
     take_over("stdin", std::io::stdin().as_fd(), |null| rustix::stdio::dup2_stdin(null))
+}
+
+/// The same for stdout.
+pub(super) fn take_stdout() -> Result<OwnedFd> {
+    take_over("stdout", std::io::stdout().as_fd(), |null| rustix::stdio::dup2_stdout(null))
 }
 
 fn take_over(
@@ -170,7 +176,6 @@ impl Supervisor {
     /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
     fn set_up(caller: &mut Caller) -> Result<Self> {
         let Order { job, course } = caller.order()?;
-        let take_stdout = || take_over("stdout", std::io::stdout().as_fd(), |null| rustix::stdio::dup2_stdout(null));
         let channel = course.hands_over().then(take_stdout).transpose()?.map(Channel::from);
         let me = ProcessId::current()?;
         let signals = catch_signals()?;
@@ -488,7 +493,7 @@ impl Supervisor {
             "worker": of_worker,
             "worker_pid": worker.id.pid,
             "supervisor_pid": self.me.pid,
-            "supervisor_memory": super::log::memory(),
+            "supervisor_memory": super::figures::memory(),
             "restarts": self.restarts.total(),
             "nameless_files_kept": self.legacy.kept(),
         }))
@@ -633,13 +638,19 @@ impl Worker {
     fn start(program: &OwnedFd, job: &Job, sources: &Sources, legacy: &Legacy, job_file: &OwnedFd) -> Result<Self> {
         const OP: &str = "start worker";
         let (channel, theirs) = Channel::pair()?;
+        let (answering, asking) = groups::pair().map_err(|e| Error::io(OP, "", e))?;
         let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
             .arg0(spawn::title(&job.plan))
             .arg(WORK)
             .stdin(Stdio::from(theirs))
-            .stdout(Stdio::null())
+            .stdout(Stdio::from(asking))
             .spawn()
             .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
+        // A thread of its own, which opens nothing but /proc: a request waits for it. It ends with the worker.
+        std::thread::Builder::new()
+            .name("fsprov-groups".into())
+            .spawn(move || groups::answer(answering))
+            .map_err(|e| Error::io("start thread", "groups", e))?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.

@@ -163,6 +163,23 @@ pub fn unshare_fs() -> rustix::io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::FS) }
 }
 
+/// Does a process go into a new user namespace?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Users {
+    /// No.
+    Same,
+    /// Yes: it has every capability there, until it gives them up.
+    New,
+}
+
+/// unshare(2) CLONE_NEWNS: a mount namespace of this process's own. Only while it has one thread.
+pub(crate) fn unshare_mounts(users: Users) -> rustix::io::Result<()> {
+    let mut flags = rustix::thread::UnshareFlags::NEWNS;
+    flags.set(rustix::thread::UnshareFlags::NEWUSER, users == Users::New);
+    // SAFETY: no descriptor table is unshared, so no thread loses sight of a descriptor.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
 /// close(2), with its error: where NFS, FUSE and quota report what became of delayed writes. The descriptor is gone either way.
 pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
     let raw = std::os::fd::IntoRawFd::into_raw_fd(fd);
@@ -203,6 +220,33 @@ pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno
     // SAFETY: both are open descriptors of this process; the target stays open and owned by its owner.
     let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
     if done < 0 { Err(last_errno()) } else { Ok(()) }
+}
+
+/// Any system call, for the tests that play a worker that was taken over. A pointer among the arguments is one to something that
+/// lives, or none.
+#[cfg(feature = "failpoints")]
+pub(crate) fn any_call(number: libc::c_long, arguments: [usize; 6]) -> Result<usize, Errno> {
+    let [first, second, third, fourth, fifth, sixth] = arguments;
+    // SAFETY: the caller's affair, as said above; what is asked for changes no memory that is in use.
+    let done = unsafe { libc::syscall(number, first, second, third, fourth, fifth, sixth) };
+    if done < 0 { Err(last_errno()) } else { Ok(done as usize) }
+}
+
+/// The descriptor that a call gave.
+#[cfg(feature = "failpoints")]
+pub(crate) fn opened(number: Result<usize, Errno>) -> Result<OwnedFd, Errno> {
+    // SAFETY: the callers hand on what openat(2) gave just now, which nobody else owns.
+    number.map(|number| unsafe { OwnedFd::from_raw_fd(number as i32) })
+}
+
+/// getpid(2) as a program of the 32-bit architecture calls it.
+#[cfg(feature = "failpoints")]
+pub(crate) fn ia32_getpid() {
+    // SAFETY: number 20 of that architecture takes no argument and changes eax alone.
+    #[cfg(target_arch = "x86_64")]
+    unsafe {
+        std::arch::asm!("int 0x80", inlateout("eax") 20 => _, lateout("r8") _, lateout("r9") _, lateout("r10") _, lateout("r11") _);
+    };
 }
 
 // ---- cli ----

@@ -8,7 +8,7 @@
 //! * `found`: what statx tells
 //! * `nodes`: the node table (private to the tree; its guards are never held across a system call that could wait)
 //! * `outlive`: what the next server process needs to go on
-//! * `identity`: acting as the caller
+//! * `identity`: acting as the caller; `groups`: the groups that the caller is in
 //! * `reach`: from a node to a descriptor
 //! * `names`: lookup, and what makes and removes names
 //! * `attrs`: attributes and extended attributes
@@ -21,6 +21,7 @@ mod attrs;
 mod fds;
 mod files;
 mod found;
+pub mod groups;
 mod identity;
 mod list;
 mod names;

@@ -2,7 +2,7 @@
 
 use std::fs::{self, File};
 use std::io::Write as _;
-use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _, PermissionsExt as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use fsprov::fuse::adapter::Operation;
@@ -14,7 +14,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::system::eventually;
-use crate::common::{Case, Enter, Stage};
+use crate::common::{Case, Enter, Need, Stage};
 
 fn mounted(stage: &Stage, image: &Path, place: &str, environment: &[(&str, &str)]) -> PathBuf {
     stage.mkdir("sandbox/w");
@@ -111,7 +111,7 @@ pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_request_is_answered
         .collect();
     assert!(missing.is_empty(), "no request of these kinds was counted: {missing:?}\n{stats:#}");
     assert_eq!((stats["restarts"].as_u64(), stats["worker"]["panics"].as_u64()), (Some(0), Some(0)), "{stats:#}");
-    assert_eq!(stats["worker"]["confined"]["seccomp"].as_bool(), Some(true), "{stats:#}");
+    assert_eq!(stats["worker"]["walls"]["seccomp"].as_bool(), Some(true), "{stats:#}");
 });
 
 /// As the kernel shows it, not as the worker says it.
@@ -133,7 +133,23 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
         assert_eq!(capabilities & (1 << number), 0, "capability {number} is left: {capabilities:x}");
     }
     assert_eq!(field("CapEff"), field("CapPrm"));
-    assert_eq!(stats["worker"]["confined"]["no_new_privileges"].as_bool(), Some(true));
+    assert_eq!((&*field("CapInh"), &*field("CapAmb")), ("0000000000000000", "0000000000000000"));
+    if stage.lane.enter == Enter::User {
+        assert_eq!(capabilities, 0);
+    } else {
+        // No program of any owner gets more.
+        assert_eq!(field("CapBnd"), field("CapEff"));
+        assert_eq!(stats["worker"]["walls"]["own_root"].as_bool(), Some(true), "{stats:#}");
+        assert_eq!(stats["worker"]["walls"]["devices_closed"].as_bool(), Some(true), "{stats:#}");
+        // Its own descriptors, and figures of connections where those are mounted: nothing else has a name.
+        let mut seen: Vec<_> = fs::read_dir(format!("/proc/{worker}/root"))
+            .expect("its root")
+            .map(|e| e.expect("entry").file_name())
+            .collect();
+        seen.sort();
+        assert!(seen == ["proc"] || seen == ["proc", "sys"], "{seen:?}");
+    }
+    assert_eq!(stats["worker"]["walls"]["no_new_privileges"].as_bool(), Some(true));
     let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");
     let core: Vec<_> =
         limits.lines().find(|l| l.starts_with("Max core file size")).expect("core").split_whitespace().collect();
@@ -144,7 +160,13 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
         assert_eq!(fs::read_link(dir.join("cwd")).expect("cwd"), Path::new("/"));
         for fd in fs::read_dir(dir.join("fd")).expect("fds").flatten() {
             let Ok(to) = fs::read_link(fd.path()) else { continue };
+            let is_root = |path: &Path| {
+                let meta = |path: &Path| fs::metadata(path).map(|m| (m.dev(), m.ino())).ok();
+                meta(path) == meta(Path::new("/"))
+            };
             let allowed = !to.starts_with("/")
+                // A copy of a mount that is attached nowhere shows its path in itself.
+                || (process.pid == worker as i32 && !is_root(&fd.path()))
                 || to.starts_with(&stage.dir)
                 || ["/dev/null", "/dev/fuse", "/proc"].iter().any(|p| to.starts_with(p))
                 || to == crate::common::stage::program()
@@ -313,3 +335,98 @@ pub(crate) const MANY_NAMELESS: Case =
             assert_eq!(&text, b"still here");
         }
     });
+
+/// Which walls are taken away, to see that the others do: `(name, fault points)`.
+const WALLS_TAKEN: [(&str, &str); 3] =
+    [("all walls", ""), ("no landlock", ";walls.landlock=return"), ("no root of its own", ";walls.root=return")];
+
+/// A worker that was taken over tries what it can think of, and gets nowhere; the rootfs goes on serving.
+pub(crate) const TAKEN_OVER: Case = Case::needing(
+    "a_worker_that_was_taken_over_gets_nowhere",
+    on::fuse,
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        // A neighbour of the same user, with something to steal.
+        let host = stage.mkdir("host");
+        stage.write("host/secret", "secret");
+        let mut neighbour =
+            std::process::Command::new("sleep").arg("300").current_dir(&host).spawn().expect("start a neighbour");
+        stage.mkdir("sandbox/w");
+        stage.write("sandbox/w/moves", "x");
+        if stage.lane.is_real_root() {
+            let device = stage.path("sandbox/w/device");
+            rustix::fs::mknodat(
+                CWD,
+                device,
+                FileType::CharacterDevice,
+                Mode::from_raw_mode(0o666),
+                rustix::fs::makedev(1, 3),
+            )
+            .expect("mknod");
+        }
+        // What a second rootfs keeps is another container's.
+        let other = mounted(stage, &image, "other", &[]);
+        let supervisor = stats(stage, "other")["supervisor_pid"].as_i64().expect("a pid");
+        let mut report = String::new();
+        for (walls, taken) in WALLS_TAKEN {
+            let told = format!("worker.escapes=return({supervisor}:{}:{}){taken}", neighbour.id(), host.display());
+            let rootfs = mounted(stage, &image, "k", &[("FAILPOINTS", &told)]);
+            let stats = stats(stage, "k");
+            let landlock = stats["worker"]["walls"]["landlock"].as_bool().expect("a word");
+            let own_root = stats["worker"]["walls"]["own_root"].as_bool().expect("a word");
+            assert!(walls != "no landlock" || !landlock, "{stats:#}");
+            assert!(walls != "no root of its own" || !own_root, "{stats:#}");
+            // With neither there is nothing that keeps it from its user's files.
+            assert!(landlock || own_root, "{walls}: {stats:#}");
+            let tried = stats["worker"]["escapes"].as_array().expect("attempts");
+            let escaped: Vec<_> = tried.iter().filter(|a| a["escaped"] != false).collect();
+            let line = format!(
+                "{}, {walls}: {} tried, {} succeeded; landlock {landlock}, own root {own_root}, {} system calls allowed\n",
+                stage.lane.name,
+                tried.len(),
+                escaped.len(),
+                stats["worker"]["walls"]["system_calls"]
+            );
+            assert!(tried.len() >= 60, "{line}");
+            assert!(escaped.is_empty(), "{line}{escaped:#?}");
+            report += &line;
+            // It goes on.
+            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+            fs::write(rootfs.join("w/f"), walls).expect("write");
+            assert_eq!(fs::read_to_string(other.join("w/f")).expect("read in the other"), walls);
+            assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
+            stage.unmount(&rootfs);
+        }
+        assert_eq!(fs::read_to_string(host.join("secret")).expect("read"), "secret");
+        assert_eq!(fs::read_dir(&host).expect("list").count(), 1, "something was made");
+        assert!(neighbour.try_wait().expect("look").is_none(), "the neighbour was ended");
+        neighbour.kill().expect("end it");
+        neighbour.wait().expect("end it");
+        if let Some(path) = std::env::var_os("FSPROV_TEST_REPORT") {
+            let mut file = File::options().append(true).create(true).open(path).expect("open the report");
+            file.write_all(report.as_bytes()).expect("write the report");
+        }
+    },
+);
+
+/// Calls by other tables of numbers, which a filter that looks at numbers alone lets through, end the worker; the next one serves.
+pub(crate) const FOREIGN_CALLS: Case = Case::needing(
+    "calls_of_other_architectures_end_the_worker",
+    |lane| on::fuse(lane) && cfg!(target_arch = "x86_64"),
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        for table in ["x32", "ia32"] {
+            let rootfs = mounted(stage, &image, "k", &[("FAILPOINTS", &format!("worker.escapes=return({table})"))]);
+            let mut open = File::create(rootfs.join("w/f")).expect("make");
+            stage.fsprov(["stats", "k"]).run().fails_saying(&["does not answer"]);
+            open.write_all(b"good").expect("an open file is good");
+            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+            let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
+            assert!(log.contains("signal: 31 (SIGSYS)"), "{table}: {log}");
+            drop(open);
+            stage.unmount(&rootfs);
+        }
+    },
+);

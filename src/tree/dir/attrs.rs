@@ -44,7 +44,12 @@ impl DirTree {
         if self.options.access == Access::Ro || found.kind() == SYMLINK {
             return access_read_only(found.attr.mode, mask);
         }
-        let asked = fs::Access::from_bits_truncate(mask as u32);
+        // The kernel lets a file be run that has an x bit for anybody. The file system below is not asked: we have it `noexec`.
+        if mask & libc::X_OK != 0 && found.kind() == REGULAR && found.attr.mode & ANY_EXECUTE == 0 {
+            return Err(Errno::ACCESS);
+        }
+        let mut asked = fs::Access::from_bits_truncate(mask as u32);
+        asked.set(fs::Access::EXEC_OK, mask & libc::X_OK != 0 && found.kind() != REGULAR);
         fs::accessat(self.pool.proc_fd(), fd_name(&fd).as_str(), asked, AtFlags::empty())
     }
 

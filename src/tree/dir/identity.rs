@@ -6,16 +6,15 @@
 
 use std::cell::Cell;
 
-use rustix::fs::{Gid, Mode};
+use rustix::fs::Mode;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 
+use super::groups;
 use crate::sys::raw;
 use crate::tree::{Caller, Errno, Result, Writer};
 
 /// setfsuid(2) of this changes nothing and tells the id in force.
 const ASK: u32 = u32::MAX;
-/// Supplementary groups taken on: NGROUPS_MAX of Linux (limits.h).
-const MAX_GROUPS: usize = 65_536;
 
 /// Whose ids a directory tree acts with.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +147,7 @@ struct Groups;
 
 impl Groups {
     fn take(caller: &Caller) -> Option<Self> {
-        let groups = groups_of(caller.pid)?;
+        let groups = groups::of_thread(caller.pid)?;
         match set_thread_groups(&groups) {
             Ok(()) => Some(Groups),
             Err(e) => {
@@ -165,22 +164,6 @@ impl Drop for Groups {
         // Never the server's own: no request is decided by those.
         let _ = set_thread_groups(&[]);
     }
-}
-
-/// The supplementary groups of a thread that waits for our answer (proc_pid_status(5)).
-fn groups_of(thread: u32) -> Option<Vec<Gid>> {
-    if thread == 0 {
-        return None;
-    }
-    let status = std::fs::read(format!("/proc/{thread}/status")).ok()?;
-    let line = status.split(|&b| b == b'\n').find_map(|l| l.strip_prefix(b"Groups:"))?;
-    let groups: Vec<Gid> = std::str::from_utf8(line)
-        .ok()?
-        .split_ascii_whitespace()
-        .take(MAX_GROUPS)
-        .filter_map(|g| g.parse().ok().map(Gid::from_raw))
-        .collect();
-    (!groups.is_empty()).then_some(groups)
 }
 
 thread_local! {

@@ -151,7 +151,15 @@ impl DirTree {
             caller,
             (parent, name),
             new,
-            |dir, _| fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW),
+            |dir, _| match fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW) {
+                // Open since before the last worker died, through that one's copy of the mount: again by its name.
+                Err(Errno::XDEV) => {
+                    let file = self.fd_by_name(node)?;
+                    let source = fd_name(&file);
+                    fs::linkat(self.pool.proc_fd(), source.as_str(), dir, name, AtFlags::SYMLINK_FOLLOW)
+                }
+                other => other,
+            },
             |_, found| found.identity == linked.identity,
         )
     }

@@ -84,12 +84,20 @@ impl DirTree {
         {
             return Ok((fd, found));
         }
+        self.by_name(&reach).map(|(fd, found)| (Fd::Own(fd), found))
+    }
+
+    /// [`Self::fd`], also where it is open already.
+    pub(super) fn fd_by_name(&self, node: Node) -> Result<OwnedFd> {
+        self.by_name(&self.nodes.reach(node)?).map(|(fd, _)| fd)
+    }
+
+    fn by_name(&self, reach: &Reach) -> Result<(OwnedFd, Found)> {
         for alias in &reach.aliases {
             let opened = self.place(alias.parent).and_then(|dir| open_place(&dir, &alias.name, OFlags::empty()));
             match opened.and_then(|fd| found::stat_fd(&fd).and_then(|f| same(f, reach.identity)).map(|f| (fd, f))) {
-                Ok((fd, found)) => return Ok((Fd::Own(fd), found)),
                 Err(e) if gone(e) => {}
-                Err(e) => return Err(e),
+                other => return other,
             }
         }
         Err(Errno::STALE)

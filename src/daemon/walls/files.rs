@@ -1,0 +1,135 @@
+//! The rule that only what is served can be opened (landlock(7)).
+
+use std::path::Path;
+
+use landlock::{
+    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, Ruleset, RulesetAttr as _,
+    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
+};
+
+use super::super::sources::Sources;
+use super::TARGET;
+use crate::plan::Plan;
+use crate::volume::{Access, Form};
+
+/// Before the second version (Linux 5.19) no name can be moved between directories under any rule.
+pub(super) fn is_offered() -> bool {
+    let try_it = Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer);
+    let offered =
+        crate::fault::point("walls.landlock").map_err(|e| e.to_string()).and(try_it.map_err(|e| e.to_string()));
+    offered.inspect_err(|e| log::debug!(target: TARGET, "no landlock: {e}")).is_ok()
+}
+
+/// Only layers and volumes can be opened from now on, volumes for writing where they are `rw`; and of the rest fusectl for reading,
+/// for figures of connections. `false`: this kernel has no landlock that would do.
+///
+/// Descriptors that are open stay good.
+pub(super) fn restrict(plan: &Plan, sources: &Sources) -> Result<bool, RulesetError> {
+    let abi = ABI::V5;
+    let all = AccessFs::from_all(abi);
+    let read = AccessFs::ReadFile | AccessFs::ReadDir;
+    let of_file = AccessFs::from_file(abi);
+    let mut rules = Ruleset::default()
+        .handle_access(all)?
+        .handle_access(AccessNet::from_all(abi))?
+        // No signals to processes of ours beside it (Linux 6.12).
+        .scope(Scope::Signal)?
+        .create()?
+        // We say no_new_privs ourselves.
+        .no_new_privs(false);
+    for layer in &sources.layers {
+        rules = rules.add_rule(PathBeneath::new(layer, read))?;
+    }
+    if let Some(index) = &sources.index {
+        rules = rules.add_rule(PathBeneath::new(index, AccessFs::ReadFile))?;
+    }
+    for (volume, source) in plan.volumes.iter().zip(&sources.volumes) {
+        let of_form = if volume.form == Form::Directory { all } else { of_file };
+        let access = match volume.access {
+            Access::Rw => of_form & !AccessFs::Execute,
+            Access::Ro => of_form & read,
+        };
+        rules = rules.add_rule(PathBeneath::new(source, access))?;
+    }
+    // Nothing of /proc: descriptors in /proc/self/fd lead to what has a rule, or not.
+    if let Ok(connections) = crate::sys::fs::open_path(Path::new("/sys/fs/fuse")) {
+        rules = rules.add_rule(PathBeneath::new(connections, read))?;
+    }
+    Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_what_is_served_can_be_opened_and_only_rw_can_be_written() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = |name: &str| dir.path().join(name);
+        for name in ["layer", "rw", "rw/sub", "ro", "secret"] {
+            std::fs::create_dir(path(name)).unwrap();
+            std::fs::write(path(name).join("f"), "x").unwrap();
+        }
+        let open = |name: &str| crate::sys::fs::open_path(&path(name)).unwrap();
+        let volumes = vec![open("rw"), open("ro")];
+        let sources = Sources { layers: vec![open("layer")], index: None, volumes, in_use: None };
+        let volume = |name: &str, access| crate::volume::Volume {
+            source: path(name),
+            target: crate::volume::ContainerPath::new(format!("/{name}").as_ref()).unwrap(),
+            access,
+            form: Form::Directory,
+        };
+        let plan = Plan {
+            id: "a".parse().unwrap(),
+            rootfs: "/r".into(),
+            layers: Vec::new(),
+            index: None,
+            is_filtered: false,
+            has_whiteouts: false,
+            volumes: vec![volume("rw", Access::Rw), volume("ro", Access::Ro)],
+            ownership: crate::plan::Ownership::default(),
+            live: crate::plan::Live::default(),
+            scratch: None,
+            state_dir: "/s".into(),
+        };
+        std::thread::spawn(move || {
+            rustix::thread::set_no_new_privs(true).unwrap();
+            if !is_offered() || !restrict(&plan, &sources).unwrap() {
+                return; // this kernel has none
+            }
+            let refused = |result: std::io::Result<()>, what: &str| {
+                let errno = result.unwrap_err().raw_os_error();
+                assert_eq!(errno, Some(libc::EACCES), "{what}");
+            };
+            let root = dir.path();
+            let path = |name: &str| root.join(name);
+            for served in ["layer/f", "rw/f", "rw/sub/f", "ro/f"] {
+                assert_eq!(std::fs::read(path(served)).unwrap(), b"x", "{served}");
+            }
+            refused(std::fs::read(path("secret/f")).map(drop), "read beside");
+            refused(std::fs::write(path("secret/n"), "x"), "write beside");
+            refused(std::fs::write(path("layer/f"), "y"), "write to a layer");
+            refused(std::fs::write(path("ro/f"), "y"), "write to a ro volume");
+            refused(std::fs::create_dir(path("ro/n")), "make in a ro volume");
+            std::fs::write(path("rw/n"), "y").unwrap();
+            std::fs::create_dir(path("rw/d")).unwrap();
+            // Between directories, and through a descriptor's magic link, as the tree does.
+            std::fs::rename(path("rw/n"), path("rw/d/n")).unwrap();
+            let file = std::fs::File::open(path("rw/d/n")).unwrap();
+            let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+            rustix::fs::linkat(
+                rustix::fs::CWD,
+                &link,
+                rustix::fs::CWD,
+                path("rw/sub/l"),
+                rustix::fs::AtFlags::SYMLINK_FOLLOW,
+            )
+            .unwrap();
+            std::fs::File::options().write(true).open(link).unwrap();
+            std::fs::remove_file(path("rw/sub/l")).unwrap();
+            refused(std::fs::read("/proc/self/status").map(drop), "read of a process");
+        })
+        .join()
+        .unwrap();
+    }
+}

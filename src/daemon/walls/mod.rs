@@ -1,0 +1,143 @@
+//! The walls around the worker: anyone who takes it over by a hostile image or request has what is served, and nothing else to go on
+//! with: no programs, mounts, sockets or other processes.
+//!
+//! * `root`: an empty root of its own, its sources as copies of mounts where no device can be opened
+//! * `files`: nothing but what is served can be opened (landlock)
+//! * `calls`: the system calls that answers need, and no others (seccomp)
+//! * here: no new privileges, and of root's capabilities those that answers need
+//!
+//! Each stands where the others do not: landlock from Linux 5.19 on, a root of its own for root and where users may make namespaces.
+//! What cannot be had is logged, and told with the statistics.
+
+mod calls;
+#[cfg(feature = "failpoints")]
+mod escapes;
+mod files;
+mod root;
+
+use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use serde::Serialize;
+
+use super::TARGET;
+use super::sources::Sources;
+use crate::plan::Plan;
+use crate::tree::dir::ActAs;
+use calls::Devices;
+#[cfg(feature = "failpoints")]
+pub(super) use escapes::attempt as attempt_escapes;
+use root::NewUsers;
+
+/// Capabilities that answers to root's and others' requests need, of those that root has, each with the request.
+///
+/// Not SYS_RESOURCE, which setfsuid(2) leaves in place: with it every caller would get the blocks that a file system keeps for root.
+/// Root has those by its uid.
+const NEEDED: [CapabilitySet; 10] = [
+    // setattr of an owner, by root.
+    CapabilitySet::CHOWN,
+    // Everything that root's programs do with files that are not theirs: open, create, unlink, rename.
+    CapabilitySet::DAC_OVERRIDE,
+    // The same for lookup and readdir.
+    CapabilitySet::DAC_READ_SEARCH,
+    // setattr of mode and times, setxattr, removexattr, and unlink in sticky directories, by root on files of others.
+    CapabilitySet::FOWNER,
+    // setattr, write and fallocate by root, which leave set-group-id.
+    CapabilitySet::FSETID,
+    // Any request that changes something: it is done with the caller's file system ids and groups.
+    CapabilitySet::SETUID,
+    CapabilitySet::SETGID,
+    // setxattr of security.capability, by root.
+    CapabilitySet::SETFCAP,
+    // mknod of a device, by root.
+    CapabilitySet::MKNOD,
+    // getxattr and setxattr of `trusted.` attributes, and of `security.` ones, by root (xattr(7)). Mounting and the like is refused
+    // by the filter of system calls, whatever the capability says.
+    CapabilitySet::SYS_ADMIN,
+];
+
+/// What stands.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Walls {
+    no_new_privileges: bool,
+    /// The filter of system calls.
+    seccomp: bool,
+    /// How many system calls it allows.
+    system_calls: usize,
+    /// The rule that only what is served can be opened.
+    landlock: bool,
+    /// An empty root of its own.
+    own_root: bool,
+    /// No device node can be opened on volumes and layers, and nothing executed.
+    devices_closed: bool,
+    /// Capabilities left, by the kernel's numbers (capability.h), in hex.
+    capabilities: String,
+}
+
+/// Raise them around this process, all its threads to come among it; it must have one thread. The sources are changed for copies
+/// that are the same to answers.
+pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
+    let landlock = files::is_offered();
+    // Whose files they are is told by the index, or by the disk. In a user namespace the disk tells of one user alone, so that is
+    // entered only where nothing is read from the disk, or nothing else keeps the worker from the host's files.
+    let from_the_index = plan.index.is_some() && plan.volumes.is_empty();
+    let users = if from_the_index || !landlock { NewUsers::May } else { NewUsers::MayNot };
+    let enclosed = root::enclose(plan, sources, users);
+    // Opened between two walls: in the new root, and by a name that landlock refuses.
+    super::figures::descriptors();
+    // It starts no program. Should someone make it start one, that gains nothing by being setuid.
+    let privileges =
+        rustix::thread::set_no_new_privs(true).inspect_err(|e| log::warn!(target: TARGET, "no_new_privs: {e}"));
+    let restricted = landlock
+        && files::restrict(plan, sources).unwrap_or_else(|e| {
+            log::warn!(target: TARGET, "no landlock: {e}");
+            false
+        });
+    let capabilities = drop_capabilities().unwrap_or_else(|e| {
+        log::warn!(target: TARGET, "drop capabilities: {e}");
+        CapabilitySet::all()
+    });
+    let devices = if enclosed.copies { Devices::Closed } else { Devices::Refused };
+    let wanted = crate::fault::point("walls.calls").map_err(|e| e.to_string());
+    let filter = wanted.and_then(|()| calls::filter(devices)).and_then(|(program, allowed)| {
+        seccompiler::apply_filter(&program).map(|()| allowed).map_err(|e| e.to_string())
+    });
+    if let Err(e) = &filter {
+        log::warn!(target: TARGET, "no seccomp filter: {e}");
+    }
+    Walls {
+        no_new_privileges: privileges.is_ok(),
+        seccomp: filter.is_ok(),
+        system_calls: filter.unwrap_or(0),
+        landlock: restricted,
+        own_root: enclosed.root,
+        devices_closed: enclosed.copies,
+        capabilities: format!("{:x}", capabilities.bits()),
+    }
+}
+
+/// Keep what answers need: as root, and where the worker acts as its callers; an ordinary user's worker needs none. No program that
+/// is started gets any of the rest, whoever owns it (the bounding set).
+fn drop_capabilities() -> rustix::io::Result<CapabilitySet> {
+    let mut sets = capabilities(None)?;
+    let is_roots = rustix::process::geteuid().is_root() || ActAs::detect() == ActAs::Caller;
+    let needed = if is_roots {
+        NEEDED.into_iter().fold(CapabilitySet::empty(), CapabilitySet::union)
+    } else {
+        CapabilitySet::empty()
+    };
+    if sets.effective.contains(CapabilitySet::SETPCAP) {
+        for number in 0..u64::BITS {
+            let one = CapabilitySet::from_bits_retain(1 << number);
+            // EINVAL: this kernel has fewer.
+            if !needed.contains(one) && rustix::thread::remove_capability_from_bounding_set(one).is_err() {
+                break;
+            }
+        }
+    }
+    // EINVAL: a kernel before 4.3.
+    let _ = rustix::thread::clear_ambient_capability_set();
+    sets.effective &= needed;
+    sets.permitted &= needed;
+    sets.inheritable = CapabilitySet::empty();
+    set_capabilities(None, sets)?;
+    Ok(sets.effective)
+}
