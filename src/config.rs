@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Kind, Result, show};
 use crate::pull::HostConfig;
 use crate::store::{Limits, Policy};
+use crate::sys::fs::read_bounded;
 use crate::volume::VolumeSpec;
 
 /// The system's file.
@@ -193,24 +194,27 @@ impl Settings {
 }
 
 fn read_file(path: &Path) -> Result<Option<File>> {
-    use std::io::Read as _;
     const OP: &str = "read configuration";
-    let mut text = String::new();
-    match std::fs::File::open(path) {
-        Ok(file) => {
-            file.take(MAX_BYTES + 1).read_to_string(&mut text).map_err(|e| Error::io(OP, show(path), e))?;
-        }
+    let file = match std::fs::File::open(path) {
+        Ok(file) => file,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(e) if e.kind() == std::io::ErrorKind::PermissionDenied => {
             let hint = "is it another user's? set HOME to your own, or FSPROV_CONFIG to the file to read (empty: none)";
             return Err(Error::io(OP, show(path), e).hint(hint));
         }
         Err(e) => return Err(Error::io(OP, show(path), e)),
+    };
+    if let Some(owner) = stranger(&file).map_err(|e| Error::io(OP, show(path), e))? {
+        // sudo keeps HOME: what user 1000 wrote there must not choose what root mounts where.
+        log::warn!(
+            "{} belongs to user {owner} and is not read: root does not do what another user wrote there",
+            show(path)
+        );
+        return Ok(None);
     }
+    let bytes = read_bounded(OP, show(path), file, MAX_BYTES).map_err(|e| e.with_kind(Kind::Usage))?;
     let refuse = |why: String| Error::new(Kind::Usage, OP, show(path), why);
-    if text.len() as u64 > MAX_BYTES {
-        return Err(refuse("it is longer than 1 MiB".into()));
-    }
+    let text = String::from_utf8(bytes).map_err(|e| refuse(e.to_string()))?;
     let file: File = toml::from_str(&text).map_err(|e| refuse(e.to_string().trim_end().replace('\n', "\n  ")))?;
     let single = [("root", &file.root), ("keyring", &file.keyring), ("auth_file", &file.logins)];
     let single = single.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
@@ -246,6 +250,13 @@ fn read_file(path: &Path) -> Result<Option<File>> {
         }
     }
     Ok(Some(file))
+}
+
+/// The owner of a file that this user must not follow: root, what is not root's.
+fn stranger(file: &std::fs::File) -> std::io::Result<Option<u32>> {
+    use std::os::unix::fs::MetadataExt as _;
+    let owner = file.metadata()?.uid();
+    Ok((rustix::process::geteuid().is_root() && owner != 0).then_some(owner))
 }
 
 /// The files to read, the strongest last. `FSPROV_CONFIG` names one that is read instead of both.

@@ -3,7 +3,7 @@
 //! Cheap questions are asked by [`Host::probe`]; those that need a child process or a file system instance are asked when
 //! somebody wants the answer, and kept.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
@@ -67,6 +67,7 @@ pub struct Host {
     pub fusermount_path: Option<PathBuf>,
     /// Does /etc/fuse.conf let ordinary users say allow_other?
     pub user_allow_other: Finding,
+    missing_calls: Vec<&'static str>,
     user_namespaces: OnceLock<Finding>,
     overlay: OnceLock<Finding>,
     idmapped_mounts: OnceLock<Finding>,
@@ -78,6 +79,7 @@ impl Host {
     /// Try what is cheap; a millisecond or so.
     pub fn probe() -> Self {
         let no_new_privs = rustix::thread::no_new_privs().unwrap_or(false);
+        let missing_calls = sysmount::missing_calls();
         let (fusermount_path, fusermount) = find_fusermount(no_new_privs);
         Host {
             euid: rustix::process::geteuid().as_raw(),
@@ -85,7 +87,8 @@ impl Host {
             initial_user_namespace: process::in_initial_user_namespace().unwrap_or(false),
             no_new_privs,
             mount: try_mounting(),
-            new_mount_api: try_new_calls(),
+            new_mount_api: judge_new_calls(&missing_calls),
+            missing_calls,
             fuse_device: try_fuse_device(),
             fusermount,
             fusermount_path,
@@ -108,6 +111,11 @@ impl Host {
         learned.iter().find(|(of, _)| *of == backend).map(|(_, no)| no.clone())
     }
 
+    /// Which of open_tree, move_mount and mount_setattr the kernel, or a seccomp filter, lacks.
+    pub fn missing_calls(&self) -> &[&'static str] {
+        &self.missing_calls
+    }
+
     /// May this user make a user namespace and mount in it?
     pub fn user_namespaces(&self) -> &Finding {
         self.user_namespaces.get_or_init(try_user_namespaces)
@@ -116,7 +124,7 @@ impl Host {
     /// May this process mount overlayfs in its mount namespace?
     pub fn overlay(&self) -> &Finding {
         self.overlay.get_or_init(|| match &self.mount {
-            Finding::Yes => try_overlay(),
+            Finding::Yes => try_overlay(!self.initial_user_namespace),
             no @ Finding::No { .. } => no.clone(),
         })
     }
@@ -176,8 +184,7 @@ fn try_mounting() -> Finding {
     }
 }
 
-fn try_new_calls() -> Finding {
-    let missing: Vec<&str> = sysmount::missing_calls();
+fn judge_new_calls(missing: &[&str]) -> Finding {
     if missing.is_empty() {
         return Finding::Yes;
     }
@@ -302,10 +309,11 @@ fn user_namespace_remedy(errno: Errno) -> &'static str {
 }
 
 /// As provisioning mounts it, with two directories that every machine has and that do not hold each other; it is seen nowhere.
-fn try_overlay() -> Finding {
+fn try_overlay(userxattr: bool) -> Finding {
     let open = |path| fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let Ok(lower) = ["/usr", "/etc"].into_iter().map(open).collect::<Result<Vec<_>, _>>() else { return Finding::Yes };
-    match overlay::detached(&overlay::Stack { lower: &lower, upper: None }) {
+    let lower: Vec<_> = lower.iter().map(AsFd::as_fd).collect();
+    match overlay::detached(&overlay::Stack { lower: &lower, upper: None, userxattr }) {
         Ok(_) => Finding::Yes,
         // Before Linux 5.2 only the list of file systems tells.
         Err(overlay::Failure::NotDetached) => match std::fs::read_to_string("/proc/filesystems") {

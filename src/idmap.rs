@@ -6,6 +6,7 @@ use std::path::Path;
 
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::{IdRange, Ownership};
+use crate::sys::fs::read_bounded;
 
 /// Most ranges in one map: the kernel's limit for a user namespace since 4.15 (user_namespaces(7)).
 const MAX_RANGES: usize = 340;
@@ -161,12 +162,10 @@ fn login_name(uid: u32, passwd: &str) -> Option<String> {
 }
 
 fn read(path: &Path) -> Result<String> {
-    use std::io::Read as _;
-    let mut text = String::new();
-    std::fs::File::open(path)
-        .and_then(|f| f.take(MAX_FILE_BYTES).read_to_string(&mut text))
-        .map_err(|e| Error::io("read", show(path), e))?;
-    Ok(text)
+    const OP: &str = "read";
+    let file = std::fs::File::open(path).map_err(|e| Error::io(OP, show(path), e))?;
+    let bytes = read_bounded(OP, show(path), file, MAX_FILE_BYTES)?;
+    String::from_utf8(bytes).map_err(|e| Error::new(Kind::Invalid, OP, show(path), e))
 }
 
 #[cfg(test)]

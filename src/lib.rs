@@ -30,11 +30,13 @@ pub mod image;
 pub mod index;
 pub mod paths;
 pub mod pathtext;
+pub mod place;
 pub mod plan;
 pub mod provisioner;
 pub mod pull;
 pub mod store;
 pub mod sys;
+pub mod traces;
 pub mod tree;
 pub mod volume;
 

@@ -1,12 +1,9 @@
-//! Volumes: parse, validate, resolve. A volume routes one path of the rootfs to a host path.
+//! Volumes, as they are written and as a plan has them. A volume routes one path of the rootfs to a host path.
 //!
-//! Parsing touches no environment; [`VolumeSpec::resolve`] looks at the host. Nothing here knows images: where the target
-//! lies inside one is found by the backend, inside the root.
+//! Nothing here touches the host. Nothing knows images: where the target lies inside one is found by the backend, inside the root.
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::io::ErrorKind;
-use std::os::fd::OwnedFd;
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Component, Path, PathBuf};
 
@@ -176,105 +173,6 @@ impl VolumeSpec {
         let (access, fill) = (access.unwrap_or(Access::Rw), fill.unwrap_or(Fill::Never));
         Ok(VolumeSpec { source, target, access, fill })
     }
-
-    /// Find the source on the host. A relative one lies below `sandbox` and is made (a directory, with the sandbox's owner)
-    /// if it is missing; an absolute one must exist. A symlink may not lead a relative source out of the sandbox.
-    ///
-    /// A missing source that is to be filled is not made, only what it lies in: it appears when it is complete. `form` is what
-    /// the image has at the target then.
-    pub fn resolve(&self, sandbox: Option<&Path>, form: impl FnOnce() -> Result<Form>) -> Result<Resolved> {
-        let op = "find the source of volume";
-        let mut made = Vec::new();
-        if self.fill == Fill::Once
-            && let Some(parent) = self.missing_in(sandbox, &mut made)?
-        {
-            let name = self.source.file_name().ok_or_else(|| {
-                Error::new(Kind::Usage, op, show(&self.source), "it is missing and ends with . or ..")
-            })?;
-            let source = crate::sys::fs::path_of(&parent)?.join(name);
-            let volume = Volume { source, target: self.target.clone(), access: self.access, form: form()? };
-            return Ok(Resolved { volume, made, fill: true });
-        }
-        let found = if self.source.is_absolute() {
-            crate::sys::fs::open_path(&self.source).map_err(|e| {
-                Error::sys(op, format!("{} ({})", self.target, show(&self.source)), e)
-                    .hint("an absolute source must exist: create it first")
-            })?
-        } else {
-            let sandbox = sandbox.ok_or_else(|| {
-                Error::new(
-                    Kind::Usage,
-                    op,
-                    format!("{} ({})", self.target, show(&self.source)),
-                    "it is relative and there is no sandbox",
-                )
-                .hint("give the executor work directory with --sandbox DIR, or an absolute source")
-            })?;
-            made = missing_below(sandbox, &self.source);
-            crate::sys::fs::open_or_make_below(sandbox, &self.source)?
-        };
-        let stat = rustix::fs::fstat(&found).map_err(|e| Error::sys(op, show(&self.source), e))?;
-        let form = match rustix::fs::FileType::from_raw_mode(stat.st_mode) {
-            rustix::fs::FileType::Directory => Form::Directory,
-            rustix::fs::FileType::RegularFile => Form::File,
-            // A socket or a device node (a /dev/null, a control socket) is bound as a file, as `docker -v` does.
-            rustix::fs::FileType::Socket
-            | rustix::fs::FileType::CharacterDevice
-            | rustix::fs::FileType::BlockDevice
-            | rustix::fs::FileType::Fifo => Form::Special,
-            _ => {
-                return Err(Error::new(Kind::Usage, op, show(&self.source), "it is neither a file nor a directory"));
-            }
-        };
-        let source = crate::sys::fs::path_of(&found)?;
-        let volume = Volume { source, target: self.target.clone(), access: self.access, form };
-        let fill = self.fill == Fill::Once && form == Form::Directory && is_empty(&found, &volume.source)?;
-        Ok(Resolved { volume, made, fill })
-    }
-
-    /// The directory in which the source is missing; `None`: it is not missing, or it is an error that [`Self::resolve`] will find.
-    fn missing_in(&self, sandbox: Option<&Path>, made: &mut Vec<PathBuf>) -> Result<Option<OwnedFd>> {
-        let parent = self.source.parent().unwrap_or(Path::new(""));
-        if self.source.is_absolute() {
-            let is_missing = std::fs::symlink_metadata(&self.source).is_err_and(|e| e.kind() == ErrorKind::NotFound);
-            return Ok(if is_missing { crate::sys::fs::open_path(parent).ok() } else { None });
-        }
-        let Some(sandbox) = sandbox else { return Ok(None) };
-        // Not followed: a dangling symlink is for the other way to refuse.
-        if std::fs::symlink_metadata(sandbox.join(&self.source)).is_ok() {
-            return Ok(None);
-        }
-        if parent.as_os_str().is_empty() {
-            return Ok(crate::sys::fs::open_path(sandbox).ok());
-        }
-        *made = missing_below(sandbox, parent);
-        crate::sys::fs::open_or_make_below(sandbox, parent).map(Some)
-    }
-}
-
-fn is_empty(found: &OwnedFd, source: &Path) -> Result<bool> {
-    use rustix::fs::{Mode, OFlags, openat};
-    openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .and_then(crate::sys::fs::is_empty)
-        .map_err(|e| Error::sys("look into volume source", show(source), e))
-}
-
-/// A volume found, and what had to be made for it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Resolved {
-    /// The volume.
-    pub volume: Volume,
-    /// Directories made below the sandbox, outermost first; the last one is the source itself, or what it will lie in.
-    pub made: Vec<PathBuf>,
-    /// Is the source to be filled from the image before it is used?
-    pub fill: bool,
-}
-
-fn missing_below(sandbox: &Path, relative: &Path) -> Vec<PathBuf> {
-    let below = relative.ancestors().filter(|a| !a.as_os_str().is_empty()).map(|a| sandbox.join(a));
-    let mut missing: Vec<_> = below.take_while(|path| std::fs::symlink_metadata(path).is_err()).collect();
-    missing.reverse();
-    missing
 }
 
 fn split_fields(bytes: &[u8]) -> Vec<Vec<u8>> {

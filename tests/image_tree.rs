@@ -15,6 +15,7 @@ use fsprov::fuse::mount::{self, Method, Mounted, OtherUsers, Request};
 use fsprov::fuse::session::{self, Start};
 use fsprov::host::Host;
 use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
+use fsprov::place::{Place, Point};
 use fsprov::plan::Ownership;
 use fsprov::sys::mount::Unmount;
 use fsprov::tree::image::{ImageTree, Trust};
@@ -106,6 +107,8 @@ impl Served {
         let point = dir.path().join("mnt");
         std::fs::create_dir(&point)?;
         let point = point.canonicalize()?;
+        let parent = Place::open(point.parent().expect("it has a parent"))?;
+        let point = Point::new(parent, "mnt".as_ref())?;
         let request = Request { point: &point, source: "fsprov-test", read_only: true, others: OtherUsers::Usual };
         let mounted = mount::mount(&Method::choose(&Host::probe())?, &request)?;
         let init = session::read_init(&mounted.connection)?;
@@ -136,7 +139,7 @@ impl Served {
 
 impl Drop for Served {
     fn drop(&mut self) {
-        let _ = mount::unmount(&self.mounted.info, Unmount::Lazy);
+        let _ = mount::unmount(&self.mounted.info, Unmount::Lazy, Method::choose(&Host::probe()).ok().as_ref());
         if let Some(server) = self.server.take() {
             let _ = server.join();
         }

@@ -1,8 +1,8 @@
 //! Attaching a rootfs and its volumes, and taking them away again: shared by the backends that use kernel mounts.
 //!
 //! Everything inside the rootfs is hostile while this runs: targets are resolved inside the root, by descriptor, with
-//! openat2(RESOLVE_IN_ROOT), and mounts are attached on descriptors (runc's CVE-2021-30465 and its successors). Sources were
-//! resolved when the request was read: a symlink in their path now is a change, and refused.
+//! openat2(RESOLVE_IN_ROOT), and mounts are attached on descriptors (runc's CVE-2021-30465 and its successors). Sources and the mount
+//! point come as [`Places`], opened before. A mount is found again by its id, wherever it lies by then.
 
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -11,14 +11,16 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Detach, Health, Journal, Support, Traces};
+use super::{Detach, Health, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
+use crate::place::{Place, Places, Point};
 use crate::plan::{BackendKind, Plan};
-use crate::sys::fs::{open_beneath, open_in_root};
+use crate::sys::fs::open_in_root;
 use crate::sys::mount::{self, AttrSet, Depth, Piece, Unmount};
-use crate::sys::mountinfo::{self, MountInfo};
+use crate::sys::mountinfo::{self, Known, MountInfo};
 use crate::sys::process::{self, Hold};
+use crate::traces::{Journal, Traces};
 use crate::volume::{Access, Form, Volume};
 
 const MOUNT_VOLUME: &str = "mount volume";
@@ -44,42 +46,16 @@ fn attrs_of(volume: &Volume) -> AttrSet<'static> {
     AttrSet { read_only: volume.access == Access::Ro, private: true, ..AttrSet::default() }
 }
 
-/// An O_PATH descriptor of an absolute host path that was resolved before: a symlink on the way is refused.
-pub(super) fn open_resolved_path(path: &Path) -> rustix::io::Result<OwnedFd> {
-    let top = fs::openat(fs::CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
-    match path.strip_prefix("/") {
-        Ok(relative) if relative.as_os_str().is_empty() => Ok(top),
-        Ok(relative) => open_beneath(&top, relative, OFlags::PATH),
-        Err(_) => Err(Errno::INVAL),
-    }
-}
-
-/// Open every source and build its mount, before anything is attached anywhere.
-pub(super) fn prepare(plan: &Plan) -> Result<Vec<Prepared<'_>>> {
-    plan.volumes
-        .iter()
-        .map(|volume| {
-            let op = || format!("{} ({})", volume.target, show(&volume.source));
-            let fd = open_resolved_path(&volume.source).map_err(|e| match e {
-                Errno::LOOP | Errno::XDEV => {
-                    Error::new(Kind::Usage, MOUNT_VOLUME, op(), "the source's path was changed: a symlink is in it now")
-                }
-                e => Error::sys(MOUNT_VOLUME, op(), e),
-            })?;
-            let mode = fs::fstat(&fd).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?.st_mode;
-            if FileType::from_raw_mode(mode).is_dir() != (volume.form == Form::Directory) {
-                return Err(Error::new(
-                    Kind::Usage,
-                    MOUNT_VOLUME,
-                    op(),
-                    "the source was replaced by another kind of file",
-                ));
-            }
-            let piece =
-                Piece::bind(fd, &plan.state_dir, &attrs_of(volume)).map_err(|e| Error::sys(MOUNT_VOLUME, op(), e))?;
-            Ok(Prepared { volume, piece })
-        })
-        .collect()
+/// Build every volume's mount, before anything is attached anywhere.
+pub(super) fn prepare<'a>(plan: &'a Plan, places: &Places) -> Result<Vec<Prepared<'a>>> {
+    let build = |(volume, source): (&'a Volume, &Place)| {
+        let fail = |e| Error::sys(MOUNT_VOLUME, format!("{} ({})", volume.target, show(&volume.source)), e);
+        let piece = rustix::io::fcntl_dupfd_cloexec(source, 0)
+            .and_then(|fd| Piece::bind(fd, &plan.state_dir, &attrs_of(volume)))
+            .map_err(fail)?;
+        Ok(Prepared { volume, piece })
+    };
+    plan.volumes.iter().zip(&places.volumes).map(build).collect()
 }
 
 /// Something made on the host as a mount point, to be removed again if provisioning fails.
@@ -99,8 +75,8 @@ pub(super) struct Assembly<'a> {
     missing: Missing,
     root: OwnedFd,
     root_id: u64,
-    /// Volumes attached so far: mount id and access.
-    attached: Vec<(u64, &'a Volume)>,
+    /// Volumes attached so far, and their mounts.
+    attached: Vec<(Known, &'a Volume)>,
     made: MadeEntries,
 }
 
@@ -113,6 +89,27 @@ impl<'a> Assembly<'a> {
     /// The root directory.
     pub(super) fn root(&self) -> BorrowedFd<'_> {
         self.root.as_fd()
+    }
+
+    /// The mounts of the volumes, and what came with them.
+    pub(super) fn parts(&self) -> Result<Vec<Known>> {
+        let table = mountinfo::read()?;
+        let mut parts = Vec::new();
+        for (volume, _) in &self.attached {
+            let below: Vec<_> = volume.unique.map(mountinfo::unique_ids_below).unwrap_or_default();
+            for mount in mountinfo::tree_of(table.clone(), volume.id) {
+                let unique = if mount.id == volume.id {
+                    volume.unique
+                } else {
+                    below.iter().find(|known| known.id == mount.id).and_then(|known| known.unique)
+                };
+                // One volume may lie in another.
+                if !parts.iter().any(|known: &Known| known.id == mount.id) {
+                    parts.push(Known { id: mount.id, unique });
+                }
+            }
+        }
+        Ok(parts)
     }
 
     /// Attach the volumes in their order. `EINVAL` from the first one on a root that is itself detached comes back as
@@ -130,9 +127,9 @@ impl<'a> Assembly<'a> {
                     }
                     Err(e) => return Err(Error::sys(MOUNT_VOLUME, &next.volume.target, e)),
                 }
-                let id = mount::mount_id(tree)?;
-                self.check(next.volume, id)?;
-                self.attached.push((id, next.volume));
+                let known = known(tree)?;
+                self.check(next.volume, known.id)?;
+                self.attached.push((known, next.volume));
                 continue;
             }
             if root == RootState::Detached {
@@ -141,10 +138,10 @@ impl<'a> Assembly<'a> {
             fault::point("attach.volume")?;
             let volume = next.volume;
             let made = next.piece.attach(&target, &attrs_of(volume), &mut |_| Ok(()))?;
-            let id = mount::mount_id(&made)?;
-            self.attached.push((id, volume));
+            let known = known(&made)?;
+            self.attached.push((known, volume));
             mount::make_private(&made)?;
-            self.check(volume, id)?;
+            self.check(volume, known.id)?;
         }
         Ok(None)
     }
@@ -169,7 +166,7 @@ impl<'a> Assembly<'a> {
         check_kinds(volume, FileType::from_raw_mode(mode))?;
         let id = mount::mount_id(&target)?;
         if mount::is_mount_root(&target)? {
-            let covered = self.attached.iter().find(|(other, _)| *other == id);
+            let covered = self.attached.iter().find(|(other, _)| other.id == id);
             if let Some((_, other)) = covered {
                 return Err(Error::new(
                     Kind::Usage,
@@ -192,7 +189,7 @@ impl<'a> Assembly<'a> {
 
     fn may_make_in(&self, parent: &OwnedFd) -> Result<bool> {
         let id = mount::mount_id(parent)?;
-        let in_volume = self.attached.iter().any(|(other, v)| *other == id && v.access == Access::Rw);
+        let in_volume = self.attached.iter().any(|(other, v)| other.id == id && v.access == Access::Rw);
         Ok(in_volume || (id == self.root_id && self.missing == Missing::Make))
     }
 
@@ -236,6 +233,11 @@ impl<'a> Assembly<'a> {
     pub(super) fn keep(mut self) {
         self.made.0.clear();
     }
+}
+
+/// What identifies the mount that `fd` is the root of.
+fn known(fd: &OwnedFd) -> Result<Known> {
+    Ok(Known { id: mount::mount_id(fd)?, unique: mount::unique_mount_id(fd) })
 }
 
 #[derive(Debug, Default)]
@@ -356,19 +358,20 @@ pub(super) fn targets_support(backend: BackendKind, layer: &Path, volumes: &[Vol
     Support::Yes
 }
 
-/// Attach a root mount with its volumes on `plan.rootfs`, writing down what is ours before it is to be seen.
+/// Attach a root mount with its volumes on the mount point, writing down what is ours before it is to be seen.
 ///
 /// On an error nothing of it is left.
 pub(super) fn put_in_place(
     backend: BackendKind,
     plan: &Plan,
+    places: &Places,
     root: Piece,
     root_attrs: &AttrSet<'_>,
-    journal: &mut dyn Journal,
+    journal: &mut Journal<'_>,
 ) -> Result<()> {
-    let volumes = prepare(plan)?;
-    let point = open_mount_point(&plan.rootfs)?;
-    let mut traces = Traces::default();
+    let volumes = prepare(plan, places)?;
+    let point = &places.point;
+    let mut traces = Traces { parent: Some(point.parent.identity()), ..Traces::default() };
     let mut note = |root: BorrowedFd<'_>| -> Result<()> {
         traces.mount_id = Some(mount::mount_id(root)?);
         traces.unique_mount_id = mount::unique_mount_id(root);
@@ -376,21 +379,22 @@ pub(super) fn put_in_place(
         fault::point("attach.root")
     };
     let (mut assembly, rest) = match root {
-        Piece::Detached(tree) if !has_peers(&point)? => {
+        Piece::Detached(tree) if !has_peers(&point.place)? => {
             let id = mount::mount_id(&tree)?;
             let mut assembly = Assembly::new(backend, tree, id, Missing::Refuse);
             let rest = assembly.attach(volumes, RootState::Detached)?;
             note(assembly.root())?;
-            mount::move_mount_to(assembly.root(), &point).map_err(|e| Error::sys("mount on", show(&plan.rootfs), e))?;
+            mount::move_mount_to(assembly.root(), &point.place)
+                .map_err(|e| Error::sys("mount on", show(&plan.rootfs), e))?;
             (assembly, rest)
         }
         alone => {
-            let root = alone.attach(&point, root_attrs, &mut note)?;
+            let root = alone.attach(&point.place, root_attrs, &mut note)?;
             let id = traces.mount_id.unwrap_or_default();
             (Assembly::new(backend, root, id, Missing::Refuse), Some(volumes))
         }
     };
-    match finish(&mut assembly, rest, plan, &mut traces, journal) {
+    match finish(&mut assembly, rest, point, &mut traces, journal) {
         Ok(()) => {
             assembly.keep();
             Ok(())
@@ -407,92 +411,81 @@ pub(super) fn put_in_place(
 /// Is the mount point on a shared mount? What is attached there then gets copies below its peers, in other namespaces maybe.
 /// Ours is cut off from those afterwards, and unmounting it takes a copy away only if nothing is mounted on that
 /// (mount_namespaces(7)): so the root goes there alone, and volumes follow when it is private.
-fn has_peers(point: &OwnedFd) -> Result<bool> {
+fn has_peers(point: &Place) -> Result<bool> {
     Ok(mountinfo::by_id(mount::mount_id(point)?)?.is_some_and(|m| m.shared.is_some()))
 }
 
 fn finish<'a>(
     assembly: &mut Assembly<'a>,
     rest: Option<Vec<Prepared<'a>>>,
-    plan: &Plan,
+    point: &Point,
     traces: &mut Traces,
-    journal: &mut dyn Journal,
+    journal: &mut Journal<'_>,
 ) -> Result<()> {
     mount::make_private(assembly.root())?;
     if let Some(rest) = rest {
         assembly.attach(rest, RootState::Attached)?;
     }
-    let seen = open_mount_point(&plan.rootfs)?;
-    if Some(mount::mount_id(&seen)?) != traces.mount_id {
-        return Err(Error::new(
-            Kind::Busy,
-            "mount on",
-            show(&plan.rootfs),
-            "something else was mounted there meanwhile",
-        ));
-    }
+    point.check_mounted(assembly.root_id)?;
     fault::point("attach.note")?;
     traces.parts =
         Some(mountinfo::tree_of(mountinfo::read()?, assembly.root_id).into_iter().skip(1).map(|m| m.id).collect());
     journal.note(traces)
 }
 
-/// The directory on which the rootfs is mounted.
-pub(super) fn open_mount_point(rootfs: &Path) -> Result<OwnedFd> {
-    const OP: &str = "open mount point";
-    let fd = open_resolved_path(rootfs).map_err(|e| match e {
-        Errno::LOOP | Errno::XDEV => {
-            Error::new(Kind::Usage, OP, show(rootfs), "its path was changed: a symlink is in it now")
-        }
-        e => Error::sys(OP, show(rootfs), e),
-    })?;
-    let mode = fs::fstat(&fd).map_err(|e| Error::sys(OP, show(rootfs), e))?.st_mode;
-    if FileType::from_raw_mode(mode).is_dir() {
-        return Ok(fd);
-    }
-    Err(Error::new(Kind::Usage, OP, show(rootfs), "it is not a directory"))
-}
-
-/// Our root mount at `rootfs`, and what lies on it, from the mount table. `None`: it is not there.
+/// Our root mount, wherever it lies by now, and what lies on it. `None`: it is gone, or not in this mount namespace.
 fn find(rootfs: &Path, traces: &Traces) -> Result<Option<Vec<MountInfo>>> {
-    let Some(id) = traces.mount_id else { return Ok(None) };
+    let Some(known) = traces.mount() else { return Ok(None) };
+    let Some(id) = known.current_id() else { return Ok(None) };
     let table = mountinfo::read()?;
-    let stack = mountinfo::stack_at(table.clone(), rootfs);
-    let Some(place) = stack.iter().position(|m| m.id == id) else { return Ok(None) };
-    if place + 1 < stack.len() {
-        let top = &stack[stack.len() - 1];
+    let Some(ours) = table.iter().find(|m| m.id == id).cloned() else { return Ok(None) };
+    if !known.is_certain() && !is_certain(&ours, rootfs, traces) {
+        return Ok(None);
+    }
+    if ours.point != rootfs {
+        log::info!("{} lies at {} now", show(rootfs), show(&ours.point));
+    }
+    let stack = mountinfo::stack_at(table.clone(), &ours.point);
+    if let Some(top) = stack.last().filter(|top| top.id != id) {
         return Err(Error::new(
             Kind::Busy,
             UNMOUNT,
             show(rootfs),
             format!("another mount lies on top of it ({} of {})", show(&top.fs_type), show(&top.source)),
         )
-        .hint(format!("umount {} first", show(rootfs))));
-    }
-    // An id may be used again once its mount is gone (mount ids are the lowest free number); the unique one is not.
-    if let Some(unique) = traces.unique_mount_id {
-        let seen = open_resolved_path(rootfs).ok().and_then(mount::unique_mount_id);
-        if seen.is_some_and(|seen| seen != unique) {
-            return Ok(None);
-        }
+        .hint(format!("umount {} first", show(&ours.point))));
     }
     Ok(Some(mountinfo::tree_of(table, id)))
 }
 
-/// Unmount our rootfs at `rootfs`, with its volumes. `false`: it was not there.
+/// Before Linux 6.8 an id may be used again once its mount is gone (mount ids are the lowest free number). It is ours where it was
+/// made, or in the directory that it was made in, which may have been moved.
+fn is_certain(mount: &MountInfo, rootfs: &Path, traces: &Traces) -> bool {
+    if mount.point == rootfs {
+        return true;
+    }
+    let parent = mount.point.parent().and_then(|parent| Place::open(parent).ok());
+    let known = traces.parent.zip(parent).is_some_and(|(known, parent)| known.is_same(&parent.identity()));
+    known && mount.point.file_name() == rootfs.file_name()
+}
+
+/// Unmount our rootfs, with its volumes. `false`: it is gone already.
 pub(super) fn take_away(plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
     let rootfs = plan.rootfs.as_path();
     clear_stage(&plan.state_dir)?;
     let Some(tree) = find(rootfs, traces)? else { return Ok(false) };
+    let Some(root) = tree.first() else { return Ok(false) };
     check_foreign(rootfs, &tree[1..], traces.parts.as_deref(), how)?;
     match how {
-        Detach::Lazy => {
-            fault::point("attach.unmount")?;
-            mount::unmount(rootfs, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(rootfs), e))?;
-        }
+        Detach::Lazy => unmount_lazily(root)?,
         Detach::IfIdle => unmount_idle(rootfs, &tree)?,
     }
     Ok(true)
+}
+
+fn unmount_lazily(found: &MountInfo) -> Result<()> {
+    fault::point("attach.unmount")?;
+    mount::unmount_found(found, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(&found.point), e))
 }
 
 /// Mounts that were being built in our own directory when we were killed.
@@ -500,8 +493,7 @@ pub(super) fn clear_stage(stage: &Path) -> Result<()> {
     let table = mountinfo::read()?;
     let below = mountinfo::subtree_below(table.clone(), stage);
     for mount in mountinfo::stack_at(table, stage).iter().chain(&below).rev() {
-        fault::point("attach.unmount")?;
-        mount::unmount(&mount.point, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(&mount.point), e))?;
+        unmount_lazily(mount)?;
     }
     Ok(())
 }
@@ -522,12 +514,30 @@ pub(super) fn take_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> 
                 return Err(foreign_error(rootfs, &[foreign]));
             }
             for mount in below.iter().rev() {
-                fault::point("attach.unmount")?;
-                mount::unmount(&mount.point, Unmount::Lazy).map_err(|e| Error::sys(UNMOUNT, show(&mount.point), e))?;
+                unmount_lazily(mount)?;
             }
         }
     }
     Ok(true)
+}
+
+/// Unmount the volumes of a rootfs whose directory is no longer where it was. `false`: none was there.
+pub(super) fn take_moved_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
+    // Where ids are used again nothing tells ours from another's.
+    let ids: Vec<_> = traces.parts().filter(|part| part.is_certain()).filter_map(Known::current_id).collect();
+    let table = mountinfo::read()?;
+    let ours: Vec<MountInfo> = table.iter().filter(|m| ids.contains(&m.id)).cloned().collect();
+    let foreign = |m: &&MountInfo| ids.contains(&m.parent) && !ids.contains(&m.id);
+    let foreign: Vec<_> = table.iter().filter(foreign).collect();
+    if !foreign.is_empty() {
+        return Err(foreign_error(rootfs, &foreign));
+    }
+    let ordered = mountinfo::parents_first(ours);
+    match how {
+        Detach::IfIdle => unmount_idle(rootfs, &ordered)?,
+        Detach::Lazy => ordered.iter().rev().try_for_each(unmount_lazily)?,
+    }
+    Ok(!ordered.is_empty())
 }
 
 fn foreign_error(rootfs: &Path, foreign: &[&MountInfo]) -> Error {
@@ -571,21 +581,34 @@ pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<process
 /// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
 fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
     refuse_in_use(rootfs, || Ok(process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect()))?;
-    for mount in tree.iter().rev() {
-        fault::point("attach.unmount")?;
-        mount::unmount(&mount.point, Unmount::IfIdle).map_err(|e| {
-            let error = Error::sys(UNMOUNT, show(&mount.point), e);
-            match e {
-                Errno::BUSY => error.hint("a process that we may not look at uses it; try again, or use --lazy"),
-                _ => error,
-            }
-        })?;
-    }
-    Ok(())
+    tree.iter().rev().try_for_each(unmount_one)
 }
 
-/// How a kernel mount fares: it is there, or it is not.
+fn unmount_one(mount: &MountInfo) -> Result<()> {
+    fault::point("attach.unmount")?;
+    let mut tried = mount::unmount_found(mount, Unmount::IfIdle);
+    for _ in 1..process::BUSY_TRIES {
+        // One that was just forked holds what its parent had open, for a moment.
+        if tried != Err(Errno::BUSY) {
+            break;
+        }
+        std::thread::sleep(process::BUSY_PAUSE);
+        tried = mount::unmount_found(mount, Unmount::IfIdle);
+    }
+    tried.map_err(|e| {
+        let error = Error::sys(UNMOUNT, show(&mount.point), e);
+        match e {
+            Errno::BUSY => error.hint("a process that we may not look at uses it; try again, or use --lazy"),
+            _ => error,
+        }
+    })
+}
+
+/// How a kernel mount fares: it is there, wherever it lies, or it is not.
 pub(super) fn health(rootfs: &Path, traces: &Traces, mounts: &mountinfo::Table) -> Health {
-    let there = traces.mount_id.is_some_and(|id| mounts.at(rootfs).iter().any(|m| m.id == id));
+    let there = traces.mount().is_some_and(|known| {
+        let found = known.current_id().and_then(|id| mounts.by_id(id));
+        found.is_some_and(|m| known.is_certain() || is_certain(m, rootfs, traces))
+    });
     if there { Health::Ready } else { Health::Gone }
 }

@@ -7,17 +7,18 @@ use std::fmt::Write as _;
 use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{self, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::{Backend, Detach, Health, Journal, Support, Traces, attach};
+use super::{Backend, Detach, Health, Support, attach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
+use crate::place::{Place, Places};
 use crate::plan::{BackendKind, IdRange, Ownership, Plan};
 use crate::sys::mount::{AttrSet, Piece};
 use crate::sys::mountinfo::Table;
 use crate::sys::process::UserNamespace;
+use crate::traces::{Journal, Traces};
 
 /// The bind backend.
 #[derive(Debug)]
@@ -55,18 +56,20 @@ impl Backend for Bind {
                 return no;
             }
             // Whether this layer's file system takes it shows only by trying; the mount is detached and goes again.
-            if let Err(e) = build(plan, layer) {
+            let tried = Place::open(layer).map_err(|e| Error::sys(OP, show(layer), e)).and_then(|l| build(plan, &l));
+            if let Err(e) = tried {
                 return refusal(&e);
             }
         }
         attach::targets_support(BackendKind::Bind, layer, &plan.volumes)
     }
 
-    fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
-        let layer = check(plan)?;
+    fn provision(&self, _: &Host, plan: &Plan, places: &Places, journal: &mut Journal<'_>) -> Result<()> {
+        check(plan)?;
         fault::point("bind.build")?;
+        let layer = places.layers.first().ok_or_else(|| Error::new(Kind::Invalid, OP, "", "it was not opened"))?;
         let root = build(plan, layer)?;
-        attach::put_in_place(BackendKind::Bind, plan, root, &READ_ONLY, journal)
+        attach::put_in_place(BackendKind::Bind, plan, places, root, &READ_ONLY, journal)
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
@@ -88,11 +91,12 @@ fn check(plan: &Plan) -> Result<&Path> {
 const READ_ONLY: AttrSet<'static> =
     AttrSet { read_only: true, nosuid: false, nodev: false, noexec: false, private: true, idmap: None };
 
+const OP: &str = "bind layer";
+
 /// The root's mount, detached.
-fn build(plan: &Plan, layer: &Path) -> Result<Piece> {
-    const OP: &str = "bind layer";
-    let dir = fs::openat(fs::CWD, layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys(OP, show(layer), e))?;
+fn build(plan: &Plan, layer: &Place) -> Result<Piece> {
+    let dir: OwnedFd = layer.try_clone()?.into();
+    let layer = layer.path();
     let namespace = id_map(&plan.ownership)?;
     let attrs = AttrSet { idmap: namespace.as_ref().map(|fd| fd.as_fd()), ..READ_ONLY };
     Piece::bind(dir, &plan.state_dir, &attrs).map_err(|e| match e {

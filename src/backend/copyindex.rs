@@ -2,7 +2,7 @@
 //! of an unprivileged import hold modes, owners, attributes and special files only as far as the importing user could set them.
 
 use std::ffi::{CString, OsStr};
-use std::os::fd::{AsRawFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
@@ -11,11 +11,12 @@ use rustix::io::Errno;
 
 use super::copytree::{MAX_DEPTH, presented};
 use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::index::read::{Form, Inode};
 use crate::index::{Damaged, Index};
 use crate::plan::Ownership;
-use crate::sys::attrs::{self, At, Fidelity};
-use crate::sys::remove;
+use crate::sys::attrs::{self, Fidelity};
+use crate::sys::remove::remove_tree_at;
 
 const OP: &str = "set attributes of copied";
 
@@ -28,13 +29,20 @@ pub(super) struct Lacking {
     pub(super) devices: u64,
 }
 
-/// Give everything below `root` the attributes that `index` has for it, and make the special files that are in the index alone.
+/// Give everything below `root`, a directory that nobody else can enter, the attributes that `index` has for it, and make the special files that are in the index alone.
 pub(super) fn apply(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Result<Lacking> {
     let mut pass = Pass { index, ownership, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
     let top = index.inode(0).map_err(|e| damaged(Path::new("/"), e))?;
+    fault::point("copy.index")?;
     pass.directory(&top, root, Path::new(""), MAX_DEPTH)?;
-    pass.attributes(&top, At::itself(root), Path::new("/"))?;
     Ok(pass.lacking)
+}
+
+/// Give `root` itself the attributes that the image's root has.
+pub(super) fn apply_top(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Result<()> {
+    let mut pass = Pass { index, ownership, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
+    let top = index.inode(0).map_err(|e| damaged(Path::new("/"), e))?;
+    pass.attributes(&top, root, Path::new("/"))
 }
 
 fn damaged(path: &Path, why: Damaged) -> Error {
@@ -76,9 +84,8 @@ impl Pass<'_> {
             if matches!(name, b"." | b"..") || self.index.lookup(inode, name).map_err(|e| damaged(path, e))?.is_some() {
                 continue;
             }
-            // By descriptor: this very directory, whatever its name leads to.
-            let inside = PathBuf::from(format!("/proc/self/fd/{}", dir.as_raw_fd()));
-            remove::remove_tree(&inside.join(OsStr::from_bytes(name)))?;
+            let name = OsStr::from_bytes(name);
+            remove_tree_at(dir, name, &path.join(name))?;
         }
         Ok(())
     }
@@ -120,13 +127,16 @@ impl Pass<'_> {
             let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
             let below = fs::openat(dir, name, flags, Mode::empty()).map_err(fail)?;
             self.directory(inode, &below, path, depth_left - 1)?;
+            return self.attributes(inode, &below, path);
         } else if inode.nlink > 1 {
             if self.done.contains_key(&inode.row) {
                 return Ok(());
             }
             self.done.insert(inode.row, path.to_owned());
         }
-        self.attributes(inode, At::new(dir, name), path)
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let file = fs::openat(dir, name, flags, Mode::empty()).map_err(fail)?;
+        self.attributes(inode, &file, path)
     }
 
     fn link(&self, first: &Path, dir: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
@@ -136,9 +146,9 @@ impl Pass<'_> {
         fs::linkat(&parent, file, dir, name, AtFlags::empty())
     }
 
-    fn attributes(&mut self, inode: &Inode, to: At<'_>, path: &Path) -> Result<()> {
+    fn attributes(&mut self, inode: &Inode, to: &OwnedFd, path: &Path) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
-        let there = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        let there = fs::fstat(to).map_err(fail)?;
         // The index keeps one time for each inode.
         let time = Timespec { tv_sec: inode.mtime.secs, tv_nsec: inode.mtime.nanos.into() };
         let stat = attrs::described(there, (inode.mode, inode.uid, inode.gid), time, time);

@@ -15,22 +15,24 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
-use super::Meter;
 use super::copyindex;
 use super::whiteout::{self, Mark};
 use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::index::Index;
+use crate::place::Place;
 use crate::plan::Ownership;
-use crate::sys::attrs::{self, At, Fidelity};
+use crate::sys::attrs::{self, Fidelity};
 use crate::sys::fs::open_beneath;
-use crate::sys::remove;
+use crate::sys::remove::remove_tree_at;
+use crate::traces::Meter;
 
 const OP: &str = "copy";
 const TARGET: &str = "fsprov::copy";
 
 /// Deepest tree copied: two descriptors are held a level, and the usual limit on open files is 1024.
 pub(super) const MAX_DEPTH: usize = 400;
-/// Files waiting to be filled; each holds a share of two directory descriptors.
+/// Files waiting to be filled; each holds a descriptor, and a share of a directory's.
 const QUEUE: usize = 64;
 /// Most threads filling files: beyond that one disk gets no faster.
 const MAX_WORKERS: usize = 8;
@@ -39,7 +41,7 @@ const BUFFER: usize = 256 << 10;
 /// Bytes asked of one copy_file_range(2): it returns to us now and then, to see whether all has been called off.
 const RANGE: usize = 64 << 20;
 
-/// Copies layers into one directory.
+/// Copies layers into one directory, which nobody else can enter meanwhile: names in it are ours.
 pub(super) struct Copier<'a> {
     root: &'a OwnedFd,
     ownership: &'a Ownership,
@@ -67,6 +69,8 @@ struct Shared {
     devices: AtomicU64,
     /// Files get no attributes from the layers: the index has them.
     bare: AtomicBool,
+    /// Is a file being filled, or was one?
+    has_begun: AtomicBool,
     meter: OnceLock<Arc<Meter>>,
 }
 
@@ -89,11 +93,11 @@ impl Shared {
     }
 }
 
-/// One regular file to fill: it is there, empty.
+/// One regular file to fill, which was just made: it is empty.
 struct Job {
     from: Arc<OwnedFd>,
-    to: Arc<OwnedFd>,
     name: OsString,
+    to: OwnedFd,
     stat: Stat,
     shown: PathBuf,
 }
@@ -106,7 +110,7 @@ struct Level {
 }
 
 struct LayerWalk<'a> {
-    layer: &'a Path,
+    layer: &'a Place,
     fd: Arc<OwnedFd>,
     device: u64,
     /// Is there anything below that this layer may replace?
@@ -139,20 +143,21 @@ impl<'a> Copier<'a> {
         self
     }
 
-    /// Copy the layers, bottom first.
-    pub(super) fn run(mut self, layers: &[PathBuf]) -> Result<()> {
+    /// Copy the layers, bottom first. What has the root's own attributes comes back.
+    pub(super) fn run(mut self, layers: &[Place]) -> Result<Top> {
         for (n, layer) in layers.iter().enumerate() {
             // A barrier after each: the next may replace what this one brought.
             // The index knows what is hidden, and whether a name is a mark at all: what it lacks is removed at the end.
             self.layer(layer, n == 0, layers.len() > 1 && self.index.is_none())?;
         }
-        if let Some(index) = &self.index {
-            let lacking = copyindex::apply(self.root, index, self.ownership)?;
+        let top = if let Some(index) = self.index.take() {
+            let lacking = copyindex::apply(self.root, &index, self.ownership)?;
             self.work.partial.store(lacking.partial, Ordering::Relaxed);
             self.work.devices.store(lacking.devices, Ordering::Relaxed);
+            Top(Whose::Index(Box::new(index), self.ownership.clone()))
         } else {
-            self.finish_directories()?;
-        }
+            self.finish_directories()?
+        };
         let (partial, devices) = (self.work.partial.load(Ordering::Relaxed), self.work.devices.load(Ordering::Relaxed));
         if partial > 0 {
             log::info!(target: TARGET, "{partial} files keep not all of their owners and attributes: this user may not set them");
@@ -160,12 +165,12 @@ impl<'a> Copier<'a> {
         if devices > 0 {
             log::warn!(target: TARGET, "{devices} device nodes are left out: this user may not make them");
         }
-        Ok(())
+        Ok(top)
     }
 
-    fn layer(&mut self, layer: &Path, first: bool, whiteouts: bool) -> Result<()> {
-        let fail = |e| Error::sys(OP, show(layer), e);
-        let fd = fs::open(layer, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
+    fn layer(&mut self, layer: &Place, first: bool, whiteouts: bool) -> Result<()> {
+        let fail = |e| Error::sys(OP, show(layer.path()), e);
+        let fd = layer.for_reading().map_err(fail)?;
         let stat = fs::fstat(&fd).map_err(fail)?;
         let fd = Arc::new(fd);
         let workers = std::thread::available_parallelism().map_or(1, usize::from).min(MAX_WORKERS);
@@ -186,7 +191,7 @@ impl<'a> Copier<'a> {
                 links: HashMap::new(),
                 queue,
             };
-            let to = self.root.try_clone().map_err(|e| Error::io(OP, show(layer), e))?;
+            let to = self.root.try_clone().map_err(|e| Error::io(OP, show(layer.path()), e))?;
             self.dirs.insert(PathBuf::from("."), Model { layer: Arc::clone(&fd), stat });
             let top = Level { from: Arc::clone(&fd), to: Arc::new(to), path: PathBuf::new() };
             let walked = self.directory(&mut walk, &top, MAX_DEPTH);
@@ -204,7 +209,7 @@ impl<'a> Copier<'a> {
     }
 
     fn directory(&mut self, walk: &mut LayerWalk<'_>, level: &Level, depth_left: usize) -> Result<()> {
-        let shown = |name: &OsStr| show(walk.layer.join(&level.path).join(name));
+        let shown = |name: &OsStr| show(walk.layer.path().join(&level.path).join(name));
         if depth_left == 0 {
             return Err(Error::new(Kind::Limit, OP, shown(OsStr::new("")), "it is more than 400 levels deep"));
         }
@@ -241,7 +246,7 @@ impl<'a> Copier<'a> {
 
     fn entry(&mut self, walk: &mut LayerWalk<'_>, level: &Level, name: OsString, depth_left: usize) -> Result<()> {
         let path = level.path.join(&name);
-        let shown = walk.layer.join(&path);
+        let shown = walk.layer.path().join(&path);
         let fail = |e| Error::sys(OP, show(&shown), e);
         let stat = fs::statat(&*level.from, &name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
@@ -276,8 +281,8 @@ impl<'a> Copier<'a> {
         match kind {
             FileType::RegularFile => {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                fs::openat(&*level.to, &name, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
-                let job = Job { from: Arc::clone(&level.from), to: Arc::clone(&level.to), name, stat, shown };
+                let to = fs::openat(&*level.to, &name, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
+                let job = Job { from: Arc::clone(&level.from), name, to, stat, shown };
                 // Fails when no worker is left, which has said why.
                 let _ = walk.queue.send(job);
                 return Ok(());
@@ -299,7 +304,8 @@ impl<'a> Copier<'a> {
         if self.index.is_some() {
             return Ok(());
         }
-        let (from, to) = (At::new(&*level.from, &name), At::new(&*level.to, &name));
+        let from = open_itself(&level.from, &name, &stat, OFlags::PATH).map_err(fail)?;
+        let to = open_name(&level.to, &name).map_err(fail)?;
         let fidelity = attrs::copy(from, &presented(self.ownership, stat), to).map_err(fail)?;
         self.work.noted(fidelity);
         Ok(())
@@ -341,8 +347,7 @@ impl<'a> Copier<'a> {
             Err(Errno::ISDIR | Errno::PERM) => {}
             Err(e) => return Err(fail(e)),
         }
-        let inside = PathBuf::from(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&*level.to)));
-        remove::remove_tree(&inside.join(name))?;
+        remove_tree_at(&*level.to, name, &path)?;
         self.dirs.retain(|dir, _| !dir.starts_with(&path));
         Ok(())
     }
@@ -363,17 +368,52 @@ impl<'a> Copier<'a> {
     }
 
     /// Innermost first: a directory's times are set when nothing more is made in it, and its mode may shut us out.
-    fn finish_directories(&self) -> Result<()> {
+    fn finish_directories(&mut self) -> Result<Top> {
+        let top = self.dirs.remove(Path::new("."));
         for (path, model) in self.dirs.iter().rev() {
             let fail = |e| Error::sys(OP, show(path), e);
             let flags = OFlags::PATH | OFlags::DIRECTORY;
             let from = open_beneath(&*model.layer, path, flags).map_err(fail)?;
             let to = open_beneath(self.root, path, flags).map_err(fail)?;
             let stat = presented(self.ownership, model.stat);
-            self.work.noted(attrs::copy(At::itself(&from), &stat, At::itself(&to)).map_err(fail)?);
+            self.work.noted(attrs::copy(&from, &stat, &to).map_err(fail)?);
         }
-        Ok(())
+        Ok(Top(Whose::Layer(top.map(|model| (model.layer, presented(self.ownership, model.stat))))))
     }
+}
+
+/// What the root directory of a copy looks like: said of it last, when nothing more is made in it.
+pub(super) struct Top(Whose);
+
+enum Whose {
+    Index(Box<Index>, Ownership),
+    Layer(Option<(Arc<OwnedFd>, Stat)>),
+}
+
+impl Top {
+    /// Give `root` the owner, mode, times and attributes that the image's root has.
+    pub(super) fn apply(&self, root: &OwnedFd) -> Result<()> {
+        match &self.0 {
+            Whose::Index(index, ownership) => copyindex::apply_top(root, index, ownership),
+            Whose::Layer(None) => Ok(()),
+            Whose::Layer(Some((layer, stat))) => {
+                attrs::copy(layer, stat, root).map(drop).map_err(|e| Error::sys(OP, "/", e))
+            }
+        }
+    }
+}
+
+/// `name` in a directory that nobody else can enter.
+fn open_name(dir: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
+}
+
+/// `name` in a layer, which must be what it was when it was looked at. Non-blocking where it is read: should it have become a FIFO
+/// meanwhile, this must not wait.
+fn open_itself(dir: &OwnedFd, name: &OsStr, stat: &Stat, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    let fd = fs::openat(dir, name, flags | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+    let now = fs::fstat(&fd)?;
+    if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) { Ok(fd) } else { Err(Errno::STALE) }
 }
 
 pub(super) fn presented(ownership: &Ownership, mut stat: Stat) -> Stat {
@@ -395,6 +435,12 @@ fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
         if shared.stop.load(Ordering::Relaxed) {
             continue;
         }
+        if !shared.has_begun.swap(true, Ordering::Relaxed)
+            && let Err(error) = fault::point("copy.file")
+        {
+            shared.fail(error);
+            continue;
+        }
         match fill(&job, shared, ownership, &mut buffer) {
             Ok(fidelity) => {
                 shared.noted(fidelity);
@@ -408,23 +454,17 @@ fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
 }
 
 fn fill(job: &Job, shared: &Shared, ownership: &Ownership, buffer: &mut Vec<u8>) -> rustix::io::Result<Fidelity> {
+    // An empty one need not be readable.
+    let flags = if job.stat.st_size > 0 { OFlags::RDONLY | OFlags::NONBLOCK } else { OFlags::PATH };
+    let from = open_itself(&job.from, &job.name, &job.stat, flags)?;
     if job.stat.st_size > 0 {
-        // Non-blocking: should it have become a FIFO meanwhile, this must not wait.
-        let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        let from = fs::openat(&*job.from, &job.name, flags, Mode::empty())?;
-        let now = fs::fstat(&from)?;
-        if (now.st_dev, now.st_ino) != (job.stat.st_dev, job.stat.st_ino) {
-            return Err(Errno::STALE);
-        }
-        let flags = OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-        let to = fs::openat(&*job.to, &job.name, flags, Mode::empty())?;
-        content(&from, &to, now.st_size as u64, shared, buffer)?;
+        let size = fs::fstat(&from)?.st_size as u64;
+        content(&from, &job.to, size, shared, buffer)?;
     }
     if shared.bare.load(Ordering::Relaxed) {
         return Ok(Fidelity::Whole);
     }
-    let (from, to) = (At::new(&*job.from, &job.name), At::new(&*job.to, &job.name));
-    attrs::copy(from, &presented(ownership, job.stat), to)
+    attrs::copy(&from, &presented(ownership, job.stat), &job.to)
 }
 
 /// Errnos by which copy_file_range and FICLONE say that these two files, or this kernel, cannot.

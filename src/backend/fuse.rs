@@ -6,15 +6,18 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::{Backend, Detach, Health, Journal, ProcessId, Shelved, Support, Traces, attach};
+use super::{Backend, Detach, Health, Support, attach};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::fuse::mount::{self, Method};
 use crate::host::Host;
+use crate::place::Places;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mount::Unmount;
-use crate::sys::mountinfo::{self, MountInfo, Table};
+use crate::sys::mountinfo::{self, Known, MountInfo, Table};
+use crate::sys::process::ProcessId;
+use crate::traces::{Journal, Shelved, Traces};
 
 const TARGET: &str = "fsprov::backend::fuse";
 
@@ -70,23 +73,24 @@ impl Backend for Fuse {
         Support::Yes
     }
 
-    fn provision(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
-        let options = Options { shelf: journal.shelf(), ..Options::default() };
-        self.provision_with(host, plan, journal, &options)
+    fn provision(&self, host: &Host, plan: &Plan, places: &Places, journal: &mut Journal<'_>) -> Result<()> {
+        self.provision_with(host, plan, places, journal, &Options::default())
     }
 
-    fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
-        let source = daemon::mount_source(plan);
-        // The id is trusted only together with type and source: the kernel uses ids again. And a server may have mounted
-        // without anyone having written down the id.
-        let ours = mount::find(&plan.rootfs, &source, None)?;
+    fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
+        let ours = match find(plan, traces)? {
+            // A server may have mounted without anyone having written down the id.
+            None => mountinfo::mounts_at(&plan.rootfs)?.into_iter().rfind(|m| is_of(m, plan)),
+            found => found,
+        };
+        let method = Method::choose(host).ok();
         let mut was_mounted = false;
         if let Some(ours) = &ours {
             // Volumes are within the mount: whatever lies on it is someone else's.
             let tree = mountinfo::tree_of(mountinfo::read()?, ours.id);
             attach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&[]), how)?;
             fault::point("fuse.unmount")?;
-            was_mounted = mount::unmount(ours, unmount_of(how))?;
+            was_mounted = mount::unmount(ours, unmount_of(how), method.as_ref())?;
             fault::point("fuse.unmounted")?;
         }
         let patience = match how {
@@ -100,8 +104,8 @@ impl Backend for Fuse {
         Ok(was_mounted || was_served)
     }
 
-    fn adopt(&self, plan: &Plan, traces: &Traces, shelved: Vec<Shelved>, journal: &mut dyn Journal) -> Result<bool> {
-        daemon::adopt(plan, traces, shelved, &Options::default(), &mut |traces| journal.note(traces)).map(|_| true)
+    fn adopt(&self, plan: &Plan, traces: &Traces, shelved: Vec<Shelved>, journal: &mut Journal<'_>) -> Result<bool> {
+        daemon::adopt(plan, traces, shelved, &Options::default(), journal).map(|_| true)
     }
 
     fn shelved(&self, plan: &Plan) -> Vec<String> {
@@ -114,9 +118,12 @@ impl Backend for Fuse {
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
-        let source = daemon::mount_source(plan);
-        let ours = |m: &MountInfo| mount::is_ours(m, &source) && traces.mount_id.is_none_or(|id| id == m.id);
-        if !mounts.at(&plan.rootfs).iter().any(ours) {
+        let known = traces.mount().map(Known::current_id);
+        let is_mounted = match known {
+            Some(id) => id.and_then(|id| mounts.by_id(id)).is_some_and(|m| is_of(m, plan)),
+            None => mounts.at(&plan.rootfs).iter().any(|m| is_of(m, plan)),
+        };
+        if !is_mounted {
             Health::Gone
         } else if daemon::alive(traces).next().is_some() {
             Health::Ready
@@ -128,14 +135,31 @@ impl Backend for Fuse {
 
 impl Fuse {
     /// [`Backend::provision`] with a server that is run as `options` say.
-    pub fn provision_with(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal, options: &Options) -> Result<()> {
+    pub fn provision_with(
+        &self,
+        host: &Host,
+        plan: &Plan,
+        places: &Places,
+        journal: &mut Journal<'_>,
+        options: &Options,
+    ) -> Result<()> {
         plan.require_layers()?;
         if let Support::No { reason, remedy } = self.support(host, plan) {
             return Err(Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), reason).hint(remedy));
         }
         let method = Method::choose(host)?;
-        daemon::start(plan, method, options, &mut |traces| journal.note(traces)).map(drop)
+        daemon::start(plan, places, method, options, journal).map(drop)
     }
+}
+
+/// Is it this rootfs's mount? An id is trusted only together with type and source: kernels before 6.8 use ids again.
+fn is_of(mount: &MountInfo, plan: &Plan) -> bool {
+    mount::is_ours(mount, &daemon::mount_source(plan))
+}
+
+/// The mount that was written down, wherever it lies by now.
+fn find(plan: &Plan, traces: &Traces) -> Result<Option<MountInfo>> {
+    traces.mount().map_or(Ok(None), |known| mount::find(known, &daemon::mount_source(plan)))
 }
 
 fn unmount_of(how: Detach) -> Unmount {

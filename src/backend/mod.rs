@@ -1,7 +1,7 @@
 //! The backend interface: how a plan becomes a rootfs, and how it goes away again.
 //!
 //! A backend knows mounts, trees and servers. It must not know the store, nor records: what it has to remember it hands to
-//! the [`Journal`], before it depends on it.
+//! the [`Journal`], before it depends on it. It makes the rootfs of opened places, and finds it again by ids.
 
 mod attach;
 pub mod bind;
@@ -13,18 +13,17 @@ pub mod overlay;
 mod surplus;
 mod whiteout;
 
-use std::os::fd::{BorrowedFd, OwnedFd};
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
 
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
 use crate::index::Damaged;
+use crate::place::Places;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::mountinfo::Table;
+use crate::traces::{Journal, Shelved, Traces};
 
 /// Can a backend serve this plan on this host?
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
@@ -48,7 +47,6 @@ impl Support {
     }
 }
 
-pub use crate::sys::process::ProcessId;
 pub use crate::sys::usage::Usage;
 
 impl From<&Finding> for Support {
@@ -59,103 +57,6 @@ impl From<&Finding> for Support {
         }
     }
 }
-
-/// What a backend left in the system for one rootfs: enough to find it and take it away again, in another process, after a crash.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Traces {
-    /// Id of the rootfs's mount (statx stx_mnt_id, or the first column of mountinfo).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mount_id: Option<u64>,
-    /// The same mount's id that is never used again (statx STATX_MNT_ID_UNIQUE, Linux 6.8).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unique_mount_id: Option<u64>,
-    /// Ids of the mounts below it that are part of the rootfs (volumes, and what came with them). `None` while it is being
-    /// made: nobody else can have mounted there yet.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub parts: Option<Vec<u64>>,
-    /// The process that holds the FUSE connection.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub supervisor: Option<ProcessId>,
-    /// The process that answers FUSE requests (the same one, where nothing supervises it).
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub worker: Option<ProcessId>,
-    /// The minor number of the FUSE superblock's device: names the connection below /sys/fs/fuse/connections.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub fuse_connection: Option<u32>,
-    /// The directory that a copy was made into.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub copied: Option<Copied>,
-}
-
-/// How far copying has come: counted by the backend, read by whoever shows it.
-#[derive(Debug, Default)]
-pub struct Meter {
-    /// Bytes of content copied.
-    pub bytes: AtomicU64,
-    /// Files copied.
-    pub files: AtomicU64,
-    /// Bytes of content in all; 0: not known.
-    pub total_bytes: AtomicU64,
-}
-
-/// A directory that the copy backend filled, and how it was before.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Copied {
-    /// Its device (st_dev).
-    pub dev: u64,
-    /// Its inode.
-    pub ino: u64,
-    /// When it was made (statx stx_btime), where its file system tells: device numbers may be others after a reboot.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub born: Option<(i64, u32)>,
-    /// Has it all that the image has? Then what is in it is worth keeping.
-    #[serde(default)]
-    pub filled: bool,
-    /// Its permission bits before.
-    pub mode: u32,
-    /// Its owner before.
-    pub uid: u32,
-    /// Its group before.
-    pub gid: u32,
-}
-
-impl Copied {
-    /// Is it the same directory?
-    pub fn is_same(&self, other: &Copied) -> bool {
-        let same_fs = match (self.born, other.born) {
-            (Some(a), Some(b)) => a == b,
-            _ => self.dev == other.dev,
-        };
-        same_fs && self.ino == other.ino
-    }
-}
-
-/// Where a backend writes down its [`Traces`]; durable when the call returns.
-pub trait Journal {
-    /// Replace what was written before.
-    fn note(&mut self, traces: &Traces) -> Result<()>;
-
-    /// Where to count what is copied, if anybody wants to know.
-    fn meter(&self) -> Option<Arc<Meter>> {
-        None
-    }
-
-    /// Where to keep what a dead server's place can be taken with, if there is such a place.
-    fn shelf(&self) -> Option<Arc<dyn Shelf>> {
-        None
-    }
-}
-
-/// Keeps descriptors by name when every process of ours is dead (systemd's descriptor store).
-pub trait Shelf: std::fmt::Debug + Send + Sync {
-    /// Keep one more.
-    fn put(&self, name: &str, fd: BorrowedFd<'_>) -> Result<()>;
-    /// Let go of all that have this name.
-    fn remove(&self, name: &str) -> Result<()>;
-}
-
-/// A descriptor that a [`Shelf`] kept, and its name there.
-pub type Shelved = (String, OwnedFd);
 
 /// How a rootfs fares, from mountinfo and the processes, not from its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -189,22 +90,27 @@ pub trait Backend {
     /// Can it serve this plan on this host? Decided without changing anything. Includes [`Backend::host_support`].
     fn support(&self, host: &Host, plan: &Plan) -> Support;
 
-    /// Make the rootfs. On an error everything done so far is undone; an undo that fails is attached to the error.
-    fn provision(&self, host: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()>;
+    /// Make the rootfs of these places: no path of the plan is followed. On an error everything done so far is undone; an undo that
+    /// fails is attached to the error.
+    fn provision(&self, host: &Host, plan: &Plan, places: &Places, journal: &mut Journal<'_>) -> Result<()>;
 
-    /// Take the rootfs away: every mount of ours on it (none that others put there), its server, and what `traces` names.
+    /// Take the rootfs away, wherever it lies by now: its mounts (none that others put there), its server, and what `traces` names.
     /// `false`: there was nothing. Safe to call again after a failure, and after success.
     fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
 
-    /// Put back what a reboot, or others, took away of a rootfs that was complete, and keep what it holds. `false`: nothing of it is
-    /// worth keeping; destroy it and provision it again.
-    fn revive(&self, _: &Plan, _: &Traces, _: &mut dyn Journal) -> Result<bool> {
-        Ok(false)
+    /// Is something of a rootfs that was complete still there, which [`Backend::revive`] would keep? Else it is destroyed and made again.
+    fn is_worth_keeping(&self, _: &Plan, _: &Traces, _: &Places) -> bool {
+        false
+    }
+
+    /// Put back what a reboot, or others, took away of a rootfs that is worth keeping. The image need not be there.
+    fn revive(&self, plan: &Plan, _: &Traces, _: &Places, _: &mut Journal<'_>) -> Result<()> {
+        Err(Error::new(Kind::Unsupported, "revive", show(&plan.rootfs), "this backend keeps nothing"))
     }
 
     /// Go on serving a rootfs whose server died, with what a [`Shelf`] kept of it; what is open in it stays good. `false`: this backend
     /// keeps nothing. After an error everything of it that was served is cut off: destroy it.
-    fn adopt(&self, _: &Plan, _: &Traces, _: Vec<Shelved>, _: &mut dyn Journal) -> Result<bool> {
+    fn adopt(&self, _: &Plan, _: &Traces, _: Vec<Shelved>, _: &mut Journal<'_>) -> Result<bool> {
         Ok(false)
     }
 

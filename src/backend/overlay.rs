@@ -7,7 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::ffi::OsStr;
-use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::path::{Component, Path, PathBuf};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
@@ -15,18 +15,20 @@ use rustix::io::Errno;
 
 use super::surplus;
 use super::whiteout::{self, HiddenDirs, Mark};
-use super::{Backend, Detach, Health, Journal, Support, Traces, Usage, attach};
+use super::{Backend, Detach, Health, Support, Usage, attach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
 use crate::index::Index;
-use crate::plan::{BackendKind, Plan, Scratch};
-use crate::sys::attrs::{self, At};
-use crate::sys::fs::{open_beneath, open_in_root, path_of};
-use crate::sys::mount::{self, AttrSet, Piece};
+use crate::place::{Place, Places};
+use crate::plan::{BackendKind, Plan};
+use crate::sys::fs::{make_private, open_beneath, open_in_root, path_of};
+use crate::sys::mount::{AttrSet, Piece};
 use crate::sys::mountinfo::Table;
 use crate::sys::overlay::{self, Failure, Stack, Upper};
-use crate::sys::{process, remove, usage};
+use crate::sys::remove::{remove_tree, remove_tree_at};
+use crate::sys::{attrs, usage};
+use crate::traces::{Journal, Traces};
 use crate::volume::{Form, Volume};
 
 /// The overlay backend.
@@ -45,7 +47,7 @@ impl Backend for Overlay {
 
     fn host_support(&self, host: &Host) -> Support {
         // It is built detached; mount_setattr alone has a substitute.
-        let missing: Vec<_> = mount::missing_calls().into_iter().filter(|call| *call != "mount_setattr").collect();
+        let missing: Vec<_> = host.missing_calls().iter().filter(|call| **call != "mount_setattr").copied().collect();
         if host.mount.is_yes() && !missing.is_empty() {
             return Support::no(
                 format!("this kernel, or a seccomp filter, lacks {}", missing.join(" and ")),
@@ -72,24 +74,20 @@ impl Backend for Overlay {
         self.host_support(host)
     }
 
-    fn provision(&self, _: &Host, plan: &Plan, journal: &mut dyn Journal) -> Result<()> {
+    fn provision(&self, host: &Host, plan: &Plan, places: &Places, journal: &mut Journal<'_>) -> Result<()> {
         plan.require_layers()?;
-        let work = plan.state_dir.join(WORK);
         fault::point("overlay.build")?;
-        let changes = plan.scratch.as_ref().map(Changes::make).transpose()?;
-        let made = build(plan, &work, changes.as_ref())
-            .and_then(|root| attach::put_in_place(BackendKind::Overlay, plan, root, &AttrSet::default(), journal));
-        made.map_err(|e| {
-            e.with_undo(remove::remove_tree(&work).map(|_| ())).with_undo(Changes::remove(plan).map(|_| ()))
-        })
+        let clear = || remove_tree_at(&places.state, OsStr::new(WORK), &plan.state_dir.join(WORK)).map(|_| ());
+        let made = Making::begin(host, plan, places)
+            .and_then(|making| making.build())
+            .and_then(|root| attach::put_in_place(self.kind(), plan, places, root, &AttrSet::default(), journal));
+        made.map_err(|e| e.with_undo(clear()))
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
         let there = attach::take_away(plan, traces, how)?;
         fault::point("overlay.remove")?;
-        let had_layers = remove::remove_tree(&plan.state_dir.join(WORK))?;
-        fault::point("overlay.changes")?;
-        Ok(Changes::remove(plan)? || had_layers || there)
+        Ok(remove_tree(&plan.state_dir.join(WORK))? || there)
     }
 
     fn usage(&self, plan: &Plan) -> Option<Usage> {
@@ -108,39 +106,6 @@ const WORK: &str = "overlay";
 /// Names in the directory of a rootfs's own changes ([`crate::plan::Scratch`]).
 const UPPER: &str = "upper";
 const UPPER_WORK: &str = "work";
-
-/// Where a writable rootfs's changes go: overlayfs's upper layer and its work directory.
-struct Changes {
-    upper: OwnedFd,
-    work: OwnedFd,
-}
-
-impl Changes {
-    fn make(scratch: &Scratch) -> Result<Self> {
-        const OP: &str = "make directory for changes";
-        let top = &scratch.0;
-        let make = |path: &Path| {
-            // Closed to all others: a setuid program made in the rootfs must not be reached from outside.
-            fs::mkdir(path, Mode::RWXU).and_then(|()| open_dir(path)).map_err(|e| Error::sys(OP, show(path), e))
-        };
-        make(top)?;
-        Ok(Changes { upper: make(&top.join(UPPER))?, work: make(&top.join(UPPER_WORK))? })
-    }
-
-    /// `false`: there are none.
-    fn remove(plan: &Plan) -> Result<bool> {
-        let Some(Scratch(top)) = &plan.scratch else { return Ok(false) };
-        let (Some(parent), Some(name)) = (top.parent(), top.file_name()) else { return Ok(false) };
-        // The sandbox is its user's own: a symlink in its path by now leads where we have no business.
-        let parent = match attach::open_resolved_path(parent) {
-            Ok(parent) => parent,
-            Err(Errno::NOENT | Errno::NOTDIR) => return Ok(false),
-            Err(e) => return Err(Error::sys("delete changes in", show(top), e)),
-        };
-        remove::remove_tree(&PathBuf::from(format!("/proc/self/fd/{}", parent.as_raw_fd())).join(name))
-            .map_err(|e| Error::new(e.kind(), "delete changes in", show(top), e.cause()).hint(e.remedy().to_owned()))
-    }
-}
 
 /// How many layers it may become, with ours. What shows only when they are looked at counts: here `auto` can still take another backend.
 /// What layers without an index hide is found by reading them all, and is not asked here.
@@ -163,137 +128,248 @@ fn check_count(plan: &Plan, layers: usize) -> Result<()> {
     .hint("use --backend fuse, or flatten the image"))
 }
 
-/// The overlay's mount, detached.
-fn build(plan: &Plan, work: &Path, changes: Option<&Changes>) -> Result<Piece> {
-    fs::mkdir(work, Mode::RWXU).map_err(|e| Error::sys(OP, show(work), e))?;
-    let mut stack = with_whiteouts(plan, without_repeats(plan)?, work)?;
-    if stack.len() < 2 {
-        // One lower layer alone is refused without an upper one.
-        let empty = work.join("empty");
-        fs::mkdir(&empty, Mode::from_raw_mode(0o755)).map_err(|e| Error::sys(OP, show(&empty), e))?;
-        stack.insert(0, empty);
-    }
-    let root = mount_stack(plan, &stack, work, None)?;
-    match make_skeleton(plan, &root, work)? {
-        Some(skeleton) => stack.push(skeleton),
-        None if changes.is_none() => return Ok(Piece::Detached(root)),
-        None => {}
-    }
-    if let Some(changes) = changes {
-        // It covers the top directory of the image: it must look the same.
-        imitate(&root, &changes.upper).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
-    }
-    drop(root);
-    Ok(Piece::Detached(mount_stack(plan, &stack, work, changes)?))
+/// A layer: one of the image's, or one of ours.
+struct Layer {
+    fd: OwnedFd,
+    shown: PathBuf,
 }
 
-/// The layers, bottom first, each once: overlayfs refuses a repeated one (ELOOP), and images have them (empty ones above all).
-/// The topmost of its places counts: there it brings and hides all that it brought and hid below.
-fn without_repeats(plan: &Plan) -> Result<Vec<PathBuf>> {
-    let mut seen = BTreeSet::new();
-    let mut layers = Vec::with_capacity(plan.layers.len());
-    for layer in plan.layers.iter().rev() {
-        let stat = fs::fstat(open_layer(&layer.root)?).map_err(|e| Error::sys(OP, show(&layer.root), e))?;
-        if seen.insert((stat.st_dev, stat.st_ino)) {
-            layers.push(layer.root.clone());
+/// An overlay being made.
+struct Making<'a> {
+    host: &'a Host,
+    plan: &'a Plan,
+    places: &'a Places,
+    /// Our own layers are made here: ours alone, below the state root.
+    work: OwnedFd,
+    shown: PathBuf,
+}
+
+/// Where changes go: overlayfs's upper layer and its work directory.
+struct Changes {
+    upper: OwnedFd,
+    work: OwnedFd,
+}
+
+impl Changes {
+    fn make(top: &Place) -> Result<Self> {
+        const OP: &str = "make directory for changes";
+        fault::point("overlay.upper")?;
+        let make =
+            |name| make_private(top, OsStr::new(name)).map_err(|e| Error::sys(OP, show(top.path().join(name)), e));
+        Ok(Changes { upper: make(UPPER)?, work: make(UPPER_WORK)? })
+    }
+}
+
+impl<'a> Making<'a> {
+    fn begin(host: &'a Host, plan: &'a Plan, places: &'a Places) -> Result<Self> {
+        let shown = plan.state_dir.join(WORK);
+        let work = make_private(&places.state, OsStr::new(WORK)).map_err(|e| Error::sys(OP, show(&shown), e))?;
+        Ok(Making { host, plan, places, work, shown })
+    }
+
+    /// The overlay's mount, detached.
+    fn build(&self) -> Result<Piece> {
+        let plan = self.plan;
+        let changes = self.places.scratch.as_ref().map(Changes::make).transpose()?;
+        let mut stack = self.with_whiteouts(self.without_repeats()?)?;
+        if stack.len() < 2 {
+            // One lower layer alone is refused without an upper one.
+            stack.insert(0, self.make_layer("empty", Mode::from_raw_mode(0o755))?);
         }
+        let root = self.mount(&stack, None)?;
+        match self.make_skeleton(&root)? {
+            Some(skeleton) => stack.push(skeleton),
+            None if changes.is_none() => return Ok(Piece::Detached(root)),
+            None => {}
+        }
+        if let Some(changes) = &changes {
+            // It covers the top directory of the image: it must look the same.
+            imitate(&root, &changes.upper).map_err(|e| Error::sys(OP, show(&plan.rootfs), e))?;
+        }
+        drop(root);
+        Ok(Piece::Detached(self.mount(&stack, changes.as_ref())?))
     }
-    layers.reverse();
-    Ok(layers)
-}
 
-// ---- whiteouts ----
+    /// A layer of our own.
+    fn make_layer(&self, name: &str, mode: Mode) -> Result<Layer> {
+        let shown = self.shown.join(name);
+        let fail = |e| Error::sys(OP, show(&shown), e);
+        let fd = make_private(&self.work, OsStr::new(name)).map_err(fail)?;
+        fs::fchmod(&fd, mode).map_err(fail)?;
+        Ok(Layer { fd, shown })
+    }
 
-/// The layers, bottom first, with what hides what the image does not have. Its index knows, and one layer of ours on top does it: that is
-/// right whoever imported the layers and whoever mounts them (which of two attributes overlayfs heeds depends on that), and for layers
-/// that are the lowest here and not in another image.
-fn with_whiteouts(plan: &Plan, layers: Vec<PathBuf>, work: &Path) -> Result<Vec<PathBuf>> {
-    let Some(file) = &plan.index else { return with_scanned_whiteouts(&layers, work) };
-    if !plan.has_whiteouts {
-        return Ok(layers);
+    /// The layers, bottom first, each once: overlayfs refuses a repeated one (ELOOP), and images have them (empty ones above all).
+    /// The topmost of its places counts: there it brings and hides all that it brought and hid below.
+    fn without_repeats(&self) -> Result<Vec<Layer>> {
+        let mut seen = BTreeSet::new();
+        let mut layers = Vec::with_capacity(self.places.layers.len());
+        for layer in self.places.layers.iter().rev() {
+            if seen.insert((layer.identity().dev, layer.identity().ino)) {
+                layers.push(Layer { fd: layer.try_clone()?.into(), shown: layer.path().to_owned() });
+            }
+        }
+        layers.reverse();
+        Ok(layers)
     }
-    let hidden = surplus::find(&Index::open(&file.0)?, &layers, opaque_xattr()?)?;
-    let mut stack = layers;
-    if !hidden.is_empty() {
-        let ours = work.join("whiteouts");
-        make_whiteouts(&ours, &hidden, &stack.iter().rev().collect::<Vec<_>>())?;
-        stack.push(ours);
-    }
-    Ok(stack)
-}
 
-/// Of layers without an index: ours lie in between: whiteouts that one layer has for those below it lie below it, and what hides
-/// the `.wh.` files themselves lies above it. Both are one layer of ours, since the one's above is the other's below.
-fn with_scanned_whiteouts(layers: &[PathBuf], work: &Path) -> Result<Vec<PathBuf>> {
-    if layers.len() == 1 {
-        return Ok(layers.to_vec());
-    }
-    let mut above: Vec<HiddenDirs> = layers.iter().map(|_| HiddenDirs::new()).collect();
-    for (n, layer) in layers.iter().enumerate() {
-        let root = open_layer(layer)?;
-        for found in whiteout::scan(&root, layer)? {
-            above[n].entry(found.dir.clone()).or_default().names.extend(found.name);
-            let Some(below) = n.checked_sub(1) else { continue };
-            let hidden = above[below].entry(found.dir).or_default();
-            match found.mark {
-                Mark::Hides(name) => {
-                    hidden.names.insert(name);
+    /// A detached overlay of `stack`, bottom first; writable where there is a place for `changes`.
+    fn mount(&self, stack: &[Layer], changes: Option<&Changes>) -> Result<OwnedFd> {
+        check_count(self.plan, stack.len())?;
+        let lower: Vec<_> = stack.iter().map(|layer| layer.fd.as_fd()).collect();
+        let upper = changes.map(|Changes { upper, work }| Upper { changes: upper.as_fd(), work: work.as_fd() });
+        let stack = Stack { lower: &lower, upper, userxattr: !self.host.initial_user_namespace };
+        match overlay::detached(&stack) {
+            Ok(tree) => Ok(tree),
+            Err(Failure::NotDetached) => overlay::mount_at(&stack, &self.shown.join("stage")),
+            Err(Failure::Refused { errno, said }) => {
+                let error = Error::sys(OP, show(&self.plan.rootfs), errno);
+                match said.as_str() {
+                    "" => Err(error),
+                    // The words are beside the error, which keeps its errno.
+                    said => Err(error.hint(format!("the kernel says: {said}"))),
                 }
-                Mark::Opaque => hidden.opaque = true,
-                Mark::Meta => {}
             }
         }
     }
-    let mut stack = Vec::with_capacity(layers.len());
-    for (n, layer) in layers.iter().enumerate() {
-        stack.push(layer.clone());
-        if above[n].is_empty() {
-            continue;
-        }
-        let ours = work.join(format!("whiteouts-{n}"));
-        // Directories of ours stand in for those of the layer above where it has them, else for those of the layer itself.
-        let models: Vec<&PathBuf> = layers.iter().skip(n).take(2).rev().collect();
-        make_whiteouts(&ours, &above[n], &models)?;
-        stack.push(ours);
-    }
-    Ok(stack)
-}
 
-fn make_whiteouts(ours: &Path, hidden: &HiddenDirs, models: &[&PathBuf]) -> Result<()> {
-    let fail = |e: Errno| Error::sys(OP, show(ours), e);
-    fs::mkdir(ours, Mode::RWXU).map_err(fail)?;
-    let root = open_dir(ours).map_err(fail)?;
-    let models = models.iter().map(|m| open_layer(m)).collect::<Result<Vec<_>>>()?;
-    let mut made = BTreeSet::new();
-    for (dir, what) in hidden {
-        // What is below a name that is gone is gone with it.
-        if parts(dir).iter().any(|part| is_hidden(hidden, part)) {
-            continue;
+    /// Outside the first user namespace overlayfs keeps its marks in `user.` attributes (option `userxattr`, Linux 5.11).
+    fn opaque_xattr(&self) -> &'static str {
+        if self.host.initial_user_namespace { whiteout::TRUSTED_OPAQUE } else { whiteout::USER_OPAQUE }
+    }
+
+    // ---- whiteouts ----
+
+    /// The layers, bottom first, with what hides what the image does not have. Its index knows, and one layer of ours on top does it: that
+    /// is right whoever imported the layers and whoever mounts them (which of two attributes overlayfs heeds depends on that), and for
+    /// layers that are the lowest here and not in another image.
+    fn with_whiteouts(&self, layers: Vec<Layer>) -> Result<Vec<Layer>> {
+        let Some(file) = &self.places.index else { return self.with_scanned_whiteouts(layers) };
+        if !self.plan.has_whiteouts {
+            return Ok(layers);
         }
-        for part in parts(dir) {
-            if part.as_os_str() != "." && made.insert(part.clone()) {
-                fs::mkdirat(&root, &part, Mode::RWXU).map_err(fail)?;
+        let index = file.for_reading().map_err(|e| Error::sys("open index", show(file.path()), e))?;
+        let named: Vec<_> = layers.iter().map(|layer| (layer.fd.as_fd(), layer.shown.as_path())).collect();
+        let hidden = surplus::find(&Index::from_file(&index.into())?, &named, self.opaque_xattr())?;
+        let mut stack = layers;
+        if !hidden.is_empty() {
+            let ours = self.make_whiteouts("whiteouts", &hidden, &stack.iter().rev().collect::<Vec<_>>())?;
+            stack.push(ours);
+        }
+        Ok(stack)
+    }
+
+    /// Of layers without an index: ours lie in between: whiteouts that one layer has for those below it lie below it, and what hides
+    /// the `.wh.` files themselves lies above it. Both are one layer of ours, since the one's above is the other's below.
+    fn with_scanned_whiteouts(&self, layers: Vec<Layer>) -> Result<Vec<Layer>> {
+        if layers.len() == 1 {
+            return Ok(layers);
+        }
+        let mut above: Vec<HiddenDirs> = layers.iter().map(|_| HiddenDirs::new()).collect();
+        for (n, layer) in layers.iter().enumerate() {
+            for found in whiteout::scan(&layer.fd, &layer.shown)? {
+                above[n].entry(found.dir.clone()).or_default().names.extend(found.name);
+                let Some(below) = n.checked_sub(1) else { continue };
+                let hidden = above[below].entry(found.dir).or_default();
+                match found.mark {
+                    Mark::Hides(name) => {
+                        hidden.names.insert(name);
+                    }
+                    Mark::Opaque => hidden.opaque = true,
+                    Mark::Meta => {}
+                }
             }
         }
-        let at = open_beneath(&root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
-        for name in &what.names {
-            // Allowed without privilege since Linux 5.8.
-            fs::mknodat(&at, name, FileType::CharacterDevice, Mode::empty(), 0).map_err(fail)?;
+        let mut ours = Vec::with_capacity(layers.len());
+        for (n, hidden) in above.iter().enumerate() {
+            // Directories of ours stand in for those of the layer above where it has them, else for those of the layer itself.
+            let models: Vec<&Layer> = layers.iter().skip(n).take(2).rev().collect();
+            let made = || self.make_whiteouts(&format!("whiteouts-{n}"), hidden, &models);
+            ours.push((!hidden.is_empty()).then(made).transpose()?);
         }
-        if what.opaque {
-            fs::fsetxattr(&at, opaque_xattr()?, b"y", XattrFlags::empty()).map_err(fail)?;
-        }
+        Ok(layers.into_iter().zip(ours).flat_map(|(layer, ours)| std::iter::once(layer).chain(ours)).collect())
     }
-    // Last, and the innermost first: making an entry changes its directory's times.
-    made.insert(PathBuf::from("."));
-    for dir in made.iter().rev() {
-        let model = models.iter().find_map(|m| open_beneath(m, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
-        if let Some(model) = model {
-            imitate(&model, &open_beneath(&root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?)
+
+    /// A layer of ours that hides these names.
+    fn make_whiteouts(&self, name: &str, hidden: &HiddenDirs, models: &[&Layer]) -> Result<Layer> {
+        let ours = self.make_layer(name, Mode::RWXU)?;
+        let fail = |e: Errno| Error::sys(OP, show(&ours.shown), e);
+        let root = &ours.fd;
+        let mut made = BTreeSet::new();
+        for (dir, what) in hidden {
+            // What is below a name that is gone is gone with it.
+            if parts(dir).iter().any(|part| is_hidden(hidden, part)) {
+                continue;
+            }
+            for part in parts(dir) {
+                if part.as_os_str() != "." && made.insert(part.clone()) {
+                    fs::mkdirat(root, &part, Mode::RWXU).map_err(fail)?;
+                }
+            }
+            let at = open_beneath(root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
+            for name in &what.names {
+                // Allowed without privilege since Linux 5.8.
+                fs::mknodat(&at, name, FileType::CharacterDevice, Mode::empty(), 0).map_err(fail)?;
+            }
+            if what.opaque {
+                fs::fsetxattr(&at, self.opaque_xattr(), b"y", XattrFlags::empty()).map_err(fail)?;
+            }
+        }
+        // Last, and the innermost first: making an entry changes its directory's times.
+        made.insert(PathBuf::from("."));
+        for dir in made.iter().rev() {
+            let model = models.iter().find_map(|m| open_beneath(&m.fd, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
+            if let Some(model) = model {
+                imitate(&model, &open_beneath(root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?)
+                    .map_err(fail)?;
+            }
+        }
+        Ok(ours)
+    }
+
+    // ---- missing mount points ----
+
+    /// A layer of ours with the mount points that the image lacks; `None`: it has them all. `root` is the overlay without it.
+    fn make_skeleton(&self, root: &OwnedFd) -> Result<Option<Layer>> {
+        let mut missing = Vec::new();
+        let volumes = &self.plan.volumes;
+        for (n, volume) in volumes.iter().enumerate() {
+            // Below another volume the image says nothing.
+            let below = |outer: &Volume| volume.target.as_path().starts_with(outer.target.as_path());
+            if volumes[..n].iter().any(below) {
+                continue;
+            }
+            if let Some(path) = missing_path(root, volume)? {
+                missing.push((path, volume.form));
+            }
+        }
+        if missing.is_empty() {
+            return Ok(None);
+        }
+        let skeleton = self.make_layer("skeleton", Mode::from_raw_mode(0o755))?;
+        let fail = |e: Errno| Error::sys("make missing mount points in", show(&skeleton.shown), e);
+        let ours = &skeleton.fd;
+        let mut made = BTreeSet::from([PathBuf::from(".")]);
+        for (path, form) in &missing {
+            for part in parts(path) {
+                if *form != Form::Directory && part == *path {
+                    match make_file(ours, &part) {
+                        Ok(()) | Err(Errno::EXIST) => {}
+                        Err(e) => return Err(fail(e)),
+                    }
+                } else if made.insert(part.clone()) {
+                    fs::mkdirat(ours, &part, Mode::from_raw_mode(0o755)).map_err(fail)?;
+                }
+            }
+        }
+        for dir in made.iter().rev() {
+            // Those that the image has must look as they do there.
+            let Ok(model) = open_beneath(root, dir, OFlags::PATH | OFlags::DIRECTORY) else { continue };
+            imitate(&model, &open_beneath(ours, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?)
                 .map_err(fail)?;
         }
+        Ok(Some(skeleton))
     }
-    Ok(())
 }
 
 fn is_hidden(hidden: &HiddenDirs, path: &Path) -> bool {
@@ -302,15 +378,10 @@ fn is_hidden(hidden: &HiddenDirs, path: &Path) -> bool {
     hidden.get(dir).is_some_and(|what| what.names.contains(name))
 }
 
-/// Outside the first user namespace overlayfs keeps its marks in `user.` attributes (option `userxattr`, Linux 5.11).
-fn opaque_xattr() -> Result<&'static str> {
-    Ok(if process::in_initial_user_namespace()? { whiteout::TRUSTED_OPAQUE } else { whiteout::USER_OPAQUE })
-}
-
 /// A directory of ours covers one of the image: it must look the same.
 fn imitate(model: &OwnedFd, ours: &OwnedFd) -> rustix::io::Result<()> {
     let stat = fs::fstat(model)?;
-    let fidelity = attrs::copy(At::itself(model), &stat, At::itself(ours))?;
+    let fidelity = attrs::copy(model, &stat, ours)?;
     if fidelity == attrs::Fidelity::Partial {
         log::debug!(target: "fsprov::overlay", "owner or attributes of a directory could not be taken over");
     }
@@ -322,58 +393,6 @@ fn parts(path: &Path) -> Vec<PathBuf> {
     let mut all: Vec<PathBuf> = path.ancestors().filter(|p| !p.as_os_str().is_empty()).map(Path::to_path_buf).collect();
     all.reverse();
     all
-}
-
-fn open_layer(layer: &Path) -> Result<OwnedFd> {
-    fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys("open layer", show(layer), e))
-}
-
-fn open_dir(path: &Path) -> rustix::io::Result<OwnedFd> {
-    fs::open(path, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-}
-
-// ---- missing mount points ----
-
-/// A layer of ours with the mount points that the image lacks; `None`: it has them all. `root` is the overlay without it.
-fn make_skeleton(plan: &Plan, root: &OwnedFd, work: &Path) -> Result<Option<PathBuf>> {
-    let mut missing = Vec::new();
-    for (n, volume) in plan.volumes.iter().enumerate() {
-        // Below another volume the image says nothing.
-        let below = |outer: &Volume| volume.target.as_path().starts_with(outer.target.as_path());
-        if plan.volumes[..n].iter().any(below) {
-            continue;
-        }
-        if let Some(path) = missing_path(root, volume)? {
-            missing.push((path, volume.form));
-        }
-    }
-    if missing.is_empty() {
-        return Ok(None);
-    }
-    let skeleton = work.join("skeleton");
-    let fail = |e: Errno| Error::sys("make missing mount points in", show(&skeleton), e);
-    fs::mkdir(&skeleton, Mode::from_raw_mode(0o755)).map_err(fail)?;
-    let ours = open_dir(&skeleton).map_err(fail)?;
-    let mut made = BTreeSet::from([PathBuf::from(".")]);
-    for (path, form) in &missing {
-        for part in parts(path) {
-            if *form != Form::Directory && part == *path {
-                match make_file(&ours, &part) {
-                    Ok(()) | Err(Errno::EXIST) => {}
-                    Err(e) => return Err(fail(e)),
-                }
-            } else if made.insert(part.clone()) {
-                fs::mkdirat(&ours, &part, Mode::from_raw_mode(0o755)).map_err(fail)?;
-            }
-        }
-    }
-    for dir in made.iter().rev() {
-        // Those that the image has must look as they do there.
-        let Ok(model) = open_beneath(root, dir, OFlags::PATH | OFlags::DIRECTORY) else { continue };
-        imitate(&model, &open_beneath(&ours, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?).map_err(fail)?;
-    }
-    Ok(Some(skeleton))
 }
 
 fn make_file(dir: &OwnedFd, path: &Path) -> rustix::io::Result<()> {
@@ -415,26 +434,4 @@ fn missing_path(root: &OwnedFd, volume: &Volume) -> Result<Option<PathBuf>> {
 
 fn rest<'a>(names: &'a [&'a OsStr]) -> impl Iterator<Item = Component<'a>> {
     names.iter().map(|name| Component::Normal(name))
-}
-
-// ---- mounting ----
-
-/// A detached overlay of `stack`, bottom first; writable where there is a place for `changes`.
-fn mount_stack(plan: &Plan, stack: &[PathBuf], work: &Path, changes: Option<&Changes>) -> Result<OwnedFd> {
-    check_count(plan, stack.len())?;
-    let opened = stack.iter().map(|layer| open_layer(layer)).collect::<Result<Vec<_>>>()?;
-    let upper = changes.map(|Changes { upper, work }| Upper { changes: upper.as_fd(), work: work.as_fd() });
-    let stack = Stack { lower: &opened, upper };
-    match overlay::detached(&stack) {
-        Ok(tree) => Ok(tree),
-        Err(Failure::NotDetached) => overlay::mount_at(&stack, &work.join("stage")),
-        Err(Failure::Refused { errno, said }) => {
-            let error = Error::sys(OP, show(&plan.rootfs), errno);
-            match said.as_str() {
-                "" => Err(error),
-                // The words are beside the error, which keeps its errno.
-                said => Err(error.hint(format!("the kernel says: {said}"))),
-            }
-        }
-    }
 }

@@ -4,11 +4,11 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::{OsStr, OsString};
-use std::os::fd::OwnedFd;
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, Mode, OFlags};
+use rustix::fs::{self, OFlags};
 
 use super::whiteout::{self, HiddenDirs, USER_OPAQUE};
 use crate::error::{Error, Result, show};
@@ -38,23 +38,18 @@ enum Seen {
 }
 
 /// Names to hide in an overlay of `layers` (bottom first, no index of theirs but the image's), where it heeds `opaque_xattr`.
-pub(super) fn find(index: &Index, layers: &[PathBuf], opaque_xattr: &str) -> Result<HiddenDirs> {
+pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xattr: &str) -> Result<HiddenDirs> {
     let damaged = |why: Damaged| super::damaged_index(OP, Path::new("."), &why);
-    let open = |layer: &PathBuf| {
-        fs::open(layer, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| Error::sys("open layer", show(layer), e))
-    };
-    let roots = layers.iter().map(open).collect::<Result<Vec<_>>>()?;
     let mut hidden = HiddenDirs::new();
     let top = index.inode(0).map_err(damaged)?;
-    let mut waiting = vec![Merged { path: PathBuf::from("."), inode: top, layers: (0..roots.len()).rev().collect() }];
+    let mut waiting = vec![Merged { path: PathBuf::from("."), inode: top, layers: (0..layers.len()).rev().collect() }];
     while let Some(at) = waiting.pop() {
         let is_root = at.path == Path::new(".");
         let mut seen = HashMap::new();
         let mut merged = 0;
         for &n in &at.layers {
-            let fail = |e| Error::sys(OP, show(layers[n].join(&at.path)), e);
-            let dir = open_beneath(&roots[n], &at.path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
+            let fail = |e| Error::sys(OP, show(layers[n].1.join(&at.path)), e);
+            let dir = open_beneath(layers[n].0, &at.path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
             list(&dir, n, &mut seen).map_err(fail)?;
             merged += 1;
             // Of its layers' own roots overlayfs does not ask whether they are opaque.

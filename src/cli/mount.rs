@@ -11,13 +11,13 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, service, settings};
-use crate::backend::Meter;
 use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
 use crate::plan::Live;
 use crate::provisioner::{Changes, Condition, Record, Request};
+use crate::traces::Meter;
 use crate::volume::{self, ContainerPath, VolumeSpec};
 
 /// Largest `--volume-ttl`: beyond a day a change on the host might as well never be seen.

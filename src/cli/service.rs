@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use sd_notify::NotifyState;
 
-use crate::backend::{Detach, Shelf, Shelved};
+use crate::backend::Detach;
 use crate::daemon::SHELVED_PREFIX as PREFIX;
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
@@ -14,6 +14,7 @@ use crate::plan::{BackendKind, Plan};
 use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
 use crate::sys::raw;
 use crate::sys::signals::{Termination, Woken};
+use crate::traces::{Shelf, Shelved};
 
 const TARGET: &str = "fsprov::cli";
 /// A sign of life is sent this many times in an interval (sd_watchdog_enabled(3) advises two).

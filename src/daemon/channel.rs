@@ -1,4 +1,4 @@
-//! Messages between the supervisor and its worker: JSON with descriptors beside it, over a SOCK_SEQPACKET pair.
+//! Messages between the processes of a server: JSON with descriptors beside it, over a SOCK_SEQPACKET pair. What they mean is `protocol`'s.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -14,8 +14,7 @@ use rustix::net::{
 };
 use serde::{Deserialize, Serialize};
 
-use crate::error::{Error, Kind, Result, Told};
-use crate::fuse::session::{InFlight, Resend};
+use crate::error::{Error, Kind, Result};
 
 /// Most descriptors in one message: the kernel takes 253 (SCM_MAX_FD, net/scm.h).
 pub(super) const MAX_FDS: usize = 250;
@@ -25,54 +24,6 @@ const MAX_MESSAGE: usize = 64 * 1024;
 
 /// How long a full socket is waited for: one end that is stopped must not stop the other.
 const SEND_PATIENCE: Duration = Duration::from_secs(2);
-
-/// What the supervisor tells the worker.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum ToWorker {
-    /// The job, with a memory file that holds it. So many descriptors of each sort follow.
-    Job { sources: usize, logs: usize, kept: usize },
-    /// Some of the sources, in order: layers, index, volumes.
-    Sources,
-    /// Some of the memory files that workers leave things in: two for each tree, for its nodes, and one for requests in flight.
-    Logs,
-    /// Descriptors that an earlier worker gave away, by tree and node.
-    Kept(Vec<(u32, u64)>),
-    /// Serve, with the connection of this device minor. Bytes are hex.
-    Begin { init: String, start: Begin, minor: u32 },
-    /// Tell your statistics.
-    Stats,
-    /// Log this much from now on.
-    Level(String),
-}
-
-/// See [`crate::fuse::session::Start`].
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum Begin {
-    First,
-    /// With care: a request may be among those in flight that ended a thread of the last worker.
-    Again {
-        reply: String,
-        resend: Resend,
-        with_care: bool,
-    },
-}
-
-/// What the worker tells the supervisor.
-#[derive(Debug, Serialize, Deserialize)]
-pub(super) enum FromWorker {
-    /// The trees are ready: mount.
-    Built,
-    /// Requests are being answered; so many were answered EIO because they would end a thread.
-    Serving { reply: String, in_flight: InFlight, poisoned: usize },
-    /// It cannot.
-    Failed(Told),
-    /// Its statistics.
-    Stats(serde_json::Value),
-    /// Keep this descriptor of a file without a name, by tree and node.
-    Keep(u32, u64),
-    /// Let it go.
-    Release(u32, u64),
-}
 
 /// One end.
 #[derive(Debug)]
@@ -124,6 +75,23 @@ impl Channel {
         self.next(RecvFlags::empty())
     }
 
+    /// The next message, which must come within this time. `None`: the other end is closed.
+    pub(super) fn receive_within<M: for<'de> Deserialize<'de>>(
+        &self,
+        patience: Duration,
+    ) -> Result<Option<(M, Vec<OwnedFd>)>> {
+        let left = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+        let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
+        match rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left))) {
+            Ok(0) => {
+                let why = format!("none came within {} s", patience.as_secs());
+                Err(Error::new(Kind::Helper, "wait for a message of a server process", "", why))
+            }
+            Ok(_) => self.receive(),
+            Err(e) => Err(Error::sys("wait for a message of a server process", "", e)),
+        }
+    }
+
     /// The next message that is there. `None`: there is none, or the other end is closed and nothing is left.
     pub(super) fn receive_now<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
         self.next(RecvFlags::DONTWAIT)
@@ -171,6 +139,7 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::daemon::protocol::{FromWorker, ToWorker};
 
     #[test]
     fn messages_carry_descriptors_and_the_end_shows() {

@@ -120,10 +120,9 @@ pub(super) struct Client {
 }
 
 impl Listener {
-    /// Listen in `state_dir`, in an earlier server's place.
-    pub(super) fn bind(state_dir: &Path) -> Result<Self> {
+    /// Listen in the directory `dir`, in an earlier server's place; messages call it `state_dir`.
+    pub(super) fn bind(dir: OwnedFd, state_dir: &Path) -> Result<Self> {
         const OP: &str = "listen in";
-        let dir = crate::sys::fs::open_path(state_dir).map_err(|e| Error::sys(OP, show(state_dir), e))?;
         match unlinkat(&dir, names::CONTROL, AtFlags::empty()) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(e) => return Err(Error::sys(OP, show(state_dir), e)),
@@ -216,7 +215,7 @@ mod tests {
         let plan = plan(state.clone());
         assert_eq!(ask(&plan, &Question::Stats).unwrap_err().kind(), Kind::NotFound);
 
-        let listener = Listener::bind(&state).unwrap();
+        let listener = Listener::bind(crate::sys::fs::open_path(&state).unwrap(), &state).unwrap();
         let answers =
             [Ok(serde_json::json!({"requests": 7})), Err(Error::new(Kind::Busy, "restart", "/r", "no").hint("wait"))];
         let server = std::thread::spawn(move || {

@@ -7,15 +7,16 @@
 //! * `walls`: what the worker may not do
 //! * `control`: what can be asked of a running server
 //! * `shelf`: what outlives all of them, and lets the next supervisor go on
+//! * `protocol`: what they say to each other, and which descriptors they hand over
 //! * `channel`, `figures`, `log`, `sources`: what they share
 //!
-//! A job reaches the supervisor over a socket, never in its arguments. Nothing of the mount is relied on before the caller has
-//! written it down: the supervisor waits for a word before each step, and takes everything back when the caller dies.
+//! A job reaches the supervisor over a socket, never in its arguments.
 
 mod channel;
 pub mod control;
 mod figures;
 mod log;
+mod protocol;
 mod serve;
 mod shelf;
 mod sources;
@@ -26,14 +27,8 @@ mod walls;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
-use serde::{Deserialize, Serialize};
-
-use crate::backend::{ProcessId, Traces};
-use crate::error::Told;
-use crate::fuse::mount::{Method, OtherUsers};
-use crate::fuse::session::Resend;
 use crate::plan::Plan;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
@@ -74,81 +69,10 @@ fn this_program_serves() -> bool {
     DISPATCHES.load(Ordering::Relaxed)
 }
 
-/// All that a server is told.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-struct Job {
-    plan: Plan,
-    method: Method,
-    others: OtherUsers,
-    threads: usize,
-    resend: Resend,
-}
-
-impl Job {
-    /// What the mount table shows as the source: names the rootfs, holds nothing that needs an escape.
-    fn source(&self) -> String {
-        mount_source(&self.plan)
-    }
-
-    /// Does the kernel check permissions by itself (`default_permissions`, which goes with `allow_other`)?
-    fn checks_permissions(&self) -> bool {
-        match self.others {
-            OtherUsers::Usual => matches!(self.method, Method::Kernel { .. }),
-            OtherUsers::Allowed => true,
-            OtherUsers::Refused => false,
-        }
-    }
-
-    fn is_read_only(&self) -> bool {
-        self.plan.volumes.iter().all(|v| v.access == crate::volume::Access::Ro)
-    }
-}
-
 /// What the mount table shows as the source of a rootfs's FUSE mount.
 pub fn mount_source(plan: &Plan) -> String {
     format!("fsprov-{}", plan.id)
 }
-
-/// What the supervisor is to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-enum Course {
-    /// Mount.
-    Mount,
-    /// Mount, and hand the caller what is to be shelved.
-    MountAndShelve,
-    /// Go on with what the caller hands over from the shelf.
-    Adopt,
-}
-
-impl Course {
-    /// Is stdout a channel for descriptors?
-    fn hands_over(self) -> bool {
-        self != Course::Mount
-    }
-}
-
-/// The first line on the socket.
-#[derive(Debug, Serialize, Deserialize)]
-struct Order {
-    job: Job,
-    course: Course,
-}
-
-/// What the supervisor tells the caller, one JSON line each.
-#[derive(Debug, Serialize, Deserialize)]
-enum Report {
-    /// It runs, nothing is done yet.
-    Started { supervisor: ProcessId },
-    /// The trees are ready; the next step mounts.
-    Built { worker: ProcessId },
-    /// The rootfs answers. Everything is taken back unless the caller says that it has written this down.
-    Ready(Traces),
-    /// It failed, and nothing is left.
-    Failed(Told),
-}
-
-/// The caller's word to go on.
-const GO: &[u8] = b"go\n";
 
 /// Names in the directory that a backend keeps for a rootfs ([`Plan::state_dir`]).
 pub mod names {

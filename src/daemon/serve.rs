@@ -10,11 +10,12 @@ use std::time::{Duration, Instant};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::channel::{Begin, Channel, FromWorker, ToWorker};
+use super::channel::Channel;
+use super::protocol::{Begin, FromWorker, Job, ToWorker};
 use super::sources::{Sources, read_memory_file};
 use super::supervise::{take_stdin, take_stdout};
 use super::walls::{self, Walls};
-use super::{Job, REQUEST_LOST, TARGET, figures, hex, settle, unhex};
+use super::{REQUEST_LOST, TARGET, figures, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
 use crate::fuse::inflight::Notes;

@@ -4,21 +4,22 @@
 //! Files without a name that were in use are not among them: they come and go while the rootfs is served. Their users get ESTALE.
 
 use std::collections::BTreeMap;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 
-use super::channel::{Channel, MAX_FDS};
+use super::channel::Channel;
+use super::protocol::{self, Job};
 use super::sources::{Legacy, Sources, read_memory_file};
-use super::{Job, hex, unhex};
-use crate::backend::{Shelved, Traces};
+use super::{hex, unhex};
 use crate::error::{Error, Kind, Result, show};
 use crate::fuse::mount::{self, Mounted};
 use crate::plan::Plan;
-use crate::sys::mountinfo::MountInfo;
+use crate::sys::mountinfo::{Known, MountInfo};
 use crate::sys::process;
+use crate::traces::{Shelved, Traces};
 
 const OP: &str = "adopt the connection of";
 /// The shape of [`State`] that this program writes, and the only one it reads.
@@ -48,19 +49,22 @@ pub(super) struct State {
     boot_id: String,
     pub(super) job: Job,
     mount_id: u64,
+    #[serde(default)]
+    unique: Option<u64>,
     minor: u32,
     init: String,
     reply: String,
 }
 
 impl State {
-    pub(super) fn new(job: &Job, info: &MountInfo, init: &[u8], reply: &[u8]) -> Result<Self> {
+    pub(super) fn new(job: &Job, mounted: &Mounted, init: &[u8], reply: &[u8]) -> Result<Self> {
         Ok(State {
             version: VERSION,
             boot_id: process::boot_id()?,
             job: job.clone(),
-            mount_id: info.id,
-            minor: info.dev.1,
+            mount_id: mounted.info.id,
+            unique: mounted.unique,
+            minor: mounted.info.dev.1,
             init: hex(init),
             reply: hex(reply),
         })
@@ -87,7 +91,8 @@ impl State {
         if !answers(connection, self.minor) {
             return Err(refuse("it has ended, or is another's"));
         }
-        mount::find(&plan.rootfs, &self.job.source(), Some(self.mount_id))?
+        let known = Known { id: self.mount_id, unique: self.unique };
+        mount::find(known, &self.job.source())?
             .filter(|info| info.dev.1 == self.minor)
             .ok_or_else(|| refuse("it is not mounted any more"))
     }
@@ -138,7 +143,7 @@ pub(super) struct Inheritance {
 
 impl Inheritance {
     pub(super) fn receive(plan: &Plan, from: &Channel) -> Result<Self> {
-        let mut fds = receive(from)?;
+        let mut fds = protocol::take(from)?;
         if fds.len() != names(plan).len() {
             let why = format!("{} descriptors came where {} belong", fds.len(), names(plan).len());
             return Err(Error::new(Kind::Invalid, OP, show(&plan.rootfs), why));
@@ -154,7 +159,7 @@ impl Inheritance {
         Ok(Inheritance {
             sources: Sources { in_use: single.next(), ..sources },
             legacy: Legacy::of_logs(logs),
-            mounted: Mounted { connection, info },
+            mounted: Mounted { connection, info, unique: state.unique },
             init: unhex(&state.init)?,
             reply: unhex(&state.reply)?,
         })
@@ -173,35 +178,7 @@ pub(super) fn send_all(
     fds.extend(sources.in_use.as_ref().map(|fd| fd.as_fd()));
     fds.extend(sources.all());
     fds.extend(legacy.logs().iter().map(|fd| fd.as_fd()));
-    send(to, &fds)
-}
-
-/// One message of several descriptors.
-#[derive(Serialize, Deserialize)]
-struct Handed {
-    /// How many follow after these.
-    left: usize,
-}
-
-pub(super) fn send(to: &Channel, fds: &[BorrowedFd<'_>]) -> Result<()> {
-    let mut left = fds.len();
-    fds.chunks(MAX_FDS).try_for_each(|some| {
-        left -= some.len();
-        to.send(&Handed { left }, some)
-    })
-}
-
-pub(super) fn receive(from: &Channel) -> Result<Vec<OwnedFd>> {
-    let mut all = Vec::new();
-    loop {
-        let Some((Handed { left }, fds)) = from.receive()? else {
-            return Err(Error::new(Kind::Helper, "take over descriptors", "", "the other process ended"));
-        };
-        all.extend(fds);
-        if left == 0 {
-            return Ok(all);
-        }
-    }
+    protocol::hand(to, &fds)
 }
 
 #[cfg(test)]
@@ -244,17 +221,5 @@ mod tests {
         );
         assert!(said(all()).contains("fsprov-state"), "/dev/null is no state: {}", said(all()));
         assert!(!answers(&rustix::pipe::pipe().unwrap().0, 1));
-    }
-
-    #[test]
-    fn descriptors_come_whole_however_many() {
-        let (one, other) = Channel::pair().unwrap();
-        let other = Channel::from(other);
-        let file = std::fs::File::open("/dev/null").unwrap();
-        let fds = vec![file.as_fd(); MAX_FDS + 3];
-        send(&one, &fds).unwrap();
-        assert_eq!(receive(&other).unwrap().len(), MAX_FDS + 3);
-        drop(one);
-        assert!(receive(&other).is_err());
     }
 }

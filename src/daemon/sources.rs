@@ -5,10 +5,12 @@ use std::collections::BTreeMap;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::path::Path;
 
-use rustix::fs::{self, CWD, FileType, MemfdFlags, Mode, OFlags, memfd_create};
+use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::channel::{Channel, FromWorker, MAX_FDS, ToWorker};
+use super::channel::{Channel, MAX_FDS};
+use super::protocol::{FromWorker, ToWorker};
 use crate::error::{Error, Kind, Result, show};
+use crate::place::{Place, Places};
 use crate::plan::Plan;
 use crate::tree::device::DeviceTree;
 use crate::volume::{Form, Volume};
@@ -24,35 +26,7 @@ pub(super) struct Sources {
     pub(super) in_use: Option<OwnedFd>,
 }
 
-fn open(op: &'static str, path: &Path, wanted: FileType) -> Result<OwnedFd> {
-    // A symlink is refused: the plan's paths are resolved, so it came later.
-    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let fd = fs::openat(CWD, path, flags, Mode::empty()).map_err(|e| Error::sys(op, show(path), e))?;
-    let stat = fs::fstat(&fd).map_err(|e| Error::sys(op, show(path), e))?;
-    let found = FileType::from_raw_mode(stat.st_mode);
-    if found == wanted {
-        return Ok(fd);
-    }
-    let what = if wanted == FileType::Directory { "it is no directory" } else { "it is no regular file" };
-    Err(Error::new(Kind::Usage, op, show(path), what))
-}
-
 impl Sources {
-    pub(super) fn open(plan: &Plan) -> Result<Self> {
-        let layers = plan.layers.iter().map(|l| open("open layer", &l.root, FileType::Directory));
-        let volumes = plan.volumes.iter().map(|v| match v.form {
-            Form::Directory => open("open the source of volume", &v.source, FileType::Directory),
-            Form::File => open("open the source of volume", &v.source, FileType::RegularFile),
-            Form::Special => device(v),
-        });
-        Ok(Sources {
-            layers: layers.collect::<Result<_>>()?,
-            index: plan.index.as_ref().map(|i| open("open index", &i.0, FileType::RegularFile)).transpose()?,
-            volumes: volumes.collect::<Result<_>>()?,
-            in_use: plan.index.as_ref().and_then(|i| i.0.parent()).map(crate::sys::fs::hold_directory).transpose()?,
-        })
-    }
-
     pub(super) fn all(&self) -> Vec<BorrowedFd<'_>> {
         self.layers.iter().chain(&self.index).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
     }
@@ -97,12 +71,6 @@ impl Sources {
     }
 }
 
-fn device(volume: &Volume) -> Result<OwnedFd> {
-    let source = fs::openat(CWD, &volume.source, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys("open the source of volume", show(&volume.source), e))?;
-    if DeviceTree::of(&source, volume.access).is_some() { Ok(source) } else { Err(special(&volume.source)) }
-}
-
 /// What a memory file holds, as JSON. Its offset is shared with other processes' descriptors of it, and left alone.
 pub(super) fn read_memory_file<T: serde::de::DeserializeOwned>(file: OwnedFd, name: &str, most: u64) -> Result<T> {
     const OP: &str = "read memory file";
@@ -117,9 +85,19 @@ pub(super) fn read_memory_file<T: serde::de::DeserializeOwned>(file: OwnedFd, na
     serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, name, e))
 }
 
-/// Can the FUSE server serve this volume?
+/// Can the FUSE server serve this volume? A look, for the choice of a backend; [`check_servable`] decides.
 pub(crate) fn servable(volume: &Volume) -> bool {
-    volume.form != Form::Special || device(volume).is_ok()
+    volume.form != Form::Special || Place::open(&volume.source).is_ok_and(|source| is_servable(volume, &source))
+}
+
+fn is_servable(volume: &Volume, source: &Place) -> bool {
+    volume.form != Form::Special || DeviceTree::of(source, volume.access).is_some()
+}
+
+/// Refuse sources that a server cannot serve: sockets, FIFOs, most devices.
+pub(super) fn check_servable(plan: &Plan, places: &Places) -> Result<()> {
+    let bad = plan.volumes.iter().zip(&places.volumes).find(|(volume, source)| !is_servable(volume, source));
+    bad.map_or(Ok(()), |(volume, _)| Err(special(&volume.source)))
 }
 
 /// What workers leave to the next one.

@@ -2,24 +2,26 @@
 
 use std::ffi::OsString;
 use std::fs::File;
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::io::Read as _;
+use std::os::fd::AsFd as _;
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::time::Duration;
 
 use super::channel::Channel;
-use super::{Course, GO, Job, Order, Report, SUPERVISE, TARGET, names, shelf, this_program_serves};
-use crate::backend::{ProcessId, Shelf, Shelved, Traces};
+use super::protocol::{self, Course, Job, Report, ToSupervisor};
+use super::supervise::memory_file;
+use super::{SUPERVISE, TARGET, names, shelf, sources, this_program_serves};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::fuse::mount::{self, Method, OtherUsers};
 use crate::fuse::session::Resend;
+use crate::place::{Place, Places};
 use crate::plan::Plan;
+use crate::sys::process::ProcessId;
+use crate::traces::{Journal, Shelf, Shelved, Traces};
 
 /// How a server runs.
 #[derive(Clone, Debug)]
@@ -33,8 +35,6 @@ pub struct Options {
     pub program: Option<PathBuf>,
     /// Ask for requests in flight again after a crash?
     pub resend: Resend,
-    /// Where to put what the next supervisor needs, should all processes of this server die.
-    pub shelf: Option<Arc<dyn Shelf>>,
 }
 
 /// More threads than this gained nothing: each costs memory once it was used.
@@ -45,7 +45,7 @@ impl Default for Options {
         let cpus = std::thread::available_parallelism().map_or(2, usize::from);
         // One more than one at least: a request that waits for the disk must not hold up all the others.
         let threads = cpus.clamp(2, MAX_THREADS);
-        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::from_env(), shelf: None }
+        Options { others: OtherUsers::Usual, threads, program: None, resend: Resend::from_env() }
     }
 }
 
@@ -60,23 +60,25 @@ const LOG_TAIL: u64 = 2000;
 const ENVIRONMENT: [&str; 6] =
     ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES", "FSPROV_FUSE_PACE"];
 
-/// Start a server for `plan`. `note` writes down what there is before more is done; when this returns the rootfs answers, and on
+/// Start a server for `plan`, of these places. What there is is noted before more is done; when this returns the rootfs answers, and on
 /// an error nothing of it is left.
 pub fn start(
     plan: &Plan,
+    places: &Places,
     method: Method,
     options: &Options,
-    note: &mut dyn FnMut(&Traces) -> Result<()>,
+    journal: &mut Journal<'_>,
 ) -> Result<Traces> {
+    sources::check_servable(plan, places)?;
     fault::point("fuse.spawn")?;
     let job =
         Job { plan: plan.clone(), method, others: options.others, threads: options.threads, resend: options.resend };
-    let course = if options.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
-    let mut link = Link::open(&Order { job, course }, options, &[])?;
+    let course = if journal.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
+    let mut link = Link::open(&job, course, &places.state, options, |to| protocol::hand_places(to, places))?;
     let mut traces = Traces::default();
-    match link.follow(&mut traces, note) {
+    match link.follow(&mut traces, journal) {
         Ok(()) => {
-            link.shelve(plan, options);
+            link.shelve(plan, journal.shelf.as_deref());
             Ok(traces)
         }
         Err(error) => {
@@ -93,13 +95,16 @@ pub fn adopt(
     traces: &Traces,
     shelved: Vec<Shelved>,
     options: &Options,
-    note: &mut dyn FnMut(&Traces) -> Result<()>,
+    journal: &mut Journal<'_>,
 ) -> Result<Traces> {
     let (job, fds) = shelf::check(plan, traces, shelved)?;
     let mut now = Traces { supervisor: None, worker: None, ..traces.clone() };
+    let fds: Vec<_> = fds.iter().map(|fd| fd.as_fd()).collect();
     let adopted = end_worker(traces)
-        .and_then(|()| Link::open(&Order { job, course: Course::Adopt }, options, &fds))
-        .and_then(|mut link| link.follow(&mut now, note));
+        // Below the state root, which is ours.
+        .and_then(|()| Place::open(&plan.state_dir).map_err(|e| Error::sys("open", show(&plan.state_dir), e)))
+        .and_then(|state| Link::open(&job, Course::Adopt, &state, options, |to| protocol::hand(to, &fds)))
+        .and_then(|mut link| link.follow(&mut now, journal));
     match adopted {
         Ok(()) => Ok(now),
         Err(error) => {
@@ -131,22 +136,24 @@ fn wait_for_end(traces: &Traces) -> Result<()> {
 }
 
 struct Link {
-    stream: BufReader<UnixStream>,
-    /// For descriptors, where the order has any handed over.
-    channel: Option<Channel>,
+    channel: Channel,
     log: PathBuf,
 }
 
 impl Link {
-    fn open(order: &Order, options: &Options, fds: &[OwnedFd]) -> Result<Self> {
+    /// Start the supervisor, and give it its order; `hand` hands over what goes with it.
+    fn open(
+        job: &Job,
+        course: Course,
+        state: &Place,
+        options: &Options,
+        hand: impl FnOnce(&Channel) -> Result<()>,
+    ) -> Result<Self> {
         const OP: &str = "start server";
-        let plan = &order.job.plan;
-        let log = plan.state_dir.join(names::LOG);
+        let log = job.plan.state_dir.join(names::LOG);
         let program = program(options)?;
         let fail = |e| Error::io(OP, show(&program), e);
-        let (ours, theirs) = UnixStream::pair().map_err(fail)?;
-        ours.set_read_timeout(Some(PATIENCE)).map_err(fail)?;
-        ours.set_write_timeout(Some(PATIENCE)).map_err(fail)?;
+        let (channel, theirs) = Channel::pair()?;
         let log_file = File::options()
             .read(true)
             .append(true)
@@ -154,98 +161,82 @@ impl Link {
             .mode(0o600)
             .open(&log)
             .map_err(|e| Error::io("open server log", show(&log), e))?;
-        let (channel, stdout) = if order.course.hands_over() {
-            let (channel, theirs) = Channel::pair()?;
-            (Some(channel), Stdio::from(theirs))
-        } else {
-            (None, Stdio::null())
-        };
         let kept = ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?)));
         let mut first = Command::new(&program)
-            .arg0(title(plan))
+            .arg0(title(&job.plan))
             .arg(SUPERVISE)
             .env_clear()
             .envs(kept)
             .current_dir("/")
-            .stdin(Stdio::from(OwnedFd::from(theirs)))
-            .stdout(stdout)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::null())
             .stderr(Stdio::from(log_file))
             .spawn()
             .map_err(fail)?;
-        let mut stream = BufReader::new(ours);
         // The first process forks and ends at once: its child is not ours, and no zombie is left to us.
         let status = first.wait().map_err(fail)?;
-        let mut link = if status.success() {
-            Link { stream, channel, log }
-        } else {
-            let mut rest = String::new();
-            let _ = stream.get_mut().set_read_timeout(Some(Duration::from_millis(100)));
-            let _ = stream.read_to_string(&mut rest);
+        if !status.success() {
             return Err(Error::new(Kind::Helper, OP, show(&program), format!("it ended with {status}"))
                 .hint("the program must be fsprov, or one that calls fsprov::daemon::dispatch() first"));
-        };
-        if let (Some(channel), Course::Adopt) = (&link.channel, order.course) {
-            shelf::send(channel, &fds.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>())?;
         }
-        let mut text = serde_json::to_vec(order).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
-        text.push(b'\n');
-        link.write(&text)?;
+        let text = serde_json::to_vec(job).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
+        let job = memory_file("fsprov-job", &text)?;
+        let link = Link { channel, log };
+        link.channel
+            .send(&ToSupervisor::Order(course), &[job.as_fd(), state.as_fd()])
+            .and_then(|()| hand(&link.channel))
+            .map_err(|e| link.died("speak to server", e.cause()))?;
         Ok(link)
     }
 
-    fn follow(&mut self, traces: &mut Traces, note: &mut dyn FnMut(&Traces) -> Result<()>) -> Result<()> {
+    fn follow(&mut self, traces: &mut Traces, journal: &mut Journal<'_>) -> Result<()> {
         loop {
             match self.next()? {
                 Report::Started { supervisor } => {
                     traces.supervisor = Some(supervisor);
-                    note(traces)?;
+                    journal.note(traces)?;
                     fault::point("fuse.build")?;
                 }
                 Report::Built { worker } => {
                     traces.worker = Some(worker);
-                    note(traces)?;
+                    journal.note(traces)?;
                     fault::point("fuse.mount")?;
                 }
                 Report::Ready(all) => {
-                    *traces = all;
+                    *traces = *all;
                     fault::point("fuse.mounted")?;
-                    note(traces)?;
+                    journal.note(traces)?;
                     fault::point("fuse.ready")?;
                     log::debug!(target: TARGET, "server ready: {traces:?}");
-                    return self.write(GO);
+                    return self.go();
                 }
                 Report::Failed(told) => return Err(told.into()),
             }
-            self.write(GO)?;
+            self.go()?;
         }
     }
 
-    /// Put what the supervisor handed over on the shelf. Without it the rootfs is served all the same.
-    fn shelve(&self, plan: &Plan, options: &Options) {
-        let (Some(channel), Some(shelf)) = (&self.channel, &options.shelf) else { return };
-        let put = shelf::receive(channel)
+    /// Put what the supervisor hands over on the shelf. Without it the rootfs is served all the same.
+    fn shelve(&self, plan: &Plan, shelf: Option<&dyn Shelf>) {
+        let Some(shelf) = shelf else { return };
+        let put = protocol::take(&self.channel)
             .and_then(|fds| shelf::names(plan).iter().zip(&fds).try_for_each(|(name, fd)| shelf.put(name, fd.as_fd())));
         if let Err(error) = put {
             log::warn!(target: TARGET, "{error}: this rootfs will not outlive its server");
         }
     }
 
-    fn next(&mut self) -> Result<Report> {
+    fn next(&self) -> Result<Report> {
         const OP: &str = "wait for server";
-        let mut line = String::new();
-        match self.stream.read_line(&mut line) {
-            Ok(0) => Err(self.died(OP, "it ended without a word".to_owned())),
-            Ok(_) => serde_json::from_str(&line).map_err(|e| Error::new(Kind::Helper, OP, "", e)),
-            Err(e) if e.kind() == std::io::ErrorKind::WouldBlock => {
-                Err(self.died(OP, format!("it did not get ready within {} s", PATIENCE.as_secs())))
-            }
-            Err(e) => Err(self.died(OP, e.to_string())),
+        match self.channel.receive_within(PATIENCE) {
+            Ok(Some((report, _))) => Ok(report),
+            Ok(None) => Err(self.died(OP, "it ended without a word".to_owned())),
+            Err(e) => Err(self.died(OP, e.cause())),
         }
     }
 
-    fn write(&mut self, bytes: &[u8]) -> Result<()> {
-        let done = self.stream.get_mut().write_all(bytes);
-        done.map_err(|e| self.died("speak to server", e.to_string()))
+    fn go(&self) -> Result<()> {
+        self.channel.send(&ToSupervisor::Go, &[]).map_err(|e| self.died("speak to server", e.cause()))
     }
 
     /// An error with the end of the server's log: it says why.

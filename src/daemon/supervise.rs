@@ -21,21 +21,24 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::channel::{Begin, Channel, FromWorker, ToWorker};
+use super::channel::Channel;
 use super::control::{Listener, Question};
+use super::protocol::{self, Begin, Course, FromWorker, Job, Report, ToWorker};
 use super::shelf::{self, Inheritance};
 use super::sources::{Legacy, Sources};
-use super::{Course, Job, Order, REQUEST_LOST, Report, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
-use crate::backend::{ProcessId, Traces};
+use super::{REQUEST_LOST, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
-use crate::fuse::mount::{self, Mounted, Request};
+use crate::fuse::mount::{self, Method, Mounted, Request};
 use crate::fuse::session::{self, InFlight};
+use crate::place::Point;
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
+use crate::sys::process::ProcessId;
 use crate::sys::raw;
+use crate::traces::Traces;
 use crate::tree::dir::groups;
-use caller::Caller;
+use caller::{Caller, Order};
 use restarts::{Next, Restarts};
 
 /// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
@@ -50,7 +53,7 @@ const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
 /// The program.
 pub(super) fn main() -> ExitCode {
     match detach() {
-        Ok(caller) => run(caller),
+        Ok(channel) => run(Caller { channel }),
         // The caller still waits for this process and shows what its log ends with.
         Err(error) => {
             super::log::start("supervisor");
@@ -61,7 +64,7 @@ pub(super) fn main() -> ExitCode {
 }
 
 /// Become a process of nobody's: no descriptor but the caller's socket and the log, no terminal, not the caller's child.
-fn detach() -> Result<UnixStream> {
+fn detach() -> Result<Channel> {
     const OP: &str = "detach server";
     if let Err(e) = raw::close_from(3) {
         // Before Linux 5.9. What the caller left open without close-on-exec stays open.
@@ -71,7 +74,7 @@ fn detach() -> Result<UnixStream> {
     rustix::process::setsid().map_err(|e| Error::sys(OP, "setsid", e))?;
     raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
     settle(c"fsprov-super");
-    take_stdin().map(UnixStream::from)
+    take_stdin().map(Channel::from)
 }
 
 /// The socket that stdin is, and /dev/null in its place.
@@ -97,12 +100,11 @@ fn take_over(
     Ok(socket)
 }
 
-fn run(caller: UnixStream) -> ExitCode {
+fn run(caller: Caller) -> ExitCode {
     super::log::start("supervisor");
     #[cfg(feature = "failpoints")]
     let _scenario = fail::FailScenario::setup();
-    let mut caller = Caller::from(caller);
-    match Supervisor::set_up(&mut caller) {
+    match Supervisor::set_up(&caller) {
         Ok(supervisor) => {
             drop(caller);
             supervisor.watch()
@@ -124,6 +126,14 @@ struct Worker {
     serving_since: Option<Instant>,
     /// Requests that it answered because they would end a thread.
     poisoned: usize,
+}
+
+/// What a supervisor begins with.
+enum Stand {
+    /// A directory to mount on.
+    At(Point),
+    /// What a dead one left mounted.
+    On(Standing),
 }
 
 /// A mount with its agreed INIT.
@@ -153,7 +163,7 @@ struct Supervisor {
     is_shelved: bool,
 }
 
-fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
+pub(super) fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
     let fail = |e: Errno| Error::sys("make memory file", name, e);
     let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(fail)?;
     let mut file = File::from(fd);
@@ -174,24 +184,22 @@ fn catch_signals() -> Result<UnixStream> {
 
 impl Supervisor {
     /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
-    fn set_up(caller: &mut Caller) -> Result<Self> {
-        let Order { job, course } = caller.order()?;
-        let channel = course.hands_over().then(take_stdout).transpose()?.map(Channel::from);
+    fn set_up(caller: &Caller) -> Result<Self> {
+        let Order { course, job, job_file, state_dir } = caller.order()?;
         let me = ProcessId::current()?;
         let signals = catch_signals()?;
         let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
             .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
-        let (sources, legacy, standing) = match &channel {
-            Some(channel) if course == Course::Adopt => {
-                let Inheritance { sources, legacy, mounted, init, reply } = Inheritance::receive(&job.plan, channel)?;
-                (sources, legacy, Some(Standing { mounted, init, reply }))
-            }
-            // Before the mount: afterwards these paths may lead into it.
-            _ => (Sources::open(&job.plan)?, Legacy::new(&job.plan)?, None),
+        let (sources, legacy, stand) = if course == Course::Adopt {
+            let Inheritance { sources, legacy, mounted, init, reply } =
+                Inheritance::receive(&job.plan, &caller.channel)?;
+            (sources, legacy, Stand::On(Standing { mounted, init, reply }))
+        } else {
+            let (point, in_use, fds) = protocol::take_places(&caller.channel, &job.plan)?;
+            let sources = Sources { in_use, ..Sources::sort(&job.plan, fds)? };
+            (sources, Legacy::new(&job.plan)?, Stand::At(point))
         };
-        let text = serde_json::to_vec(&job).map_err(|e| Error::new(Kind::Io, "write job", "", e))?;
-        let job_file = memory_file("fsprov-job", &text)?;
-        let control = Listener::bind(&job.plan.state_dir)
+        let control = Listener::bind(state_dir, &job.plan.state_dir)
             .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
             .ok();
         caller.ask(&Report::Started { supervisor: me })?;
@@ -202,9 +210,9 @@ impl Supervisor {
             FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
             other => Err(unexpected(&other)),
         });
-        let standing = built.and_then(|()| match standing {
-            Some(standing) => go_on(&job, &mut worker, standing),
-            None => stand(&job, &mut worker),
+        let standing = built.and_then(|()| match stand {
+            Stand::On(standing) => go_on(&job, &mut worker, standing),
+            Stand::At(point) => mount_at(&job, &mut worker, &point),
         });
         let standing = match standing {
             Ok(standing) => standing,
@@ -226,15 +234,17 @@ impl Supervisor {
             restarts: Restarts::new(),
             with_care: false,
             control,
-            is_shelved: channel.is_some(),
+            is_shelved: course != Course::Mount,
         };
-        let handed =
-            channel.filter(|_| course == Course::MountAndShelve).map_or(Ok(()), |to| supervisor.hand_over(&to));
-        let known = handed
-            .and_then(|()| fault::point("server.ready"))
-            .and_then(|()| caller.ask(&Report::Ready(supervisor.traces())));
+        let known =
+            fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(Box::new(supervisor.traces()))));
         match known {
             Ok(()) => {
+                if course == Course::MountAndShelve
+                    && let Err(error) = supervisor.hand_over(&caller.channel)
+                {
+                    log::warn!(target: TARGET, "{error}: this rootfs will not outlive its server");
+                }
                 log::info!(
                     target: TARGET,
                     "{} is served by worker {}",
@@ -253,7 +263,7 @@ impl Supervisor {
     /// What a later supervisor needs, for the caller to put on its shelf.
     fn hand_over(&self, to: &Channel) -> Result<()> {
         let Standing { mounted, init, reply } = &self.standing;
-        let state = shelf::State::new(&self.job, &mounted.info, init, reply)?.to_bytes()?;
+        let state = shelf::State::new(&self.job, mounted, init, reply)?.to_bytes()?;
         let state = memory_file("fsprov-state", &state)?;
         shelf::send_all(to, &mounted.connection, &state, &self.sources, &self.legacy)
     }
@@ -261,6 +271,7 @@ impl Supervisor {
     fn traces(&self) -> Traces {
         Traces {
             mount_id: Some(self.info().id),
+            unique_mount_id: self.standing.mounted.unique,
             supervisor: Some(self.me),
             worker: self.worker.as_ref().map(|w| w.id),
             fuse_connection: Some(self.info().dev.1),
@@ -557,7 +568,7 @@ impl Supervisor {
 
     /// Unmount, by force if it must be, and end the worker.
     fn take_down(mut self, how: Unmount) -> Result<()> {
-        let done = take_away(self.info(), how);
+        let done = take_away(self.info(), how, &self.job.method);
         if let Some(worker) = &mut self.worker {
             worker.end();
         }
@@ -583,11 +594,10 @@ enum Event {
 }
 
 /// Mount, and let the worker begin. On an error nothing is mounted.
-fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
+fn mount_at(job: &Job, worker: &mut Worker, point: &Point) -> Result<Standing> {
     fault::point("server.mount")?;
     let source = job.source();
-    let request =
-        Request { point: &job.plan.rootfs, source: &source, read_only: job.is_read_only(), others: job.others };
+    let request = Request { point, source: &source, read_only: job.is_read_only(), others: job.others };
     let mounted = mount::mount(&job.method, &request)?;
     let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
     let mut standing = Standing { mounted, init: Vec::new(), reply: Vec::new() };
@@ -597,7 +607,9 @@ fn stand(job: &Job, worker: &mut Worker) -> Result<Standing> {
     });
     match begun {
         Ok((reply, _)) => Ok(Standing { reply, ..standing }),
-        Err(error) => Err(error.with_undo(mount::unmount(&standing.mounted.info, Unmount::Lazy).map(drop))),
+        Err(error) => {
+            Err(error.with_undo(mount::unmount(&standing.mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
+        }
     }
 }
 
@@ -610,14 +622,14 @@ fn go_on(job: &Job, worker: &mut Worker, standing: Standing) -> Result<Standing>
 }
 
 /// Unmount in a thread of its own: writing back dirty pages needs a worker, and there may be none.
-fn take_away(info: &MountInfo, how: Unmount) -> Result<()> {
+fn take_away(info: &MountInfo, how: Unmount, method: &Method) -> Result<()> {
     let (send, done) = std::sync::mpsc::channel();
-    let mount = info.clone();
+    let (mount, method) = (info.clone(), method.clone());
     std::thread::spawn(move || {
-        let result = mount::unmount(&mount, how).or_else(|e| match (e.kind(), how) {
+        let result = mount::unmount(&mount, how, Some(&method)).or_else(|e| match (e.kind(), how) {
             (Kind::Busy, Unmount::IfIdle) => {
                 log::warn!(target: TARGET, "{e}: unmounting lazily");
-                mount::unmount(&mount, Unmount::Lazy)
+                mount::unmount(&mount, Unmount::Lazy, Some(&method))
             }
             _ => Err(e),
         });

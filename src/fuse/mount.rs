@@ -5,7 +5,7 @@
 
 use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::fs::{self, CWD, Mode, OFlags};
 use rustix::io::Errno;
@@ -15,8 +15,9 @@ use serde::{Deserialize, Serialize};
 use super::fusermount;
 use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
+use crate::place::{Place, Point};
 use crate::sys::mount::{Unmount, move_mount_to};
-use crate::sys::mountinfo::{self, MountInfo};
+use crate::sys::mountinfo::{self, Known, MountInfo};
 use crate::sys::{mount as sysmount, process};
 
 const TARGET: &str = "fsprov::fuse";
@@ -82,8 +83,8 @@ pub enum OtherUsers {
 /// What to mount.
 #[derive(Clone, Debug)]
 pub struct Request<'a> {
-    /// Where: an absolute path of an existing directory.
-    pub point: &'a Path,
+    /// Where.
+    pub point: &'a Point,
     /// What the mount table shows as the source.
     pub source: &'a str,
     /// Is nothing in it writable? An `ro` superblock keeps reads from invalidating cached times.
@@ -99,24 +100,47 @@ pub struct Mounted {
     pub connection: OwnedFd,
     /// The mount, as the table has it.
     pub info: MountInfo,
+    /// Its id that is never used again, where the kernel tells one (Linux 6.8).
+    pub unique: Option<u64>,
 }
 
 /// Mount. On an error nothing is mounted.
 pub fn mount(method: &Method, request: &Request<'_>) -> Result<Mounted> {
+    let point = request.point;
     let connection = match method {
         Method::Kernel { initial_user_namespace } => mount_here(request, *initial_user_namespace)?,
-        Method::Helper(program) => fusermount::mount(program, request.point, &helper_options(request))?,
+        // It follows the path, as the user who may only mount where that user may write: what it mounted on is compared.
+        Method::Helper(program) => fusermount::mount(program, point.path(), &helper_options(request))?,
     };
-    let ours = |m: &MountInfo| is_ours(m, request.source);
-    let found = mountinfo::mounts_at(request.point)?.pop().filter(ours);
-    match found {
-        Some(info) => {
-            log::debug!(target: TARGET, "mounted {} as mount {}", show(request.point), info.id);
-            Ok(Mounted { connection, info })
+    match find_mounted(request) {
+        Ok((info, unique)) => {
+            log::debug!(target: TARGET, "mounted {} as mount {}", show(point.path()), info.id);
+            Ok(Mounted { connection, info, unique })
         }
+        Err(error) => {
+            // Wherever it lies: its source names this rootfs alone.
+            let undone = mountinfo::read().and_then(|table| {
+                let wrong = table.into_iter().rfind(|m| is_ours(m, request.source));
+                wrong.map_or(Ok(()), |m| unmount(&m, Unmount::Lazy, Some(method)).map(drop))
+            });
+            Err(error.with_undo(undone))
+        }
+    }
+}
+
+/// The mount that was just made: what is seen at the mount point now, which still is where it was.
+fn find_mounted(request: &Request<'_>) -> Result<(MountInfo, Option<u64>)> {
+    const OP: &str = "mount FUSE on";
+    let point = request.point;
+    let seen = point.seen().map_err(|e| Error::sys(OP, show(point.path()), e))?;
+    let (id, unique) = (sysmount::mount_id(&seen)?, sysmount::unique_mount_id(&seen));
+    drop(seen);
+    point.check_mounted(id)?;
+    match mountinfo::by_id(id)?.filter(|m| is_ours(m, request.source)) {
+        Some(info) => Ok((info, unique)),
         // Someone unmounted it, or mounted over it, between two of our calls.
-        None => Err(Error::new(Kind::Io, "mount FUSE on", show(request.point), "the mount is not in the mount table")
-            .hint("another process changes mounts there: try again")),
+        None => Err(Error::new(Kind::Io, OP, show(point.path()), "the mount is not to be seen there")
+            .hint("another process changes mounts or directories there: try again")),
     }
 }
 
@@ -139,26 +163,25 @@ fn helper_options(request: &Request<'_>) -> String {
 
 fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
     const OP: &str = "mount FUSE on";
-    let name = || show(request.point);
+    let name = || show(request.point.path());
     let open = || {
         fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
             .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))
     };
     let mut connection = open()?;
-    let flags = OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let target = fs::openat(CWD, request.point, flags, Mode::empty()).map_err(|e| Error::sys(OP, name(), e))?;
+    let target = &request.point.place;
     let explain = |e: Errno| match e {
         Errno::PERM => Error::sys(OP, name(), e).hint(
             "this user namespace, or a seccomp filter, does not let FUSE be mounted: leave it and use fusermount3",
         ),
         e => Error::sys(OP, name(), e),
     };
-    match attach_new(request, &connection, &target, initial) {
+    match attach_new(request, &connection, target, initial) {
         Err(Errno::NOSYS) => {
             log::info!(target: TARGET, "this kernel has no fsopen or no move_mount: mounting with mount(2)");
             // Where move_mount alone is missing, the superblock that fsopen made has died and its connection with it (ENOTCONN).
             connection = open()?;
-            attach_classic(request, &connection, &target, initial).map_err(explain)?;
+            attach_classic(request, &connection, target, initial).map_err(explain)?;
         }
         other => other.map_err(explain)?,
     }
@@ -186,7 +209,7 @@ fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static 
 
 /// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
 /// that was opened.
-fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &OwnedFd, initial: bool) -> rustix::io::Result<()> {
+fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place, initial: bool) -> rustix::io::Result<()> {
     let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     mount::fsconfig_set_string(&context, "source", request.source)?;
     mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;
@@ -210,7 +233,7 @@ fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &OwnedFd, ini
 fn attach_classic(
     request: &Request<'_>,
     connection: &OwnedFd,
-    target: &OwnedFd,
+    target: &Place,
     initial: bool,
 ) -> rustix::io::Result<()> {
     let options: Vec<String> = kernel_options(request, connection)
@@ -226,18 +249,19 @@ fn attach_classic(
     mount::mount(request.source, target, FS_TYPE, flags, Some(data.as_c_str()))
 }
 
-/// Which of the mounts at `point` is ours: made with `source`, and of this id where that is known.
-pub fn find(point: &Path, source: &str, id: Option<u64>) -> Result<Option<MountInfo>> {
-    let ours = |m: &MountInfo| is_ours(m, source) && id.is_none_or(|id| id == m.id);
-    Ok(mountinfo::mounts_at(point)?.into_iter().rfind(ours))
+/// The mount that a record knows, wherever it lies by now, if it is one of ours made with `source`.
+pub fn find(known: Known, source: &str) -> Result<Option<MountInfo>> {
+    let Some(id) = known.current_id() else { return Ok(None) };
+    Ok(mountinfo::by_id(id)?.filter(|m| is_ours(m, source)))
 }
 
-/// Take our mount away. `false`: it is gone already.
-pub fn unmount(ours: &MountInfo, how: Unmount) -> Result<bool> {
+/// Take our mount away, wherever it lies by now; `method` is how this user mounts. `false`: it is gone already.
+pub fn unmount(ours: &MountInfo, how: Unmount, method: Option<&Method>) -> Result<bool> {
     const OP: &str = "unmount";
+    let Some(ours) = mountinfo::by_id(ours.id)?.filter(|m| m.dev == ours.dev) else { return Ok(false) };
     let name = || show(&ours.point);
     let stack = mountinfo::mounts_at(&ours.point)?;
-    match stack.iter().position(|m| m.id == ours.id && m.dev == ours.dev) {
+    match stack.iter().position(|m| m.id == ours.id) {
         None => return Ok(false),
         Some(at) if at + 1 < stack.len() => {
             let top = &stack[stack.len() - 1];
@@ -251,9 +275,9 @@ pub fn unmount(ours: &MountInfo, how: Unmount) -> Result<bool> {
         }
         Some(_) => {}
     }
-    let once = || match sysmount::unmount(&ours.point, how) {
-        Err(e @ (Errno::PERM | Errno::ACCESS)) => match Method::choose(&Host::probe()) {
-            Ok(Method::Helper(program)) => fusermount::unmount(&program, &ours.point, how),
+    let once = || match sysmount::unmount_found(&ours, how) {
+        Err(e @ (Errno::PERM | Errno::ACCESS)) => match method {
+            Some(Method::Helper(program)) => fusermount::unmount(program, &ours.point, how),
             _ => Err(Error::sys(OP, name(), e).hint("unmount it as the user, and in the namespace, that mounted it")),
         },
         other => other.map_err(|e| Error::sys(OP, name(), e)),
@@ -270,7 +294,7 @@ pub fn unmount(ours: &MountInfo, how: Unmount) -> Result<bool> {
         Ok(()) => Ok(true),
         // Someone else took it away meanwhile.
         Err(_) if mountinfo::by_id(ours.id)?.is_none_or(|m| m.dev != ours.dev) => Ok(false),
-        Err(e) if e.kind() == Kind::Busy => Err(busy(ours)),
+        Err(e) if e.kind() == Kind::Busy => Err(busy(&ours)),
         Err(e) => Err(e),
     }
 }
@@ -303,10 +327,14 @@ pub fn abort(minor: u32) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn point() -> Point {
+        Point::new(Place::open("/".as_ref()).unwrap(), "proc".as_ref()).unwrap()
+    }
+
     #[test]
     fn options_for_the_helper() {
-        let mut request =
-            Request { point: Path::new("/r"), source: "a,b\\c", read_only: false, others: OtherUsers::Usual };
+        let point = point();
+        let mut request = Request { point: &point, source: "a,b\\c", read_only: false, others: OtherUsers::Usual };
         assert_eq!(helper_options(&request), "fsname=a\\,b\\\\c,subtype=fsprov,nosuid,nodev,max_read=1048576");
         request.read_only = true;
         request.others = OtherUsers::Allowed;
@@ -317,7 +345,8 @@ mod tests {
     fn allow_other_never_without_default_permissions() {
         let device = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         for others in [OtherUsers::Usual, OtherUsers::Allowed, OtherUsers::Refused] {
-            let request = Request { point: Path::new("/r"), source: "s", read_only: true, others };
+            let point = point();
+            let request = Request { point: &point, source: "s", read_only: true, others };
             let names: Vec<_> = kernel_options(&request, &device).into_iter().map(|o| o.0).collect();
             assert_eq!(names.contains(&"default_permissions"), names.contains(&"allow_other"));
             assert_eq!(names.contains(&"allow_other"), others != OtherUsers::Refused);

@@ -1,11 +1,19 @@
 //! Taking a rootfs away, and those nested in it before it.
 
+use std::ffi::OsStr;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, unlinkat};
+use rustix::io::Errno;
+
 use super::{Now, Provisioner, Record, Selector, State, fill, lock, record};
 use crate::backend::{self, Detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ContainerId;
+use crate::place::Place;
 use crate::plan::BackendKind;
+use crate::sys::remove::remove_tree_at;
 
 impl Provisioner {
     /// Take a rootfs away, and everything of ours with it: those nested in it (`ID.CHILD`) first. `false`: there is none. Never
@@ -85,22 +93,89 @@ pub(super) fn refuse_elsewhere(record: &Record, now: &Now) -> Result<()> {
     .hint(format!("run it there: nsenter --preserve-credentials -U -m -t {pid} fsprov unmount {}", record.plan.id)))
 }
 
-/// Remove the directories that provisioning made for the mount point, innermost first, as long as they are empty; and what it
-/// was copying for a volume when it was stopped.
+/// Remove what was made beside the rootfs itself: its changes, the directories made for its mount point, as long as they are empty,
+/// and, where it was never complete, what was made or was being copied for its volumes.
 pub(super) fn remove_made(record: &Record) -> Result<()> {
+    remove_changes(record, Unwritten::MayBeOurs)?;
+    remove_empty(record)
+}
+
+/// The same without the changes.
+fn remove_empty(record: &Record) -> Result<()> {
     if record.state == State::Pending {
         fill::remove_stages(&record.plan)?;
+        remove_dirs("remove volume source", &record.sources)?;
     }
-    for dir in record.made.iter().rev() {
-        match std::fs::remove_dir(dir) {
-            Ok(()) => {}
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
-            Err(e) if e.kind() == std::io::ErrorKind::DirectoryNotEmpty => {
-                log::info!("{} stays: somebody put something into it", show(dir));
+    remove_dirs("remove mount point", &record.made)
+}
+
+/// A directory for changes that is there, and of which the record says nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Unwritten {
+    /// This process knows that it did not make it.
+    IsNotOurs,
+    /// One that was killed may have made it, just before it would have written so.
+    MayBeOurs,
+}
+
+/// After an error in this process: what it made is known.
+pub(super) fn undo_made(record: &Record) -> Result<()> {
+    remove_changes(record, Unwritten::IsNotOurs)?;
+    remove_empty(record)
+}
+
+/// Remove the directory that was made for changes, with all that is in it; not another one that is there by now.
+pub(super) fn remove_changes(record: &Record, unwritten: Unwritten) -> Result<()> {
+    const OP: &str = "delete changes in";
+    let Some(scratch) = &record.plan.scratch else { return Ok(()) };
+    fault::point("destroy.changes")?;
+    let Some((parent, name)) = found_in(&scratch.0) else { return Ok(()) };
+    let known = record.places.as_ref().and_then(|places| places.scratch.as_ref());
+    let is_ours = match parent.child(name) {
+        Ok(there) => match known {
+            Some(known) => known.is_same(&there.identity()),
+            // As it is made: nobody else's, and closed to all others.
+            None => {
+                let is_mine = there.owner().0 == rustix::process::geteuid().as_raw() && there.mode() == 0o700;
+                unwritten == Unwritten::MayBeOurs && is_mine
+            }
+        },
+        Err(Errno::NOENT) => return Ok(()),
+        Err(Errno::LOOP) => false,
+        Err(e) => return Err(Error::sys(OP, show(&scratch.0), e)),
+    };
+    if !is_ours {
+        log::warn!("{} is not the directory that was made for changes: it stays", show(&scratch.0));
+        return Ok(());
+    }
+    remove_tree_at(&parent, name, &scratch.0).map(|_| ()).map_err(|e| e.within(OP, show(&scratch.0)))
+}
+
+/// Remove empty directories, innermost first.
+fn remove_dirs(op: &'static str, dirs: &[PathBuf]) -> Result<()> {
+    for dir in dirs.iter().rev() {
+        let Some((parent, name)) = found_in(dir) else { continue };
+        match unlinkat(&parent, name, AtFlags::REMOVEDIR) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e @ (Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR)) => {
+                log::info!("{} stays: {e}: somebody put something there", show(dir));
                 break;
             }
-            Err(e) => return Err(Error::io("remove mount point", show(dir), e)),
+            Err(e) => return Err(Error::sys(op, show(dir), e)),
         }
     }
     Ok(())
+}
+
+/// The directory that `path` lies in and its name there. `None`: the directory is gone, or its path leads elsewhere by now.
+pub(super) fn found_in(path: &Path) -> Option<(Place, &OsStr)> {
+    let (parent, name) = (path.parent()?, path.file_name()?);
+    match Place::open(parent) {
+        Ok(parent) => Some((parent, name)),
+        Err(Errno::NOENT | Errno::NOTDIR) => None,
+        Err(e) => {
+            log::warn!("{}: {e}: what was made in it stays", show(parent));
+            None
+        }
+    }
 }

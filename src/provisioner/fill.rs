@@ -4,8 +4,8 @@
 //! and renamed into its place, so it is there whole or not at all, whatever kills us. Owners, modes, times and attributes go
 //! over as far as this user may set them ([`attrs::set`]): an ordinary user's copy belongs to that user.
 //!
-//! Who may write beside the source may interfere: everything is done relative to descriptors of directories that were just
-//! made, and what ends up in the place is compared with what was made.
+//! Whoever owns the directory beside the source may interfere: everything is made inside a directory of ours that nobody else can
+//! enter, and gets its owner and mode there, by descriptor.
 
 use std::collections::HashMap;
 use std::ffi::{CString, OsStr, OsString};
@@ -16,18 +16,25 @@ use std::sync::Arc;
 
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Uid};
 
+use super::destroy::found_in;
+use super::open::{self, Opened, Source};
+use super::planning::Planned;
+use super::record;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ContainerId;
 use crate::index::Index;
-use crate::plan::Plan;
+use crate::paths::StatePaths;
+use crate::place::{Place, Places};
+use crate::plan::{Ownership, Plan};
 use crate::store::ResolvedImage;
-use crate::sys::attrs::{self, At, Fidelity};
-use crate::sys::fs::{is_empty, open_beneath, open_path};
+use crate::sys::attrs::{self, Fidelity};
+use crate::sys::fs::{make_private, open_beneath, open_path};
+use crate::sys::remove::remove_tree_at;
 use crate::tree::dir::{DirOptions, DirTree, FdPool};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::{self, Attr, Caller, Errno, Fit, ListMode, Node, Tree, route};
-use crate::volume::{ContainerPath, Form};
+use crate::volume::{ContainerPath, Form, Volume};
 
 const OP: &str = "copy the image's content into volume source";
 const TARGET: &str = "fsprov::provisioner";
@@ -42,146 +49,178 @@ const MAX_LINKED: usize = 1 << 20;
 /// The tree does not ask who reads: the image was made readable to its user.
 const ME: Caller = Caller { uid: 0, gid: 0, pid: 0 };
 
-/// The image as a tree, to copy from; owners as `ownership` presents them.
-pub(super) fn tree_of(image: &ResolvedImage, plan_ownership: &crate::plan::Ownership) -> Result<Arc<dyn Tree>> {
-    let open = |path: &PathBuf| open_path(path).map_err(|e| Error::sys("open layer", show(path), e));
-    if let Some(index) = &image.index {
-        let layers = image.layers.iter().map(open).collect::<Result<Vec<_>>>()?;
-        return Ok(Arc::new(ImageTree::open(Index::open(index)?, layers, plan_ownership.clone(), Trust::default())?));
+/// What a source is that is missing and will be filled from `target`: a directory where the image has none or nothing there. A look at
+/// the image, for the plan.
+pub(super) fn form_in(image: &ResolvedImage, ownership: &Ownership, target: &ContainerPath) -> Result<Form> {
+    if image.layers.is_empty() {
+        return Ok(Form::Directory);
     }
-    let [layer] = image.layers.as_slice() else {
-        let why = format!("the image has {} layers and no index to merge them by", image.layers.len());
-        return Err(Error::new(Kind::Unsupported, OP, "", why).hint("make it with `fsprov image index IMAGE`"));
-    };
-    Ok(Arc::new(DirTree::open(open(layer)?, DirOptions::image(plan_ownership.clone()), FdPool::new()?)?))
-}
-
-/// What a source is that will be filled from `target`: a directory where the image has none or nothing there.
-pub(super) fn form_at(image: &Arc<dyn Tree>, target: &ContainerPath) -> Result<Form> {
-    match route::target_attr(image, target)?.map(|attr| FileType::from_raw_mode(attr.mode)) {
+    let open = |path: &PathBuf| open_path(path).map_err(|e| Error::sys("open layer", show(path), e));
+    let layers = image.layers.iter().map(open).collect::<Result<Vec<_>>>()?;
+    let tree = tree_of(image.index.as_deref().map(Index::open).transpose()?, layers, ownership)?;
+    match route::target_attr(&tree, target)?.map(|attr| FileType::from_raw_mode(attr.mode)) {
         None | Some(FileType::Directory) => Ok(Form::Directory),
         Some(FileType::RegularFile) => Ok(Form::File),
         Some(_) => Err(Error::new(Kind::Usage, OP, target, "the image has neither a file nor a directory there")),
     }
 }
 
+/// The image as a tree, to copy from; owners as `ownership` presents them.
+fn tree_of(index: Option<Index>, layers: Vec<OwnedFd>, ownership: &Ownership) -> Result<Arc<dyn Tree>> {
+    if let Some(index) = index {
+        return Ok(Arc::new(ImageTree::open(index, layers, ownership.clone(), Trust::default())?));
+    }
+    let [layer] = <[OwnedFd; 1]>::try_from(layers).map_err(|layers| {
+        let why = format!("the image has {} layers and no index to merge them by", layers.len());
+        Error::new(Kind::Unsupported, OP, "", why).hint("make it with `fsprov image index IMAGE`")
+    })?;
+    Ok(Arc::new(DirTree::open(layer, DirOptions::image(ownership.clone()), FdPool::new()?)?))
+}
+
+fn tree_of_places(image: &open::Image, ownership: &Ownership) -> Result<Arc<dyn Tree>> {
+    let fail = |place: &Place, e| Error::sys("open", show(place.path()), e);
+    let index = image
+        .index
+        .as_ref()
+        .map(|place| place.for_reading().map_err(|e| fail(place, e)).and_then(|fd| Index::from_file(&fd.into())));
+    let layer = |place: &Place| rustix::io::fcntl_dupfd_cloexec(place, 0).map_err(|e| fail(place, e));
+    tree_of(index.transpose()?, image.layers.iter().map(layer).collect::<Result<_>>()?, ownership)
+}
+
 /// The name beside a source under which its content is made, for the `number`th volume of a rootfs.
-fn stage_name(id: &ContainerId, number: usize) -> String {
-    format!(".fsprov-copy-{id}.{number}")
+fn stage_name(id: &ContainerId, number: usize) -> OsString {
+    format!(".fsprov-copy-{id}.{number}").into()
 }
 
 /// Take away what a killed process left beside the sources.
 pub(super) fn remove_stages(plan: &Plan) -> Result<()> {
     for (number, volume) in plan.volumes.iter().enumerate() {
-        if let Some(parent) = volume.source.parent() {
-            crate::sys::remove::remove_tree(&parent.join(stage_name(&plan.id, number)))?;
+        if let Some((parent, _)) = found_in(&volume.source) {
+            let stage = stage_name(&plan.id, number);
+            remove_tree_at(&parent, &stage, &parent.path().join(&stage))?;
         }
     }
     Ok(())
 }
 
-/// Fill the source of `plan`'s `number`th volume, unless another did meanwhile. What is there and not an empty directory stays.
-pub(super) fn fill(image: &Arc<dyn Tree>, plan: &Plan, number: usize) -> Result<()> {
+/// Fill the sources that are to be filled; then everything is there. One that was filled stays filled, whatever fails after it: it is
+/// as new, and complete.
+pub(super) fn fill(mut opened: Opened, planned: &Planned, paths: &StatePaths) -> Result<Places> {
+    let plan = &planned.plan;
+    let (mut tree, mut places) = (None, Vec::with_capacity(plan.volumes.len()));
+    for (number, source) in std::mem::take(&mut opened.sources).into_iter().enumerate() {
+        let (parent, name) = match source {
+            Source::There(place) => {
+                places.push(place);
+                continue;
+            }
+            Source::ToFill(parent, name) => (parent, name),
+        };
+        let volume = &plan.volumes[number];
+        // An empty directory that another rootfs has as a volume is not new: replaced, that one would lose it.
+        if !is_used(paths, plan, &volume.source)? {
+            let image = match &tree {
+                Some(tree) => Arc::clone(tree),
+                None => Arc::clone(tree.insert(tree_of_places(&opened.image, &plan.ownership)?)),
+            };
+            fill_one(&image, plan, number, &parent, &name)?;
+        }
+        let place = parent.child(&name).map_err(|e| Error::sys(OP, subject(volume), e))?;
+        places.push(open::check_form(volume, place)?);
+    }
+    Ok(opened.complete(places))
+}
+
+/// Does another rootfs have this directory as a volume?
+fn is_used(paths: &StatePaths, plan: &Plan, source: &Path) -> Result<bool> {
+    let has_it = |r: &super::Record| r.plan.id != plan.id && r.plan.volumes.iter().any(|v| v.source == source);
+    Ok(record::readable(paths)?.iter().any(has_it))
+}
+
+fn subject(volume: &Volume) -> String {
+    format!("{} ({})", volume.target, show(&volume.source))
+}
+
+/// What is made, in the stage.
+const CONTENT: &str = "content";
+
+/// Fill the source of `plan`'s `number`th volume, `name` in `parent`, unless another did meanwhile. What is there and not an empty
+/// directory stays.
+fn fill_one(image: &Arc<dyn Tree>, plan: &Plan, number: usize, parent: &Place, name: &OsStr) -> Result<()> {
     let volume = &plan.volumes[number];
-    let subject = || format!("{} ({})", volume.target, show(&volume.source));
-    let fail = |e: Errno| Error::sys(OP, subject(), e);
-    let (Some(parent_path), Some(name)) = (volume.source.parent(), volume.source.file_name()) else {
-        return Err(Error::new(Kind::Usage, OP, subject(), "it has no name"));
-    };
-    let parent = open_resolved(parent_path).map_err(fail)?;
-    let stage = stage_name(&plan.id, number);
+    let fail = |e: Errno| Error::sys(OP, subject(volume), e);
+    let stage_name = stage_name(&plan.id, number);
     let from = route::target_attr(image, &volume.target)?;
-    let undo = |error: Error| error.with_undo(crate::sys::remove::remove_tree(&parent_path.join(&stage)).map(|_| ()));
-    let made = (|| {
+    let clear = || remove_tree_at(parent, &stage_name, &parent.path().join(&stage_name)).map(|_| ());
+    let filled = (|| {
         fault::point("fill.begin")?;
+        // Nobody else can enter it: whoever owns the directory that it lies in can only move it as a whole.
+        let stage = make_private(parent, &stage_name).map_err(fail)?;
         let mut copy =
             Copy { tree: image, links: HashMap::new(), closed: Vec::new(), top: None, partial: 0, devices: 0 };
         let made = match &from {
             Some(attr) if FileType::from_raw_mode(attr.mode).is_file() => {
-                copy.file(attr, &parent, OsStr::new(&stage), &volume.source)?;
-                copy.attributes(attr, At::new(&parent, OsStr::new(&stage)), &volume.source)?;
-                open_made(&parent, &stage, OFlags::empty())
+                let made = copy.file(attr, &stage, OsStr::new(CONTENT), &volume.source)?;
+                fault::point("fill.attributes")?;
+                copy.attributes(&of_source(attr), &made, &volume.source)?;
+                made
             }
             _ => {
-                let top = make_top(&parent, &stage).map_err(fail)?;
-                copy.top = Some(top.try_clone().map_err(|e| Error::io(OP, subject(), e))?);
+                let top = make_private(&stage, OsStr::new(CONTENT)).map_err(fail)?;
+                copy.top = Some(top.try_clone().map_err(|e| Error::io(OP, subject(volume), e))?);
                 if let Some(attr) = &from {
                     copy.directory(attr.node, &top, Path::new(""), MAX_DEPTH)?;
-                    copy.directory_attributes(attr, &top, Path::new("."))?;
                     copy.close(&top).map_err(fail)?;
+                    // A directory that is closed to its owner could not be moved into place.
+                    copy.attributes(&Attr { mode: attr.mode | OPEN, ..of_source(attr) }, &top, Path::new("."))?;
                 } else {
-                    like_parent(&parent, &top).map_err(fail)?;
+                    like_parent(parent, &top).map_err(fail)?;
                 }
-                Ok(top)
+                top
             }
-        }
-        .map_err(fail)?;
+        };
         copy.tell(&volume.target);
         fault::point("fill.made")?;
         // What is renamed into place is what a power loss must not cut short.
-        fs::syncfs(&made_for_sync(&parent)?).map_err(fail)?;
-        put_in_place(&parent, &stage, name, &made, &subject)
+        fs::syncfs(&stage).map_err(fail)?;
+        put_in_place(parent, &stage, name, &made, volume)?;
+        match &from {
+            Some(attr) if of_source(attr).mode & OPEN != OPEN && FileType::from_raw_mode(attr.mode).is_dir() => {
+                fs::fchmod(&made, Mode::from_raw_mode(of_source(attr).mode & 0o7777)).map_err(fail)
+            }
+            _ => Ok(()),
+        }
     })();
-    made.map_err(undo)?;
-    // Gone already, but for another one's content in the place.
-    crate::sys::remove::remove_tree(&parent_path.join(&stage)).map(|_| ())
+    filled.map_err(|e| e.with_undo(clear()))?;
+    // Gone already, except for what gave way to another one's content in the place.
+    clear()
 }
 
-fn made_for_sync(parent: &OwnedFd) -> Result<OwnedFd> {
-    fs::openat(parent, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys(OP, "", e))
-}
-
-/// The directory at an absolute path without symlinks, as [`crate::sys::fs::path_of`] gives it.
-fn open_resolved(path: &Path) -> rustix::io::Result<OwnedFd> {
-    let root = open_path(Path::new("/"))?;
-    match path.strip_prefix("/") {
-        Ok(below) if !below.as_os_str().is_empty() => open_beneath(&root, below, OFlags::PATH | OFlags::DIRECTORY),
-        _ => Ok(root),
-    }
-}
-
-fn open_made(dir: &OwnedFd, name: &str, extra: OFlags) -> rustix::io::Result<OwnedFd> {
-    fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC | extra, Mode::empty())
-}
-
-/// A new private directory. Another one put in its place meanwhile is EBUSY: nothing of ours goes there.
-fn make_top(parent: &OwnedFd, stage: &str) -> rustix::io::Result<OwnedFd> {
-    fs::mkdirat(parent, stage, Mode::RWXU)?;
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    let top = fs::openat(parent, stage, flags, Mode::empty())?;
-    let stat = fs::fstat(&top)?;
-    let is_ours = stat.st_uid == rustix::process::geteuid().as_raw()
-        && Mode::from_raw_mode(stat.st_mode).intersection(Mode::RWXG | Mode::RWXO).is_empty();
-    if is_ours && is_empty(&top)? { Ok(top) } else { Err(Errno::BUSY) }
+/// A source's own mode is an image's choice of a mode on a host file.
+fn of_source(attr: &Attr) -> Attr {
+    Attr { mode: attr.mode & !(0o7777 & !open::FROM_IMAGE), ..*attr }
 }
 
 /// Where the image has nothing: as a missing source without `copy` is made.
-fn like_parent(parent: &OwnedFd, top: &OwnedFd) -> rustix::io::Result<()> {
-    let (stat, mine) = (fs::fstat(parent)?, fs::fstat(top)?);
-    if (stat.st_uid, stat.st_gid) != (mine.st_uid, mine.st_gid) {
-        fs::fchown(top, Some(Uid::from_raw(stat.st_uid)), Some(Gid::from_raw(stat.st_gid)))?;
+fn like_parent(parent: &Place, top: &OwnedFd) -> rustix::io::Result<()> {
+    let ((uid, gid), mine) = (parent.owner(), fs::fstat(top)?);
+    if (uid, gid) != (mine.st_uid, mine.st_gid) {
+        fs::fchown(top, Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)))?;
     }
     fs::fchmod(top, Mode::from_raw_mode(0o755))
 }
 
-fn put_in_place(
-    parent: &OwnedFd,
-    stage: &str,
-    name: &OsStr,
-    made: &OwnedFd,
-    subject: &dyn Fn() -> String,
-) -> Result<()> {
-    let fail = |e: Errno| Error::sys(OP, subject(), e);
+fn put_in_place(parent: &Place, stage: &OwnedFd, name: &OsStr, made: &OwnedFd, volume: &Volume) -> Result<()> {
+    let fail = |e: Errno| Error::sys(OP, subject(volume), e);
     let is_dir = FileType::from_raw_mode(fs::fstat(made).map_err(fail)?.st_mode).is_dir();
-    match fs::renameat_with(parent, stage, parent, name, RenameFlags::NOREPLACE) {
+    match fs::renameat_with(stage, CONTENT, parent, name, RenameFlags::NOREPLACE) {
         Ok(()) => {}
         // It exists. An empty directory is replaced in one step; anything else is somebody's data.
-        Err(Errno::EXIST) if is_dir => match fs::renameat(parent, stage, parent, name) {
+        Err(Errno::EXIST) if is_dir => match fs::renameat(stage, CONTENT, parent, name) {
             Ok(()) => {}
             Err(Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR) => return Ok(()),
             Err(Errno::BUSY) => {
-                return Err(Error::sys(OP, subject(), Errno::BUSY).hint(
+                return Err(Error::sys(OP, subject(volume), Errno::BUSY).hint(
                     "something is mounted on the source: give a directory below it, which is filled when it is missing",
                 ));
             }
@@ -190,13 +229,13 @@ fn put_in_place(
         Err(Errno::EXIST) => return Ok(()),
         Err(e) => return Err(fail(e)),
     }
-    let there = fs::statat(parent, name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
-    let ours = fs::fstat(made).map_err(fail)?;
-    if (there.st_dev, there.st_ino) != (ours.st_dev, ours.st_ino) {
-        return Err(Error::new(Kind::Busy, OP, subject(), "it was changed while it was made"));
-    }
     fault::point("fill.placed")?;
-    fs::fsync(made_for_sync(parent)?).map_err(fail)
+    parent.for_reading().and_then(fs::fsync).map_err(fail)
+}
+
+/// What was just made under this name, in a directory that nobody else can enter.
+fn open_made(dir: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
 struct Copy<'a> {
@@ -254,7 +293,7 @@ impl Copy<'_> {
         if attr.mode & OPEN != OPEN {
             self.closed.push((path.to_owned(), attr.mode & 0o7777));
         }
-        self.attributes(&Attr { mode: attr.mode | OPEN, ..*attr }, At::itself(dir), path)
+        self.attributes(&Attr { mode: attr.mode | OPEN, ..*attr }, dir, path)
     }
 
     fn close(&self, top: &OwnedFd) -> rustix::io::Result<()> {
@@ -298,7 +337,10 @@ impl Copy<'_> {
                 self.directory(attr.node, &below, path, depth_left - 1)?;
                 return self.directory_attributes(attr, &below, path);
             }
-            FileType::RegularFile => self.file(attr, to, name, path)?,
+            FileType::RegularFile => {
+                let made = self.file(attr, to, name, path)?;
+                return self.attributes(attr, &made, path);
+            }
             FileType::Symlink => {
                 let mut text = Vec::new();
                 self.tree.readlink(attr.node, &mut |bytes| text.extend_from_slice(bytes)).map_err(fail)?;
@@ -314,7 +356,7 @@ impl Copy<'_> {
                 Err(e) => return Err(fail(e)),
             },
         }
-        self.attributes(attr, At::new(to, name), path)
+        self.attributes(attr, &open_made(to, name).map_err(fail)?, path)
     }
 
     fn link(&self, first: &Path, to: &OwnedFd, name: &OsStr) -> rustix::io::Result<()> {
@@ -325,17 +367,18 @@ impl Copy<'_> {
         fs::linkat(&dir, file, to, name, AtFlags::empty())
     }
 
-    fn file(&self, attr: &Attr, to: &OwnedFd, name: &OsStr, path: &Path) -> Result<()> {
+    /// A new file with the content of the image's.
+    fn file(&self, attr: &Attr, to: &OwnedFd, name: &OsStr, path: &Path) -> Result<OwnedFd> {
         let fail = |e| Error::sys(OP, show(path), e);
         let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let out = fs::openat(to, name, flags, Mode::RUSR | Mode::WUSR).map_err(fail)?;
         if attr.size == 0 {
-            return Ok(());
+            return Ok(out);
         }
         let opened = self.tree.open(&ME, attr.node, libc::O_RDONLY).map_err(fail)?;
         let copied = self.content(attr, opened.handle, &out);
         self.tree.release(attr.node, opened.handle);
-        copied.map_err(fail)
+        copied.map(|()| out).map_err(fail)
     }
 
     fn content(&self, attr: &Attr, handle: u64, out: &OwnedFd) -> rustix::io::Result<()> {
@@ -354,9 +397,9 @@ impl Copy<'_> {
         fs::ftruncate(out, attr.size)
     }
 
-    fn attributes(&mut self, attr: &Attr, to: At<'_>, path: &Path) -> Result<()> {
+    fn attributes(&mut self, attr: &Attr, to: &OwnedFd, path: &Path) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
-        let there = fs::statat(to.dir, to.name, AtFlags::SYMLINK_NOFOLLOW).map_err(fail)?;
+        let there = fs::fstat(to).map_err(fail)?;
         let time = |time: tree::Timespec| Timespec { tv_sec: time.secs, tv_nsec: time.nanos.into() };
         let stat = attrs::described(there, (attr.mode, attr.uid, attr.gid), time(attr.mtime), time(attr.atime));
         let xattrs = self.xattrs(attr.node).map_err(fail)?;

@@ -4,10 +4,10 @@ use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
 
 use super::Record;
-use crate::backend::Traces;
 use crate::error::Result;
 use crate::sys::mountinfo::Table;
 use crate::sys::process::{self, Namespace};
+use crate::traces::Traces;
 
 /// This boot, this mount namespace, its mounts. Each is read once.
 #[derive(Debug)]

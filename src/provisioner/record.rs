@@ -2,18 +2,19 @@
 //!
 //! Whoever reads one believes mountinfo and the processes, not the record alone: see [`super::Provisioner::list`].
 
-use std::io::Read as _;
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-use crate::backend::Traces;
+use super::planning::Planned;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::{ContainerId, ImageId};
 use crate::paths::{ContainerPaths, StatePaths};
+use crate::place::Identities;
 use crate::plan::{BackendKind, Plan};
 use crate::sys::{self, durable::Survives};
+use crate::traces::Traces;
 
 /// Longest record read: 200 volumes of two 4 KiB paths, hex-encoded, fit.
 const MAX_BYTES: u64 = 8 << 20;
@@ -67,11 +68,17 @@ pub struct Record {
     /// Directories made for the mount point, outermost first.
     #[serde(with = "path_list")]
     pub made: Vec<PathBuf>,
+    /// Directories made as sources of volumes, or for those to lie in, outermost first, as long as it is not complete.
+    #[serde(default, with = "path_list", skip_serializing_if = "Vec::is_empty")]
+    pub sources: Vec<PathBuf>,
+    /// What its paths led to. `None`: not opened yet, or made by a program that did not write it down.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub places: Option<Identities>,
 }
 
 impl Record {
     /// A pending record of this moment, boot and mount namespace.
-    pub fn new(image: ImageNote, backend: BackendKind, plan: Plan, made: Vec<PathBuf>) -> Result<Self> {
+    pub(super) fn new(image: ImageNote, backend: BackendKind, planned: &Planned) -> Result<Self> {
         const FORM: &[time::format_description::FormatItem<'_>] =
             time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
         let created =
@@ -80,13 +87,15 @@ impl Record {
             version: VERSION,
             image,
             backend,
-            plan,
+            plan: planned.plan.clone(),
             traces: Traces::default(),
             state: State::Pending,
             created,
             boot_id: sys::process::boot_id()?,
             mount_namespace: sys::process::mount_namespace()?,
-            made,
+            made: planned.made.clone(),
+            sources: planned.sources.clone(),
+            places: None,
         })
     }
 
@@ -104,18 +113,11 @@ impl Record {
         let path = container.record();
         let refuse =
             |e: Error| e.hint(format!("if its rootfs is not mounted any more, delete {}", show(container.dir())));
-        let mut bytes = Vec::new();
-        match std::fs::File::open(&path) {
-            Ok(file) => file
-                .take(MAX_BYTES + 1)
-                .read_to_end(&mut bytes)
-                .map_err(|e| Error::io("read record", show(&path), e))?,
+        let bytes = match std::fs::File::open(&path) {
+            Ok(file) => sys::fs::read_bounded("read record", show(&path), file, MAX_BYTES).map_err(refuse)?,
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(e) => return Err(Error::io("open record", show(&path), e)),
         };
-        if bytes.len() as u64 > MAX_BYTES {
-            return Err(refuse(Error::new(Kind::Limit, "read record", show(&path), "it is longer than 8 MiB")));
-        }
         if bytes.is_empty() {
             // Written in the moment of a power loss: what it named ended with that boot.
             return Ok(None);
@@ -254,7 +256,14 @@ mod tests {
             state_dir: "/s".into(),
         };
         let image = ImageNote { reference: "./x".into(), id: None, name: None };
-        Record::new(image, BackendKind::Bind, plan, vec!["/mnt/a b\n".into()]).unwrap()
+        let planned = Planned {
+            plan,
+            sandbox: None,
+            made: vec!["/mnt/a b\n".into()],
+            sources: vec!["/s/a".into()],
+            fill: std::collections::BTreeSet::new(),
+        };
+        Record::new(image, BackendKind::Bind, &planned).unwrap()
     }
 
     #[test]

@@ -2,11 +2,15 @@
 
 use serde::Serialize;
 
-use super::{Condition, Making, Now, Provisioner, Record, State, lock, points, record};
+use super::build::Making;
+use super::destroy::Unwritten;
+use super::open::{self, Need, Recorded};
+use super::{Condition, Now, Provisioner, Record, destroy, lock, points, record};
 use crate::backend::{self, Detach};
 use crate::error::Result;
 use crate::id::ContainerId;
 use crate::paths::ContainerPaths;
+use crate::plan::BackendKind;
 
 /// What became of one rootfs.
 #[derive(Clone, Debug, Serialize)]
@@ -91,21 +95,39 @@ impl Provisioner {
         }
     }
 
+    /// Make a rootfs again that was complete: of what its record says it was made of, and of nothing else.
     pub(super) fn heal(&self, container: &ContainerPaths, mut record: Record, claim: lock::DirLock) -> Result<Outcome> {
-        let earlier = Now::look()?.traces(&record);
-        let kept = record.clone();
+        let now = Now::look()?;
+        let (earlier, kept) = (now.traces(&record), record.clone());
+        let of_another_boot = !now.is_of_this_boot(&record);
+        let mut known = kept.places.clone();
         record.renew()?;
-        let mut making = Making { by: self, container, record, _claim: claim };
-        let backend = backend::of(kept.backend);
-        if backend.revive(&kept.plan, &earlier, &mut making)? {
-            making.record.state = State::Ready;
-            making.record.write(container)?;
-            return Ok(Outcome::Healed);
+        let mut making = Making::new(self, container.clone(), record, claim);
+        if kept.backend == BackendKind::Copy {
+            // Before anything is cleared: what lies in another directory by now must not be forgotten.
+            let recorded = Recorded { identities: known.as_ref(), of_another_boot };
+            let places = open::open_again(&kept.plan, &kept.made, recorded, Need::NoImage)?;
+            if backend::of(kept.backend).is_worth_keeping(&kept.plan, &earlier, &places) {
+                return making.revive(&places, &earlier).map(|()| Outcome::Healed);
+            }
+            // It may have been made just now.
+            if let Some(known) = &mut known {
+                known.point = Some(places.point.place.identity());
+            }
         }
         self.clear(&kept, Detach::Lazy)?;
-        making.record.write(container)?;
+        destroy::remove_changes(&kept, Unwritten::MayBeOurs)?;
+        if let Some(places) = &mut making.record.places {
+            places.scratch = None;
+        }
+        making.write()?;
         // On an error it is still known, and gone: what could not be mounted now (its image is being repaired) may be later.
-        making.build().map(|()| Outcome::Healed)
+        let recorded = Recorded { identities: known.as_ref(), of_another_boot };
+        let places = open::open_again(&kept.plan, &kept.made, recorded, Need::Image)?;
+        match making.build(&places) {
+            Ok(()) => Ok(Outcome::Healed),
+            Err(e) => Err(e.with_undo(destroy::remove_changes(&making.record, Unwritten::IsNotOurs))),
+        }
     }
 }
 

@@ -3,10 +3,14 @@
 //! Until a rootfs is adopted nobody answers for it while its connection lives on: nothing here looks into the mount, nor follows a
 //! path to it.
 
-use super::{Changes, Condition, Making, Now, Provisioner, Record, Request, State, destroy, lock, parent_resolved};
-use crate::backend::{self, Detach, ProcessId, Shelved};
+use super::build::Making;
+use super::look::parent_resolved;
+use super::{Changes, Condition, Now, Provisioner, Record, Request, State, destroy, lock};
+use crate::backend::{self, Detach};
 use crate::error::Result;
 use crate::plan::BackendKind;
+use crate::sys::process::ProcessId;
+use crate::traces::Shelved;
 
 impl Provisioner {
     /// The rootfs of the request's id, where an earlier start left it and it can go on: its server lives, or `shelved`, what the shelf
@@ -44,12 +48,11 @@ impl Provisioner {
             return Record::read(&container);
         }
         if is_same && matches!(condition, Condition::Ready | Condition::Dead) && !shelved.is_empty() {
-            let (plan, traces, kind) = (record.plan.clone(), record.traces.clone(), record.backend);
-            let mut making = Making { by: self, container: &container, record, _claim: claim };
-            match backend::of(kind).adopt(&plan, &traces, shelved, &mut making) {
+            let mut making = Making::new(self, container, record, claim);
+            match making.adopt(shelved) {
                 Ok(true) => {
                     log::info!("{id}: its server is replaced, and what was open in it stays good");
-                    return Ok(Some(making.record));
+                    return Ok(Some(making.into_record()));
                 }
                 Ok(false) => {}
                 Err(error) => log::warn!("{error}: mounting anew"),

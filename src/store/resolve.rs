@@ -12,6 +12,7 @@ use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::discovery::Wanted;
 use crate::paths::image;
+use crate::sys::fs::{explain_named, open_named, path_of};
 
 /// Fewest hex digits of an id's beginning that are taken for one: fewer would often be a name mistyped. With the algorithm
 /// before them it is clear that an id is meant.
@@ -99,7 +100,9 @@ impl Store {
     }
 
     fn resolve_path(&self, path: &Path) -> Result<ResolvedImage> {
-        let at = std::fs::canonicalize(path).map_err(|e| Error::io("find image", show(path), e))?;
+        const OP: &str = "find image";
+        let whole = std::path::absolute(path).map_err(|e| Error::io(OP, show(path), e))?;
+        let at = open_named(&whole).map_err(|e| explain_named(OP, path, e)).and_then(path_of)?;
         if !at.is_dir() {
             return self.resolve_archive(at);
         }

@@ -19,9 +19,11 @@ use super::pax::is_xattr_taken;
 use super::stream::Sink;
 use super::tarread::BLOCK;
 use crate::error::{Error, Kind, Result, show};
+use crate::fault;
 use crate::image::appc::Manifest;
 use crate::index::{Entry, Time, What, Xattr};
 use crate::paths::image;
+use crate::sys::fs::{explain_named, open_named, read_bounded};
 
 /// Largest number of an octal field of 8 and of 12 bytes.
 const MAX_OCTAL_7: u64 = 0o777_7777;
@@ -173,6 +175,7 @@ pub(crate) struct DirectoryImage {
 
 const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
+const FILE_FLAGS: OFlags = OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
 
 /// The manifest of a root filesystem that came without one.
 pub(crate) fn made_manifest(name: &str) -> Result<Vec<u8>> {
@@ -186,24 +189,32 @@ pub(crate) fn made_manifest(name: &str) -> Result<Vec<u8>> {
 impl DirectoryImage {
     /// `path` holds `manifest` and `rootfs`, or is a root filesystem that gets a manifest with `name`.
     pub(crate) fn open(path: &Path, name: Option<&str>, limits: &Limits) -> Result<Self> {
+        const OP: &str = "open";
+        // The directory itself may be named through a symlink; nothing below it may. What is in it is opened once, and then looked at:
+        // it may be another user's, who exchanges it in between.
+        let whole_path = std::path::absolute(path).map_err(|e| Error::io(OP, show(path), e))?;
+        let dir = open_named(&whole_path).map_err(|e| explain_named(OP, path, e))?;
         let manifest_at = path.join(image::MANIFEST);
-        let rootfs_at = path.join(image::ROOTFS);
-        let has = |path: &Path, is: fn(&std::fs::FileType) -> bool| {
-            std::fs::symlink_metadata(path).is_ok_and(|meta| is(&meta.file_type()))
+        let manifest = match fs::openat(&dir, image::MANIFEST, FILE_FLAGS, Mode::empty()) {
+            Ok(fd) => Some(std::fs::File::from(fd)).filter(|file| file.metadata().is_ok_and(|meta| meta.is_file())),
+            Err(_) => None,
         };
-        let whole = has(&manifest_at, std::fs::FileType::is_file) && has(&rootfs_at, std::fs::FileType::is_dir);
-        let (manifest, at) = if whole {
-            (super::meta::read_bounded(&manifest_at, limits.manifest_bytes)?, rootfs_at)
-        } else {
-            let name = name.ok_or_else(|| {
-                let why = "it is a root filesystem without a manifest, and no name was given";
-                Error::new(Kind::Usage, "import", show(path), why).hint("name it with --name")
-            })?;
-            (made_manifest(name)?, path.to_owned())
+        let rootfs = fs::openat(&dir, image::ROOTFS, OPEN_DIR, Mode::empty()).ok();
+        fault::point("tarwrite.opened")?;
+        let (manifest, root, at) = match (manifest, rootfs) {
+            (Some(file), Some(root)) => {
+                let bytes = read_bounded("read", show(&manifest_at), file, limits.manifest_bytes)?;
+                (bytes, root, path.join(image::ROOTFS))
+            }
+            _ => {
+                let name = name.ok_or_else(|| {
+                    let why = "it is a root filesystem without a manifest, and no name was given";
+                    Error::new(Kind::Usage, "import", show(path), why).hint("name it with --name")
+                })?;
+                let root = fs::openat(&dir, ".", OPEN_DIR, Mode::empty()).map_err(|e| Error::sys(OP, show(path), e))?;
+                (made_manifest(name)?, root, path.to_owned())
+            }
         };
-        // The directory itself may be named through a symlink; nothing below it may.
-        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-        let root = fs::openat(fs::CWD, &at, flags, Mode::empty()).map_err(|e| Error::sys("open", show(&at), e))?;
         Ok(DirectoryImage { manifest, root, at, depth: limits.depth })
     }
 

@@ -1,8 +1,8 @@
-//! Owner, mode, times and extended attributes of one file, taken from another: as far as this process may.
+//! Owner, mode, times and extended attributes of one file, taken from another: as far as this process may. By descriptor: a name may
+//! be another file's by then.
 
-use std::ffi::{CStr, CString, OsStr};
+use std::ffi::{CStr, CString};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd};
-use std::os::unix::ffi::OsStrExt as _;
 
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, Stat, Timespec, Timestamps, Uid, XattrFlags};
 use rustix::io::Errno;
@@ -13,32 +13,10 @@ const MAX_XATTR_BYTES: usize = 64 << 10;
 /// Attributes that say something to overlayfs about the place where they are; elsewhere they would be read as orders.
 const OVERLAY: [&[u8]; 2] = [b"trusted.overlay.", b"user.overlay."];
 
-/// A name in an open directory; `.` for the directory itself. A symlink is meant as such.
-#[derive(Clone, Copy, Debug)]
-pub struct At<'a> {
-    /// The directory.
-    pub dir: BorrowedFd<'a>,
-    /// The name in it.
-    pub name: &'a OsStr,
-}
-
-impl<'a> At<'a> {
-    /// `name` in `dir`.
-    pub fn new(dir: &'a impl AsFd, name: &'a OsStr) -> Self {
-        At { dir: dir.as_fd(), name }
-    }
-
-    /// `dir` itself.
-    pub fn itself(dir: &'a impl AsFd) -> Self {
-        At { dir: dir.as_fd(), name: OsStr::new(".") }
-    }
-
-    /// There are no ...xattrat calls before Linux 6.13: a path through the descriptor.
-    fn path(self) -> rustix::io::Result<CString> {
-        let mut path = format!("/proc/self/fd/{}/", self.dir.as_raw_fd()).into_bytes();
-        path.extend_from_slice(self.name.as_bytes());
-        CString::new(path).map_err(|_| Errno::INVAL)
-    }
+/// The path through which an open file is reached, whatever it was opened for and wherever its name leads by now. A symlink that was
+/// opened itself is meant itself.
+fn path(fd: BorrowedFd<'_>) -> String {
+    format!("/proc/self/fd/{}", fd.as_raw_fd())
 }
 
 /// Did everything go over?
@@ -56,8 +34,9 @@ impl Fidelity {
     }
 }
 
-/// Give `to` the owner, extended attributes, mode and times of `from`, whose stat is `stat`.
-pub fn copy(from: At<'_>, stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+/// Give `to` the owner, extended attributes, mode and times of `from`, whose stat is `stat`. O_PATH descriptors will do for both.
+pub fn copy(from: impl AsFd, stat: &Stat, to: impl AsFd) -> rustix::io::Result<Fidelity> {
+    let (from, to) = (from.as_fd(), to.as_fd());
     // Owner first: changing it clears setuid bits and file capabilities.
     let owner = copy_owner(stat, to)?;
     let xattrs = copy_xattrs(from, to)?;
@@ -66,11 +45,12 @@ pub fn copy(from: At<'_>, stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelit
 }
 
 /// Give `to` the owner, mode and times in `stat`, and these extended attributes.
-pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: impl AsFd) -> rustix::io::Result<Fidelity> {
+    let to = to.as_fd();
     let mut fidelity = copy_owner(stat, to)?;
     let owner = fidelity;
     if !xattrs.is_empty() {
-        let path = to.path()?;
+        let path = path(to);
         for (name, value) in xattrs {
             fidelity = fidelity.and(set_xattr(&path, name, value)?);
         }
@@ -79,31 +59,31 @@ pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: At<'_>) -> rustix::io::
     Ok(fidelity)
 }
 
-fn set_mode_and_times(stat: &Stat, to: At<'_>, owner: Fidelity) -> rustix::io::Result<()> {
+fn set_mode_and_times(stat: &Stat, to: BorrowedFd<'_>, owner: Fidelity) -> rustix::io::Result<()> {
     let kind = FileType::from_raw_mode(stat.st_mode);
     // A program must not run as somebody else than the image says: no setuid without the owner, as cp(1) does it.
     let allowed = if kind.is_file() && owner == Fidelity::Partial { 0o1777 } else { 0o7777 };
     // Linux keeps no mode of a symlink.
     if !kind.is_symlink() {
-        fs::chmodat(to.dir, to.name, Mode::from_raw_mode(stat.st_mode & allowed), AtFlags::empty())?;
+        fs::chmod(path(to), Mode::from_raw_mode(stat.st_mode & allowed))?;
     }
     copy_times(stat, to)
 }
 
-fn set_xattr(to: &CStr, name: &CStr, value: &[u8]) -> rustix::io::Result<Fidelity> {
+fn set_xattr(to: &str, name: &CStr, value: &[u8]) -> rustix::io::Result<Fidelity> {
     if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
         return Ok(Fidelity::Whole);
     }
-    match fs::lsetxattr(to, name, value, XattrFlags::empty()) {
+    match fs::setxattr(to, name, value, XattrFlags::empty()) {
         Ok(()) => Ok(Fidelity::Whole),
         Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => Ok(Fidelity::Partial),
         Err(e) => Err(e),
     }
 }
 
-fn copy_owner(stat: &Stat, to: At<'_>) -> rustix::io::Result<Fidelity> {
+fn copy_owner(stat: &Stat, to: BorrowedFd<'_>) -> rustix::io::Result<Fidelity> {
     let (uid, gid) = (Uid::from_raw(stat.st_uid), Gid::from_raw(stat.st_gid));
-    match fs::chownat(to.dir, to.name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW) {
+    match fs::chownat(to, "", Some(uid), Some(gid), AtFlags::EMPTY_PATH) {
         Ok(()) => Ok(Fidelity::Whole),
         // Not ours to give away, or an id that this user namespace does not know.
         Err(Errno::PERM | Errno::INVAL) => Ok(Fidelity::Partial),
@@ -120,21 +100,21 @@ pub fn described(mut stat: Stat, (mode, uid, gid): (u32, u32, u32), mtime: Times
 }
 
 /// Set the times; after everything else that is done to the file.
-pub fn copy_times(stat: &Stat, to: At<'_>) -> rustix::io::Result<()> {
+fn copy_times(stat: &Stat, to: BorrowedFd<'_>) -> rustix::io::Result<()> {
     let times = Timestamps {
         last_access: Timespec { tv_sec: stat.st_atime as _, tv_nsec: stat.st_atime_nsec as _ },
         last_modification: Timespec { tv_sec: stat.st_mtime as _, tv_nsec: stat.st_mtime_nsec as _ },
     };
-    fs::utimensat(to.dir, to.name, &times, AtFlags::SYMLINK_NOFOLLOW)
+    fs::utimensat(fs::CWD, path(to), &times, AtFlags::empty())
 }
 
 /// Copy the extended attributes that can be read and set, but for overlayfs's own.
-pub fn copy_xattrs(from: At<'_>, to: At<'_>) -> rustix::io::Result<Fidelity> {
-    let (from, to) = (from.path()?, to.path()?);
+fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<Fidelity> {
+    let (from, to) = (path(from), path(to));
     let mut names = vec![0_u8; 0];
     let length = loop {
-        match fs::llistxattr(&from, &mut names[..]) {
-            Ok(_) if names.is_empty() => match fs::llistxattr_query(&from)? {
+        match fs::listxattr(&from, &mut names[..]) {
+            Ok(_) if names.is_empty() => match fs::listxattr_query(&from)? {
                 0 => return Ok(Fidelity::Whole),
                 _ => names.resize(MAX_XATTR_BYTES, 0),
             },
@@ -150,8 +130,8 @@ pub fn copy_xattrs(from: At<'_>, to: At<'_>) -> rustix::io::Result<Fidelity> {
         if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
             continue;
         }
-        let copied = fs::lgetxattr(&from, name, &mut value[..])
-            .and_then(|length| fs::lsetxattr(&to, name, &value[..length], XattrFlags::empty()));
+        let copied = fs::getxattr(&from, name, &mut value[..])
+            .and_then(|length| fs::setxattr(&to, name, &value[..length], XattrFlags::empty()));
         match copied {
             Ok(()) | Err(Errno::NODATA) => {}
             Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => fidelity = Fidelity::Partial,
@@ -179,12 +159,14 @@ mod tests {
         std::fs::set_permissions(&a, std::fs::Permissions::from_mode(0o4751)).unwrap();
         let has_xattrs = fs::setxattr(&a, "user.x", b"value", XattrFlags::empty()).is_ok();
         let _ = fs::setxattr(&a, "user.overlay.opaque", b"y", XattrFlags::empty());
-        let fd = std::fs::File::open(dir.path()).unwrap();
+        let open = |name: &str| {
+            let flags = fs::OFlags::PATH | fs::OFlags::NOFOLLOW;
+            fs::open(dir.path().join(name), flags, Mode::empty()).unwrap()
+        };
         for (from, to) in [("a", "b"), ("la", "lb")] {
-            let at = At::new(&fd, OsStr::new(from));
             fs::utimensat(
-                at.dir,
-                at.name,
+                fs::CWD,
+                dir.path().join(from),
                 &Timestamps {
                     last_access: Timespec { tv_sec: -5, tv_nsec: 7 },
                     last_modification: Timespec { tv_sec: 1_000_000, tv_nsec: 123_456_789 },
@@ -192,8 +174,8 @@ mod tests {
                 AtFlags::SYMLINK_NOFOLLOW,
             )
             .unwrap();
-            let stat = fs::statat(&fd, from, AtFlags::SYMLINK_NOFOLLOW).unwrap();
-            copy(at, &stat, At::new(&fd, OsStr::new(to))).unwrap();
+            let from = open(from);
+            copy(&from, &fs::fstat(&from).unwrap(), open(to)).unwrap();
             let got = std::fs::symlink_metadata(dir.path().join(to)).unwrap();
             assert_eq!((got.mtime(), got.mtime_nsec(), got.atime()), (1_000_000, 123_456_789, -5), "{to}");
         }

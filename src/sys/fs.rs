@@ -1,22 +1,26 @@
-//! Files by descriptor: opening inside a root, making directories safely, syncing.
+//! Files by descriptor: the openers (inside a root, beneath one, of a resolved path of the host), and reading no more than a limit.
 
+use std::ffi::OsStr;
+use std::fmt::Display;
+use std::io::Read;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use rustix::fs::{self, CWD, Mode, OFlags, ResolveFlags};
 use rustix::io::Errno;
 
+use super::walk::{Links, open_by_steps};
 use crate::error::{Error, Kind, Result, show};
 
 /// openat2(2) for a path whose `..` and symlinks must stay below `root` (RESOLVE_IN_ROOT): what is absolute starts there.
 pub fn open_in_root(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    open_resolved(root, path, flags, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
+    open_below(root, path, flags, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)
 }
 
 /// openat2(2) for a path that must stay below `root` and hold no symlink at all.
 pub fn open_beneath(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
-    open_resolved(root, path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS)
+    open_below(root, path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_MAGICLINKS)
 }
 
 /// The kernel answers EAGAIN when a rename raced with `..` in the path (openat2(2)); it settles in a few tries.
@@ -24,7 +28,7 @@ const RESOLVE_TRIES: u32 = 64;
 
 static OPENAT2_MISSING: AtomicBool = AtomicBool::new(false);
 
-fn open_resolved(root: impl AsFd, path: &Path, flags: OFlags, how: ResolveFlags) -> rustix::io::Result<OwnedFd> {
+fn open_below(root: impl AsFd, path: &Path, flags: OFlags, how: ResolveFlags) -> rustix::io::Result<OwnedFd> {
     let flags = flags | OFlags::CLOEXEC;
     let mut last = Errno::AGAIN;
     for _ in 0..RESOLVE_TRIES {
@@ -35,7 +39,7 @@ fn open_resolved(root: impl AsFd, path: &Path, flags: OFlags, how: ResolveFlags)
                 if !OPENAT2_MISSING.swap(true, Ordering::Relaxed) {
                     log::warn!(target: "fsprov::fs", "this kernel has no openat2: paths are resolved step by step instead");
                 }
-                return super::walk::open_by_steps(root.as_fd(), path, flags, how);
+                return open_by_steps(root.as_fd(), path, flags, how, Links::Anyones);
             }
             other => return other,
         }
@@ -43,7 +47,53 @@ fn open_resolved(root: impl AsFd, path: &Path, flags: OFlags, how: ResolveFlags)
     Err(last)
 }
 
-/// An O_PATH descriptor of a path of the host: opens nothing, blocks on nothing, follows symlinks.
+/// An O_PATH descriptor of an absolute path of the host that was resolved before, as [`path_of`] gives it: a symlink on the way is a
+/// change since then, and ELOOP.
+pub fn open_resolved(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let top = fs::openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    match path.strip_prefix("/") {
+        Ok(below) if below.as_os_str().is_empty() => Ok(top),
+        Ok(below) => open_beneath(&top, below, OFlags::PATH),
+        Err(_) => Err(Errno::INVAL),
+    }
+}
+
+/// An O_PATH descriptor of an absolute path that a user wrote: symlinks are followed, but as the machine's root only those of root. What
+/// another user can make lead anywhere is EXDEV then: see [`explain_named`].
+pub fn open_named(path: &Path) -> rustix::io::Result<OwnedFd> {
+    if !super::process::is_root_of_host().unwrap_or(true) {
+        return open_path(path);
+    }
+    let top = fs::openat(CWD, "/", OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    open_by_steps(top.as_fd(), path, OFlags::PATH | OFlags::CLOEXEC, how, Links::Roots)
+}
+
+/// The error for a path that [`open_named`] did not open.
+pub fn explain_named(op: &'static str, path: &Path, errno: Errno) -> Error {
+    match errno {
+        Errno::XDEV => {
+            let why = "a symlink in it belongs to another user, and root does not follow those";
+            Error::new(Kind::Usage, op, show(path), why).hint("name the directory that it leads to")
+        }
+        e => Error::sys(op, show(path), e),
+    }
+}
+
+/// The whole of `from`, which is no longer than `most` bytes: more is [`Kind::Limit`].
+pub fn read_bounded(op: &'static str, name: impl Display, from: impl Read, most: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    if let Err(e) = from.take(most.saturating_add(1)).read_to_end(&mut bytes) {
+        return Err(Error::io(op, name, e));
+    }
+    if bytes.len() as u64 > most {
+        return Err(Error::new(Kind::Limit, op, name, format!("it is longer than {most} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// An O_PATH descriptor of a path of the host: opens nothing, blocks on nothing, follows symlinks. For paths that a user has just
+/// written, and those of the kernel's own (/proc).
 pub fn open_path(path: &Path) -> rustix::io::Result<OwnedFd> {
     fs::openat(CWD, path, OFlags::PATH | OFlags::CLOEXEC, Mode::empty())
 }
@@ -54,59 +104,27 @@ pub fn path_of(fd: impl AsFd) -> Result<PathBuf> {
     std::fs::read_link(&link).map_err(|e| Error::io("read", link, e).hint("mount /proc"))
 }
 
-/// Open `relative` below `sandbox`, making what is missing as directories with the sandbox's owner, mode 0755.
-/// Symlinks are followed as long as they stay below the sandbox.
-pub fn open_or_make_below(sandbox: &Path, relative: &Path) -> Result<OwnedFd> {
-    const OP: &str = "make volume source";
-    let name = || show(sandbox.join(relative));
-    let root = fs::openat(CWD, sandbox, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
-        .map_err(|e| Error::sys("open sandbox", show(sandbox), e).hint("--sandbox names an existing directory"))?;
-    let escape = |e: Errno| match e {
-        Errno::XDEV => Error::new(Kind::Usage, OP, name(), "a symlink leads out of the sandbox"),
-        e => Error::sys(OP, name(), e),
-    };
-    let open =
-        |path: &Path| open_resolved(&root, path, OFlags::PATH, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS);
-    match open(relative) {
-        Err(Errno::NOENT) => {}
-        other => return other.map_err(escape),
-    }
-    let owner = fs::fstat(&root).map_err(|e| Error::sys(OP, name(), e))?;
-    let mut at = PathBuf::new();
-    for part in relative.components() {
-        let Component::Normal(part) = part else {
-            return Err(Error::new(Kind::Usage, OP, name(), "it has a component . or .."));
-        };
-        let parent = if at.as_os_str().is_empty() {
-            root.try_clone().map_err(|e| Error::io(OP, name(), e))?
-        } else {
-            open(&at).map_err(escape)?
-        };
-        match fs::mkdirat(&parent, part, Mode::from_raw_mode(0o755)) {
-            Ok(()) => {
-                let made = open_beneath(&parent, Path::new(part), OFlags::RDONLY | OFlags::DIRECTORY)
-                    .map_err(|e| Error::sys(OP, name(), e))?;
-                // Whoever may write to the parent may have put another directory there meanwhile. An empty one it could
-                // have replaced by its own anyway; one with content would be given away by the chown below.
-                if !is_empty(&made).map_err(|e| Error::sys(OP, name(), e))? {
-                    return Err(Error::new(Kind::Busy, OP, name(), "it was changed while it was made"));
-                }
-                let mine = fs::fstat(&made).map_err(|e| Error::sys(OP, name(), e))?;
-                if (mine.st_uid, mine.st_gid) != (owner.st_uid, owner.st_gid) {
-                    fs::fchown(
-                        &made,
-                        Some(rustix::fs::Uid::from_raw(owner.st_uid)),
-                        Some(rustix::fs::Gid::from_raw(owner.st_gid)),
-                    )
-                    .map_err(|e| Error::sys(OP, name(), e))?;
-                }
-            }
-            Err(Errno::EXIST) => {}
-            Err(e) => return Err(Error::sys(OP, name(), e)),
-        }
-        at.push(part);
-    }
-    open(relative).map_err(escape)
+/// As [`open_in_root`], but what leads out of `root` is refused (EXDEV): symlinks are followed as long as they stay below.
+pub fn open_within(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
+    open_below(root, path, flags, ResolveFlags::BENEATH | ResolveFlags::NO_MAGICLINKS)
+}
+
+/// A new directory, open for reading. EBUSY where one that is not empty was put in its place: nothing of that is given away.
+pub fn make_empty(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    let parent = parent.as_fd();
+    fs::mkdirat(parent, name, Mode::RWXU)?;
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let made = fs::openat(parent, name, flags, Mode::empty())?;
+    if is_empty(&made)? { Ok(made) } else { Err(Errno::BUSY) }
+}
+
+/// A new directory of ours, closed to all others. EBUSY where another one was put in its place: nothing of ours goes there.
+pub fn make_private(parent: impl AsFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    let made = make_empty(parent, name)?;
+    let stat = fs::fstat(&made)?;
+    let is_ours = stat.st_uid == rustix::process::geteuid().as_raw()
+        && Mode::from_raw_mode(stat.st_mode).intersection(Mode::RWXG | Mode::RWXO).is_empty();
+    if is_ours { Ok(made) } else { Err(Errno::BUSY) }
 }
 
 /// Does this directory (opened for reading) hold nothing?
@@ -120,32 +138,15 @@ pub fn is_empty(dir: impl AsFd) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
-/// Hold the lock (flock(2)) on a directory shared, as long as the descriptor is open. For who uses an image: whoever cleans up
-/// holds it for a moment only.
-pub fn hold_directory(dir: &Path) -> Result<OwnedFd> {
-    let fail = |e| Error::sys("lock", show(dir), e);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let fd = fs::openat(CWD, dir, flags, Mode::empty()).map_err(fail)?;
-    fs::flock(&fd, fs::FlockOperation::LockShared).map_err(fail)?;
-    Ok(fd)
+/// Hold the lock (flock(2)) on a directory that is open for reading shared, as long as the descriptor is open. For who uses an image:
+/// whoever cleans up holds it for a moment only.
+pub fn hold_shared(dir: OwnedFd) -> rustix::io::Result<OwnedFd> {
+    fs::flock(&dir, fs::FlockOperation::LockShared)?;
+    Ok(dir)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn sources_are_made_and_never_outside() {
-        let dir = tempfile::tempdir().unwrap();
-        let made = open_or_make_below(dir.path(), Path::new("a/b/c")).unwrap();
-        assert!(path_of(&made).unwrap().ends_with("a/b/c"));
-        assert!(dir.path().join("a/b/c").is_dir());
-        std::os::unix::fs::symlink("/etc", dir.path().join("out")).unwrap();
-        std::os::unix::fs::symlink("a/b", dir.path().join("in")).unwrap();
-        for bad in ["out", "out/x", "../x"] {
-            let error = open_or_make_below(dir.path(), Path::new(bad)).unwrap_err();
-            assert_eq!(error.kind(), Kind::Usage, "{bad}: {error}");
-        }
-        assert!(path_of(open_or_make_below(dir.path(), Path::new("in/d")).unwrap()).unwrap().ends_with("a/b/d"));
-    }
+/// [`hold_shared`] of the directory at `dir`.
+pub fn hold_directory(dir: &Path) -> Result<OwnedFd> {
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    fs::openat(CWD, dir, flags, Mode::empty()).and_then(hold_shared).map_err(|e| Error::sys("lock", show(dir), e))
 }

@@ -181,7 +181,23 @@ pub enum Unmount {
     Lazy,
 }
 
-/// Unmount the topmost mount at `point`. A symlink there is not followed.
+/// Unmount this very mount, which must be the topmost at its place: found by the directory that it lies in, which was opened before,
+/// so that a part of its path that is renamed or exchanged meanwhile leads nowhere else. EAGAIN: it does not lie there any more.
+pub fn unmount_found(found: &mountinfo::MountInfo, how: Unmount) -> rustix::io::Result<()> {
+    let (Some(parent), Some(name)) = (found.point.parent(), found.point.file_name()) else { return Err(Errno::INVAL) };
+    let parent = super::fs::open_resolved(parent)?;
+    let seen =
+        fs::openat(&parent, name, fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC, fs::Mode::empty())?;
+    let id = mount_id(&seen).map_err(|e| e.errno().unwrap_or(Errno::IO))?;
+    // A descriptor of the mount would keep it busy.
+    drop(seen);
+    if id != found.id {
+        return Err(Errno::AGAIN);
+    }
+    unmount(&Path::new(&magic(parent.as_fd())).join(name), how)
+}
+
+/// Unmount the topmost mount at `point`, a place that nobody but us can change. A symlink there is not followed.
 pub fn unmount(point: &Path, how: Unmount) -> rustix::io::Result<()> {
     let flags = match how {
         Unmount::IfIdle => UnmountFlags::NOFOLLOW,
@@ -301,6 +317,7 @@ fn bind_classic(
             mount::mount_move(&place, magic(target)).map_err(|e| Error::sys("mount on", name_of(target), e))?;
             Ok(root)
         });
+    // Our own directory, which nobody else can enter.
     let cleared = unmount(stage, Unmount::Lazy).map_err(|e| Error::sys("unmount", show(stage), e));
     // Empty by now; what is still mounted on refuses to go.
     let _ = fs::rmdir(stage.join(STAGE_DIR));

@@ -8,6 +8,9 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::{OsStrExt as _, OsStringExt as _};
 use std::path::{Path, PathBuf};
 
+use rustix::io::Errno;
+
+use super::raw;
 use crate::error::{Error, Kind, Result, show};
 
 /// One mount.
@@ -156,12 +159,47 @@ pub fn mounts_at(point: &Path) -> Result<Vec<MountInfo>> {
     Ok(stack_at(read()?, point))
 }
 
+/// A mount as a record knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Known {
+    /// Its id, which another mount may have by now.
+    pub id: u64,
+    /// Its id that is never used again, where the kernel told one (Linux 6.8).
+    pub unique: Option<u64>,
+}
+
+impl Known {
+    /// The id that this very mount has now, wherever it lies: `None` where it is gone, or not in this mount namespace.
+    ///
+    /// Where nothing but an id that may be another's is known, that is what comes back: the caller must compare more.
+    pub fn current_id(self) -> Option<u64> {
+        let Some(unique) = self.unique else { return Some(self.id) };
+        match raw::statmount_id(unique) {
+            Ok(id) => Some(id),
+            // A seccomp filter that is older than the call.
+            Err(Errno::NOSYS | Errno::PERM) => Some(self.id),
+            Err(_) => None,
+        }
+    }
+
+    /// Can the kernel tell this mount from every other?
+    pub fn is_certain(self) -> bool {
+        self.unique.is_some_and(|unique| !matches!(raw::statmount_id(unique), Err(Errno::NOSYS | Errno::PERM)))
+    }
+}
+
+/// The mounts on the mount of this unique id, directly or not, as far as the kernel lists them (listmount(2), Linux 6.8).
+pub fn unique_ids_below(unique: u64) -> Vec<Known> {
+    let found = raw::listmount(unique).unwrap_or_default().into_iter();
+    found.filter_map(|unique| Some(Known { id: raw::statmount_id(unique).ok()?, unique: Some(unique) })).collect()
+}
+
 /// The mount table of one moment, for many questions: reading and searching it anew for each of a thousand rootfses would take
 /// seconds.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     by_point: HashMap<PathBuf, Vec<MountInfo>>,
-    ids: HashSet<u64>,
+    points: HashMap<u64, PathBuf>,
 }
 
 impl Table {
@@ -171,7 +209,7 @@ impl Table {
     }
 
     fn of(mounts: Vec<MountInfo>) -> Self {
-        let ids = mounts.iter().map(|m| m.id).collect();
+        let points = mounts.iter().map(|m| (m.id, m.point.clone())).collect();
         let mut by_point: HashMap<PathBuf, Vec<MountInfo>> = HashMap::with_capacity(mounts.len());
         for mount in mounts {
             by_point.entry(mount.point.clone()).or_default().push(mount);
@@ -179,12 +217,12 @@ impl Table {
         for stack in by_point.values_mut().filter(|stack| stack.len() > 1) {
             *stack = parents_first(std::mem::take(stack));
         }
-        Table { by_point, ids }
+        Table { by_point, points }
     }
 
-    /// Is a mount of this id among them?
-    pub fn has(&self, id: u64) -> bool {
-        self.ids.contains(&id)
+    /// The mount of this id.
+    pub fn by_id(&self, id: u64) -> Option<&MountInfo> {
+        self.at(self.points.get(&id)?).iter().find(|m| m.id == id)
     }
 
     /// The mounts exactly at `point`, lowest first, topmost last. `point` is absolute, without symlinks.
@@ -225,9 +263,9 @@ pub fn tree_of(table: Vec<MountInfo>, id: u64) -> Vec<MountInfo> {
     }
 }
 
-/// The order of the table is the kernel's business (a list up to 6.7, a tree by id since); what counts is who is
+/// Each mount after what it is mounted on. The order of the table is the kernel's business (a list up to 6.7, a tree by id since); what counts is who is
 /// mounted on whom.
-fn parents_first(mut waiting: Vec<MountInfo>) -> Vec<MountInfo> {
+pub fn parents_first(mut waiting: Vec<MountInfo>) -> Vec<MountInfo> {
     let mut ordered = Vec::with_capacity(waiting.len());
     let mut open: HashSet<u64> = waiting.iter().map(|m| m.id).collect();
     while !waiting.is_empty() {

@@ -13,7 +13,6 @@ use rustix::io::Errno;
 use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags};
 
 use super::mount::{self, Depth};
-use super::process;
 use crate::error::{Error, Kind, Result, show};
 
 const TARGET: &str = "fsprov::overlay";
@@ -35,9 +34,11 @@ const MAX_OPTIONS: usize = 4095;
 #[derive(Clone, Copy, Debug)]
 pub struct Stack<'a> {
     /// The lower layers, bottom first: one alone only below an upper one.
-    pub lower: &'a [OwnedFd],
+    pub lower: &'a [BorrowedFd<'a>],
     /// Where changes go. `None`: the overlay is read-only.
     pub upper: Option<Upper<'a>>,
+    /// Keep overlayfs's marks in `user.` attributes, as it must outside the machine's first user namespace (Linux 5.11)?
+    pub userxattr: bool,
 }
 
 /// Two directories of one file system.
@@ -160,7 +161,7 @@ fn try_detached(stack: &Stack<'_>, lower: Lower<'_>) -> std::result::Result<Owne
     for (key, value) in OPTIONS {
         calls::fsconfig_set_string(&context, key, value).map_err(fail)?;
     }
-    if needs_userxattr() {
+    if stack.userxattr {
         calls::fsconfig_set_flag(&context, USERXATTR).map_err(fail)?;
     }
     calls::fsconfig_create(&context).map_err(fail)?;
@@ -181,13 +182,7 @@ fn set_directory(
     }
 }
 
-/// Outside the first user namespace overlayfs keeps its marks in `user.` attributes (Linux 5.11).
 const USERXATTR: &str = "userxattr";
-
-fn needs_userxattr() -> bool {
-    // Not to be told: as for root, whom the kernel then refuses what is not root's.
-    !process::in_initial_user_namespace().unwrap_or(true)
-}
 
 /// The flags that layers' mounts have stay: overlayfs itself forgets them.
 fn flags_of(stack: &Stack<'_>) -> rustix::io::Result<MountAttrFlags> {
@@ -244,7 +239,7 @@ pub fn mount_at(stack: &Stack<'_>, stage: &Path) -> Result<OwnedFd> {
     if let Some(Upper { changes, work }) = stack.upper {
         let _ = write!(options, ",upperdir={},workdir={},{VOLATILE}", magic(changes), magic(work));
     }
-    if needs_userxattr() {
+    if stack.userxattr {
         let _ = write!(options, ",{USERXATTR}");
     }
     if options.len() > MAX_OPTIONS {

@@ -30,6 +30,86 @@ pub(crate) fn mount_setattr(tree: impl AsFd, recursive: bool, attr: &libc::mount
     if done == 0 { Ok(()) } else { Err(last_errno()) }
 }
 
+/// struct mnt_id_req (linux/mount.h, Linux 6.8).
+#[repr(C)]
+struct MountIdRequest {
+    size: u32,
+    spare: u32,
+    mnt_id: u64,
+    param: u64,
+}
+
+/// The beginning of struct statmount (linux/mount.h, Linux 6.8), up to what STATMOUNT_MNT_BASIC fills.
+#[repr(C)]
+struct StatMount {
+    size: u32,
+    mnt_opts: u32,
+    mask: u64,
+    sb_dev_major: u32,
+    sb_dev_minor: u32,
+    sb_magic: u64,
+    sb_flags: u32,
+    fs_type: u32,
+    mnt_id: u64,
+    mnt_parent_id: u64,
+    mnt_id_old: u32,
+    mnt_parent_id_old: u32,
+    rest: [u64; 58],
+}
+
+/// statmount(2) (Linux 6.8): the id in the mount table of the mount of this unique id. ENOENT: it is not in this namespace.
+pub(crate) fn statmount_id(unique: u64) -> Result<u64, Errno> {
+    const STATMOUNT_MNT_BASIC: u64 = 2;
+    // The same on every architecture (arch/*/syscall.tbl); the libc crate has it for some.
+    const SYS_STATMOUNT: libc::c_long = 457;
+    let request = MountIdRequest {
+        size: size_of::<MountIdRequest>() as u32,
+        spare: 0,
+        mnt_id: unique,
+        param: STATMOUNT_MNT_BASIC,
+    };
+    // SAFETY: it is made of plain numbers, for which zero is a value.
+    let mut told: StatMount = unsafe { std::mem::zeroed() };
+    // SAFETY: both are live for the call; the kernel reads the size it is told of the first and writes at most the size it is told
+    // to the second, which holds plain numbers.
+    let done = unsafe {
+        libc::syscall(
+            SYS_STATMOUNT,
+            std::ptr::from_ref(&request),
+            std::ptr::from_mut(&mut told),
+            size_of::<StatMount>(),
+            0,
+        )
+    };
+    match done {
+        0 if told.mask & STATMOUNT_MNT_BASIC != 0 => Ok(told.mnt_id_old.into()),
+        0 => Err(Errno::NOSYS),
+        _ => Err(last_errno()),
+    }
+}
+
+/// listmount(2) (Linux 6.8): the unique ids of all mounts below the one of this unique id.
+pub(crate) fn listmount(unique: u64) -> Result<Vec<u64>, Errno> {
+    const SYS_LISTMOUNT: libc::c_long = 458;
+    let mut all = Vec::new();
+    let mut some = [0_u64; 256];
+    loop {
+        // The parameter is the last id that was told: go on after it.
+        let param = all.last().copied().unwrap_or(0);
+        let request = MountIdRequest { size: size_of::<MountIdRequest>() as u32, spare: 0, mnt_id: unique, param };
+        // SAFETY: both are live for the call; the kernel writes at most as many numbers as it is told that there is room for.
+        let count =
+            unsafe { libc::syscall(SYS_LISTMOUNT, std::ptr::from_ref(&request), some.as_mut_ptr(), some.len(), 0) };
+        match usize::try_from(count) {
+            Err(_) => return Err(last_errno()),
+            Ok(count) => all.extend_from_slice(&some[..count]),
+        }
+        if count < some.len() as i64 {
+            return Ok(all);
+        }
+    }
+}
+
 // ---- process.rs ----
 
 /// fork(2) into new namespaces. `Ok(None)` is the child: it may call nothing but async-signal-safe system calls.

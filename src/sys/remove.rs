@@ -1,8 +1,8 @@
 //! Deleting a tree of ours: by directory descriptor, never through a symlink, never across a mount.
 
 use std::cell::Cell;
-use std::ffi::CStr;
-use std::os::fd::{AsFd, OwnedFd};
+use std::ffi::{CStr, OsStr};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::Path;
 
 use rustix::fs::{
@@ -23,14 +23,20 @@ pub fn remove_tree(path: &Path) -> Result<bool> {
     let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else {
         return Err(Error::new(Kind::Usage, "delete", show(path), "it has no name"));
     };
-    let name = std::ffi::CString::new(name.as_encoded_bytes())
-        .map_err(|e| Error::new(Kind::Usage, "delete", show(path), e))?;
     let parent = match openat(CWD, parent, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
         Ok(fd) => fd,
         Err(Errno::NOENT) => return Ok(false),
         Err(e) => return Err(Error::sys("open", show(parent), e)),
     };
-    match entry(&parent, &name, &Place { top: None, depth_left: MAX_DEPTH, moved: &Cell::new(0) }) {
+    remove_tree_at(&parent, name, path)
+}
+
+/// [`remove_tree`] of `name` in an open directory; messages call it `path`.
+pub fn remove_tree_at(parent: impl AsFd, name: &OsStr, path: &Path) -> Result<bool> {
+    let parent = parent.as_fd();
+    let name = std::ffi::CString::new(name.as_encoded_bytes())
+        .map_err(|e| Error::new(Kind::Usage, "delete", show(path), e))?;
+    match entry(parent, &name, &Place { top: None, depth_left: MAX_DEPTH, moved: &Cell::new(0) }) {
         Ok(()) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(Errno::XDEV) => Err(Error::new(Kind::Busy, "delete", show(path), "something is mounted below it")
@@ -63,7 +69,7 @@ struct Place<'a> {
 }
 
 /// A directory too deep for our descriptors goes to the top of the tree, which is read again until it is empty.
-fn move_up(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
+fn move_up(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
     let top = place.top.ok_or(Errno::NAMETOOLONG)?;
     loop {
         place.moved.set(place.moved.get() + 1);
@@ -80,7 +86,7 @@ fn move_up(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Resu
     }
 }
 
-fn entry(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
+fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
     match unlinkat(parent, name, AtFlags::empty()) {
         // Linux says EISDIR for a directory; POSIX says EPERM, which here may be a directory too.
         Err(Errno::ISDIR | Errno::PERM) => {}
@@ -111,7 +117,7 @@ fn entry(parent: &OwnedFd, name: &CStr, place: &Place<'_>) -> rustix::io::Result
     unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
-fn open_up(parent: &OwnedFd, name: &CStr) -> rustix::io::Result<()> {
+fn open_up(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<()> {
     let dir =
         openat(parent, name, OFlags::PATH | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
     // fchmod refuses O_PATH descriptors; the path through /proc names this very inode.
@@ -133,7 +139,7 @@ fn children(dir: &OwnedFd, place: &Place<'_>) -> rustix::io::Result<()> {
                 continue;
             }
             seen = true;
-            match entry(dir, name, place) {
+            match entry(dir.as_fd(), name, place) {
                 Ok(()) | Err(Errno::NOENT) => {}
                 Err(e) => return Err(e),
             }

@@ -5,7 +5,7 @@ use std::os::unix::net::UnixStream;
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::backend::ProcessId;
+use super::process::ProcessId;
 use crate::error::{Error, Result};
 
 /// Why a wait ended.

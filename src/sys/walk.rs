@@ -1,4 +1,5 @@
-//! What openat2(2) does, step by step, for kernels without it. Same guarantees: nothing outside the root is opened.
+//! What openat2(2) does, step by step, for kernels without it, and for what it cannot do: not to follow other users' symlinks. Same
+//! guarantees: nothing outside the root is opened.
 //!
 //! Each component is opened with O_NOFOLLOW relative to the descriptor of the one before; a symlink is read and its target
 //! walked; `..` goes back to the descriptor it came from and is never asked of the kernel, so a directory that is moved
@@ -19,12 +20,22 @@ const MAX_SYMLINKS: u32 = 40;
 /// is far above real trees and below the usual limit of 1024 descriptors.
 const MAX_DEPTH: usize = 512;
 
+/// Whose symlinks are followed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Links {
+    /// Anyone's.
+    Anyones,
+    /// Root's alone: what another user made leads where that user wants it to. EXDEV for those.
+    Roots,
+}
+
 /// `flags` must hold CLOEXEC; `how` is IN_ROOT or BENEATH, with or without NO_SYMLINKS.
 pub(super) fn open_by_steps(
     root: BorrowedFd<'_>,
     path: &Path,
     flags: OFlags,
     how: ResolveFlags,
+    links: Links,
 ) -> rustix::io::Result<OwnedFd> {
     let bytes = path.as_os_str().as_bytes();
     if bytes.is_empty() {
@@ -37,7 +48,7 @@ pub(super) fn open_by_steps(
     let mut todo = components(bytes);
     // A slash at the end asks for a directory, and for the target of a symlink.
     let mut must_be_dir = bytes.ends_with(b"/") || bytes.ends_with(b"/.");
-    let mut links = 0;
+    let mut followed = 0;
     let mut held: Vec<OwnedFd> = Vec::new();
     while let Some(name) = todo.pop_front() {
         if name.as_bytes() == b".." {
@@ -49,15 +60,19 @@ pub(super) fn open_by_steps(
         let at = held.last().map_or(root, |fd| std::os::fd::AsFd::as_fd(fd));
         let last = todo.is_empty();
         let found = fs::openat(at, &name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
-        let kind = FileType::from_raw_mode(fs::fstat(&found)?.st_mode);
+        let stat = fs::fstat(&found)?;
+        let kind = FileType::from_raw_mode(stat.st_mode);
         if kind == FileType::Symlink {
             if last && !must_be_dir && flags.contains(OFlags::NOFOLLOW) {
                 return if flags.contains(OFlags::PATH) { Ok(found) } else { Err(Errno::LOOP) };
             }
-            links += 1;
+            followed += 1;
             // Links of procfs may be magic: they jump to an open file, wherever it is. Which are cannot be told.
-            if how.contains(ResolveFlags::NO_SYMLINKS) || links > MAX_SYMLINKS || is_procfs(&found)? {
+            if how.contains(ResolveFlags::NO_SYMLINKS) || followed > MAX_SYMLINKS || is_procfs(&found)? {
                 return Err(Errno::LOOP);
+            }
+            if links == Links::Roots && stat.st_uid != 0 {
+                return Err(Errno::XDEV);
             }
             let target = fs::readlinkat(&found, "", Vec::new())?.into_bytes();
             if target.starts_with(b"/") {
@@ -196,7 +211,7 @@ mod tests {
                     if want == Err(Errno::NOSYS) {
                         return;
                     }
-                    let got = identity(open_by_steps(std::os::fd::AsFd::as_fd(&fd), path, flags, how));
+                    let got = identity(open_by_steps(std::os::fd::AsFd::as_fd(&fd), path, flags, how, Links::Anyones));
                     assert_eq!(got, want, "{} {flags:?} {how:?}", path.display());
                 }
             }
@@ -207,8 +222,34 @@ mod tests {
     fn magic_links_lead_nowhere() {
         let proc = fs::openat(fs::CWD, "/proc/self", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
         let how = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-        let opened =
-            open_by_steps(std::os::fd::AsFd::as_fd(&proc), Path::new("cwd"), OFlags::PATH | OFlags::CLOEXEC, how);
+        let opened = open_by_steps(
+            std::os::fd::AsFd::as_fd(&proc),
+            Path::new("cwd"),
+            OFlags::PATH | OFlags::CLOEXEC,
+            how,
+            Links::Anyones,
+        );
         assert_eq!(opened.map(drop), Err(Errno::LOOP));
+    }
+
+    #[test]
+    fn root_follows_its_own_symlinks_alone() {
+        if !rustix::process::geteuid().is_root() {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        for name in ["ours", "theirs"] {
+            symlink("/etc", dir.path().join(name)).unwrap();
+        }
+        if std::os::unix::fs::lchown(dir.path().join("theirs"), Some(1234), None).is_err() {
+            return; // a user namespace of one user
+        }
+        let top = fs::openat(fs::CWD, "/", OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).unwrap();
+        let open = |name: &str, links| {
+            let (path, flags) = (dir.path().join(name).join("ssl"), OFlags::PATH | OFlags::CLOEXEC);
+            open_by_steps(std::os::fd::AsFd::as_fd(&top), &path, flags, ResolveFlags::IN_ROOT, links).map(drop)
+        };
+        assert_eq!(open("ours", Links::Roots), open("theirs", Links::Anyones));
+        assert_eq!(open("theirs", Links::Roots), Err(Errno::XDEV));
     }
 }

@@ -89,8 +89,8 @@ impl Outcome {
     }
 }
 
-/// Run it to its end.
-pub(crate) fn run(mut command: Command) -> Outcome {
+/// Run it to its end, and do `beside` again and again meanwhile.
+pub(crate) fn run_beside(mut command: Command, mut beside: impl FnMut()) -> Outcome {
     let mut line = String::new();
     for word in std::iter::once(command.get_program()).chain(command.get_args()) {
         line.push_str(&quote(word));
@@ -110,6 +110,7 @@ pub(crate) fn run(mut command: Command) -> Outcome {
             let _ = child.wait();
             break None;
         }
+        beside();
         std::thread::sleep(Duration::from_millis(2));
     };
     let read = |file: &mut File| {

@@ -276,7 +276,12 @@ impl Call<'_> {
     }
 
     pub(crate) fn run(self) -> Outcome {
-        let outcome = run::run(self.command);
+        self.run_beside(|| {})
+    }
+
+    /// Run it to its end, and do `beside` again and again meanwhile.
+    pub(crate) fn run_beside(self, beside: impl FnMut()) -> Outcome {
+        let outcome = run::run_beside(self.command, beside);
         self.stage.note(outcome.describe());
         outcome
     }

@@ -140,8 +140,17 @@ pub(crate) fn survivors(patience: Duration) -> Vec<Process> {
 }
 
 pub(crate) fn kill(pid: i32) {
+    send(pid, Signal::KILL);
+}
+
+/// Let a process that was stopped go on.
+pub(crate) fn go_on(pid: i32) {
+    send(pid, Signal::CONT);
+}
+
+fn send(pid: i32, signal: Signal) {
     if let Some(pid) = Pid::from_raw(pid) {
-        let _ = rustix::process::kill_process(pid, Signal::KILL);
+        let _ = rustix::process::kill_process(pid, signal);
     }
 }
 

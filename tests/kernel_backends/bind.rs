@@ -385,7 +385,7 @@ fn a_failed_note_leaves_nothing() {
     let mut fails = 0;
     for at in 1.. {
         let mut notes = Notes { fail_at: Some(at), ..Notes::default() };
-        let Err(error) = BIND.provision(&Host::probe(), &plan, &mut notes) else {
+        let Err(error) = make(BIND, &plan, &mut notes) else {
             assert!(destroy(BIND, &plan, &notes.last, Detach::IfIdle).unwrap());
             break;
         };

@@ -223,7 +223,7 @@ fn copy_wants_an_empty_directory_and_leaves_one() {
     plan.volumes = vec![volume(&v, "/data", Access::Rw), volume(&place.path("layer"), "/data/in/v", Access::Ro)];
     for at in 1..=3 {
         let mut notes = Notes { fail_at: Some(at), ..Notes::default() };
-        assert!(COPY.provision(&Host::probe(), &plan, &mut notes).is_err());
+        assert!(make(COPY, &plan, &mut notes).is_err());
         assert_eq!(fs::read_dir(&plan.rootfs).unwrap().count(), 0, "{at}");
         assert_eq!(fs::read_dir(&v).unwrap().count(), 0, "{at}");
         assert!(place.mounts().is_empty());

@@ -17,10 +17,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use fsprov::backend::{self, Backend, Detach, Health, Journal, Support, Traces};
+use fsprov::backend::{self, Backend, Detach, Health, Support};
 use fsprov::host::Host;
 use fsprov::plan::{IdRange, Layer, Ownership, Plan};
 use fsprov::sys::mountinfo;
+use fsprov::traces::{Journal, Traces};
 use fsprov::volume::{Access, ContainerPath, Form, Volume};
 use fsprov::{Error, Kind, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -160,7 +161,7 @@ struct Notes {
     fail_at: Option<u32>,
 }
 
-impl Journal for Notes {
+impl Notes {
     fn note(&mut self, traces: &Traces) -> Result<()> {
         self.count += 1;
         if self.fail_at == Some(self.count) {
@@ -175,11 +176,18 @@ const BIND: &dyn Backend = &backend::bind::Bind;
 const COPY: &dyn Backend = &backend::copy::Copy;
 const OVERLAY: &dyn Backend = &backend::overlay::Overlay;
 
+/// Open what the plan names, and have the backend make it.
+fn make(backend: &dyn Backend, plan: &Plan, notes: &mut Notes) -> Result<()> {
+    let places = fsprov::provisioner::open(plan)?;
+    let mut note = |traces: &Traces| notes.note(traces);
+    backend.provision(&Host::probe(), plan, &places, &mut Journal { note: &mut note, meter: None, shelf: None })
+}
+
 fn provision(backend: &dyn Backend, plan: &Plan) -> Traces {
     let host = Host::probe();
     assert_eq!(backend.support(&host, plan), Support::Yes);
     let mut notes = Notes::default();
-    backend.provision(&host, plan, &mut notes).unwrap();
+    make(backend, plan, &mut notes).unwrap();
     assert_eq!(backend.health(plan, &notes.last, &mount_table()), Health::Ready);
     notes.last
 }
@@ -189,7 +197,7 @@ fn mount_table() -> mountinfo::Table {
 }
 
 fn fail(backend: &dyn Backend, plan: &Plan) -> Error {
-    backend.provision(&Host::probe(), plan, &mut Notes::default()).unwrap_err()
+    make(backend, plan, &mut Notes::default()).unwrap_err()
 }
 
 fn destroy(backend: &dyn Backend, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {

@@ -146,7 +146,7 @@ fn overlay_of_hundreds_of_layers() {
     assert_eq!(errno(fs::write(place.rootfs("top"), "x")), Some(libc::EROFS));
     assert!(destroy(OVERLAY, &plan, &traces, Detach::IfIdle).unwrap());
     plan.layers = all;
-    let traces = match OVERLAY.provision(&Host::probe(), &plan, &mut Notes::default()) {
+    let traces = match make(OVERLAY, &plan, &mut Notes::default()) {
         // One page of options is all that mount(2) takes.
         Err(e) if !takes_layers_one_by_one() => {
             assert!(e.to_string().contains("one page of mount options"), "{e}");
@@ -201,7 +201,7 @@ fn overlay_leaves_nothing_when_it_fails() {
     plan.volumes.clear();
     for at in 1.. {
         let mut notes = Notes { fail_at: Some(at), ..Notes::default() };
-        if OVERLAY.provision(&Host::probe(), &plan, &mut notes).is_ok() {
+        if make(OVERLAY, &plan, &mut notes).is_ok() {
             assert!(at > 1);
             assert!(destroy(OVERLAY, &plan, &notes.last, Detach::IfIdle).unwrap());
             break;

@@ -25,6 +25,9 @@ mod readonly;
 mod recover;
 mod registry;
 mod store;
+mod swapped;
+mod swapper;
+mod traced;
 mod tree;
 mod volumes;
 mod writers;
@@ -157,6 +160,18 @@ pub(crate) const CASES: &[Case] = &[
     store::SHAPES,
     store::TRUE_OWNERS,
     store::UPKEEP,
+    swapped::CHANGES,
+    swapped::CONFIGURED,
+    swapped::COPIED_FILE,
+    swapped::FILLED_FILE,
+    swapped::IMPORTED,
+    swapped::MODE_OF_A_SOURCE,
+    swapped::MOVED,
+    swapped::OPENED_ONCE,
+    swapped::RECOVERED,
+    swapper::EVERY_STEP,
+    swapper::TIGHT_LOOP,
+    traced::NO_PATHS,
     tree::COPY_IS_WRITABLE,
     tree::SAME_TREE,
     volumes::ACROSS,

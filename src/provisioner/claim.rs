@@ -1,0 +1,65 @@
+//! The claim: the container's directory with its record. From here on the id, the mount point and the image are taken, and whatever
+//! is done can be undone from what is written down, also after this process was killed.
+
+use std::path::Path;
+
+use super::build::Making;
+use super::{Now, Provisioner, Record, lock, points, record};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::id::ContainerId;
+
+impl Provisioner {
+    /// Write down `record`, and hold its lock.
+    pub(super) fn claim(&self, record: Record) -> Result<Making<'_>> {
+        let id = &record.plan.id;
+        let rootfs = &record.plan.rootfs;
+        let containers = self.paths.containers();
+        lock::make_private_dir(&containers)?;
+        let _all = lock::directory(&containers)?;
+        let now = Now::look()?;
+        for other in self.records_at(rootfs)? {
+            if now.elsewhere(&other)?.is_none() {
+                let by = other.plan.id;
+                return Err(Error::new(
+                    Kind::Busy,
+                    "provision",
+                    show(rootfs),
+                    format!("it is the rootfs {by} already"),
+                )
+                .hint(format!("`fsprov unmount {by}` takes that away")));
+            }
+        }
+        let container = self.paths.container(id);
+        if container.dir().exists() {
+            return Err(Error::new(Kind::Busy, "provision", id, "a rootfs of this id exists")
+                .hint(format!("choose another --id, or `fsprov unmount {id}` first")));
+        }
+        let forget_point = || points::release(&self.paths, id, Some(rootfs));
+        points::take(&self.paths, rootfs, id)?;
+        fault::point("provision.claim").map_err(|e| e.with_undo(forget_point()))?;
+        record::make(&container).map_err(|e| e.with_undo(forget_point()))?;
+        let locked = lock::directory(container.dir())
+            .and_then(|l| l.ok_or_else(|| Error::new(Kind::Io, "lock", show(container.dir()), "it vanished")))
+            .and_then(|l| record.write(&container).map(|()| l))
+            // Whoever destroys the parent locks it and then looks for children: either sees the other.
+            .and_then(|l| self.refuse_changing_parent(id).map(|()| l));
+        let claim = locked.map_err(|e| e.with_undo(self.forget(id, Some(rootfs))))?;
+        Ok(Making::new(self, container, record, claim))
+    }
+
+    fn refuse_changing_parent(&self, id: &ContainerId) -> Result<()> {
+        let Some(parent) = id.parent() else { return Ok(()) };
+        if !lock::is_held(self.paths.container(&parent).dir())? {
+            return Ok(());
+        }
+        Err(Error::new(Kind::Busy, "provision", id, format!("its parent {parent} is being made or taken away"))
+            .hint("try again when that is done"))
+    }
+
+    /// Remove the record and all that is kept for `id`: the last step of its life.
+    pub(super) fn forget(&self, id: &ContainerId, rootfs: Option<&Path>) -> Result<()> {
+        record::remove(&self.paths.container(id))?;
+        points::release(&self.paths, id, rootfs)
+    }
+}

@@ -1,0 +1,272 @@
+//! Where a request's paths lead at this moment: symlinks resolved, what is missing told. Nothing is made, and nothing that was opened
+//! is kept: what comes out is data for [`super::planning`]. The paths in it are opened by [`super::open`], without following any
+//! symlink: what is put in their way after this look is refused there.
+
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, FileType, Mode, OFlags, fstat, openat, statat};
+use rustix::io::Errno;
+
+use super::{Changes, Request};
+use crate::error::{Error, Kind, Result, show};
+use crate::sys::fs::{explain_named, is_empty, open_named, open_within, path_of};
+use crate::volume::{ContainerPath, Fill, Form, VolumeSpec};
+
+/// What was seen.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Seen {
+    /// Where the rootfs will be, absolute; and the directories of it that are missing, outermost first.
+    pub(super) rootfs: (PathBuf, Vec<PathBuf>),
+    /// The sandbox.
+    pub(super) sandbox: Option<PathBuf>,
+    /// For each volume of the request, its source.
+    pub(super) sources: Vec<Source>,
+}
+
+/// The source of a volume.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Source {
+    /// Absolute.
+    pub(super) path: PathBuf,
+    /// How many names at the end of it are not there yet.
+    pub(super) missing: usize,
+    /// What it is, or what it will be.
+    pub(super) form: Form,
+    /// Is it a directory with nothing in it?
+    pub(super) is_empty: bool,
+}
+
+/// Look. `form_in_image` tells what the image has at a target: what a source becomes that is missing and to be filled from there.
+pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> Result<Form>) -> Result<Seen> {
+    let rootfs = mount_point(&request.rootfs)?;
+    let sandbox = request.sandbox.as_deref().map(open_sandbox).transpose()?;
+    if let (Changes::Ephemeral, Some((_, sandbox)), Some(id)) = (request.changes, &sandbox, &request.id) {
+        refuse_taken(&sandbox.join(super::planning::changes_name(id)))?;
+    }
+    let form = |spec: &VolumeSpec| match spec.fill {
+        Fill::Once => form_in_image(&spec.target),
+        Fill::Never => Ok(Form::Directory),
+    };
+    let sources = request.volumes.iter().map(|spec| {
+        if spec.source.is_absolute() { absolute(spec, &form) } else { relative(spec, sandbox.as_ref(), &form) }
+    });
+    let sources = sources.collect::<Result<_>>()?;
+    Ok(Seen { rootfs, sandbox: sandbox.map(|(_, path)| path), sources })
+}
+
+/// Something that is where changes are to be kept.
+fn refuse_taken(path: &Path) -> Result<()> {
+    if std::fs::symlink_metadata(path).is_err() {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Exists, "find a place for changes", show(path), "something is there already")
+        .hint("a rootfs of another state root may use it; if none does, remove it, or choose another --id"))
+}
+
+const OP: &str = "find the source of volume";
+
+fn open_sandbox(path: &Path) -> Result<(OwnedFd, PathBuf)> {
+    const OP: &str = "open sandbox";
+    let fail = |e: Errno| match explain_named(OP, path, e) {
+        error if error.remedy().is_empty() => error.hint("--sandbox names an existing directory"),
+        error => error,
+    };
+    let whole = std::path::absolute(path).map_err(|e| Error::io(OP, show(path), e))?;
+    let fd = open_named(&whole).map_err(fail)?;
+    if !FileType::from_raw_mode(fstat(&fd).map_err(fail)?.st_mode).is_dir() {
+        return Err(fail(Errno::NOTDIR));
+    }
+    let resolved = path_of(&fd)?;
+    Ok((fd, resolved))
+}
+
+/// An absolute source exists, or is to be filled and lies in a directory that does.
+fn absolute(spec: &VolumeSpec, form: &dyn Fn(&VolumeSpec) -> Result<Form>) -> Result<Source> {
+    match open_named(&spec.source) {
+        Ok(found) => there(&found, spec),
+        // A dangling symlink is no missing source: it might lead anywhere.
+        Err(Errno::NOENT) if spec.fill == Fill::Once && std::fs::symlink_metadata(&spec.source).is_err() => {
+            let name = spec.source.file_name().ok_or_else(|| {
+                Error::new(Kind::Usage, OP, show(&spec.source), "it is missing and ends with . or ..")
+            })?;
+            let parent = open_named(spec.source.parent().unwrap_or(Path::new("/"))).map_err(|e| missing(spec, e))?;
+            Ok(Source { path: path_of(&parent)?.join(name), missing: 1, form: form(spec)?, is_empty: false })
+        }
+        Err(e) => Err(missing(spec, e)),
+    }
+}
+
+fn missing(spec: &VolumeSpec, errno: Errno) -> Error {
+    if errno == Errno::XDEV {
+        return explain_named(OP, &spec.source, errno);
+    }
+    Error::sys(OP, format!("{} ({})", spec.target, show(&spec.source)), errno)
+        .hint("an absolute source must exist: create it first")
+}
+
+/// A relative source lies below the sandbox: symlinks are followed as long as they stay there.
+fn relative(
+    spec: &VolumeSpec,
+    sandbox: Option<&(OwnedFd, PathBuf)>,
+    form: &dyn Fn(&VolumeSpec) -> Result<Form>,
+) -> Result<Source> {
+    const OP: &str = "make volume source";
+    let Some((sandbox, path)) = sandbox else {
+        let subject = format!("{} ({})", spec.target, show(&spec.source));
+        return Err(Error::new(Kind::Usage, self::OP, subject, "it is relative and there is no sandbox")
+            .hint("give the executor work directory with --sandbox DIR, or an absolute source"));
+    };
+    let name = || show(path.join(&spec.source));
+    let fail = |e: Errno| match e {
+        Errno::XDEV => Error::new(Kind::Usage, OP, name(), "a symlink leads out of the sandbox"),
+        e => Error::sys(OP, name(), e),
+    };
+    match open_within(sandbox, &spec.source, OFlags::PATH) {
+        Ok(found) => return there(&found, spec),
+        Err(Errno::NOENT) => {}
+        Err(e) => return Err(fail(e)),
+    }
+    let mut at = sandbox.try_clone().map_err(|e| Error::io(OP, name(), e))?;
+    let mut prefix = PathBuf::new();
+    let mut names = spec.source.components();
+    while let Some(next) = names.next() {
+        prefix.push(next);
+        match open_within(sandbox, &prefix, OFlags::PATH) {
+            Ok(found) => at = found,
+            Err(Errno::NOENT) if statat(&at, next.as_os_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok() => {
+                return Err(Error::new(Kind::NotFound, OP, name(), "a symlink in it leads nowhere"));
+            }
+            Err(Errno::NOENT) => {
+                let rest = names.as_path();
+                let mut path = path_of(&at)?.join(next);
+                if !rest.as_os_str().is_empty() {
+                    path.push(rest);
+                }
+                return Ok(Source { path, missing: 1 + rest.components().count(), form: form(spec)?, is_empty: false });
+            }
+            Err(e) => return Err(fail(e)),
+        }
+    }
+    // It came while we looked.
+    there(&at, spec)
+}
+
+fn there(found: &OwnedFd, spec: &VolumeSpec) -> Result<Source> {
+    let fail = |e| Error::sys(OP, show(&spec.source), e);
+    let form = match FileType::from_raw_mode(fstat(found).map_err(fail)?.st_mode) {
+        FileType::Directory => Form::Directory,
+        FileType::RegularFile => Form::File,
+        // A socket or a device node (a /dev/null, a control socket) is bound as a file, as `docker -v` does.
+        FileType::Socket | FileType::CharacterDevice | FileType::BlockDevice | FileType::Fifo => Form::Special,
+        _ => {
+            return Err(Error::new(Kind::Usage, OP, show(&spec.source), "it is neither a file nor a directory"));
+        }
+    };
+    let is_empty = spec.fill == Fill::Once
+        && form == Form::Directory
+        && openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .and_then(is_empty)
+            .map_err(|e| Error::sys("look into volume source", show(&spec.source), e))?;
+    Ok(Source { path: path_of(found)?, missing: 0, form, is_empty })
+}
+
+/// Where the rootfs will be: the absolute path, and the directories to make for it, outermost first.
+fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
+    const OP: &str = "find mount point";
+    let unusable = |path: &Path, e: Errno| match e {
+        Errno::NOTCONN => Error::sys(OP, show(path), e)
+            .with_kind(Kind::Busy)
+            .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(path))),
+        e => explain_named(OP, path, e),
+    };
+    let wanted = std::path::absolute(wanted).map_err(|e| Error::io(OP, show(wanted), e))?;
+    let mut missing = Vec::new();
+    let mut at = wanted.clone();
+    let found = loop {
+        match open_named(&at) {
+            Ok(found) => break found,
+            Err(Errno::NOENT) if std::fs::symlink_metadata(&at).is_err() => {
+                let name = at
+                    .file_name()
+                    .ok_or_else(|| Error::new(Kind::Usage, OP, show(&wanted), "a missing part of it is . or .."))?;
+                missing.push(name.to_owned());
+                at.pop();
+            }
+            Err(e) => return Err(unusable(&at, e)),
+        }
+    };
+    let base = path_of(&found)?;
+    // A path is found without asking what lies at its end: a dead mount shows when its root is asked for.
+    match fstat(&found) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode).is_dir() => {}
+        Ok(_) => return Err(Error::new(Kind::Usage, OP, show(&base), "it is not a directory")),
+        Err(e) => return Err(unusable(&base, e)),
+    }
+    if base == Path::new("/") && missing.is_empty() {
+        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));
+    }
+    let mut made = Vec::new();
+    let mut path = base;
+    for name in missing.iter().rev() {
+        path.push(name);
+        made.push(path.clone());
+    }
+    Ok((path, made))
+}
+
+/// `path` absolute, with symlinks resolved in all but its last component, which may be a mount that does not answer.
+pub(super) fn parent_resolved(path: &Path) -> Option<PathBuf> {
+    let path = std::path::absolute(path).ok()?;
+    let parent = std::fs::canonicalize(path.parent()?).ok()?;
+    Some(parent.join(path.file_name()?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn spec(text: &str) -> VolumeSpec {
+        VolumeSpec::parse(text.as_ref()).unwrap()
+    }
+
+    #[test]
+    fn sources_are_found_below_the_sandbox_and_never_outside() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = std::fs::canonicalize(dir.path()).unwrap();
+        std::fs::create_dir_all(base.join("a/b")).unwrap();
+        std::os::unix::fs::symlink("/etc", base.join("out")).unwrap();
+        std::os::unix::fs::symlink("a/b", base.join("in")).unwrap();
+        std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
+        let sandbox = open_sandbox(&base).unwrap();
+        let find = |text: &str| relative(&spec(text), Some(&sandbox), &|_| Ok(Form::Directory));
+        for (text, path, missing) in
+            [("a/b:/x", "a/b", 0), ("in:/x", "a/b", 0), ("in/c/d:/x", "a/b/c/d", 2), ("new:/x", "new", 1)]
+        {
+            let found = find(text).unwrap();
+            assert_eq!((found.path, found.missing), (base.join(path), missing), "{text}");
+        }
+        for bad in ["out:/x", "out/x:/x"] {
+            assert_eq!(find(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
+        }
+        assert_eq!(find("dangling:/x").unwrap_err().kind(), Kind::NotFound);
+        assert!(!base.join("new").exists(), "a look makes nothing");
+    }
+
+    #[test]
+    fn mount_points_are_absolute_and_say_what_is_missing() {
+        let dir = tempfile::tempdir().unwrap();
+        let base = std::fs::canonicalize(dir.path()).unwrap();
+        std::os::unix::fs::symlink(".", base.join("link")).unwrap();
+        let (path, made) = mount_point(&base.join("link/a/b")).unwrap();
+        assert_eq!(path, base.join("a/b"));
+        assert_eq!(made, [base.join("a"), base.join("a/b")]);
+        assert_eq!(mount_point(&base).unwrap(), (base.clone(), vec![]));
+        std::fs::write(base.join("file"), "").unwrap();
+        assert_eq!(mount_point(&base.join("file")).unwrap_err().kind(), Kind::Usage);
+        assert!(mount_point(&base.join("file/below")).is_err());
+        std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
+        assert!(mount_point(&base.join("dangling")).is_err());
+        assert_eq!(mount_point(Path::new("/")).unwrap_err().kind(), Kind::Usage);
+    }
+}

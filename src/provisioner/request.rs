@@ -1,0 +1,82 @@
+//! What a user asks for, parsed and not looked up: no path in it has been followed yet.
+
+use std::path::PathBuf;
+
+use crate::error::show;
+use crate::id::{ContainerId, ImageRef};
+use crate::plan::{BackendKind, Live, Ownership};
+use crate::volume::VolumeSpec;
+
+/// What a user asks for.
+#[derive(Clone, Debug)]
+pub struct Request {
+    /// Which image.
+    pub image: ImageRef,
+    /// Where its root filesystem shall appear; made (mode 0755) if missing, and then removed again by [`super::Provisioner::destroy`].
+    pub rootfs: PathBuf,
+    /// Which backend; `None`: the first of [`crate::backend::AUTO_ORDER`] that can.
+    pub backend: Option<BackendKind>,
+    /// The executor work directory: relative volume sources lie below it.
+    pub sandbox: Option<PathBuf>,
+    /// Volumes, in any order.
+    pub volumes: Vec<VolumeSpec>,
+    /// The rootfs's id; `None`: a random one.
+    pub id: Option<ContainerId>,
+    /// How ownership is presented.
+    pub ownership: Ownership,
+    /// How volumes are served (fuse).
+    pub live: Live,
+    /// What may be changed outside the volumes.
+    pub changes: Changes,
+}
+
+/// What may be changed in a rootfs outside its volumes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Changes {
+    /// Nothing, except in a copy.
+    #[default]
+    Refused,
+    /// Everything; what was changed ends with the rootfs.
+    Ephemeral,
+}
+
+/// Which rootfs: by id, or by where it is mounted.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Selector {
+    /// By id.
+    Id(ContainerId),
+    /// By mount point.
+    Rootfs(PathBuf),
+}
+
+impl Selector {
+    /// An argument `ROOTFS|ID`: a path when it holds a `/` or is `.` or `..`, else an id if it can be one.
+    pub fn parse(text: &std::ffi::OsStr) -> Self {
+        let id = text.to_str().and_then(|t| t.parse().ok());
+        match id {
+            Some(id) => Selector::Id(id),
+            None => Selector::Rootfs(PathBuf::from(text)),
+        }
+    }
+}
+
+impl std::fmt::Display for Selector {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Selector::Id(id) => id.fmt(f),
+            Selector::Rootfs(path) => f.write_str(&show(path)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_selector_with_a_slash_is_a_path() {
+        let id = |t: &str| matches!(Selector::parse(t.as_ref()), Selector::Id(_));
+        assert!(id("abc") && id("a.b-c"));
+        assert!(!id("./abc") && !id("/abc") && !id(".") && !id("..") && !id("a b"));
+    }
+}
