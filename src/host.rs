@@ -163,7 +163,14 @@ impl Serialize for Host {
 }
 
 /// What helps an ordinary user who may not mount.
-const MOUNT_REMEDY: &str = "run as root, or inside `unshare -Urm`, or use --backend fuse";
+fn mount_remedy() -> String {
+    match process::user_namespace_switch() {
+        None => "run as root, or inside `unshare -Urm`, or use --backend fuse".into(),
+        Some(switch) => {
+            format!("run as root, or use --backend fuse; this host forbids `unshare -Urm` ({switch})")
+        }
+    }
+}
 
 fn try_mounting() -> Finding {
     // Both calls check the right to mount before anything else and change nothing: an unused file system context goes away
@@ -178,9 +185,9 @@ fn try_mounting() -> Finding {
     match tried {
         Ok(()) => Finding::Yes,
         Err(Errno::PERM) => {
-            Finding::no("this process has not CAP_SYS_ADMIN in the user namespace of its mount namespace", MOUNT_REMEDY)
+            Finding::no("needs CAP_SYS_ADMIN in the user namespace of the mount namespace", mount_remedy())
         }
-        Err(e) => Finding::no(format!("trying to mount: {}", text(e)), MOUNT_REMEDY),
+        Err(e) => Finding::no(format!("trying to mount: {}", text(e)), mount_remedy()),
     }
 }
 
@@ -278,7 +285,7 @@ fn try_user_namespaces() -> Finding {
         Err(e) => e,
     };
     let (reason, remedy) = match e.step {
-        process::UserNamespaceStep::Create => ("make a user namespace", user_namespace_remedy(e.errno)),
+        process::UserNamespaceStep::Create => ("make a user namespace", process::user_namespace_remedy(e.errno)),
         // Made, but without rights in it: AppArmor's restriction (Ubuntu 23.10 and later) shows like this.
         process::UserNamespaceStep::Mount => (
             "mount inside a user namespace",
@@ -286,26 +293,6 @@ fn try_user_namespaces() -> Finding {
         ),
     };
     Finding::no(format!("{reason}: {}", text(e.errno)), remedy)
-}
-
-fn user_namespace_remedy(errno: Errno) -> &'static str {
-    let is_zero = |path: &str| std::fs::read(path).is_ok_and(|text| text.trim_ascii() == b"0");
-    let is_one = |path: &str| std::fs::read(path).is_ok_and(|text| text.trim_ascii() == b"1");
-    match errno {
-        _ if is_zero("/proc/sys/kernel/unprivileged_userns_clone") => {
-            "as root: sysctl -w kernel.unprivileged_userns_clone=1"
-        }
-        _ if is_zero("/proc/sys/user/max_user_namespaces") => "as root: sysctl -w user.max_user_namespaces=15000",
-        Errno::NOSPC | Errno::USERS => "as root: raise sysctl user.max_user_namespaces; nesting ends at 32 levels",
-        Errno::PERM | Errno::ACCESS if is_one("/proc/sys/kernel/apparmor_restrict_unprivileged_userns") => {
-            "as root: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0"
-        }
-        Errno::PERM | Errno::ACCESS => {
-            "a seccomp filter, a chroot or a policy forbids it: leave that container or chroot"
-        }
-        Errno::INVAL | Errno::NOSYS => "this kernel is built without user namespaces",
-        _ => "",
-    }
 }
 
 /// As provisioning mounts it, with two directories that every machine has and that do not hold each other; it is seen nowhere.
@@ -354,7 +341,7 @@ fn try_idmap() -> Finding {
     let namespace = process::UserNamespace::with_maps("0 1 1\n", "0 1 1\n").and_then(|held| held.open());
     let namespace = match namespace {
         Ok(fd) => fd,
-        Err(e) => return Finding::no(e.to_string(), ""),
+        Err(e) => return Finding::no(format!("make a user namespace: {}", e.cause()), e.remedy()),
     };
     let attrs = sysmount::AttrSet { idmap: Some(std::os::fd::AsFd::as_fd(&namespace)), ..sysmount::AttrSet::default() };
     match sysmount::set_attr(&tree, &attrs) {

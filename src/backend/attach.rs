@@ -19,7 +19,7 @@ use crate::plan::{BackendKind, Plan};
 use crate::sys::fs::open_in_root;
 use crate::sys::mount::{self, AttrSet, Depth, Piece, Unmount};
 use crate::sys::mountinfo::{self, Known, MountInfo};
-use crate::sys::process::{self, Hold};
+use crate::sys::process;
 use crate::traces::{Journal, Traces};
 use crate::volume::{Access, Form, Volume};
 
@@ -580,7 +580,7 @@ pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<process
 
 /// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
 fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
-    refuse_in_use(rootfs, || Ok(process::holders(tree).into_iter().filter(|h| h.what != Hold::Namespace).collect()))?;
+    refuse_in_use(rootfs, || Ok(process::holders(tree)))?;
     tree.iter().rev().try_for_each(unmount_one)
 }
 

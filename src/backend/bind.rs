@@ -104,9 +104,9 @@ fn build(plan: &Plan, layer: &Place) -> Result<Piece> {
             Kind::Unsupported,
             OP,
             show(layer),
-            "the file system that the layer lies on does not take id maps (overlay and FUSE do not)",
+            "the file system that the layer lies on does not take id maps (overlay does not, nor most of FUSE)",
         )
-        .hint("keep the store on ext4, xfs, btrfs or tmpfs, or use --backend fuse"),
+        .hint("keep the store on ext4, xfs or btrfs (tmpfs from Linux 6.3 on), or use --backend fuse"),
         Errno::PERM if namespace.is_some() => Error::sys(OP, show(layer), e)
             .hint("id maps need CAP_SYS_ADMIN where the file system was mounted; or use --backend fuse"),
         Errno::NOSYS => Error::sys(OP, show(layer), e).hint("id maps need Linux 5.12; or use --backend fuse"),

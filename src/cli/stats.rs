@@ -123,6 +123,15 @@ fn table(stats: &Value) -> String {
     for (name, pointer, _) in FIGURES {
         let _ = writeln!(text, "{name:26} {}", figure(stats, pointer));
     }
+    for (wall, value) in stats["worker"]["walls"].as_object().into_iter().flatten() {
+        let value = match value {
+            Value::Bool(true) => "yes".to_owned(),
+            Value::Bool(false) => "no".to_owned(),
+            Value::String(text) => text.clone(),
+            other => other.to_string(),
+        };
+        let _ = writeln!(text, "walls {wall:20} {value}");
+    }
     for (kind, count) in requests(stats) {
         let _ = writeln!(text, "requests {kind:17} {count}");
     }
@@ -168,6 +177,20 @@ fn prometheus(plan: &Plan, stats: &Value) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_table_tells_what_walls_stand_around_the_worker() {
+        let walls = serde_json::json!({"seccomp": true, "landlock": false, "system_calls": 98, "capabilities": "0"});
+        let text = table(&serde_json::json!({"worker": {"walls": walls}}));
+        for line in [
+            "walls seccomp              yes",
+            "walls landlock             no",
+            "walls system_calls         98",
+            "walls capabilities         0",
+        ] {
+            assert!(text.lines().any(|l| l == line), "{line}\n{text}");
+        }
+    }
 
     #[test]
     fn prometheus_text_has_each_figure_once_and_cumulative_buckets() {

@@ -147,7 +147,7 @@ pub enum Hold {
     Map,
     /// This open file.
     Fd(i32),
-    /// It lives in another mount namespace, which has a copy of the mount. That keeps the source busy, not our mount.
+    /// It lives in another mount namespace, which has the directory mounted.
     Namespace,
 }
 
@@ -194,12 +194,13 @@ pub const BUSY_TRIES: u32 = 4;
 /// How long between two looks.
 pub const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(25);
 
-/// Who uses one of these mounts. Best effort: what we may not look at (other users' processes) is not in it.
+/// Who keeps one of these mounts busy. Best effort: what we may not look at (other users' processes) is not in it. A copy of it in another
+/// mount namespace does not: a process that merely lives there is not in it.
 ///
 /// No request goes to a file system: links of /proc/PID are opened as O_PATH, which follows them without a lookup, and
 /// compared by mount id; mapped files by path, for processes of our own mount namespace.
 pub fn holders(mounts: &[MountInfo]) -> Vec<Holder> {
-    find_holders(|pid, same_namespace| uses(pid, mounts, same_namespace), |pid| has_copy(pid, mounts))
+    find_holders(|pid, same_namespace| uses(pid, mounts, same_namespace), |_| false)
 }
 
 /// Who uses a plain directory or what lies in it: by path, and in other mount namespaces also by a mount of it. Best effort,
@@ -292,12 +293,6 @@ fn maps_file_in(pid: i32, dirs: &[&Path]) -> bool {
     })
 }
 
-fn has_copy(pid: i32, mounts: &[MountInfo]) -> bool {
-    mountinfo::read_of(pid).is_ok_and(|table| {
-        table.iter().any(|t| mounts.iter().any(|m| t.dev == m.dev && t.root == m.root && t.point == m.point))
-    })
-}
-
 /// A namespace: device and inode of its file in nsfs.
 pub type Namespace = (u64, u64);
 
@@ -378,7 +373,7 @@ impl UserNamespace {
     /// Make one with these maps, lines of `inside outside count` (user_namespaces(7)).
     pub fn with_maps(uids: &str, gids: &str) -> Result<Self> {
         const OP: &str = "make a user namespace";
-        let made = Self::create().map_err(|e| Error::sys(OP, "", e))?;
+        let made = Self::create().map_err(|e| Error::sys(OP, "", e).hint(user_namespace_remedy(e)))?;
         for (name, map) in [("uid_map", uids), ("gid_map", gids)] {
             let path = format!("/proc/{}/{name}", made.child.as_raw_nonzero());
             // One write: the kernel takes a map whole or not at all.
@@ -413,6 +408,44 @@ impl Drop for UserNamespace {
                 Ok(_) => break,
             }
         }
+    }
+}
+
+/// Switches of the kernel and of distributions that keep user namespaces, or rights in them, from ordinary users: where, the value that does,
+/// and what sets it back.
+const SWITCHES: [Switch; 3] = [
+    ("kernel/unprivileged_userns_clone", b"0", "as root: sysctl -w kernel.unprivileged_userns_clone=1"),
+    MOST_NAMESPACES,
+    (
+        "kernel/apparmor_restrict_unprivileged_userns",
+        b"1",
+        "as root: sysctl -w kernel.apparmor_restrict_unprivileged_userns=0, or an AppArmor profile with userns",
+    ),
+];
+/// This one is for root as well.
+const MOST_NAMESPACES: Switch = ("user/max_user_namespaces", b"0", "as root: sysctl -w user.max_user_namespaces=15000");
+
+type Switch = (&'static str, &'static [u8], &'static str);
+
+/// What sets back the switch that keeps user namespaces from ordinary users here, if one does.
+pub fn user_namespace_switch() -> Option<&'static str> {
+    switch_in(Path::new("/proc/sys"), &SWITCHES)
+}
+
+fn switch_in(sys: &Path, switches: &[Switch]) -> Option<&'static str> {
+    let is_set = |(name, value, _): &&Switch| std::fs::read(sys.join(name)).is_ok_and(|t| t.trim_ascii() == *value);
+    switches.iter().find(is_set).map(|(_, _, remedy)| *remedy)
+}
+
+/// What helps where making a user namespace failed so; empty where nothing is known.
+pub fn user_namespace_remedy(errno: Errno) -> &'static str {
+    match errno {
+        Errno::INVAL | Errno::NOSYS => "this kernel is built without user namespaces",
+        Errno::NOSPC | Errno::USERS => switch_in(Path::new("/proc/sys"), &[MOST_NAMESPACES])
+            .unwrap_or("as root: raise sysctl user.max_user_namespaces; nesting ends at 32 levels"),
+        Errno::PERM | Errno::ACCESS => user_namespace_switch()
+            .unwrap_or("a seccomp filter, a chroot or a policy forbids it: leave that container or chroot"),
+        _ => "",
     }
 }
 
@@ -463,6 +496,26 @@ fn is_readable(fd: impl std::os::fd::AsFd) -> bool {
 mod tests {
     use super::*;
     use std::process::Command;
+
+    #[test]
+    fn the_switch_that_forbids_user_namespaces_is_named() {
+        let sys = tempfile::tempdir().unwrap();
+        for dir in ["kernel", "user"] {
+            std::fs::create_dir(sys.path().join(dir)).unwrap();
+        }
+        assert_eq!(switch_in(sys.path(), &SWITCHES), None);
+        for (name, off, on) in [
+            ("kernel/unprivileged_userns_clone", "0\n", "1\n"),
+            ("user/max_user_namespaces", "0\n", "60000\n"),
+            ("kernel/apparmor_restrict_unprivileged_userns", "1\n", "0\n"),
+        ] {
+            std::fs::write(sys.path().join(name), off).unwrap();
+            let named = switch_in(sys.path(), &SWITCHES).unwrap();
+            assert!(named.contains(&format!("sysctl -w {}=", name.replace('/', "."))), "{named}");
+            std::fs::write(sys.path().join(name), on).unwrap();
+            assert_eq!(switch_in(sys.path(), &SWITCHES), None, "{name}");
+        }
+    }
 
     #[test]
     fn stat_with_a_name_that_lies() {

@@ -434,6 +434,26 @@ pub(crate) const NO_FUSERMOUNT: Case = Case::needing(
     },
 );
 
+/// Where a switch of this host keeps user namespaces from its users, the advice is not to make one but to set the switch.
+pub(crate) const SWITCHED_OFF: Case =
+    Case::needing("a_refusal_names_the_switch", on::user, &[Need::UserNamespaces], |stage: &Stage| {
+        let image = stage.small_image();
+        // The limit is each user namespace's own. This one does not own its mount namespace.
+        let off = |args: &[&str]| {
+            let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\"";
+            let call = stage.tool("unshare", ["-Ur", "sh", "-c", script, "sh"]).arg(crate::common::stage::program());
+            call.args(args.iter().copied())
+        };
+        let switch = "sysctl -w user.max_user_namespaces=";
+        for backend in ["bind", "overlay"] {
+            off(&["mount", "--backend", backend]).arg(&image).arg("rootfs").run().fails(5, &[switch, "--backend fuse"]);
+        }
+        let probe = off(&["probe", "--json"]).run().ok().json();
+        let remedy = probe["host"]["user_namespaces"]["no"]["remedy"].as_str().unwrap_or_default();
+        assert!(remedy.contains(switch), "{probe:#}");
+        stage.assert_nothing_left("after refusals");
+    });
+
 /// `auto` takes the cheapest that can serve this request, and tells with --verbose why not another.
 pub(crate) const AUTO: Case = Case::new(
     "auto_picks_the_first_that_can",

@@ -90,7 +90,21 @@ pub(crate) const BUSY: Case =
         let rootfs = stage.mount(&image, "rootfs", NONE);
         let mut user = Command::new("sleep").arg("60").current_dir(rootfs.join("etc")).spawn().expect("start sleep");
         let pid = user.id().to_string();
-        stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().fails(4, &["rootfs", &pid]);
+        // In a mount namespace of its own, which has a copy of the mount as udev's has: that keeps nothing busy.
+        let unshare: &[&str] = if stage.lane.enter == Enter::Root { &["-m"] } else { &["-Urm"] };
+        let mut bystander =
+            Command::new("unshare").args(unshare).args(["sleep", "60"]).spawn().expect("start a bystander");
+        let of_bystander = format!("/proc/{}/comm", bystander.id());
+        let sleeps = || fs::read_to_string(&of_bystander).is_ok_and(|name| name == "sleep\n");
+        assert!(system::eventually(Duration::from_secs(10), sleeps), "{of_bystander}");
+        let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().fails(4, &["rootfs", &pid]);
+        assert!(
+            !said.err().contains(&format!("pid {}", bystander.id())),
+            "it names the bystander: {}",
+            said.describe()
+        );
+        let _ = bystander.kill();
+        let _ = bystander.wait();
         assert_eq!(health(stage), "ready", "a refused unmount changes nothing");
         assert!(rootfs.join("etc/hosts").exists());
         stage.fsprov(["unmount".as_ref(), "--lazy".as_ref(), rootfs.as_os_str()]).run().ok();

@@ -59,6 +59,7 @@ pub(crate) const CASES: &[Case] = &[
     cli::PIPES,
     cli::PROBE,
     cli::STATE_ROOT,
+    cli::SWITCHED_OFF,
     cli::USAGE,
     clients::BWRAP,
     clients::APT,
