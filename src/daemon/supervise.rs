@@ -39,7 +39,7 @@ use crate::sys::raw;
 use crate::traces::Traces;
 use crate::tree::dir::groups;
 use caller::{Caller, Order};
-use restarts::{Next, Restarts};
+use restarts::{Death, Next, Restarts};
 
 /// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
 const WORKER_PATIENCE: Duration = Duration::from_secs(40);
@@ -205,11 +205,9 @@ impl Supervisor {
         caller.ask(&Report::Started { supervisor: me })?;
         fault::point("server.worker")?;
 
-        let mut worker = Worker::start(&program, &job, &sources, &legacy, &job_file)?;
-        let built = worker.expect("build its trees").and_then(|message| match message {
-            FromWorker::Built => caller.ask(&Report::Built { worker: worker.id }),
-            other => Err(unexpected(&other)),
-        });
+        let mut worker = Worker::start(&program, &job)?;
+        let built =
+            worker.build(&job_file, &sources, &legacy).and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
         let standing = built.and_then(|()| match stand {
             Stand::On(standing) => go_on(&job, &mut worker, standing),
             Stand::At(point) => mount_at(&job, &mut worker, &point),
@@ -381,7 +379,7 @@ impl Supervisor {
         let mut next = if self.with_care && (found > 0 || !was_careful) {
             self.restarts.after_a_lost_thread()
         } else {
-            self.restarts.after_death(served)
+            self.restarts.after_death(Death::of(Some(status)), served)
         };
         loop {
             match next {
@@ -407,39 +405,27 @@ impl Supervisor {
                     }
                     return Ok(());
                 }
-                Err(error) => {
+                Err((error, death)) => {
                     log::error!(target: TARGET, "{error}");
-                    next = self.restarts.after_death(None);
+                    next = self.restarts.after_death(death, None);
                 }
             }
         }
     }
 
-    fn start_again(&mut self) -> Result<InFlight> {
-        let mut worker = Worker::start(&self.program, &self.job, &self.sources, &self.legacy, &self.job_file)?;
-        let begun = worker
-            .expect("build its trees")
-            .and_then(|message| match message {
-                FromWorker::Built => Ok(()),
-                other => Err(unexpected(&other)),
-            })
-            .and_then(|()| {
-                let start = Begin::Again {
-                    reply: hex(&self.standing.reply),
-                    resend: self.job.resend,
-                    with_care: self.with_care,
-                };
-                worker.begin(&self.standing, start)
-            });
+    fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
+        let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
+        let begun = worker.build(&self.job_file, &self.sources, &self.legacy).and_then(|()| {
+            let start =
+                Begin::Again { reply: hex(&self.standing.reply), resend: self.job.resend, with_care: self.with_care };
+            worker.begin(&self.standing, start)
+        });
         match begun {
             Ok((_, in_flight)) => {
                 self.worker = Some(worker);
                 Ok(in_flight)
             }
-            Err(error) => {
-                worker.kill();
-                Err(error)
-            }
+            Err(error) => Err((error, worker.kill())),
         }
     }
 
@@ -525,9 +511,9 @@ impl Supervisor {
             }
         }
         let old_program = std::mem::replace(&mut self.program, new);
-        let Err(error) = self.start_again() else { return Ok(()) };
+        let Err((error, _)) = self.start_again() else { return Ok(()) };
         self.program = old_program;
-        Err(error.with_undo(self.start_again().map(drop)))
+        Err(error.with_undo(self.start_again().map(drop).map_err(|(e, _)| e)))
     }
 
     /// Somebody waits for a request that is lost, before Linux 6.9, and would for ever: end the connection, and everyone else's
@@ -647,7 +633,7 @@ fn take_away(info: &MountInfo, how: Unmount, method: &Method) -> Result<()> {
 }
 
 impl Worker {
-    fn start(program: &OwnedFd, job: &Job, sources: &Sources, legacy: &Legacy, job_file: &OwnedFd) -> Result<Self> {
+    fn start(program: &OwnedFd, job: &Job) -> Result<Self> {
         const OP: &str = "start worker";
         let (channel, theirs) = Channel::pair()?;
         let (answering, asking) = groups::pair().map_err(|e| Error::io(OP, "", e))?;
@@ -667,9 +653,16 @@ impl Worker {
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
-        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
-        sources.send(job_file, legacy, &worker.channel)?;
-        Ok(worker)
+        Ok(Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 })
+    }
+
+    /// Hand it what it serves, and see its trees built.
+    fn build(&mut self, job_file: &OwnedFd, sources: &Sources, legacy: &Legacy) -> Result<()> {
+        sources.send(job_file, legacy, &self.channel)?;
+        match self.expect("build its trees")? {
+            FromWorker::Built => Ok(()),
+            other => Err(unexpected(&other)),
+        }
     }
 
     /// Its next message, while it lives and does not take too long.
@@ -716,13 +709,16 @@ impl Worker {
         }
     }
 
-    fn kill(&mut self) {
+    /// End it. Gives how it died, if it had before.
+    fn kill(&mut self) -> Death {
+        let death = Death::of(self.child.try_wait().ok().flatten());
         if let Err(e) = pidfd_send_signal(&self.pidfd, Signal::KILL)
             && e != Errno::SRCH
         {
             log::error!(target: TARGET, "kill worker {}: {e}", self.id);
         }
         let _ = self.child.wait();
+        death
     }
 }
 
