@@ -89,8 +89,8 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     let notes = hand_over
         .logs
         .pop()
-        .map(Notes::new)
-        .ok_or_else(|| Error::new(Kind::Invalid, "take over a job", "", "there is no file for notes"))?;
+        .ok_or_else(|| Error::new(Kind::Invalid, "take over a job", "", "there is no file for notes"))
+        .and_then(Notes::new)?;
     let shares = Shares::of_process(job.threads, hand_over.kept.len())?;
     groups::ask_at(groups);
     figures::memory();
@@ -120,13 +120,12 @@ fn begin(
     let connection = single(fds)?;
     let init = unhex(&init)?;
     adapter.pace().watch(&connection, job.threads).map_err(|e| Error::io("watch the connection", "", e))?;
-    let failed = if job.resend.works(&init) {
+    let failed = if job.resend.works(&init) || job.resend == Resend::Lose {
         0
     } else {
         let failed = if matches!(start, Begin::Again { .. }) { notes.fail_all(&connection) } else { 0 };
-        if job.resend != Resend::Lose {
-            adapter.note_requests(notes);
-        }
+        notes.start(job.threads);
+        adapter.note_requests(notes);
         failed
     };
     let mut poisoned = 0;
@@ -171,7 +170,7 @@ fn watch_for_lost(connection: OwnedFd, minor: u32, counters: Arc<Counters>) -> R
         for _ in 0..LOOKS {
             std::thread::sleep(LOOK_EVERY);
             let Some(waiting) = session::waiting(minor) else {
-                log::warn!(
+                log::debug!(
                     target: TARGET,
                     "a request may have been lost with the last worker, and fusectl, which would show it, is not mounted"
                 );

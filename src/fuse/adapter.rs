@@ -20,6 +20,7 @@ use fuser::{
 
 use super::inflight::Notes;
 use super::pace::Pace;
+use crate::fault;
 use crate::tree::again::{self, Asked};
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, Opened, SetTime,
@@ -243,9 +244,11 @@ impl FuseAdapter {
             self.pace.begin();
         }
         let unique = request.unique().0;
-        let notes = self.notes.get().filter(|_| paced);
+        let notes = self.notes.get();
         if let Some(notes) = notes {
-            notes.note(unique);
+            // An error here would be the request's, and a test has no use for that.
+            let _ = fault::point("serve.read");
+            notes.begin(unique, paced);
         }
         self.counters.in_progress.fetch_add(1, Ordering::Relaxed);
         IS_ANSWERING.set(true);
@@ -256,12 +259,13 @@ impl FuseAdapter {
         }
         IS_ANSWERING.set(false);
         self.counters.in_progress.fetch_sub(1, Ordering::Relaxed);
-        if let Some(notes) = notes {
-            notes.note(0);
-        }
         self.counters.took(begun.elapsed());
         if paced {
             self.pace.end(!matches!(operation, Operation::Release | Operation::ReleaseDir));
+            // After it may have stood aside: now it goes to read.
+            if let Some(notes) = notes {
+                notes.end();
+            }
         }
     }
 }

@@ -2,7 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
 
@@ -193,6 +193,28 @@ pub fn map_writable(file: impl AsFd, offset: u64, length: usize) -> std::io::Res
     // SAFETY: as for `map_file`; the caller writes to a memory file that no other process changes while it is mapped, and whose
     // pages are there already.
     unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map_mut(file.as_fd().as_raw_fd()) }
+}
+
+/// Words of memory in a file, shared by all who map it, and left there by those who are gone.
+#[derive(Debug)]
+pub struct SharedWords(memmap2::MmapRaw);
+
+impl SharedWords {
+    /// The first `count` words of a file, which is made as long as that.
+    pub fn map(file: OwnedFd, count: usize) -> std::io::Result<Self> {
+        let length = count * size_of::<u64>();
+        // Their memory is taken here, where its want is an error and no SIGBUS at a touch.
+        rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length as u64)?;
+        memmap2::MmapOptions::new().len(length).map_raw(&file).map(SharedWords)
+    }
+
+    /// One of them. Panics behind the last one.
+    pub fn at(&self, word: usize) -> &AtomicU64 {
+        assert!((word + 1) * size_of::<u64>() <= self.0.len(), "word {word} of {} bytes", self.0.len());
+        // SAFETY: aligned, as mappings begin at a page; within the mapping, as was just checked, which lives as long as the borrow; others
+        // access it atomically too, or are other processes.
+        unsafe { AtomicU64::from_ptr(self.0.as_mut_ptr().cast::<u64>().add(word)) }
+    }
 }
 
 /// Take the pages of a file mapping out of this process's page table (madvise(2) MADV_DONTNEED); they stay in the page

@@ -65,6 +65,14 @@ pub(crate) fn has_mount_calls() -> bool {
     !matches!(rustix::mount::open_tree(rustix::fs::CWD, "/", flags), Err(rustix::io::Errno::NOSYS))
 }
 
+/// The kernel's version: what a case expects may differ. The program itself decides nothing by it.
+pub(crate) fn kernel() -> (u32, u32) {
+    let name = rustix::system::uname();
+    let release = name.release().to_string_lossy();
+    let mut numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
 /// What a program said, but for the warnings by what it goes without the newer calls under `scripts/enosys`.
 pub(crate) fn without_fallbacks(said: &str) -> String {
     let is_meant =

@@ -7,8 +7,8 @@ use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as 
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
@@ -69,6 +69,15 @@ struct Load {
     /// The longest that one call took, by what it did, in microseconds.
     longest: Mutex<BTreeMap<&'static str, u64>>,
     failures: Mutex<Vec<String>>,
+}
+
+/// Ends the load when a case fails: its scope waits for all threads.
+struct Ends<'a>(&'a Load);
+
+impl Drop for Ends<'_> {
+    fn drop(&mut self) {
+        self.0.stop.store(true, Ordering::Relaxed);
+    }
 }
 
 impl Load {
@@ -157,6 +166,10 @@ fn data_base(load: &Load, w: &Path, written: &AtomicU64) {
 
 pub(crate) const KILLED_UNSEEN: Case =
     Case::needing("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+        if needs::kernel() < (6, 9) {
+            // Requests in flight are not sent again there: deaths_cost_what_was_in_flight.
+            return;
+        }
         let image = stage.small_image();
         stage.mkdir("sandbox/w");
         let big = content(7, 3 << 20);
@@ -187,6 +200,7 @@ pub(crate) const KILLED_UNSEEN: Case =
         let (appended, rows) = (AtomicU64::new(0), AtomicU64::new(0));
         let mut quiet = BTreeMap::new();
         std::thread::scope(|scope| {
+            let ends = Ends(&load);
             scope.spawn(|| {
                 load.run("read small", |n| {
                     let at = n % 40;
@@ -252,7 +266,7 @@ pub(crate) const KILLED_UNSEEN: Case =
             }
             new_worker(supervisor, worker);
             std::thread::sleep(Duration::from_millis(300));
-            load.stop.store(true, Ordering::Relaxed);
+            drop(ends);
         });
         assert!(sleeper.try_wait().expect("look at sleep").is_none(), "the program in the mount died");
         let cwd = fs::read_dir(format!("/proc/{}/cwd/..", sleeper.id())).expect("its working directory is good");
@@ -281,7 +295,7 @@ pub(crate) const KILLED_UNSEEN: Case =
         let done = load.done.load(Ordering::Relaxed);
         assert!(done > 200 && rows > 0, "too little was done to tell: {done}, {rows} transactions");
         let longest = load.take_longest();
-        report(stage, kills, done, &quiet, &longest);
+        report(stage, kills, done, 0, &quiet, &longest);
         if let Some(limit) = number_of("FSPROV_TEST_MAX_STALL_MS") {
             let worst = longest.iter().max_by_key(|(_, us)| **us).expect("something was timed");
             assert!(*worst.1 <= u64::from(limit) * 1000, "the longest wait was {worst:?} us, more than {limit} ms");
@@ -296,11 +310,18 @@ fn ms(us: u64) -> f64 {
 }
 
 /// Into the file that FSPROV_TEST_REPORT names.
-fn report(stage: &Stage, kills: u32, done: u64, quiet: &BTreeMap<&str, u64>, longest: &BTreeMap<&str, u64>) {
+fn report(
+    stage: &Stage,
+    kills: u32,
+    done: u64,
+    errors: u64,
+    quiet: &BTreeMap<&str, u64>,
+    longest: &BTreeMap<&str, u64>,
+) {
     let Some(path) = std::env::var_os("FSPROV_TEST_REPORT") else { return };
     let all = longest.values().max().copied().unwrap_or(0);
     let mut text = format!(
-        "{}: {kills} SIGKILLs, {done} rounds, 0 errors, 0 wrong bytes; longest call {:.1} ms (without kills {:.1} ms)\n",
+        "{}: {kills} SIGKILLs, {done} rounds, {errors} errors, 0 wrong bytes; longest call {:.1} ms (without kills {:.1} ms)\n",
         stage.lane.name,
         ms(all),
         ms(quiet.values().max().copied().unwrap_or(0)),
@@ -312,6 +333,94 @@ fn report(stage: &Stage, kills: u32, done: u64, quiet: &BTreeMap<&str, u64>, lon
     let mut file = File::options().append(true).create(true).open(path).expect("open the report");
     file.write_all(text.as_bytes()).expect("write the report");
 }
+
+/// Where the kernel sends nothing again (before 6.9): a death costs what was in flight, EIO each, and nothing else, however many there are.
+pub(crate) const KILLED_SEEN: Case = Case::new("deaths_cost_what_was_in_flight", on::fuse, |stage: &Stage| {
+    stage.mkdir("sandbox/w/list");
+    let small: Vec<_> = (0..40).map(|n| content(n, 1 + n * 997)).collect();
+    for (n, text) in small.iter().enumerate() {
+        stage.write(format!("sandbox/w/r{n}"), text);
+        stage.write(format!("sandbox/w/list/e{n}"), "");
+    }
+    let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).args(["--volume-ttl", "0"]);
+    call.env("FSPROV_FUSE_RESEND", "never").run().ok();
+    let (w, supervisor) = (stage.path("rootfs/w"), supervisor(stage));
+    let (load, kills) = (Load::default(), number_of("FSPROV_TEST_KILLS").unwrap_or(KILLS));
+    let (lost, written) = (AtomicU64::new(0), Mutex::new(Vec::new()));
+    // What failed with EIO is counted, what failed otherwise is a failure.
+    let seen = |result: std::io::Result<bool>| match result {
+        Err(e) if e.raw_os_error() == Some(rustix::io::Errno::IO.raw_os_error()) => {
+            lost.fetch_add(1, Ordering::Relaxed);
+            Ok(true)
+        }
+        other => other,
+    };
+    let mut log = File::options().append(true).create(true).open(w.join("log")).expect("open log");
+    let read = |n: usize| Ok(fs::read(w.join(format!("r{}", n % 40)))? == small[n % 40]);
+    let list = |_| Ok(fs::read_dir(w.join("list"))?.collect::<std::io::Result<Vec<_>>>()?.len() == 40);
+    let write = |n: usize| {
+        let bytes = content(n, 1 + n % 50 * 2003);
+        fs::write(w.join("written"), &bytes)?;
+        Ok(fs::read(w.join("written"))? == bytes)
+    };
+    let stat = |n: usize| Ok(fs::metadata(w.join(format!("r{}", n % 40)))?.len() == small[n % 40].len() as u64);
+    let mut append = |n: usize| {
+        log.write_all(format!("{n:08}\n").as_bytes())?;
+        written.lock().expect("written").push(n);
+        Ok(true)
+    };
+    const CALLERS: u64 = 6;
+    std::thread::scope(|scope| {
+        let load = &load;
+        let ends = Ends(load);
+        scope.spawn(move || load.run("read", |n| load.time("read", || seen(read(n)))));
+        scope.spawn(move || load.run("read too", |n| load.time("read", || seen(read(n + 20)))));
+        scope.spawn(move || load.run("list", |n| load.time("list", || seen(list(n)))));
+        scope.spawn(move || load.run("write", |n| load.time("write", || seen(write(n)))));
+        scope.spawn(move || load.run("stat", |n| load.time("stat", || seen(stat(n)))));
+        scope.spawn(|| load.run("append", |n| load.time("append", || seen(append(n)))));
+        let mut worker = 0;
+        for n in 0..kills {
+            worker = new_worker(supervisor, worker);
+            // Every other one in its work, however slow the machine is.
+            let (before, end) = (load.done.load(Ordering::Relaxed), Instant::now() + COMING_BACK);
+            while n % 2 == 1 && load.done.load(Ordering::Relaxed) < before + 20 && Instant::now() < end {
+                std::thread::sleep(Duration::from_millis(2));
+            }
+            std::thread::sleep(Duration::from_millis(u64::from(n * 37 % 180)));
+            system::kill(worker);
+        }
+        new_worker(supervisor, worker);
+        std::thread::sleep(Duration::from_millis(300));
+        drop(ends);
+    });
+    let failures = load.failures.lock().expect("failures");
+    let server_log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).unwrap_or_default();
+    assert!(failures.is_empty(), "{} failures, the first: {:?}\n{server_log}", failures.len(), failures.first());
+    let lost = lost.load(Ordering::Relaxed);
+    assert!(lost <= u64::from(kills) * CALLERS, "{lost} calls failed of {CALLERS} callers, {kills} deaths");
+    let lines: std::collections::BTreeSet<usize> = fs::read_to_string(stage.path("sandbox/w/log"))
+        .expect("the log")
+        .lines()
+        .map(|line| line.parse().expect("a whole line"))
+        .collect();
+    let written = written.lock().expect("written");
+    assert!(written.iter().all(|n| lines.contains(n)), "lines are missing that were written");
+    // Nothing of it lasts.
+    log.write_all(b"good\n").expect("an open file is good");
+    for n in 0..40 {
+        assert!(read(n).expect("read") && stat(n).expect("stat") && list(n).expect("list"));
+    }
+    let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+    assert!(stats["restarts"].as_u64() >= Some(u64::from(kills)), "{stats:#}");
+    let done = load.done.load(Ordering::Relaxed);
+    assert!(done > 200, "too little was done to tell: {done}");
+    report(stage, kills, done, lost, &BTreeMap::new(), &load.take_longest());
+    drop(failures);
+    drop(log);
+    stage.unmount("rootfs");
+    stage.assert_nothing_left("after kills and unmount");
+});
 
 /// As on a kernel before 6.9: a request in flight at the kill fails with EIO, and nothing hangs.
 pub(crate) const NOT_SENT_AGAIN: Case =
@@ -330,6 +439,50 @@ pub(crate) const NOT_SENT_AGAIN: Case =
         assert_eq!(fs::read_to_string(rootfs.join("w/open")).expect("read"), "good");
         let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
         assert!(log.contains("1 requests in flight when it died were answered EIO"), "{log}");
+    });
+
+/// The same where the worker dies between reading a request and writing down that it did, which it does in every round here.
+pub(crate) const NOT_NOTED: Case =
+    Case::needing("requests_that_were_read_and_not_noted_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+        const ROUNDS: u64 = 5;
+        let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).args(["--volume-ttl", "0"]);
+        let call = call.env("FSPROV_FUSE_RESEND", "never").env("FAILPOINTS", "serve.read=30*off->1*sleep(60000)->off");
+        call.run().ok();
+        let (rootfs, supervisor) = (stage.path("rootfs"), supervisor(stage));
+        stage.write("sandbox/w/f", "here");
+        let open = File::create(rootfs.join("w/open"));
+        for round in 0..ROUNDS {
+            // Not in a scope, which would wait for it when this case fails.
+            let asked = Arc::new(AtomicU64::new(0));
+            let (file, count) = (rootfs.join("w/f"), Arc::clone(&asked));
+            let asking = std::thread::spawn(move || {
+                loop {
+                    if let Err(e) = fs::metadata(&file) {
+                        return e;
+                    }
+                    count.fetch_add(1, Ordering::Relaxed);
+                }
+            });
+            let hangs = || {
+                let before = asked.load(Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(500));
+                before == asked.load(Ordering::Relaxed)
+            };
+            // On a slow machine it may have been the worker that was not there yet: killed again until the fault point was.
+            let end = Instant::now() + 3 * COMING_BACK;
+            while !asking.is_finished() {
+                assert!(Instant::now() < end, "round {round}: it hangs, or the fault point holds none");
+                if hangs() {
+                    worker_of(supervisor).map(system::kill);
+                }
+            }
+            let answer = asking.join().expect("join").raw_os_error();
+            assert_eq!(answer, Some(rustix::io::Errno::IO.raw_os_error()), "round {round}");
+        }
+        open.expect("make").write_all(b"good").expect("an open file is good");
+        assert_eq!(fs::read_to_string(stage.path("sandbox/w/open")).expect("read"), "good");
+        let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+        assert!(stats["restarts"].as_u64() >= Some(ROUNDS), "{stats:#}");
     });
 
 /// And where not even the request is known: the connection is ended, and says so.
