@@ -101,6 +101,8 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
         kills_privileges: true,
         writeback: job.plan.live.writeback && !job.is_read_only(),
         posix_acl: job.checks_permissions() && !job.plan.volumes.is_empty(),
+        // Volumes are opened as the caller.
+        idmappable: job.checks_permissions() && job.plan.volumes.is_empty(),
     };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
     let counters = adapter.counters();

@@ -47,6 +47,9 @@ pub struct AdapterOptions {
     /// The file system below takes setuid and setgid away when it should (FUSE_HANDLE_KILLPRIV_V2): true of directory trees,
     /// which write without CAP_FSETID where the kernel asks for it.
     pub kills_privileges: bool,
+    /// Mounts of this one may be idmapped (FUSE_ALLOW_IDMAP, Linux 6.12). The kernel then tells who asks only where something is made: right
+    /// only where that matters to no tree, and beside `default_permissions`, without which it ends the connection (process_init_reply).
+    pub idmappable: bool,
 }
 
 /// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
@@ -450,6 +453,9 @@ impl Filesystem for FuseAdapter {
         }
         if self.options.writeback {
             wanted.push(InitFlags::FUSE_WRITEBACK_CACHE);
+        }
+        if self.options.idmappable {
+            wanted.push(InitFlags::FUSE_ALLOW_IDMAP);
         }
         for flag in wanted {
             // One at a time: a call with several is all or nothing.

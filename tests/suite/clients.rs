@@ -1,12 +1,13 @@
 //! Real programs on a real root filesystem: Debian minbase, imported and mounted by the one who runs them.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::run::Outcome;
-use crate::common::{Case, Enter, Need, Stage, images};
+use crate::common::{Case, Enter, Need, Stage, images, needs};
 
 const NAME: &str = "example.com/debian-minbase";
 
@@ -240,5 +241,43 @@ pub(crate) const CARGO: Case = Case::needing(
         assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "two, and longer built\n");
         cargo(&["clean", "--offline"]).ok();
         assert!(!package.join("target/debug").exists());
+    },
+);
+
+/// Root's mount can be idmapped by others, as systemd-nspawn --private-users-ownership=map and podman's `:idmap` do, where no volume needs
+/// to know who asks.
+pub(crate) const IDMAPPED: Case = Case::new(
+    "roots_mount_can_be_idmapped",
+    |lane| on::fuse(lane) && lane.enter == Enter::Root,
+    |stage: &Stage| {
+        let image = stage.small_image();
+        fs::write(image.join("etc/secret"), "of root").expect("write");
+        images::chmod(&image.join("etc/secret"), 0o600);
+        let rootfs = stage.mount(&image, "rootfs", [""; 0]);
+        let map = |from: &Path| {
+            let args = ["mount", "--backend", "bind", "--uid-map", "0:100000:1000", "--gid-map", "0:200000:1000"];
+            stage.fsprov(args).arg(from).arg("mapped").run()
+        };
+        if needs::kernel() < (6, 12) {
+            map(&rootfs).fails(5, &["does not take id maps"]);
+            return;
+        }
+        map(&rootfs).ok();
+        let mapped = stage.path("mapped");
+        let owner = fs::metadata(mapped.join("etc/hosts")).map(|m| (m.uid(), m.gid())).expect("stat");
+        assert_eq!(owner, (100_000, 200_000));
+        let read = |uid: &str| {
+            let ids = ["--reuid", uid, "--regid", uid, "--clear-groups", "cat"];
+            stage.tool("setpriv", ids).arg(mapped.join("etc/secret")).run()
+        };
+        assert_eq!(read("100000").ok().out(), "of root");
+        read("1").fails(1, &["Permission denied"]);
+        // Not mapped, it is as it was.
+        assert_eq!(fs::metadata(rootfs.join("etc/hosts")).map(|m| m.uid()).expect("stat"), 0);
+        stage.unmount(&mapped);
+        stage.unmount(&rootfs);
+        let with_volume = stage.mount(&image, "with-volume", volume(stage.mkdir("v"), "/data", "rw"));
+        map(&with_volume).fails(5, &["does not take id maps"]);
+        stage.unmount(&with_volume);
     },
 );

@@ -66,6 +66,7 @@ pub(crate) const CASES: &[Case] = &[
     clients::CARGO,
     clients::CHROOT,
     clients::GIT,
+    clients::IDMAPPED,
     clients::SQLITE,
     crash::ALONE,
     crash::KILLED_SEEN,
