@@ -494,7 +494,13 @@ impl Builder {
         self.at_hand = None;
         let mut stack = Vec::new();
         let mut next = Some((at, name));
-        while let Some((at, name)) = next {
+        let top = at;
+        while let Some((at, mut name)) = next {
+            if at != top {
+                // It cannot be reached any more, and must not be taken for a place of a file that another name keeps.
+                name.kill();
+                self.names.set(at, &name)?;
+            }
             let mut node = self.inodes.get(name.inode)?;
             if node.is_directory() {
                 stack.push(node.first);

@@ -541,6 +541,21 @@ impl Oracle {
     }
 }
 
+/// Found by the comparison with the model: the name in the replaced directory was taken for the place of the file's content.
+#[test]
+fn a_hard_link_outlives_the_directory_of_its_first_name() {
+    let mut builder = Builder::new();
+    builder.begin_layer(Whiteouts::Oci).unwrap();
+    builder.add(entry("c/b", file(1))).unwrap();
+    builder.add(entry("a", What::HardLink("c/b".into()))).unwrap();
+    builder.add(entry("c", file(3))).unwrap();
+    let index = finish(builder);
+    let found = walk(&index);
+    let (inode, mut place) = (&found["a"], Vec::new());
+    index.content_path(inode, &mut place).unwrap();
+    assert_eq!((inode.nlink, inode.size, place.as_slice()), (1, 1, &b"a"[..]));
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::default() })]
 
