@@ -451,6 +451,8 @@ pub(crate) const NOT_NOTED: Case =
         let (rootfs, supervisor) = (stage.path("rootfs"), supervisor(stage));
         stage.write("sandbox/w/f", "here");
         let open = File::create(rootfs.join("w/open"));
+        let log = stage.state().join("containers/k/backend/server.log");
+        let times_served = || fs::read_to_string(&log).unwrap_or_default().matches(" serves, ").count();
         for round in 0..ROUNDS {
             // Not in a scope, which would wait for it when this case fails.
             let asked = Arc::new(AtomicU64::new(0));
@@ -468,12 +470,14 @@ pub(crate) const NOT_NOTED: Case =
                 std::thread::sleep(Duration::from_millis(500));
                 before == asked.load(Ordering::Relaxed)
             };
-            // On a slow machine it may have been the worker that was not there yet: killed again until the fault point was.
+            // On a slow machine it may have been something else that took long: killed again then.
             let end = Instant::now() + 3 * COMING_BACK;
             while !asking.is_finished() {
                 assert!(Instant::now() < end, "round {round}: it hangs, or the fault point holds none");
                 if hangs() {
+                    let served = times_served();
                     worker_of(supervisor).map(system::kill);
+                    assert!(system::eventually(COMING_BACK, || times_served() > served), "round {round}: none follows");
                 }
             }
             let answer = asking.join().expect("join").raw_os_error();
