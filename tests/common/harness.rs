@@ -93,6 +93,8 @@ const DROPPED: &str = "FSPROV_TEST_DROPPED";
 const CASE_LIMIT: Duration = Duration::from_secs(240);
 /// Another limit in seconds, for the long forms of cases.
 const LIMIT: &str = "FSPROV_TEST_LIMIT";
+/// Names the cases to run, `CASE` or `LANE::CASE`, separated by commas: another choice than one part of a name.
+const ONLY: &str = "FSPROV_TEST_ONLY";
 /// What a child exits with when its case failed.
 const CASE_FAILED: u8 = 101;
 
@@ -117,10 +119,15 @@ pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
         }
     }
     let arguments = Arguments::from_args();
+    let only = std::env::var(ONLY).ok();
     let mut trials = Vec::new();
     for lane in LANES.iter().filter(|lane| lane.half == half) {
         for case in cases.iter().filter(|case| (case.on)(lane)) {
-            trials.push(Trial::ignorable_test(format!("{}::{}", lane.name, case.name), move || trial(lane, case)));
+            let name = format!("{}::{}", lane.name, case.name);
+            if only.as_ref().is_some_and(|only| !only.split(',').any(|wanted| wanted == case.name || wanted == name)) {
+                continue;
+            }
+            trials.push(Trial::ignorable_test(name, move || trial(lane, case)));
         }
     }
     let conclusion = libtest_mimic::run(&arguments, trials);

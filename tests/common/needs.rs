@@ -73,10 +73,16 @@ pub(crate) fn kernel() -> (u32, u32) {
     (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
 }
 
-/// What a program said, but for the warnings by what it goes without the newer calls under `scripts/enosys`.
+/// False on kernels before 5.12, by the names of their functions; true where the kernel does not tell those.
+pub(crate) fn has_mount_setattr() -> bool {
+    let names = std::fs::read_to_string("/proc/kallsyms").unwrap_or_default();
+    names.is_empty() || names.contains("sys_mount_setattr")
+}
+
+/// What a program said, but for the warnings by what it goes without the newer calls: on an older kernel, or under `scripts/enosys`.
 pub(crate) fn without_fallbacks(said: &str) -> String {
-    let is_meant =
-        |line: &&str| has_mount_calls() || !(line.starts_with("[WARN ") && line.contains("this kernel has no "));
+    let has_calls = has_mount_calls() && has_mount_setattr();
+    let is_meant = |line: &&str| has_calls || !(line.starts_with("[WARN ") && line.contains("this kernel has no "));
     said.lines().filter(is_meant).map(|line| format!("{line}\n")).collect()
 }
 
