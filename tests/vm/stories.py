@@ -11,7 +11,7 @@ PLACE = '/run/fsprov/img'
 WORK = '/srv/stories'
 KERNEL = tuple(int(n) for n in os.uname().release.split('.')[:2])
 RESENDS = KERNEL >= (6, 9)      # FUSE_NOTIFY_RESEND: requests that a dead server read are given to the next
-PATIENCE = 120                  # seconds for one command: emulation is slow
+PATIENCE = 300                  # seconds for one command: emulation is slow, and a busy machine slower
 WATCHDOG = 15                   # seconds, in the drop-in: the template's minute is long for a test
 READERS = 3
 
@@ -37,7 +37,7 @@ def eventually(so, why, patience=PATIENCE):
         except (Failed, OSError): got = None
         if got: return got
         time.sleep(0.1)
-    raise Failed(f'not within {patience} s: {why}')
+    raise Failed(f'not within {patience} s: {why() if callable(why) else why}')
 
 
 def write(path, text):
@@ -58,7 +58,7 @@ def systemctl(*args, **more):
 
 def make_image(at):
     """A root that a shell, systemd's RootDirectory= and nspawn can live in."""
-    for name in ('bin', 'usr/bin', 'usr/lib', 'etc', 'proc', 'sys', 'dev', 'tmp', 'run', 'var/tmp', 'var/lib', 'root', 'w', 'run/systemd', 'run/host'):
+    for name in ('bin', 'usr/bin', 'usr/lib', 'etc', 'proc', 'sys', 'dev', 'tmp', 'var/tmp', 'var/lib', 'root', 'w', 'run/systemd', 'run/host'):
         os.makedirs(f'{at}/{name}', exist_ok=True)
     shutil.copy('/vm/bin/busybox', f'{at}/bin/busybox')
     for name in ('sh', 'cat', 'id', 'ls', 'touch', 'true', 'stat', 'grep'): os.symlink('busybox', f'{at}/bin/{name}')
@@ -148,7 +148,7 @@ class Reader:
     def goes_on(self):
         """Each of its threads has done something since now."""
         now = time.monotonic()
-        eventually(lambda: min(self.state()['last']) > now, lambda_text(lambda: f'the readers go on: {self.state()}'))
+        eventually(lambda: min(self.state()['last']) > now, lambda: f'the readers go on: {self.state()}')
 
     def end(self):
         state = self.state()
@@ -165,13 +165,6 @@ class Reader:
         allowed = 0 if RESENDS else READERS * kills
         must(len(errors) <= allowed and all(name == 'EIO' for _, name in errors), f'the readers had {text}')
         return text
-
-
-def lambda_text(make):
-    class Late(str):
-        def __str__(self): return make()
-        __format__ = lambda self, spec: make()
-    return Late()
 
 
 def start(watchdog=60):

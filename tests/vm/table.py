@@ -60,18 +60,30 @@ def imports():
 
 
 def user_fuse():
-    return mounted_and_read('--backend fuse', user=True, inside='bwrap --bind $R / --dev /dev --proc /proc --unshare-all cat /etc/os-release | grep -q stories')
+    inside = 'bwrap --bind $R / --dev /dev --proc /proc --unshare-all cat /etc/os-release | grep -q stories'
+    return mounted_and_read('--backend fuse', user=True, inside=inside)
+
+
+WRITE = 'echo x >$R/w/x; rm $R/w/x'
+VOLUME = f'-v {WORK}/vol:/w'
 
 
 def root_copy(): return mounted_and_read('--backend copy', writable=True)
-def root_fuse(): return mounted_and_read(f'--backend fuse -v {WORK}/vol:/w', inside='cat $R/w/data >/dev/null; echo x >$R/w/x; rm $R/w/x')
-def writeback(): return mounted_and_read(f'--backend fuse --writeback -v {WORK}/vol:/w', inside=f'echo many >$R/w/wb; grep -q many {WORK}/vol/wb; rm $R/w/wb')
-def root_bind(): return mounted_and_read(f'--backend bind -v {WORK}/vol:/w -v {WORK}/vol:/var/lib:ro', inside='echo x >$R/w/x; rm $R/w/x; if touch $R/var/lib/x 2>/dev/null; then exit 1; fi')
+def root_fuse(): return mounted_and_read(f'--backend fuse {VOLUME}', inside=f'cat $R/w/data >/dev/null; {WRITE}')
 def userns_bind(): return mounted_and_read('--backend bind', user=True, enter='unshare -Urm')
-def root_overlay(): return mounted_and_read(f'--backend overlay -v {WORK}/vol:/w', inside='echo x >$R/w/x; rm $R/w/x')
+def root_overlay(): return mounted_and_read(f'--backend overlay {VOLUME}', inside=WRITE)
 def root_overlay_writable(): return mounted_and_read('--backend overlay --writable', inside='rm $R/etc/os-release', writable=True)
-def root_overlay_layers(): return mounted_and_read(f'--backend overlay -v {WORK}/vol:/not/there', inside='cat $R/not/there/data >/dev/null')
+def root_overlay_point(): return mounted_and_read(f'--backend overlay -v {WORK}/vol:/not/there', inside='cat $R/not/there/data >/dev/null')
 def userns_overlay(): return mounted_and_read('--backend overlay', user=True, enter='unshare -Urm')
+
+
+def writeback():
+    return mounted_and_read(f'--backend fuse --writeback {VOLUME}', inside=f'echo many >$R/w/wb; grep -q many {WORK}/vol/wb; rm $R/w/wb')
+
+
+def root_bind():
+    inside = f'{WRITE}; if touch $R/var/lib/x 2>/dev/null; then exit 1; fi'
+    return mounted_and_read(f'--backend bind {VOLUME} -v {WORK}/vol:/var/lib:ro', inside=inside)
 
 
 def auto_missing_point():
@@ -111,10 +123,10 @@ def rebooted():
 
 
 ROWS = [('probe', probe), ('imports', imports), ("a user's fuse + bwrap", user_fuse), ('copy', root_copy), ("root's fuse + volume", root_fuse),
-        ('writeback', writeback), ('bind + volumes', root_bind), ('bind in `unshare -Urm`', userns_bind), ('overlay as root, read-only', root_overlay),
-        ('overlay as root, writable', root_overlay_writable), ('overlay as root, mount point made up', root_overlay_layers),
-        ('auto as root, mount point missing', auto_missing_point), ('overlay in `unshare -Urm`', userns_overlay), ('idmapped bind', idmapped_bind),
-        ('worker SIGKILL under 6 threads', worker_killed)]
+        ('writeback', writeback), ('bind + volumes', root_bind), ('bind in `unshare -Urm`', userns_bind),
+        ('overlay as root, read-only', root_overlay), ('overlay as root, writable', root_overlay_writable),
+        ('overlay as root, mount point made up', root_overlay_point), ('auto as root, mount point missing', auto_missing_point),
+        ('overlay in `unshare -Urm`', userns_overlay), ('idmapped bind', idmapped_bind), ('worker SIGKILL under 6 threads', worker_killed)]
 
 
 def cell(name, row):
