@@ -300,7 +300,12 @@ fn try_overlay(userxattr: bool) -> Finding {
     let open = |path| fs::open(path, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
     let Ok(lower) = ["/usr", "/etc"].into_iter().map(open).collect::<Result<Vec<_>, _>>() else { return Finding::Yes };
     let lower: Vec<_> = lower.iter().map(AsFd::as_fd).collect();
-    match overlay::detached(&overlay::Stack { lower: &lower, upper: None, userxattr }) {
+    match overlay::detached(&overlay::Stack {
+        lower: &lower,
+        upper: None,
+        userxattr,
+        attrs: sysmount::AttrSet::default(),
+    }) {
         Ok(_) => Finding::Yes,
         // Before Linux 5.2 only the list of file systems tells.
         Err(overlay::Failure::NotDetached) => match std::fs::read_to_string("/proc/filesystems") {

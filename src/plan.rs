@@ -100,6 +100,42 @@ impl Default for Live {
     }
 }
 
+/// What is held back of an image in the rootfs itself; volumes have [`crate::volume::Powers`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Restraint {
+    /// Do setuid and setgid bits and file capabilities of the image do nothing? `None`: they do what they do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nosuid: Option<bool>,
+    /// Can its device nodes not be opened? Likewise.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nodev: Option<bool>,
+    /// Some of this was not asked for: other users of the host reach the rootfs.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub for_others: bool,
+}
+
+impl Restraint {
+    /// Where other users of the host reach the rootfs: all that nobody has said anything about.
+    #[must_use]
+    pub fn for_others(self) -> Self {
+        if self.nosuid.is_some() && self.nodev.is_some() {
+            return self;
+        }
+        let (nosuid, nodev) = (self.nosuid.unwrap_or(true), self.nodev.unwrap_or(true));
+        Restraint { nosuid: Some(nosuid), nodev: Some(nodev), for_others: true }
+    }
+
+    /// Do setuid programs do nothing?
+    pub fn nosuid(self) -> bool {
+        self.nosuid == Some(true)
+    }
+
+    /// Can device nodes not be opened?
+    pub fn nodev(self) -> bool {
+        self.nodev == Some(true)
+    }
+}
+
 /// One directory tree of the image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Layer {
@@ -139,6 +175,9 @@ pub struct Plan {
     /// How volumes are served.
     #[serde(default)]
     pub live: Live,
+    /// What is held back of the image. A record that does not say is older than this: nothing was.
+    #[serde(default)]
+    pub restraint: Restraint,
     /// A directory of its own for what the backend must keep (below the state root, mode 0700, exists).
     #[serde(with = "crate::pathtext")]
     pub state_dir: PathBuf,
@@ -219,6 +258,26 @@ impl Plan {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_held_back_where_others_reach_the_rootfs() {
+        for (nosuid, nodev, want) in [
+            (None, None, (true, true, true)),
+            (Some(true), None, (true, true, true)),
+            (Some(false), None, (false, true, true)),
+            (None, Some(true), (true, true, true)),
+            (Some(false), Some(false), (false, false, false)),
+            (Some(true), Some(true), (true, true, false)),
+        ] {
+            let asked = Restraint { nosuid, nodev, for_others: false };
+            let got = asked.for_others();
+            assert_eq!((got.nosuid(), got.nodev(), got.for_others), want, "{asked:?}");
+            assert_eq!(asked.nosuid(), nosuid == Some(true), "nobody else there: only what was asked for");
+            let text = serde_json::to_string(&got).unwrap();
+            assert_eq!(serde_json::from_str::<Restraint>(&text).unwrap(), got, "{text}");
+        }
+        assert_eq!(serde_json::from_str::<Restraint>("{}").unwrap(), Restraint::default());
+    }
 
     #[test]
     fn ids_map_by_range_and_overflow_outside() {

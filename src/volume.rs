@@ -22,6 +22,12 @@ pub const OPTIONS: &[(&str, &str)] = &[
     ("ro", "read-only"),
     ("rw", "writable (the default)"),
     ("copy", "a SRC that is missing or an empty directory is filled once with what the image has at DST"),
+    ("exec", "programs in it can be run (the default)"),
+    ("noexec", "they cannot"),
+    ("suid", "setuid and setgid bits and file capabilities work"),
+    ("nosuid", "they do not (the default)"),
+    ("dev", "device nodes work"),
+    ("nodev", "they do not (the default, unless SRC itself is one)"),
 ];
 
 /// The names of all options, as a sentence has them.
@@ -110,6 +116,25 @@ pub enum Access {
     Rw,
 }
 
+/// What works in a volume beside reading and writing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Powers {
+    /// Are programs run?
+    pub exec: bool,
+    /// Do setuid and setgid bits and file capabilities work? Then whoever writes to the volume inside, as root, makes programs that run
+    /// as root for everyone on this host who reaches the source.
+    pub suid: bool,
+    /// Do device nodes work? `None`: where the source itself is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub dev: Option<bool>,
+}
+
+impl Default for Powers {
+    fn default() -> Self {
+        Powers { exec: true, suid: false, dev: None }
+    }
+}
+
 /// A volume as the user wrote it: `SRC:DST[:OPTION,...]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeSpec {
@@ -121,6 +146,8 @@ pub struct VolumeSpec {
     pub access: Access,
     /// Is a missing or empty source filled from the image?
     pub fill: Fill,
+    /// What works in it.
+    pub powers: Powers,
 }
 
 /// What happens to a source that is missing or an empty directory.
@@ -156,22 +183,30 @@ impl VolumeSpec {
             return Err(refuse("a relative source lies below the sandbox: it may not have . or .. in it".into()));
         }
         let target = ContainerPath::new(OsStr::from_bytes(&target))?;
-        let (mut access, mut fill) = (None, None);
+        let (mut access, mut fill, mut exec, mut suid, mut dev) = (None, None, None, None, None);
         for option in options.as_deref().map(|o| o.split(|&b| b == b',')).into_iter().flatten() {
             let again = match option {
                 b"ro" => access.replace(Access::Ro).is_some(),
                 b"rw" => access.replace(Access::Rw).is_some(),
                 b"copy" => fill.replace(Fill::Once).is_some(),
+                b"exec" => exec.replace(true).is_some(),
+                b"noexec" => exec.replace(false).is_some(),
+                b"suid" => suid.replace(true).is_some(),
+                b"nosuid" => suid.replace(false).is_some(),
+                b"dev" => dev.replace(true).is_some(),
+                b"nodev" => dev.replace(false).is_some(),
                 other => {
                     return Err(refuse(format!("unknown option {:?}", String::from_utf8_lossy(other))));
                 }
             };
             if again {
-                return Err(refuse("an option is given twice, or both ro and rw".into()));
+                let option = String::from_utf8_lossy(option).into_owned();
+                return Err(refuse(format!("option {option} is given twice, or with its opposite")));
             }
         }
         let (access, fill) = (access.unwrap_or(Access::Rw), fill.unwrap_or(Fill::Never));
-        Ok(VolumeSpec { source, target, access, fill })
+        let powers = Powers { exec: exec.unwrap_or(true), suid: suid.unwrap_or(false), dev };
+        Ok(VolumeSpec { source, target, access, fill, powers })
     }
 }
 
@@ -215,6 +250,16 @@ pub struct Volume {
     pub access: Access,
     /// Directory, file or special file.
     pub form: Form,
+    /// What works in it. A record that does not say is older than this, and gets what is usual.
+    #[serde(default)]
+    pub powers: Powers,
+}
+
+impl Volume {
+    /// Do device nodes in it work?
+    pub fn has_devices(&self) -> bool {
+        self.powers.dev.unwrap_or(self.form == Form::Special)
+    }
 }
 
 /// Put volumes in mounting order (outer before inner) and refuse two on one path.
@@ -290,6 +335,47 @@ mod tests {
     }
 
     #[test]
+    fn what_works_in_a_volume() {
+        let powers = |options: &str| VolumeSpec::parse(format!("/h:/x{options}").as_ref()).map(|v| v.powers);
+        let usual = Powers { exec: true, suid: false, dev: None };
+        for (options, want) in [
+            ("", usual),
+            (":exec,nosuid", usual),
+            (":nodev", Powers { dev: Some(false), ..usual }),
+            (":ro,suid,dev", Powers { suid: true, dev: Some(true), ..usual }),
+            (":noexec,rw", Powers { exec: false, ..usual }),
+        ] {
+            assert_eq!(powers(options).unwrap(), want, "{options}");
+        }
+        for bad in ["suid,nosuid", "nodev,dev", "exec,noexec", "suid,suid", "noexec,noexec"] {
+            let error = powers(&format!(":{bad}")).unwrap_err();
+            let last = bad.split(',').next_back().unwrap();
+            assert_eq!(error.kind(), Kind::Usage, "{bad}");
+            assert!(
+                error.to_string().contains(&format!("option {last} is given twice, or with its opposite")),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_volume_as_json_and_one_of_an_older_record() {
+        let old = r#"{"source":"/s","target":"/t","access":"rw","form":"special"}"#;
+        let volume: Volume = serde_json::from_str(old).unwrap();
+        assert_eq!(
+            (volume.powers, volume.has_devices()),
+            (Powers::default(), true),
+            "a device that was a volume works on"
+        );
+        let shown = serde_json::to_string(&volume).unwrap();
+        assert_eq!(shown, format!("{},\"powers\":{{\"exec\":true,\"suid\":false}}}}", old.trim_end_matches('}')));
+        let said = Volume { powers: Powers { exec: false, suid: true, dev: Some(false) }, ..volume };
+        assert!(!said.has_devices());
+        assert_eq!(serde_json::from_str::<Volume>(&serde_json::to_string(&said).unwrap()).unwrap(), said);
+        assert!(!Volume { form: Form::Directory, powers: Powers::default(), ..said }.has_devices());
+    }
+
+    #[test]
     fn bytes_that_are_not_text_pass() {
         let v = VolumeSpec::parse(OsStr::from_bytes(b"/\xff:/\xfe")).unwrap();
         assert_eq!(v.target.as_path().as_os_str().as_bytes(), b"/\xfe");
@@ -302,6 +388,7 @@ mod tests {
             target: ContainerPath::new(target.as_ref()).unwrap(),
             access: Access::Rw,
             form,
+            powers: Powers::default(),
         };
         let ordered =
             order(vec![volume("/a/b", Form::Directory), volume("/a", Form::Directory), volume("/a-b", Form::File)])

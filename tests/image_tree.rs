@@ -109,7 +109,14 @@ impl Served {
         let point = point.canonicalize()?;
         let parent = Place::open(point.parent().expect("it has a parent"))?;
         let point = Point::new(parent, "mnt".as_ref())?;
-        let request = Request { point: &point, source: "fsprov-test", read_only: true, others: OtherUsers::Usual };
+        let request = Request {
+            point: &point,
+            source: "fsprov-test",
+            read_only: true,
+            others: OtherUsers::Usual,
+            nosuid: false,
+            nodev: false,
+        };
         let mounted = mount::mount(&Method::choose(&Host::probe())?, &request)?;
         let init = session::read_init(&mounted.connection)?;
         adapter.pace().watch(&mounted.connection, 2)?;

@@ -43,7 +43,19 @@ pub(super) struct Prepared<'a> {
 }
 
 fn attrs_of(volume: &Volume) -> AttrSet<'static> {
-    AttrSet { read_only: volume.access == Access::Ro, private: true, ..AttrSet::default() }
+    AttrSet {
+        read_only: volume.access == Access::Ro,
+        nosuid: !volume.powers.suid,
+        nodev: !volume.has_devices(),
+        noexec: !volume.powers.exec,
+        private: true,
+        idmap: None,
+    }
+}
+
+/// `attrs` with what the plan holds back of the image.
+pub(super) fn root_attrs<'a>(plan: &Plan, attrs: AttrSet<'a>) -> AttrSet<'a> {
+    AttrSet { nosuid: plan.restraint.nosuid(), nodev: plan.restraint.nodev(), ..attrs }
 }
 
 /// Build every volume's mount, before anything is attached anywhere.
@@ -136,14 +148,37 @@ impl<'a> Assembly<'a> {
                 return Ok(Some(std::iter::once(next).chain(waiting).collect()));
             }
             fault::point("attach.volume")?;
-            let volume = next.volume;
-            let made = next.piece.attach(&target, &attrs_of(volume), &mut |_| Ok(()))?;
-            let known = known(&made)?;
-            self.attached.push((known, volume));
-            mount::make_private(&made)?;
-            self.check(volume, known.id)?;
+            self.put(next, &target)?;
         }
         Ok(None)
+    }
+
+    /// Attach one in the mount namespace.
+    fn put(&mut self, Prepared { volume, piece }: Prepared<'a>, target: &OwnedFd) -> Result<OwnedFd> {
+        let made = piece.attach(target, &attrs_of(volume), &mut |_| Ok(()))?;
+        let known = known(&made)?;
+        self.attached.push((known, volume));
+        mount::make_private(&made)?;
+        self.check(volume, known.id).map(|()| made)
+    }
+
+    /// Where the root shows the volumes already, give each a mount of its own, with its flags: a copy of what is there, on itself.
+    pub(super) fn cover(&mut self, plan: &'a Plan) -> Result<()> {
+        for volume in &plan.volumes {
+            let target = self.target(volume)?;
+            let piece = rustix::io::fcntl_dupfd_cloexec(&target, 0)
+                .and_then(|fd| Piece::bind(fd, &plan.state_dir, &attrs_of(volume)))
+                .map_err(|e| Error::sys(MOUNT_VOLUME, &volume.target, e))?;
+            fault::point("attach.volume")?;
+            let made = self.put(Prepared { volume, piece }, &target)?;
+            // It has the flags of the root, as every copy, which hold back more than was asked for.
+            let asked =
+                AttrSet { nosuid: volume.powers.suid, nodev: volume.powers.dev == Some(true), ..AttrSet::default() };
+            if asked.nosuid || asked.nodev {
+                mount::clear_attr(&made, &asked)?;
+            }
+        }
+        Ok(())
     }
 
     /// After attaching, the target must lead to the volume: somebody may have moved it away in between.

@@ -69,7 +69,7 @@ impl Backend for Bind {
         fault::point("bind.build")?;
         let layer = places.layers.first().ok_or_else(|| Error::new(Kind::Invalid, OP, "", "it was not opened"))?;
         let root = build(plan, layer)?;
-        attach::put_in_place(BackendKind::Bind, plan, places, root, &READ_ONLY, journal)
+        attach::put_in_place(BackendKind::Bind, plan, places, root, &attach::root_attrs(plan, READ_ONLY), journal)
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
@@ -98,7 +98,7 @@ fn build(plan: &Plan, layer: &Place) -> Result<Piece> {
     let dir: OwnedFd = layer.try_clone()?.into();
     let layer = layer.path();
     let namespace = id_map(&plan.ownership)?;
-    let attrs = AttrSet { idmap: namespace.as_ref().map(|fd| fd.as_fd()), ..READ_ONLY };
+    let attrs = AttrSet { idmap: namespace.as_ref().map(|fd| fd.as_fd()), ..attach::root_attrs(plan, READ_ONLY) };
     Piece::bind(dir, &plan.state_dir, &attrs).map_err(|e| match e {
         Errno::INVAL if namespace.is_some() => Error::new(
             Kind::Unsupported,

@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use rustix::thread::CapabilitySet;
 
 use super::attach::{self, Assembly, Missing, RootState};
-use super::copytree::Copier;
+use super::copytree::{Copier, Rules};
 use super::{Backend, Detach, Health, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -157,7 +157,7 @@ fn fill<'a>(
     let stage_name = stage_name(plan);
     let stage = make_private(root, &stage_name).map_err(fail)?;
     let meter = journal.meter.clone();
-    let top = Copier::new(&stage, &plan.ownership).index(index.transpose()?).meter(meter).run(&places.layers)?;
+    let top = Copier::new(&stage, Rules::of(plan)).index(index.transpose()?).meter(meter).run(&places.layers)?;
     fault::point("copy.move")?;
     for name in names(&stage).map_err(fail)? {
         move_up(&stage, &name, root).map_err(fail)?;

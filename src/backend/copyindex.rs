@@ -9,12 +9,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec};
 use rustix::io::Errno;
 
-use super::copytree::{MAX_DEPTH, presented};
+use super::copytree::{MAX_DEPTH, Rules};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::read::{Form, Inode};
 use crate::index::{Damaged, Index};
-use crate::plan::Ownership;
 use crate::sys::attrs::{self, Fidelity};
 use crate::sys::remove::remove_tree_at;
 
@@ -30,8 +29,8 @@ pub(super) struct Lacking {
 }
 
 /// Give everything below `root`, a directory that nobody else can enter, the attributes that `index` has for it, and make the special files that are in the index alone.
-pub(super) fn apply(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Result<Lacking> {
-    let mut pass = Pass { index, ownership, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
+pub(super) fn apply(root: &OwnedFd, index: &Index, rules: &Rules) -> Result<Lacking> {
+    let mut pass = Pass { index, rules, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
     let top = index.inode(0).map_err(|e| damaged(Path::new("/"), e))?;
     fault::point("copy.index")?;
     pass.directory(&top, root, Path::new(""), MAX_DEPTH)?;
@@ -39,8 +38,8 @@ pub(super) fn apply(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Res
 }
 
 /// Give `root` itself the attributes that the image's root has.
-pub(super) fn apply_top(root: &OwnedFd, index: &Index, ownership: &Ownership) -> Result<()> {
-    let mut pass = Pass { index, ownership, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
+pub(super) fn apply_top(root: &OwnedFd, index: &Index, rules: &Rules) -> Result<()> {
+    let mut pass = Pass { index, rules, done: std::collections::HashMap::new(), root, lacking: Lacking::default() };
     let top = index.inode(0).map_err(|e| damaged(Path::new("/"), e))?;
     pass.attributes(&top, root, Path::new("/"))
 }
@@ -51,7 +50,7 @@ fn damaged(path: &Path, why: Damaged) -> Error {
 
 struct Pass<'a> {
     index: &'a Index,
-    ownership: &'a Ownership,
+    rules: &'a Rules,
     root: &'a OwnedFd,
     /// First path of each inode with several names.
     done: std::collections::HashMap<u32, PathBuf>,
@@ -93,6 +92,9 @@ impl Pass<'_> {
     fn entry(&mut self, inode: &Inode, dir: &OwnedFd, name: &OsStr, path: &Path, depth_left: usize) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
         let kind = FileType::from_raw_mode(inode.mode);
+        if self.rules.leaves_out(kind) {
+            return Ok(());
+        }
         let first = self.done.get(&inode.row);
         match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == kind => {}
@@ -158,7 +160,7 @@ impl Pass<'_> {
             let name = CString::new(name).map_err(|_| fail(Errno::INVAL))?;
             xattrs.push((name, value));
         }
-        let set = attrs::set(&xattrs, &presented(self.ownership, stat), to).map_err(fail)?;
+        let set = attrs::set(&xattrs, &self.rules.presented(stat), to, self.rules.set_id).map_err(fail)?;
         self.lacking.partial += u64::from(set == Fidelity::Partial);
         Ok(())
     }

@@ -21,8 +21,8 @@ use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::Index;
 use crate::place::Place;
-use crate::plan::Ownership;
-use crate::sys::attrs::{self, Fidelity};
+use crate::plan::{Ownership, Plan};
+use crate::sys::attrs::{self, Fidelity, SetId};
 use crate::sys::fs::open_beneath;
 use crate::sys::remove::remove_tree_at;
 use crate::traces::Meter;
@@ -44,12 +44,48 @@ const RANGE: usize = 64 << 20;
 /// Copies layers into one directory, which nobody else can enter meanwhile: names in it are ours.
 pub(super) struct Copier<'a> {
     root: &'a OwnedFd,
-    ownership: &'a Ownership,
+    rules: Rules,
     /// What everything's attributes are, where the image has one; else the layers' own.
     index: Option<Index>,
     /// Directories made so far, relative to the root, each with its attributes' source.
     dirs: BTreeMap<PathBuf, Model>,
     work: Arc<Shared>,
+}
+
+/// What is made of an image's files.
+#[derive(Clone)]
+pub(super) struct Rules {
+    ownership: Ownership,
+    pub(super) set_id: SetId,
+    /// Are device nodes made?
+    pub(super) devices: bool,
+}
+
+impl Rules {
+    /// A copy lies on the host like any other files: where no mount can hold back setuid programs and devices, they are left out.
+    pub(super) fn of(plan: &Plan) -> Self {
+        Rules {
+            ownership: plan.ownership.clone(),
+            set_id: if plan.restraint.nosuid() { SetId::Dropped } else { SetId::Kept },
+            devices: !plan.restraint.nodev(),
+        }
+    }
+
+    /// Is a file of this kind left out?
+    pub(super) fn leaves_out(&self, kind: FileType) -> bool {
+        !self.devices && (kind.is_char_device() || kind.is_block_device())
+    }
+
+    pub(super) fn presented(&self, mut stat: Stat) -> Stat {
+        let ownership = &self.ownership;
+        if let Some((uid, gid)) = ownership.squash {
+            (stat.st_uid, stat.st_gid) = (uid, gid);
+        } else {
+            stat.st_uid = Ownership::map(&ownership.uids, stat.st_uid);
+            stat.st_gid = Ownership::map(&ownership.gids, stat.st_gid);
+        }
+        stat
+    }
 }
 
 /// Whose attributes a directory gets at the end.
@@ -122,8 +158,8 @@ struct LayerWalk<'a> {
 }
 
 impl<'a> Copier<'a> {
-    pub(super) fn new(root: &'a OwnedFd, ownership: &'a Ownership) -> Self {
-        Copier { root, ownership, index: None, dirs: BTreeMap::new(), work: Arc::new(Shared::default()) }
+    pub(super) fn new(root: &'a OwnedFd, rules: Rules) -> Self {
+        Copier { root, rules, index: None, dirs: BTreeMap::new(), work: Arc::new(Shared::default()) }
     }
 
     /// Take modes, owners, times and attributes from `index` instead of the layers' files.
@@ -151,10 +187,10 @@ impl<'a> Copier<'a> {
             self.layer(layer, n == 0, layers.len() > 1 && self.index.is_none())?;
         }
         let top = if let Some(index) = self.index.take() {
-            let lacking = copyindex::apply(self.root, &index, self.ownership)?;
+            let lacking = copyindex::apply(self.root, &index, &self.rules)?;
             self.work.partial.store(lacking.partial, Ordering::Relaxed);
             self.work.devices.store(lacking.devices, Ordering::Relaxed);
-            Top(Whose::Index(Box::new(index), self.ownership.clone()))
+            Top(Whose::Index(Box::new(index), self.rules.clone()))
         } else {
             self.finish_directories()?
         };
@@ -177,10 +213,10 @@ impl<'a> Copier<'a> {
         let (queue, jobs) = sync_channel(QUEUE);
         let jobs = Mutex::new(jobs);
         let shared = Arc::clone(&self.work);
-        let ownership = self.ownership;
+        let rules = &self.rules.clone();
         std::thread::scope(|scope| {
             for _ in 0..workers {
-                scope.spawn(|| work(&jobs, &shared, ownership));
+                scope.spawn(|| work(&jobs, &shared, rules));
             }
             let mut walk = LayerWalk {
                 layer,
@@ -278,6 +314,10 @@ impl<'a> Copier<'a> {
             }
             walk.links.insert(stat.st_ino, path.clone());
         }
+        if self.rules.leaves_out(kind) {
+            walk.links.remove(&stat.st_ino);
+            return Ok(());
+        }
         match kind {
             FileType::RegularFile => {
                 let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -306,7 +346,7 @@ impl<'a> Copier<'a> {
         }
         let from = open_itself(&level.from, &name, &stat, OFlags::PATH).map_err(fail)?;
         let to = open_name(&level.to, &name).map_err(fail)?;
-        let fidelity = attrs::copy(from, &presented(self.ownership, stat), to).map_err(fail)?;
+        let fidelity = attrs::copy(from, &self.rules.presented(stat), to, self.rules.set_id).map_err(fail)?;
         self.work.noted(fidelity);
         Ok(())
     }
@@ -375,10 +415,11 @@ impl<'a> Copier<'a> {
             let flags = OFlags::PATH | OFlags::DIRECTORY;
             let from = open_beneath(&*model.layer, path, flags).map_err(fail)?;
             let to = open_beneath(self.root, path, flags).map_err(fail)?;
-            let stat = presented(self.ownership, model.stat);
-            self.work.noted(attrs::copy(&from, &stat, &to).map_err(fail)?);
+            let stat = self.rules.presented(model.stat);
+            self.work.noted(attrs::copy(&from, &stat, &to, self.rules.set_id).map_err(fail)?);
         }
-        Ok(Top(Whose::Layer(top.map(|model| (model.layer, presented(self.ownership, model.stat))))))
+        let set_id = self.rules.set_id;
+        Ok(Top(Whose::Layer(top.map(|model| (model.layer, self.rules.presented(model.stat))), set_id)))
     }
 }
 
@@ -386,18 +427,18 @@ impl<'a> Copier<'a> {
 pub(super) struct Top(Whose);
 
 enum Whose {
-    Index(Box<Index>, Ownership),
-    Layer(Option<(Arc<OwnedFd>, Stat)>),
+    Index(Box<Index>, Rules),
+    Layer(Option<(Arc<OwnedFd>, Stat)>, SetId),
 }
 
 impl Top {
     /// Give `root` the owner, mode, times and attributes that the image's root has.
     pub(super) fn apply(&self, root: &OwnedFd) -> Result<()> {
         match &self.0 {
-            Whose::Index(index, ownership) => copyindex::apply_top(root, index, ownership),
-            Whose::Layer(None) => Ok(()),
-            Whose::Layer(Some((layer, stat))) => {
-                attrs::copy(layer, stat, root).map(drop).map_err(|e| Error::sys(OP, "/", e))
+            Whose::Index(index, rules) => copyindex::apply_top(root, index, rules),
+            Whose::Layer(None, _) => Ok(()),
+            Whose::Layer(Some((layer, stat)), set_id) => {
+                attrs::copy(layer, stat, root, *set_id).map(drop).map_err(|e| Error::sys(OP, "/", e))
             }
         }
     }
@@ -416,17 +457,7 @@ fn open_itself(dir: &OwnedFd, name: &OsStr, stat: &Stat, flags: OFlags) -> rusti
     if (now.st_dev, now.st_ino) == (stat.st_dev, stat.st_ino) { Ok(fd) } else { Err(Errno::STALE) }
 }
 
-pub(super) fn presented(ownership: &Ownership, mut stat: Stat) -> Stat {
-    if let Some((uid, gid)) = ownership.squash {
-        (stat.st_uid, stat.st_gid) = (uid, gid);
-    } else {
-        stat.st_uid = Ownership::map(&ownership.uids, stat.st_uid);
-        stat.st_gid = Ownership::map(&ownership.gids, stat.st_gid);
-    }
-    stat
-}
-
-fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
+fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, rules: &Rules) {
     let mut buffer = Vec::new();
     loop {
         let next = jobs.lock().unwrap_or_else(PoisonError::into_inner).recv();
@@ -441,7 +472,7 @@ fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
             shared.fail(error);
             continue;
         }
-        match fill(&job, shared, ownership, &mut buffer) {
+        match fill(&job, shared, rules, &mut buffer) {
             Ok(fidelity) => {
                 shared.noted(fidelity);
                 if let Some(meter) = shared.meter.get() {
@@ -453,7 +484,7 @@ fn work(jobs: &Mutex<Receiver<Job>>, shared: &Shared, ownership: &Ownership) {
     }
 }
 
-fn fill(job: &Job, shared: &Shared, ownership: &Ownership, buffer: &mut Vec<u8>) -> rustix::io::Result<Fidelity> {
+fn fill(job: &Job, shared: &Shared, rules: &Rules, buffer: &mut Vec<u8>) -> rustix::io::Result<Fidelity> {
     // An empty one need not be readable.
     let flags = if job.stat.st_size > 0 { OFlags::RDONLY | OFlags::NONBLOCK } else { OFlags::PATH };
     let from = open_itself(&job.from, &job.name, &job.stat, flags)?;
@@ -464,7 +495,7 @@ fn fill(job: &Job, shared: &Shared, ownership: &Ownership, buffer: &mut Vec<u8>)
     if shared.bare.load(Ordering::Relaxed) {
         return Ok(Fidelity::Whole);
     }
-    attrs::copy(&from, &presented(ownership, job.stat), &job.to)
+    attrs::copy(&from, &rules.presented(job.stat), &job.to, rules.set_id)
 }
 
 /// Errnos by which copy_file_range and FICLONE say that these two files, or this kernel, cannot.

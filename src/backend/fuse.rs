@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::{Backend, Detach, Health, Support, attach};
+use super::attach::{self, Assembly, Missing};
+use super::{Backend, Detach, Health, Support};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -14,10 +15,11 @@ use crate::fuse::mount::{self, Method};
 use crate::host::Host;
 use crate::place::Places;
 use crate::plan::{BackendKind, Plan};
-use crate::sys::mount::Unmount;
+use crate::sys::mount::{self as sysmount, AttrSet, Unmount};
 use crate::sys::mountinfo::{self, Known, MountInfo, Table};
 use crate::sys::process::ProcessId;
 use crate::traces::{Journal, Shelved, Traces};
+use crate::volume::Form;
 
 const TARGET: &str = "fsprov::backend::fuse";
 
@@ -55,6 +57,9 @@ impl Backend for Fuse {
         if let Err(e) = plan.require_read_only(BackendKind::Fuse) {
             return Support::no(e.cause(), e.remedy());
         }
+        if let Err(e) = check_flags(host, plan) {
+            return Support::no(e.cause(), e.remedy());
+        }
         if let Some(volume) = plan.volumes.iter().find(|v| !daemon::servable(v)) {
             return Support::no(
                 format!(
@@ -86,9 +91,11 @@ impl Backend for Fuse {
         let method = Method::choose(host).ok();
         let mut was_mounted = false;
         if let Some(ours) = &ours {
-            // Volumes are within the mount: whatever lies on it is someone else's.
             let tree = mountinfo::tree_of(mountinfo::read()?, ours.id);
-            attach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&[]), how)?;
+            // Not written down: it was killed while it mounted the volumes, which are of this file system.
+            let of_volumes = || tree.iter().filter(|m| m.dev == ours.dev).map(|m| m.id).collect();
+            let parts = traces.parts.clone().unwrap_or_else(of_volumes);
+            attach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&parts), how)?;
             fault::point("fuse.unmount")?;
             was_mounted = mount::unmount(ours, unmount_of(how), method.as_ref())?;
             fault::point("fuse.unmounted")?;
@@ -148,8 +155,63 @@ impl Fuse {
             return Err(Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), reason).hint(remedy));
         }
         let method = Method::choose(host)?;
-        daemon::start(plan, places, method, options, journal).map(drop)
+        let finish = &mut |traces: &mut Traces, journal: &mut Journal<'_>| {
+            if daemon::has_mounts_for_volumes(plan, &method) {
+                mount_volumes(plan, places, &method, traces)?;
+            } else {
+                traces.note_parts(Vec::new());
+            }
+            journal.note(traces)
+        };
+        daemon::start(plan, places, method.clone(), options, journal, finish).map(drop)
     }
+}
+
+/// Give the volumes flags of their own, then the rootfs those that it shall have. Until then it is nosuid and nodev: there is no moment
+/// in which a volume lets setuid programs or devices work that it should not.
+///
+/// The server answers by now, and this is not one of its processes: it may wait for an answer.
+fn mount_volumes(plan: &Plan, places: &Places, method: &Method, traces: &mut Traces) -> Result<()> {
+    let fail = |e| Error::sys("mount volumes in", show(&plan.rootfs), e);
+    let id = traces.mount_id.unwrap_or_default();
+    let root = places.point.seen().map_err(fail)?;
+    places.point.check_mounted(id)?;
+    sysmount::make_private(&root)?;
+    let clear = AttrSet { nosuid: !plan.restraint.nosuid(), nodev: !plan.restraint.nodev(), ..AttrSet::default() };
+    let mut assembly = Assembly::new(BackendKind::Fuse, root, id, Missing::Refuse);
+    assembly.cover(plan)?;
+    traces.note_parts(assembly.parts()?);
+    fault::point("fuse.volumes")?;
+    if *method == (Method::Kernel { initial_user_namespace: true }) {
+        sysmount::clear_attr(assembly.root(), &clear)?;
+    }
+    assembly.keep();
+    Ok(())
+}
+
+/// What of the plan's flags an ordinary user's mount, or one in a user namespace, cannot have.
+fn check_flags(host: &Host, plan: &Plan) -> Result<()> {
+    let may_mount = host.mount.is_yes();
+    if may_mount && host.initial_user_namespace {
+        return Ok(());
+    }
+    let why = if may_mount { "in a user namespace" } else { "for an ordinary user" };
+    let refuse = |what: String, cause: &str| {
+        Err(Error::new(Kind::Unsupported, "mount FUSE", "", format!("{what}: a FUSE mount made {why} {cause}"))
+            .hint("leave the option out, or run as root"))
+    };
+    if plan.restraint.nosuid == Some(false) || plan.restraint.nodev == Some(false) {
+        return refuse("--suid".into(), "is nosuid and nodev");
+    }
+    for volume in &plan.volumes {
+        if volume.powers.suid || (volume.powers.dev == Some(true) && volume.form != Form::Special) {
+            return refuse(format!("volume {} with suid or dev", volume.target), "is nosuid and nodev");
+        }
+        if !volume.powers.exec && !may_mount {
+            return refuse(format!("volume {} with noexec", volume.target), "has the same flags everywhere");
+        }
+    }
+    Ok(())
 }
 
 /// Is it this rootfs's mount? An id is trusted only together with type and source: kernels before 6.8 use ids again.

@@ -218,7 +218,8 @@ impl<'a> Making<'a> {
         check_count(self.plan, stack.len())?;
         let lower: Vec<_> = stack.iter().map(|layer| layer.fd.as_fd()).collect();
         let upper = changes.map(|Changes { upper, work }| Upper { changes: upper.as_fd(), work: work.as_fd() });
-        let stack = Stack { lower: &lower, upper, userxattr: !self.host.initial_user_namespace };
+        let attrs = attach::root_attrs(self.plan, AttrSet::default());
+        let stack = Stack { lower: &lower, upper, userxattr: !self.host.initial_user_namespace, attrs };
         match overlay::detached(&stack) {
             Ok(tree) => Ok(tree),
             Err(Failure::NotDetached) => overlay::mount_at(&stack, &self.shown.join("stage")),
@@ -381,7 +382,7 @@ fn is_hidden(hidden: &HiddenDirs, path: &Path) -> bool {
 /// A directory of ours covers one of the image: it must look the same.
 fn imitate(model: &OwnedFd, ours: &OwnedFd) -> rustix::io::Result<()> {
     let stat = fs::fstat(model)?;
-    let fidelity = attrs::copy(model, &stat, ours)?;
+    let fidelity = attrs::copy(model, &stat, ours, attrs::SetId::Kept)?;
     if fidelity == attrs::Fidelity::Partial {
         log::debug!(target: "fsprov::overlay", "owner or attributes of a directory could not be taken over");
     }

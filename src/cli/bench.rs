@@ -13,7 +13,7 @@ use super::{Format, Global, output};
 use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
-use crate::plan::{BackendKind, Live, Ownership};
+use crate::plan::{BackendKind, Live, Ownership, Restraint};
 use crate::provisioner::{Changes, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 
@@ -205,6 +205,7 @@ fn put<'a>(
         id: None,
         changes: Changes::Refused,
         live: Live::default(),
+        restraint: Restraint::default(),
         ownership: Ownership::default(),
     };
     let begin = Instant::now();

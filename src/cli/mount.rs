@@ -15,7 +15,7 @@ use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
-use crate::plan::Live;
+use crate::plan::{Live, Restraint};
 use crate::provisioner::{Changes, Condition, Record, Request};
 use crate::traces::Meter;
 use crate::volume::{self, ContainerPath, VolumeSpec};
@@ -62,6 +62,16 @@ pub(super) struct Mount {
     /// Let everything be changed (overlay); what was changed is kept in --sandbox, and deleted by `unmount`
     #[arg(long)]
     writable: bool,
+    /// Let no setuid program and no file capability of the image work
+    #[arg(long, conflicts_with = "suid")]
+    nosuid: bool,
+    /// Let no device node of the image be opened
+    #[arg(long)]
+    nodev: bool,
+    /// Let setuid programs and device nodes of the image work although other users of this host reach ROOTFS; else they do only where
+    /// a directory above it is closed to those (such as those made for it, mode 0700)
+    #[arg(long)]
+    suid: bool,
     /// See what the host changes in a volume within this time; 0 asks each time (fuse)
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_ttl)]
     volume_ttl: Duration,
@@ -122,8 +132,14 @@ impl Mount {
                 crate::sys::process::own_ids(),
                 idmap::Files::of_host(),
             )?,
+            restraint: self.restraint(),
             live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
         })
+    }
+
+    fn restraint(&self) -> Restraint {
+        let asked = |held_back: bool| if held_back { Some(true) } else { self.suid.then_some(false) };
+        Restraint { nosuid: asked(self.nosuid), nodev: asked(self.nodev), for_others: false }
     }
 
     fn targets(&self, target: &ContainerPath) -> bool {
@@ -135,12 +151,32 @@ impl Mount {
             return output::json(&Shown::new(record, Condition::Ready, None));
         }
         output::line(&format!(
-            "mounted {} at {} (id {}, backend {})",
+            "mounted {} at {} (id {}, backend {}){}",
             record.image.name.as_deref().unwrap_or(&record.image.reference),
             show(&record.plan.rootfs),
             record.plan.id,
-            record.backend
+            record.backend,
+            held_back(&record.plan.restraint)
         ))
+    }
+}
+
+/// What was held back without being asked for, and how to have it otherwise.
+fn held_back(restraint: &Restraint) -> &'static str {
+    match (restraint.for_others, restraint.nosuid(), restraint.nodev()) {
+        (true, true, true) => {
+            "; nosuid and nodev, since other users of this host reach it: for its setuid programs and devices to work, use --suid, or \
+             mount it below a directory that is closed to others (chmod 700)"
+        }
+        (true, true, false) => {
+            "; nosuid, since other users of this host reach it: for its setuid programs to work, use --suid, or mount it below a \
+             directory that is closed to others (chmod 700)"
+        }
+        (true, false, true) => {
+            "; nodev, since other users of this host reach it: for its devices to work, use --suid, or mount it below a directory that \
+             is closed to others (chmod 700)"
+        }
+        _ => "",
     }
 }
 

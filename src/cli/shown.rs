@@ -21,6 +21,9 @@ pub(super) struct Shown<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     index: Option<&'a IndexFile>,
     volumes: &'a [Volume],
+    /// Do the image's setuid programs, and its device nodes, not work?
+    nosuid: bool,
+    nodev: bool,
     #[serde(skip_serializing_if = "Ownership::is_identity")]
     ownership: &'a Ownership,
     /// Where the changes of a writable rootfs are kept, and what they take.
@@ -68,6 +71,8 @@ impl<'a> Shown<'a> {
             layers: &record.plan.layers,
             index: record.plan.index.as_ref(),
             volumes: &record.plan.volumes,
+            nosuid: record.plan.restraint.nosuid(),
+            nodev: record.plan.restraint.nodev(),
             ownership: &record.plan.ownership,
             changes: record
                 .plan

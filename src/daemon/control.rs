@@ -202,6 +202,7 @@ mod tests {
             ownership: Ownership::default(),
             scratch: None,
             live: crate::plan::Live::default(),
+            restraint: crate::plan::Restraint::default(),
             state_dir,
         }
     }

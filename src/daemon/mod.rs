@@ -27,13 +27,15 @@ mod walls;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use crate::fuse::mount::Method;
 use crate::plan::Plan;
+use crate::volume::Form;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
-pub use spawn::{Options, adopt, start};
+pub use spawn::{Finish, Options, adopt, start};
 pub use supervise::worker_of;
 
 /// Exit code of a worker that lost a thread to a request ([`crate::fuse::poison`]).
@@ -72,6 +74,19 @@ fn this_program_serves() -> bool {
 /// What the mount table shows as the source of a rootfs's FUSE mount.
 pub fn mount_source(plan: &Plan) -> String {
     format!("fsprov-{}", plan.id)
+}
+
+/// Must the volumes be mounts of their own, because some of them have other flags than the rootfs? Then that is mounted nosuid and
+/// nodev, and whoever mounts the volumes over it takes that away again. What `fusermount3` mounts is one mount with one set of flags.
+pub fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
+    let Method::Kernel { initial_user_namespace } = method else { return false };
+    let nosuid = plan.restraint.nosuid() || !initial_user_namespace;
+    let nodev = plan.restraint.nodev() || !initial_user_namespace;
+    plan.volumes.iter().any(|volume| {
+        // A device is served as a regular file.
+        let has_other_devices = volume.form != Form::Special && volume.has_devices() == nodev;
+        volume.powers.suid == nosuid || has_other_devices || !volume.powers.exec
+    })
 }
 
 /// Names in the directory that a backend keeps for a rootfs ([`Plan::state_dir`]).

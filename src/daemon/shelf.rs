@@ -198,6 +198,7 @@ mod tests {
             ownership: Ownership::default(),
             scratch: None,
             live: Live::default(),
+            restraint: crate::plan::Restraint::default(),
             state_dir: "/s".into(),
         }
     }

@@ -60,7 +60,10 @@ const LOG_TAIL: u64 = 2000;
 const ENVIRONMENT: [&str; 6] =
     ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES", "FSPROV_FUSE_PACE"];
 
-/// Start a server for `plan`, of these places. What there is is noted before more is done; when this returns the rootfs answers, and on
+/// What is left to do once the rootfs answers: it may add to the traces.
+pub type Finish<'a> = &'a mut dyn FnMut(&mut Traces, &mut Journal<'_>) -> Result<()>;
+
+/// Start a server for `plan`, of these places, and `finish`. What there is is noted before more is done; when this returns the rootfs answers, and on
 /// an error nothing of it is left.
 pub fn start(
     plan: &Plan,
@@ -68,6 +71,7 @@ pub fn start(
     method: Method,
     options: &Options,
     journal: &mut Journal<'_>,
+    finish: Finish<'_>,
 ) -> Result<Traces> {
     sources::check_servable(plan, places)?;
     fault::point("fuse.spawn")?;
@@ -76,7 +80,7 @@ pub fn start(
     let course = if journal.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
     let mut link = Link::open(&job, course, &places.state, options, |to| protocol::hand_places(to, places))?;
     let mut traces = Traces::default();
-    match link.follow(&mut traces, journal) {
+    match link.follow(&mut traces, journal, finish) {
         Ok(()) => {
             link.shelve(plan, journal.shelf.as_deref());
             Ok(traces)
@@ -104,7 +108,7 @@ pub fn adopt(
         // Below the state root, which is ours.
         .and_then(|()| Place::open(&plan.state_dir).map_err(|e| Error::sys("open", show(&plan.state_dir), e)))
         .and_then(|state| Link::open(&job, Course::Adopt, &state, options, |to| protocol::hand(to, &fds)))
-        .and_then(|mut link| link.follow(&mut now, journal));
+        .and_then(|mut link| link.follow(&mut now, journal, &mut |_, _| Ok(())));
     match adopted {
         Ok(()) => Ok(now),
         Err(error) => {
@@ -189,7 +193,7 @@ impl Link {
         Ok(link)
     }
 
-    fn follow(&mut self, traces: &mut Traces, journal: &mut Journal<'_>) -> Result<()> {
+    fn follow(&mut self, traces: &mut Traces, journal: &mut Journal<'_>, finish: Finish<'_>) -> Result<()> {
         loop {
             match self.next()? {
                 Report::Started { supervisor } => {
@@ -203,9 +207,11 @@ impl Link {
                     fault::point("fuse.mount")?;
                 }
                 Report::Ready(all) => {
-                    *traces = *all;
+                    let parts = (traces.parts.take(), std::mem::take(&mut traces.unique_parts));
+                    *traces = Traces { parts: parts.0, unique_parts: parts.1, ..*all };
                     fault::point("fuse.mounted")?;
                     journal.note(traces)?;
+                    finish(traces, journal)?;
                     fault::point("fuse.ready")?;
                     log::debug!(target: TARGET, "server ready: {traces:?}");
                     return self.go();

@@ -583,7 +583,15 @@ enum Event {
 fn mount_at(job: &Job, worker: &mut Worker, point: &Point) -> Result<Standing> {
     fault::point("server.mount")?;
     let source = job.source();
-    let request = Request { point, source: &source, read_only: job.is_read_only(), others: job.others };
+    let held_back = super::has_mounts_for_volumes(&job.plan, &job.method);
+    let request = Request {
+        point,
+        source: &source,
+        read_only: job.is_read_only(),
+        others: job.others,
+        nosuid: held_back || job.plan.restraint.nosuid(),
+        nodev: held_back || job.plan.restraint.nodev(),
+    };
     let mounted = mount::mount(&job.method, &request)?;
     let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
     let mut standing = Standing { mounted, init: Vec::new(), reply: Vec::new() };

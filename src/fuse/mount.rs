@@ -16,8 +16,9 @@ use super::fusermount;
 use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
 use crate::place::{Place, Point};
-use crate::sys::mount::{Unmount, move_mount_to};
+use crate::sys::mount::{AttrSet, Unmount, move_mount_to};
 use crate::sys::mountinfo::{self, Known, MountInfo};
+use crate::sys::process::Hold;
 use crate::sys::{mount as sysmount, process};
 
 const TARGET: &str = "fsprov::fuse";
@@ -91,6 +92,10 @@ pub struct Request<'a> {
     pub read_only: bool,
     /// Who may enter.
     pub others: OtherUsers,
+    /// Do setuid programs do nothing? Always so, where this process is not in the first user namespace.
+    pub nosuid: bool,
+    /// Can devices not be opened? Likewise.
+    pub nodev: bool,
 }
 
 /// A FUSE mount that was made and waits for a server to answer INIT.
@@ -108,7 +113,8 @@ pub struct Mounted {
 pub fn mount(method: &Method, request: &Request<'_>) -> Result<Mounted> {
     let point = request.point;
     let connection = match method {
-        Method::Kernel { initial_user_namespace } => mount_here(request, *initial_user_namespace)?,
+        Method::Kernel { initial_user_namespace: true } => mount_here(request)?,
+        Method::Kernel { .. } => mount_here(&Request { nosuid: true, nodev: true, ..request.clone() })?,
         // It follows the path, as the user who may only mount where that user may write: what it mounted on is compared.
         Method::Helper(program) => fusermount::mount(program, point.path(), &helper_options(request))?,
     };
@@ -161,7 +167,7 @@ fn helper_options(request: &Request<'_>) -> String {
     options
 }
 
-fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
+fn mount_here(request: &Request<'_>) -> Result<OwnedFd> {
     const OP: &str = "mount FUSE on";
     let name = || show(request.point.path());
     let open = || {
@@ -176,12 +182,12 @@ fn mount_here(request: &Request<'_>, initial: bool) -> Result<OwnedFd> {
         ),
         e => Error::sys(OP, name(), e),
     };
-    match attach_new(request, &connection, target, initial) {
+    match attach_new(request, &connection, target) {
         Err(Errno::NOSYS) => {
             log::info!(target: TARGET, "this kernel has no fsopen or no move_mount: mounting with mount(2)");
             // Where move_mount alone is missing, the superblock that fsopen made has died and its connection with it (ENOTCONN).
             connection = open()?;
-            attach_classic(request, &connection, target, initial).map_err(explain)?;
+            attach_classic(request, &connection, target).map_err(explain)?;
         }
         other => other.map_err(explain)?,
     }
@@ -209,7 +215,7 @@ fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static 
 
 /// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
 /// that was opened.
-fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place, initial: bool) -> rustix::io::Result<()> {
+fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
     let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     mount::fsconfig_set_string(&context, "source", request.source)?;
     mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;
@@ -225,17 +231,13 @@ fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place, initi
     mount::fsconfig_create(&context)?;
     let mut attributes = MountAttrFlags::empty();
     attributes.set(MountAttrFlags::MOUNT_ATTR_RDONLY, request.read_only);
-    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV, !initial);
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, request.nosuid);
+    attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, request.nodev);
     let detached = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
     move_mount_to(&detached, target)
 }
 
-fn attach_classic(
-    request: &Request<'_>,
-    connection: &OwnedFd,
-    target: &Place,
-    initial: bool,
-) -> rustix::io::Result<()> {
+fn attach_classic(request: &Request<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
     let options: Vec<String> = kernel_options(request, connection)
         .into_iter()
         .map(|(name, value)| value.map_or_else(|| name.to_owned(), |v| format!("{name}={v}")))
@@ -243,7 +245,8 @@ fn attach_classic(
     let data = CString::new(options.join(",")).map_err(|_| Errno::INVAL)?;
     let mut flags = MountFlags::empty();
     flags.set(MountFlags::RDONLY, request.read_only);
-    flags.set(MountFlags::NOSUID | MountFlags::NODEV, !initial);
+    flags.set(MountFlags::NOSUID, request.nosuid);
+    flags.set(MountFlags::NODEV, request.nodev);
     // Through /proc/self/fd: the directory that was opened, whatever its name means by now.
     let target = format!("/proc/self/fd/{}", target.as_fd().as_raw_fd());
     mount::mount(request.source, target, FS_TYPE, flags, Some(data.as_c_str()))
@@ -275,6 +278,7 @@ pub fn unmount(ours: &MountInfo, how: Unmount, method: Option<&Method>) -> Resul
         }
         Some(_) => {}
     }
+    let how = if how == Unmount::IfIdle { release_volumes(&ours)? } else { how };
     let once = || match sysmount::unmount_found(&ours, how) {
         Err(e @ (Errno::PERM | Errno::ACCESS)) => match method {
             Some(Method::Helper(program)) => fusermount::unmount(program, &ours.point, how),
@@ -299,6 +303,40 @@ pub fn unmount(ours: &MountInfo, how: Unmount, method: Option<&Method>) -> Resul
     }
 }
 
+/// Unmount the volumes of ours that are mounts of their own (of the same file system), if nobody uses any of it. Without them the rootfs
+/// would let their setuid programs work, should it stay: so it stops doing so first. What comes back is how to unmount the rootfs.
+fn release_volumes(ours: &MountInfo) -> Result<Unmount> {
+    let tree = mountinfo::tree_of(mountinfo::read()?, ours.id);
+    let volumes: Vec<_> = tree.iter().skip(1).filter(|m| m.dev == ours.dev).collect();
+    if volumes.is_empty() {
+        return Ok(Unmount::IfIdle);
+    }
+    let in_use = || process::holders(&tree).into_iter().filter(|h| h.what != Hold::Namespace).collect::<Vec<_>>();
+    if !process::patiently(|| in_use().is_empty()) {
+        return Err(busy_with(ours, &in_use()));
+    }
+    let fail = |m: &MountInfo, e| Error::sys("unmount", show(&m.point), e);
+    let root = sysmount::seen_at(&ours.point).map_err(|e| fail(ours, e))?;
+    let held_back = AttrSet { nosuid: true, nodev: true, ..AttrSet::default() };
+    sysmount::add_attr(&root, &held_back)?;
+    drop(root);
+    for volume in volumes.into_iter().rev() {
+        let mut done = Ok(());
+        process::patiently(|| {
+            done = sysmount::unmount_found(volume, Unmount::IfIdle);
+            done != Err(Errno::BUSY)
+        });
+        match done {
+            Ok(()) => {}
+            // Its server is dead: no path leads through it, and nobody can use it.
+            Err(Errno::NOTCONN | Errno::CONNABORTED) => return Ok(Unmount::Lazy),
+            Err(Errno::BUSY) => return Err(busy(volume)),
+            Err(e) => return Err(fail(volume, e)),
+        }
+    }
+    Ok(Unmount::IfIdle)
+}
+
 fn busy(ours: &MountInfo) -> Error {
     let error = |who: String| Error::new(Kind::Busy, "unmount", show(&ours.point), who);
     let below: Vec<String> =
@@ -306,12 +344,16 @@ fn busy(ours: &MountInfo) -> Error {
     if !below.is_empty() {
         return error(format!("something is mounted inside it: {}", below.join(", "))).hint("unmount that first");
     }
-    let holders = process::holders(std::slice::from_ref(ours));
+    busy_with(ours, &process::holders(std::slice::from_ref(ours)))
+}
+
+fn busy_with(ours: &MountInfo, holders: &[process::Holder]) -> Error {
+    let error = |who: String| Error::new(Kind::Busy, "unmount", show(&ours.point), who);
     if holders.is_empty() {
         return error("it is in use by a process that this user may not look at".into())
             .hint("end that process, or unmount with --lazy");
     }
-    error(format!("it is in use by {}", process::name_all(&holders))).hint("end them, or unmount with --lazy")
+    error(format!("it is in use by {}", process::name_all(holders))).hint("end them, or unmount with --lazy")
 }
 
 /// Abort the connection of a FUSE superblock (its device's minor number): every request fails, waiting ones too
@@ -334,7 +376,14 @@ mod tests {
     #[test]
     fn options_for_the_helper() {
         let point = point();
-        let mut request = Request { point: &point, source: "a,b\\c", read_only: false, others: OtherUsers::Usual };
+        let mut request = Request {
+            point: &point,
+            source: "a,b\\c",
+            read_only: false,
+            others: OtherUsers::Usual,
+            nosuid: false,
+            nodev: false,
+        };
         assert_eq!(helper_options(&request), "fsname=a\\,b\\\\c,subtype=fsprov,nosuid,nodev,max_read=1048576");
         request.read_only = true;
         request.others = OtherUsers::Allowed;
@@ -346,7 +395,7 @@ mod tests {
         let device = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         for others in [OtherUsers::Usual, OtherUsers::Allowed, OtherUsers::Refused] {
             let point = point();
-            let request = Request { point: &point, source: "s", read_only: true, others };
+            let request = Request { point: &point, source: "s", read_only: true, others, nosuid: false, nodev: false };
             let names: Vec<_> = kernel_options(&request, &device).into_iter().map(|o| o.0).collect();
             assert_eq!(names.contains(&"default_permissions"), names.contains(&"allow_other"));
             assert_eq!(names.contains(&"allow_other"), others != OtherUsers::Refused);

@@ -2,7 +2,7 @@
 //! until it says that the rootfs is ready.
 
 use super::open::Opened;
-use super::{Choice, Provisioner, Record, State, destroy, lock, select};
+use super::{Choice, Provisioner, Record, State, destroy, lock, reach, select};
 use crate::backend::{self, Detach};
 use crate::error::{Error, Result};
 use crate::fault;
@@ -32,10 +32,12 @@ impl<'a> Making<'a> {
         self.record
     }
 
-    /// The places are open: what was made for changes is known from here on.
-    pub(super) fn opened(&mut self, opened: Opened) -> Opened {
-        self.record.places = Some(Identities { scratch: opened.scratch(), ..Identities::default() });
-        opened
+    /// The places are open: what was made for changes is known from here on, and who reaches the rootfs.
+    pub(super) fn opened(&mut self, opened: Opened) -> Result<Opened> {
+        let Record { plan, backend, places, .. } = &mut self.record;
+        *places = Some(Identities { scratch: opened.scratch(), ..Identities::default() });
+        plan.restraint = reach::restrain(&self.by.host, *backend, &opened.point.parent, plan.restraint)?;
+        Ok(opened)
     }
 
     /// Have the backend do `work`, which notes its traces in the record before it depends on them.

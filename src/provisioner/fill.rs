@@ -28,13 +28,13 @@ use crate::paths::StatePaths;
 use crate::place::{Place, Places};
 use crate::plan::{Ownership, Plan};
 use crate::store::ResolvedImage;
-use crate::sys::attrs::{self, Fidelity};
+use crate::sys::attrs::{self, Fidelity, SetId};
 use crate::sys::fs::{make_private, open_beneath, open_path};
 use crate::sys::remove::remove_tree_at;
 use crate::tree::dir::{DirOptions, DirTree, FdPool};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::{self, Attr, Caller, Errno, Fit, ListMode, Node, Tree, route};
-use crate::volume::{ContainerPath, Form, Volume};
+use crate::volume::{ContainerPath, Form, Powers, Volume};
 
 const OP: &str = "copy the image's content into volume source";
 const TARGET: &str = "fsprov::provisioner";
@@ -44,6 +44,8 @@ const MAX_DEPTH: usize = 400;
 const PIECE: u32 = 128 << 10;
 /// What a directory's owner needs to work in it.
 const OPEN: u32 = 0o700;
+/// setuid and setgid.
+const SET_ID: u32 = 0o6000;
 /// Most hard-linked files told apart: above that a copy would cost more memory than any image is worth.
 const MAX_LINKED: usize = 1 << 20;
 /// The tree does not ask who reads: the image was made readable to its user.
@@ -156,8 +158,16 @@ fn fill_one(image: &Arc<dyn Tree>, plan: &Plan, number: usize, parent: &Place, n
         fault::point("fill.begin")?;
         // Nobody else can enter it: whoever owns the directory that it lies in can only move it as a whole.
         let stage = make_private(parent, &stage_name).map_err(fail)?;
-        let mut copy =
-            Copy { tree: image, links: HashMap::new(), closed: Vec::new(), top: None, partial: 0, devices: 0 };
+        let mut copy = Copy {
+            tree: image,
+            powers: volume.powers,
+            links: HashMap::new(),
+            closed: Vec::new(),
+            top: None,
+            partial: 0,
+            devices: 0,
+            left_out: LeftOut::default(),
+        };
         let made = match &from {
             Some(attr) if FileType::from_raw_mode(attr.mode).is_file() => {
                 let made = copy.file(attr, &stage, OsStr::new(CONTENT), &volume.source)?;
@@ -238,8 +248,16 @@ fn open_made(dir: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
     fs::openat(dir, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())
 }
 
+/// What was not copied because the volume's options do not let it work.
+#[derive(Default)]
+struct LeftOut {
+    set_id: u64,
+    devices: u64,
+}
+
 struct Copy<'a> {
     tree: &'a Arc<dyn Tree>,
+    powers: Powers,
     /// First path of each inode with several names, below the top.
     links: HashMap<Node, PathBuf>,
     /// Directories that are closed to their owner, innermost first: open until the end.
@@ -247,6 +265,7 @@ struct Copy<'a> {
     top: Option<OwnedFd>,
     partial: u64,
     devices: u64,
+    left_out: LeftOut,
 }
 
 /// One entry of a directory, as the tree tells it.
@@ -262,6 +281,15 @@ impl Copy<'_> {
         }
         if self.devices > 0 {
             log::warn!(target: TARGET, "volume {target}: {} device nodes are left out: this user may not make them", self.devices);
+        }
+        let LeftOut { set_id, devices } = self.left_out;
+        if set_id + devices > 0 {
+            log::warn!(
+                target: TARGET,
+                "volume {target}: {set_id} files and directories are copied without setuid, setgid and capabilities, and {devices} device \
+                 nodes are left out: the volume lies on the host, where they would work for everyone who reaches it (options suid and dev \
+                 keep them)"
+            );
         }
     }
 
@@ -291,7 +319,8 @@ impl Copy<'_> {
     /// After what is made in it, which changes its times. Its mode waits for the end where it would shut us out.
     fn directory_attributes(&mut self, attr: &Attr, dir: &OwnedFd, path: &Path) -> Result<()> {
         if attr.mode & OPEN != OPEN {
-            self.closed.push((path.to_owned(), attr.mode & 0o7777));
+            let kept = if self.powers.suid { 0o7777 } else { 0o1777 };
+            self.closed.push((path.to_owned(), attr.mode & kept));
         }
         self.attributes(&Attr { mode: attr.mode | OPEN, ..*attr }, dir, path)
     }
@@ -321,6 +350,10 @@ impl Copy<'_> {
     fn entry(&mut self, attr: &Attr, to: &OwnedFd, name: &OsStr, path: &Path, depth_left: usize) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
         let kind = FileType::from_raw_mode(attr.mode);
+        if (kind.is_char_device() || kind.is_block_device()) && self.powers.dev != Some(true) {
+            self.left_out.devices += 1;
+            return Ok(());
+        }
         if !kind.is_dir() && attr.nlink > 1 {
             if let Some(first) = self.links.get(&attr.node) {
                 return self.link(first, to, name).map_err(fail);
@@ -404,7 +437,11 @@ impl Copy<'_> {
         let stat = attrs::described(there, (attr.mode, attr.uid, attr.gid), time(attr.mtime), time(attr.atime));
         let xattrs = self.xattrs(attr.node).map_err(fail)?;
         let xattrs: Vec<_> = xattrs.iter().map(|(name, value)| (name.clone(), value.as_slice())).collect();
-        let set = attrs::set(&xattrs, &stat, to).map_err(fail)?;
+        let set_id = if self.powers.suid { SetId::Kept } else { SetId::Dropped };
+        let is_set_id = attr.mode & SET_ID != 0 && !FileType::from_raw_mode(attr.mode).is_symlink()
+            || xattrs.iter().any(|(name, _)| name.as_bytes() == attrs::CAPABILITY);
+        self.left_out.set_id += u64::from(set_id == SetId::Dropped && is_set_id);
+        let set = attrs::set(&xattrs, &stat, to, set_id).map_err(fail)?;
         self.partial += u64::from(set == Fidelity::Partial);
         Ok(())
     }

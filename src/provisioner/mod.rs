@@ -7,7 +7,7 @@
 //! | plan | `planning` | from those and what `look` saw of the paths: data, made without the host |
 //! | backend | `select` | the one asked for, or the first that can serve this plan on this host |
 //! | claim | `claim` | the record is on the disk: from here on everything can be undone, also after a crash |
-//! | open | `open` | every path of the plan, once; what is missing is made. From here on descriptors, no paths |
+//! | open | `open` | every path of the plan, once; what is missing is made. From here on descriptors, no paths. `reach` sees who gets there |
 //! | fill | `fill` | `copy` volumes get what the image has |
 //! | build | `build` | the backend makes the mount; the record says ready |
 //!
@@ -32,6 +32,7 @@ mod now;
 mod open;
 mod planning;
 mod points;
+mod reach;
 mod record;
 mod recover;
 pub mod request;
@@ -127,6 +128,7 @@ impl Condition {
 ///     ownership: Default::default(),
 ///     changes: Default::default(),
 ///     live: Default::default(),
+///     restraint: Default::default(),
 /// })?;
 /// println!("{} is ready", record.plan.id);
 /// provisioner.destroy(&Selector::Id(record.plan.id), Detach::IfIdle)?;
@@ -192,7 +194,7 @@ impl Provisioner {
         let mut making = self.claim(Record::new(note, choice.backend, &planned)?)?;
         drop(in_use);
         let made = open::open_new(&planned)
-            .map(|opened| making.opened(opened))
+            .and_then(|opened| making.opened(opened))
             .and_then(|opened| fill::fill(opened, &planned, &self.paths))
             .and_then(|places| making.build_by(&places, choice, request.backend));
         match made {

@@ -22,7 +22,9 @@ use crate::volume::{ContainerPath, Form, Volume};
 
 const MOUNT_POINT: &str = "open mount point";
 const VOLUME: &str = "mount volume";
-/// Mode of a directory made for a mount point, or below the sandbox where the image does not say more.
+/// Mode of a directory made for a mount point: what is in a rootfs is the business of who mounts it.
+const MADE_POINT: Mode = Mode::RWXU;
+/// Mode of a directory made below the sandbox, where the image does not say more.
 const MADE: Mode = Mode::from_raw_mode(0o755);
 /// What a mode from an image may be on a source: anything but what makes a program run as the owner or group of its file.
 pub(super) const FROM_IMAGE: u32 = 0o1777;
@@ -56,7 +58,7 @@ pub(super) enum Source {
 pub(super) struct Opened {
     pub(super) image: Image,
     pub(super) sources: Vec<Source>,
-    point: Point,
+    pub(super) point: Point,
     scratch: Option<Place>,
     state: Place,
 }
@@ -196,7 +198,7 @@ fn open_point(plan: &Plan, made: &[std::path::PathBuf], recorded: Recorded<'_>) 
     let mut is_new = false;
     for dir in made {
         let name = dir.file_name().unwrap_or_default();
-        match fs::mkdirat(&parent, name, MADE) {
+        match fs::mkdirat(&parent, name, MADE_POINT) {
             Ok(()) => is_new = *dir == plan.rootfs,
             // Healing finds those of the first making.
             Err(Errno::EXIST) => {}

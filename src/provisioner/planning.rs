@@ -49,7 +49,13 @@ pub(super) fn plan(
             fill.insert(spec.target.clone());
         }
         let form = if source.missing > 0 && !is_filled { Form::Directory } else { source.form };
-        volumes.push(Volume { source: source.path, target: spec.target.clone(), access: spec.access, form });
+        volumes.push(Volume {
+            source: source.path,
+            target: spec.target.clone(),
+            access: spec.access,
+            form,
+            powers: spec.powers,
+        });
     }
     let scratch = match (request.changes, &sandbox) {
         (Changes::Refused, _) => None,
@@ -68,6 +74,7 @@ pub(super) fn plan(
         ownership: request.ownership.clone(),
         scratch,
         live: request.live,
+        restraint: request.restraint,
         state_dir: container.backend(),
     };
     plan.require_layers()?;
@@ -112,6 +119,7 @@ mod tests {
             id: None,
             ownership: crate::plan::Ownership::default(),
             live: crate::plan::Live::default(),
+            restraint: crate::plan::Restraint::default(),
             changes,
         }
     }

@@ -253,6 +253,7 @@ mod tests {
             ownership: crate::plan::Ownership::default(),
             scratch: None,
             live: crate::plan::Live::default(),
+            restraint: crate::plan::Restraint::default(),
             state_dir: "/s".into(),
         };
         let image = ImageNote { reference: "./x".into(), id: None, name: None };

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use crate::error::show;
 use crate::id::{ContainerId, ImageRef};
-use crate::plan::{BackendKind, Live, Ownership};
+use crate::plan::{BackendKind, Live, Ownership, Restraint};
 use crate::volume::VolumeSpec;
 
 /// What a user asks for.
@@ -12,7 +12,7 @@ use crate::volume::VolumeSpec;
 pub struct Request {
     /// Which image.
     pub image: ImageRef,
-    /// Where its root filesystem shall appear; made (mode 0755) if missing, and then removed again by [`super::Provisioner::destroy`].
+    /// Where its root filesystem shall appear; made (mode 0700) if missing, and then removed again by [`super::Provisioner::destroy`].
     pub rootfs: PathBuf,
     /// Which backend; `None`: the first of [`crate::backend::AUTO_ORDER`] that can.
     pub backend: Option<BackendKind>,
@@ -28,6 +28,9 @@ pub struct Request {
     pub live: Live,
     /// What may be changed outside the volumes.
     pub changes: Changes,
+    /// What of the image's setuid programs and device nodes shall work; what is not said is held back where other users of the host
+    /// reach the rootfs.
+    pub restraint: Restraint,
 }
 
 /// What may be changed in a rootfs outside its volumes.

@@ -97,7 +97,10 @@ fn is_for(record: &Record, request: &Request) -> bool {
     let has_volume = |spec: &crate::volume::VolumeSpec| {
         let mut all = plan.volumes.iter();
         all.any(|v| {
-            v.target == spec.target && v.access == spec.access && Some(&v.source) == source(&spec.source).as_ref()
+            v.target == spec.target
+                && v.access == spec.access
+                && v.powers == spec.powers
+                && Some(&v.source) == source(&spec.source).as_ref()
         })
     };
     record.state == State::Ready
@@ -107,6 +110,8 @@ fn is_for(record: &Record, request: &Request) -> bool {
         && plan.scratch.is_some() == (request.changes == Changes::Ephemeral)
         && plan.ownership == request.ownership
         && plan.live == request.live
+        && (request.restraint.nosuid.is_none() || plan.restraint.nosuid == request.restraint.nosuid)
+        && (request.restraint.nodev.is_none() || plan.restraint.nodev == request.restraint.nodev)
         && plan.volumes.len() == request.volumes.len()
         && request.volumes.iter().all(has_volume)
 }

@@ -34,35 +34,54 @@ impl Fidelity {
     }
 }
 
+/// What becomes of what makes a program run with other rights than its caller's: setuid and setgid bits, file capabilities.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SetId {
+    /// It goes over.
+    Kept,
+    /// It does not.
+    Dropped,
+}
+
+/// The attribute that holds a file's capabilities.
+pub const CAPABILITY: &[u8] = b"security.capability";
+
 /// Give `to` the owner, extended attributes, mode and times of `from`, whose stat is `stat`. O_PATH descriptors will do for both.
-pub fn copy(from: impl AsFd, stat: &Stat, to: impl AsFd) -> rustix::io::Result<Fidelity> {
+pub fn copy(from: impl AsFd, stat: &Stat, to: impl AsFd, set_id: SetId) -> rustix::io::Result<Fidelity> {
     let (from, to) = (from.as_fd(), to.as_fd());
     // Owner first: changing it clears setuid bits and file capabilities.
     let owner = copy_owner(stat, to)?;
-    let xattrs = copy_xattrs(from, to)?;
-    set_mode_and_times(stat, to, owner)?;
+    let xattrs = copy_xattrs(from, to, set_id)?;
+    set_mode_and_times(stat, to, owner, set_id)?;
     Ok(owner.and(xattrs))
 }
 
 /// Give `to` the owner, mode and times in `stat`, and these extended attributes.
-pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: impl AsFd) -> rustix::io::Result<Fidelity> {
+pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: impl AsFd, set_id: SetId) -> rustix::io::Result<Fidelity> {
     let to = to.as_fd();
     let mut fidelity = copy_owner(stat, to)?;
     let owner = fidelity;
     if !xattrs.is_empty() {
         let path = path(to);
-        for (name, value) in xattrs {
+        for (name, value) in xattrs.iter().filter(|(name, _)| goes_over(name, set_id)) {
             fidelity = fidelity.and(set_xattr(&path, name, value)?);
         }
     }
-    set_mode_and_times(stat, to, owner)?;
+    set_mode_and_times(stat, to, owner, set_id)?;
     Ok(fidelity)
 }
 
-fn set_mode_and_times(stat: &Stat, to: BorrowedFd<'_>, owner: Fidelity) -> rustix::io::Result<()> {
+/// Overlayfs's own attributes never do.
+fn goes_over(name: &CStr, set_id: SetId) -> bool {
+    let name = name.to_bytes();
+    !OVERLAY.iter().any(|prefix| name.starts_with(prefix)) && (set_id == SetId::Kept || name != CAPABILITY)
+}
+
+fn set_mode_and_times(stat: &Stat, to: BorrowedFd<'_>, owner: Fidelity, set_id: SetId) -> rustix::io::Result<()> {
     let kind = FileType::from_raw_mode(stat.st_mode);
     // A program must not run as somebody else than the image says: no setuid without the owner, as cp(1) does it.
-    let allowed = if kind.is_file() && owner == Fidelity::Partial { 0o1777 } else { 0o7777 };
+    let drops = set_id == SetId::Dropped || (kind.is_file() && owner == Fidelity::Partial);
+    let allowed = if drops { 0o1777 } else { 0o7777 };
     // Linux keeps no mode of a symlink.
     if !kind.is_symlink() {
         fs::chmod(path(to), Mode::from_raw_mode(stat.st_mode & allowed))?;
@@ -71,9 +90,6 @@ fn set_mode_and_times(stat: &Stat, to: BorrowedFd<'_>, owner: Fidelity) -> rusti
 }
 
 fn set_xattr(to: &str, name: &CStr, value: &[u8]) -> rustix::io::Result<Fidelity> {
-    if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
-        return Ok(Fidelity::Whole);
-    }
     match fs::setxattr(to, name, value, XattrFlags::empty()) {
         Ok(()) => Ok(Fidelity::Whole),
         Err(Errno::PERM | Errno::ACCESS | Errno::OPNOTSUPP | Errno::INVAL) => Ok(Fidelity::Partial),
@@ -108,8 +124,8 @@ fn copy_times(stat: &Stat, to: BorrowedFd<'_>) -> rustix::io::Result<()> {
     fs::utimensat(fs::CWD, path(to), &times, AtFlags::empty())
 }
 
-/// Copy the extended attributes that can be read and set, but for overlayfs's own.
-fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<Fidelity> {
+/// Copy the extended attributes that can be read and set.
+fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>, set_id: SetId) -> rustix::io::Result<Fidelity> {
     let (from, to) = (path(from), path(to));
     let mut names = vec![0_u8; 0];
     let length = loop {
@@ -127,7 +143,7 @@ fn copy_xattrs(from: BorrowedFd<'_>, to: BorrowedFd<'_>) -> rustix::io::Result<F
     let mut fidelity = Fidelity::Whole;
     for name in names[..length].split_inclusive(|&b| b == 0) {
         let Ok(name) = CStr::from_bytes_with_nul(name) else { continue };
-        if OVERLAY.iter().any(|prefix| name.to_bytes().starts_with(prefix)) {
+        if !goes_over(name, set_id) {
             continue;
         }
         let copied = fs::getxattr(&from, name, &mut value[..])
@@ -175,7 +191,7 @@ mod tests {
             )
             .unwrap();
             let from = open(from);
-            copy(&from, &fs::fstat(&from).unwrap(), open(to)).unwrap();
+            copy(&from, &fs::fstat(&from).unwrap(), open(to), SetId::Kept).unwrap();
             let got = std::fs::symlink_metadata(dir.path().join(to)).unwrap();
             assert_eq!((got.mtime(), got.mtime_nsec(), got.atime()), (1_000_000, 123_456_789, -5), "{to}");
         }
@@ -186,6 +202,9 @@ mod tests {
             assert_eq!(fs::getxattr(&b, "user.x", &mut value[..]), Ok(5));
             assert_eq!(fs::getxattr(&b, "user.overlay.opaque", &mut value[..]), Err(Errno::NODATA));
         }
+        let from = open("a");
+        copy(&from, &fs::fstat(&from).unwrap(), open("b"), SetId::Dropped).unwrap();
+        assert_eq!(std::fs::metadata(&b).unwrap().permissions().mode() & 0o7777, 0o751);
         assert_eq!(std::fs::read(&a).unwrap(), b"a");
     }
 }

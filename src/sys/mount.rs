@@ -2,6 +2,7 @@
 //!
 //! Fallbacks: each function that has one takes it on ENOSYS alone, and says so in the log once.
 
+use std::ffi::OsStr;
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -152,6 +153,29 @@ pub fn set_attr(tree: impl AsFd, attrs: &AttrSet<'_>) -> rustix::io::Result<()> 
     raw::mount_setattr(tree, false, &attrs.raw())
 }
 
+/// Take nosuid and nodev away from one mount of ours, which it was made with (mount_setattr(2)); before Linux 5.12 by a remount. EPERM
+/// where they came with it from another user namespace.
+pub fn clear_attr(root: impl AsFd, attrs: &AttrSet<'_>) -> Result<()> {
+    change_attr(root.as_fd(), &AttrSet::default(), attrs)
+}
+
+/// [`set_attr`], before Linux 5.12 by a remount.
+pub fn add_attr(root: impl AsFd, attrs: &AttrSet<'_>) -> Result<()> {
+    change_attr(root.as_fd(), attrs, &AttrSet::default())
+}
+
+fn change_attr(root: BorrowedFd<'_>, set: &AttrSet<'_>, clear: &AttrSet<'_>) -> Result<()> {
+    let fail = |e| Error::sys("change the flags of the mount", name_of(root), e);
+    let raw = libc::mount_attr { attr_clr: clear.raw().attr_set, ..set.raw() };
+    match raw::mount_setattr(root, false, &raw) {
+        Err(Errno::NOSYS) => {}
+        other => return other.map_err(fail),
+    }
+    let Some(mount) = mountinfo::by_id(mount_id(root)?)? else { return Err(fail(Errno::NOENT)) };
+    let flags = existing_flags(&mount).difference(clear.classic()) | set.classic();
+    mount::mount_remount(magic(root), MountFlags::BIND | flags, "").map_err(fail)
+}
+
 /// Cut a mount and all below it off from its peers. What is attached below a shared mount becomes shared with it
 /// (mount_namespaces(7)), whatever it was before.
 pub fn make_private(root: impl AsFd) -> Result<()> {
@@ -181,13 +205,26 @@ pub enum Unmount {
     Lazy,
 }
 
+/// What is to be seen at an absolute path without symlinks: the root of the topmost mount there.
+pub fn seen_at(path: &Path) -> rustix::io::Result<OwnedFd> {
+    let (parent, name) = open_parent(path)?;
+    open_name(&parent, name)
+}
+
+fn open_parent(path: &Path) -> rustix::io::Result<(OwnedFd, &OsStr)> {
+    let (Some(parent), Some(name)) = (path.parent(), path.file_name()) else { return Err(Errno::INVAL) };
+    Ok((super::fs::open_resolved(parent)?, name))
+}
+
+fn open_name(parent: &OwnedFd, name: &OsStr) -> rustix::io::Result<OwnedFd> {
+    fs::openat(parent, name, fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC, fs::Mode::empty())
+}
+
 /// Unmount this very mount, which must be the topmost at its place: found by the directory that it lies in, which was opened before,
 /// so that a part of its path that is renamed or exchanged meanwhile leads nowhere else. EAGAIN: it does not lie there any more.
 pub fn unmount_found(found: &mountinfo::MountInfo, how: Unmount) -> rustix::io::Result<()> {
-    let (Some(parent), Some(name)) = (found.point.parent(), found.point.file_name()) else { return Err(Errno::INVAL) };
-    let parent = super::fs::open_resolved(parent)?;
-    let seen =
-        fs::openat(&parent, name, fs::OFlags::PATH | fs::OFlags::NOFOLLOW | fs::OFlags::CLOEXEC, fs::Mode::empty())?;
+    let (parent, name) = open_parent(&found.point)?;
+    let seen = open_name(&parent, name)?;
     let id = mount_id(&seen).map_err(|e| e.errno().unwrap_or(Errno::IO))?;
     // A descriptor of the mount would keep it busy.
     drop(seen);

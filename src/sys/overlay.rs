@@ -12,7 +12,7 @@ use rustix::fs::{self, Mode, StatVfsMountFlags};
 use rustix::io::Errno;
 use rustix::mount::{self as calls, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags};
 
-use super::mount::{self, Depth};
+use super::mount::{self, AttrSet, Depth};
 use crate::error::{Error, Kind, Result, show};
 
 const TARGET: &str = "fsprov::overlay";
@@ -39,6 +39,8 @@ pub struct Stack<'a> {
     pub upper: Option<Upper<'a>>,
     /// Keep overlayfs's marks in `user.` attributes, as it must outside the machine's first user namespace (Linux 5.11)?
     pub userxattr: bool,
+    /// Flags that its mount has beside those of the layers: nosuid, nodev.
+    pub attrs: AttrSet<'a>,
 }
 
 /// Two directories of one file system.
@@ -188,6 +190,8 @@ const USERXATTR: &str = "userxattr";
 fn flags_of(stack: &Stack<'_>) -> rustix::io::Result<MountAttrFlags> {
     let mut attrs = MountAttrFlags::empty();
     attrs.set(MountAttrFlags::MOUNT_ATTR_RDONLY, stack.upper.is_none());
+    attrs.set(MountAttrFlags::MOUNT_ATTR_NOSUID, stack.attrs.nosuid);
+    attrs.set(MountAttrFlags::MOUNT_ATTR_NODEV, stack.attrs.nodev);
     for layer in stack.lower {
         let flags = fs::fstatvfs(layer)?.f_flag;
         for (has, keeps) in [

@@ -194,6 +194,19 @@ pub const BUSY_TRIES: u32 = 4;
 /// How long between two looks.
 pub const BUSY_PAUSE: std::time::Duration = std::time::Duration::from_millis(25);
 
+/// Try [`BUSY_TRIES`] times, with pauses, until `done` says so. Did it?
+pub fn patiently(mut done: impl FnMut() -> bool) -> bool {
+    for n in 0..BUSY_TRIES {
+        if n > 0 {
+            std::thread::sleep(BUSY_PAUSE);
+        }
+        if done() {
+            return true;
+        }
+    }
+    false
+}
+
 /// Who keeps one of these mounts busy. Best effort: what we may not look at (other users' processes) is not in it. A copy of it in another
 /// mount namespace does not: a process that merely lives there is not in it.
 ///
@@ -321,6 +334,22 @@ pub fn in_initial_user_namespace() -> Result<bool> {
 
 fn is_whole_map(text: &str) -> bool {
     text.split_ascii_whitespace().eq(["0", "0", "4294967295"])
+}
+
+/// In a user namespace that nobody else lives in: it has one id, or a mount namespace of its own. In other users' mount namespaces the
+/// kernel takes every mount of this one for nosuid (mnt_may_suid in fs/namespace.c). Where process 1 sees the same mounts, this is a
+/// whole system with users of its own.
+pub fn is_among_itself() -> bool {
+    let path = "/proc/self/uid_map";
+    let map = std::fs::read_to_string(path).unwrap_or_default();
+    if map.is_empty() || is_whole_map(&map) {
+        return false;
+    }
+    has_one_id(&map) || mount_namespace().is_ok_and(|ours| mount_namespace_of(1).map_or(true, |first| first != ours))
+}
+
+fn has_one_id(map: &str) -> bool {
+    map.split_ascii_whitespace().skip(2).step_by(3).eq(["1"])
 }
 
 /// Is this process root of the machine itself, not of a user namespace?
@@ -549,6 +578,8 @@ mod tests {
     #[test]
     fn maps_of_the_first_namespace() {
         assert!(is_whole_map("         0          0 4294967295\n"));
+        assert!(has_one_id("         0       1000          1\n"));
+        assert!(!has_one_id("0 0 4294967295\n") && !has_one_id("0 1000 1\n1 100000 65536\n"));
         assert!(!is_whole_map("0 1000 1\n") && !is_whole_map("0 0 1000\n1000 1000 4294966295\n"));
     }
 

@@ -86,6 +86,8 @@ pub struct RouteTree {
     /// Directories that have a routed name in them or below: removing one would take a mount point with it.
     ancestors: HashSet<Node>,
     made_up: Vec<MadeUp>,
+    /// What the roots of the volumes looked like when the table was built.
+    roots: HashMap<Node, Attr>,
     live: bool,
     writable: bool,
     without_xattrs: bool,
@@ -133,6 +135,7 @@ impl RouteTree {
             ancestors: HashSet::new(),
             writable: false,
             made_up: Vec::new(),
+            roots: HashMap::new(),
         }
     }
 
@@ -160,6 +163,9 @@ impl RouteTree {
             table.writable |= access == Access::Rw;
             table.without_xattrs &= tree.is_without_xattrs();
             table.trees.push(tree);
+            if let Ok((attr, _)) = table.getattr(root, None) {
+                table.roots.insert(root, attr);
+            }
             match walked {
                 Walked::Found { at: None, .. } => {
                     return Err(Error::new(Kind::Usage, op, &target, "it leads to the root of the image"));
@@ -332,9 +338,13 @@ impl RouteTree {
         entry
     }
 
-    /// The entry that a route leads to.
+    /// The entry that a route leads to. For a volume's root never an error: a name that fails is forgotten by the kernel, with what is
+    /// mounted on it (d_invalidate in fs/dcache.c), and a volume's flags are those of a mount of its own.
     fn routed_entry(&self, route: Route) -> Result<Entry> {
-        let (attr, ttl) = self.getattr(route.node(), None)?;
+        let (attr, ttl) = match (self.getattr(route.node(), None), self.roots.get(&route.node())) {
+            (Err(_), Some(&earlier)) => (earlier, Duration::ZERO),
+            (answer, _) => answer?,
+        };
         // The name leads there as long as the mount lives; the attributes hold as long as the volume says.
         Ok(Entry { attr, generation: 0, entry_ttl: FOREVER, attr_ttl: ttl })
     }

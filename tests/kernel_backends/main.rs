@@ -133,6 +133,7 @@ impl Place {
             ownership: Ownership::default(),
             scratch: None,
             live: fsprov::plan::Live::default(),
+            restraint: fsprov::plan::Restraint::default(),
             state_dir: self.path("state"),
         }
     }
@@ -150,7 +151,8 @@ fn volume(source: &Path, target: &str, access: Access) -> Volume {
         (_, true) => Form::File,
         _ => Form::Special,
     };
-    Volume { source: source.to_owned(), target: ContainerPath::new(OsStr::new(target)).unwrap(), access, form }
+    let target = ContainerPath::new(OsStr::new(target)).unwrap();
+    Volume { source: source.to_owned(), target, access, form, powers: fsprov::volume::Powers::default() }
 }
 
 /// Keeps what a backend wrote down; fails at the n-th note (from 1) where told to.

@@ -260,10 +260,14 @@ const ROOTFS: &str = "
     .layers[].root string
     .mount_id number
     .mount_namespace number
+    .nodev bool
+    .nosuid bool
     .rootfs string
     .state string
     .volumes[].access string
     .volumes[].form string
+    .volumes[].powers.exec bool
+    .volumes[].powers.suid bool
     .volumes[].source string
     .volumes[].target string
 ";

@@ -34,6 +34,8 @@ fn use_debian(stage: &Stage, run: impl Fn(&Path, &str) -> Outcome) {
     if stage.lane.enter != Enter::Root {
         // No device on an ordinary user's mount works, and `perl -e` opens /dev/null.
         options.extend(volume("/dev/null", "/dev/null", "rw"));
+    } else {
+        options.push("--suid".into());
     }
     let rootfs = stage.mount(NAME, "rootfs", options);
     for (command, answer) in COMMANDS {

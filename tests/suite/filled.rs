@@ -23,11 +23,19 @@ fn image(stage: &Stage) -> std::path::PathBuf {
     // What its owner may not read cannot be copied from a plain directory; an image in the store has an index.
     stage.tool("chmod", ["-R", "u+rwX"]).arg(image.join("all")).run().ok();
     fs::set_permissions(image.join("data"), fs::Permissions::from_mode(0o2750)).expect("chmod");
+    if !keeps_set_id(stage) {
+        stage.tool("chmod", ["-R", "a-s"]).arg(image.join("all")).run().ok();
+    }
     symlink("all", image.join("link")).expect("symlink");
     // Holes stay holes.
     let sparse = fs::File::create(image.join("all/sparse")).expect("create");
     sparse.set_len(64 << 20).expect("grow");
     image
+}
+
+/// Can a volume have the option `suid`? What an ordinary user mounts by FUSE cannot.
+fn keeps_set_id(stage: &Stage) -> bool {
+    !stage.lane.is_fuse() || stage.lane.enter == Enter::Root
 }
 
 pub(crate) const FILLED: Case =
@@ -38,7 +46,7 @@ pub(crate) const FILLED: Case =
         let image = image(stage);
         let want = picture(&image.join("all"));
         let mut options = sandbox(stage).to_vec();
-        options.extend(volume("new/all", "/link", "rw,copy"));
+        options.extend(volume("new/all", "/link", if keeps_set_id(stage) { "rw,copy,suid,dev" } else { "rw,copy" }));
         options.extend(volume(stage.path("absolute"), "/data", "copy"));
         options.extend(volume("hosts", "/etc/hosts", "copy,rw"));
         if on::makes_mount_points(&stage.lane) {
@@ -49,7 +57,7 @@ pub(crate) const FILLED: Case =
         assert_same(&want, &picture(&filled), "the filled source");
         assert_same(&want, &picture(&rootfs.join("all")), "what is seen in the volume");
         assert!(fs::metadata(filled.join("sparse")).expect("stat").blocks() < 1000, "a hole was filled");
-        assert_eq!(fs::metadata(stage.path("absolute")).expect("stat").mode() & 0o7777, 0o2750);
+        assert_eq!(fs::metadata(stage.path("absolute")).expect("stat").mode() & 0o7777, 0o750);
         assert_eq!(fs::read_to_string(stage.path("sandbox/hosts")).expect("read"), "127.0.0.1 localhost\n");
         if on::makes_mount_points(&stage.lane) {
             assert_eq!(fs::read_dir(stage.path("sandbox/nothing")).expect("it is made").count(), 0);
@@ -77,7 +85,7 @@ pub(crate) const EXISTING: Case = Case::new("only_an_empty_source_is_filled", on
     stage.mkdir("sandbox/used");
     let rootfs = stage.mount(&image, "first", [&sandbox[..], &volume("used", "/tmp", "rw")].concat());
     let mut options = sandbox.to_vec();
-    options.extend(volume(&empty, "/all", "rw,copy"));
+    options.extend(volume(&empty, "/all", if keeps_set_id(stage) { "rw,copy,suid,dev" } else { "rw,copy" }));
     options.extend(volume(&full, "/etc", "rw,copy"));
     // Empty, but the volume of another rootfs, which would lose it.
     options.extend(volume("used", "/home", "rw,copy"));
@@ -105,7 +113,8 @@ pub(crate) const KILLED: Case = Case::needing(
         let want = picture(&image.join("all"));
         let source = stage.path("sandbox/all");
         let mount = |fault: &str| {
-            let options = [&sandbox(stage)[..], &volume("all", "/all", "rw,copy")].concat();
+            let flags = if keeps_set_id(stage) { "rw,copy,suid,dev" } else { "rw,copy" };
+            let options = [&sandbox(stage)[..], &volume("all", "/all", flags)].concat();
             stage.mount_call(&image, "rootfs", options).env("FAILPOINTS", fault).run()
         };
         for point in ["fill.begin", "fill.made", "fill.placed"] {
@@ -158,13 +167,11 @@ pub(crate) const WHAT_THE_INDEX_SAYS: Case =
         assert_eq!((stat(".").mode() & 0o7777, stat("closed").mode() & 0o7777), (0o700, 0o000));
         assert_eq!((stat(".").mtime(), stat("setuid").mtime()), (1_000_000_000, 1_000_000_000));
         if stage.lane.enter == Enter::Root {
-            assert_eq!((stat(".").uid(), stat("closed/file").gid(), stat("setuid").mode() & 0o7777), (33, 34, 0o4755));
+            assert_eq!((stat(".").uid(), stat("closed/file").gid(), stat("setuid").mode() & 0o7777), (33, 34, 0o755));
         } else {
-            // Another's program made setuid for this user would be a program that runs as this user.
             let me = rustix::process::geteuid().as_raw();
             assert_eq!(stat(".").uid(), me);
-            let kept = if stage.lane.enter == Enter::Userns { 0o4755 } else { 0o755 };
-            assert_eq!(stat("setuid").mode() & 0o7777, kept);
+            assert_eq!(stat("setuid").mode() & 0o7777, 0o755);
         }
         if !rustix::process::geteuid().is_root() {
             fs::set_permissions(source.join("closed"), fs::Permissions::from_mode(0o700)).expect("chmod");

@@ -211,7 +211,7 @@ fn check(stage: &Stage, when: &str) {
         }
         let seen = |backend: &str| {
             let rootfs = stage.path("rootfs");
-            stage.fsprov(["mount", "--backend", backend, sample.name]).arg(&rootfs).run().ok();
+            stage.fsprov(["mount", "--suid", "--backend", backend, sample.name]).arg(&rootfs).run().ok();
             let seen = picture(&rootfs);
             stage.unmount("rootfs");
             seen

@@ -24,6 +24,7 @@ mod races;
 mod readonly;
 mod recover;
 mod registry;
+mod setuid;
 mod store;
 mod swapped;
 mod swapper;
@@ -148,6 +149,12 @@ pub(crate) const CASES: &[Case] = &[
     registry::PLATFORMS,
     registry::RESUMES,
     registry::TLS,
+    setuid::EVERY_VOLUME,
+    setuid::FILLED,
+    setuid::HARMLESS,
+    setuid::MADE,
+    setuid::REFUSED,
+    setuid::WORKS_INSIDE,
     store::AT_ONCE,
     store::BARE_TREE,
     store::BROKEN_IMAGES,

@@ -118,7 +118,8 @@ impl<'a> Program<'a> {
 
 fn mount(stage: &Stage, backing: &Path, more: &[&str]) -> PathBuf {
     let mut options: Vec<OsString> = more.iter().map(Into::into).collect();
-    options.extend(volume(backing, "/data", "rw"));
+    let flags = if stage.lane.is_real_root() { "rw,suid" } else { "rw" };
+    options.extend(volume(backing, "/data", flags));
     let image = stage.path("image");
     if !image.exists() {
         stage.small_image();

@@ -78,6 +78,7 @@ mod tests {
             target: crate::volume::ContainerPath::new(format!("/{name}").as_ref()).unwrap(),
             access,
             form: Form::Directory,
+            powers: crate::volume::Powers::default(),
         };
         let plan = Plan {
             id: "a".parse().unwrap(),
@@ -89,6 +90,7 @@ mod tests {
             volumes: vec![volume("rw", Access::Rw), volume("ro", Access::Ro)],
             ownership: crate::plan::Ownership::default(),
             live: crate::plan::Live::default(),
+            restraint: crate::plan::Restraint::default(),
             scratch: None,
             state_dir: "/s".into(),
         };
