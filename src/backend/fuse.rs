@@ -119,8 +119,8 @@ impl Backend for Fuse {
         daemon::shelved(plan)
     }
 
-    fn refresh(&self, traces: &Traces) -> Traces {
-        let worker = traces.supervisor.and_then(daemon::worker_of).or(traces.worker);
+    fn refresh(&self, plan: &Plan, traces: &Traces) -> Traces {
+        let worker = daemon::worker_of(plan, traces).or(traces.worker);
         Traces { worker, ..traces.clone() }
     }
 
@@ -131,11 +131,14 @@ impl Backend for Fuse {
             None => mounts.at(&plan.rootfs).iter().any(|m| is_of(m, plan)),
         };
         if !is_mounted {
-            Health::Gone
-        } else if daemon::alive(traces).next().is_some() {
-            Health::Ready
-        } else {
-            Health::Dead
+            return Health::Gone;
+        }
+        match daemon::worker_of(plan, traces) {
+            Some(worker) if worker.is_stopped() => Health::Stopped,
+            Some(_) => Health::Ready,
+            // Between two workers.
+            None if daemon::alive(traces).next().is_some() => Health::Ready,
+            None => Health::Dead,
         }
     }
 }
@@ -233,9 +236,9 @@ fn unmount_of(how: Detach) -> Unmount {
 
 /// See the server's processes out. `false`: there were none.
 fn end_server(plan: &Plan, traces: &Traces, connection: Option<u32>, patience: Duration, in_use: bool) -> Result<bool> {
-    // The worker may be a later one than the record's.
-    let worker = traces.supervisor.and_then(daemon::worker_of);
-    let processes: Vec<ProcessId> = daemon::alive(traces).chain(worker).collect();
+    // A worker may have followed the one that was written down first.
+    let mut processes: Vec<ProcessId> = daemon::alive(traces).collect();
+    processes.extend(daemon::worker_of(plan, traces).filter(|worker| !processes.contains(worker)));
     if processes.is_empty() {
         return Ok(false);
     }

@@ -64,6 +64,8 @@ impl From<&Finding> for Support {
 pub enum Health {
     /// Mounted and answering.
     Ready,
+    /// Mounted, and its server was stopped (SIGSTOP): who uses it waits until that goes on.
+    Stopped,
     /// Mounted, but its server is dead (ENOTCONN): `unmount` cleans it.
     Dead,
     /// Not mounted (any more) in this mount namespace.
@@ -125,7 +127,7 @@ pub trait Backend {
     }
 
     /// What `traces` would be if they were noted now: a worker may have been replaced since.
-    fn refresh(&self, traces: &Traces) -> Traces {
+    fn refresh(&self, _: &Plan, traces: &Traces) -> Traces {
         traces.clone()
     }
 

@@ -8,7 +8,7 @@ use clap::Args;
 use super::shown::{Shown, is_unsupervised};
 use super::{Format, Global, output};
 use crate::error::{Result, show};
-use crate::provisioner::{Selector, Status};
+use crate::provisioner::{Condition, Selector, Status};
 use crate::volume::Access;
 
 #[derive(Debug, Args)]
@@ -56,6 +56,13 @@ fn describe(status: &Status) -> String {
         rows.push((
             "warning",
             "its supervisor died: no other worker follows this one; unmount and mount again".to_owned(),
+        ));
+    }
+    if status.health == Condition::Stopped {
+        rows.push((
+            "warning",
+            "its worker was stopped and does not answer: kill -CONT lets it go on, fsprov restart puts another in its place"
+                .to_owned(),
         ));
     }
     rows.push(("created", record.created.clone()));

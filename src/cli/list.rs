@@ -8,8 +8,9 @@ use crate::error::{Result, show};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-STATE is ready; changing (being made or taken away now); interrupted (its making was cut short), dead (its server died) or gone \
-(unmounted by others, or this host was rebooted): `fsprov unmount` cleans these up; elsewhere: in another mount namespace.
+STATE is ready; changing (being made or taken away now); stopped (its server was stopped and does not answer); interrupted (its making \
+was cut short), dead (its server died) or gone (unmounted by others, or this host was rebooted): `fsprov unmount` cleans these up; \
+elsewhere: in another mount namespace.
 
 Example:
   fsprov list --json")]

@@ -35,7 +35,9 @@ impl Restart {
         let provisioner = global.provisioner()?;
         let chosen = if self.all {
             let mut all = provisioner.list()?;
-            all.retain(|s| s.record.backend == BackendKind::Fuse && s.health == Condition::Ready);
+            all.retain(|s| {
+                s.record.backend == BackendKind::Fuse && matches!(s.health, Condition::Ready | Condition::Stopped)
+            });
             all
         } else {
             self.which.iter().map(|w| provisioner.inspect(&Selector::parse(w))).collect::<Result<_>>()?

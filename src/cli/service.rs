@@ -96,7 +96,7 @@ fn stay(provisioner: &Provisioner, record: &Record, signals: &Termination, is_ke
     let woken = signals.wait(record.traces.supervisor.or(record.traces.worker))?;
     if is_kept && woken == Woken::ByProcess && record.backend == BackendKind::Fuse {
         let status = provisioner.inspect(&selector);
-        if status.is_ok_and(|s| matches!(s.health, Condition::Ready | Condition::Dead)) {
+        if status.is_ok_and(|s| matches!(s.health, Condition::Ready | Condition::Stopped | Condition::Dead)) {
             return Err(Error::new(Kind::Helper, "serve", show(&record.plan.rootfs), "its supervisor died")
                 .hint("the next start of this service goes on with it (Restart=on-failure)"));
         }

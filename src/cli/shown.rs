@@ -57,7 +57,8 @@ fn path<S: serde::Serializer>(path: &&Path, to: S) -> Result<S::Ok, S::Error> {
 
 /// Is it served by a worker whose supervisor died?
 pub(super) fn is_unsupervised(record: &Record, state: Condition) -> bool {
-    state == Condition::Ready && record.traces.supervisor.is_some_and(|supervisor| !supervisor.is_alive())
+    matches!(state, Condition::Ready | Condition::Stopped)
+        && record.traces.supervisor.is_some_and(|supervisor| !supervisor.is_alive())
 }
 
 impl<'a> Shown<'a> {

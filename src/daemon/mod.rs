@@ -24,6 +24,7 @@ mod spawn;
 mod supervise;
 mod walls;
 
+use std::ffi::CStr;
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,7 +37,13 @@ pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
 pub use spawn::{Finish, Options, adopt, start};
+pub(crate) use supervise::is_server;
 pub use supervise::worker_of;
+
+/// What the kernel calls the processes (/proc/PID/comm).
+const SUPERVISOR_NAME: &CStr = c"fsprov-super";
+/// See [`SUPERVISOR_NAME`].
+const WORKER_NAME: &CStr = c"fsprov-worker";
 
 /// Exit code of a worker that lost a thread to a request ([`crate::fuse::poison`]).
 const THREAD_LOST: i32 = 71;
@@ -95,10 +102,12 @@ pub mod names {
     pub const LOG: &str = "server.log";
     /// Its control socket.
     pub const CONTROL: &str = "control.sock";
+    /// Which process answers now.
+    pub const WORKER: &str = "worker.json";
 }
 
 /// First steps of a server process.
-fn settle(name: &std::ffi::CStr) {
+fn settle(name: &CStr) {
     let _ = rustix::thread::set_name(name);
     // Modes of what is made through the mount are the caller's, masked by the caller's umask, not by ours.
     rustix::process::umask(rustix::fs::Mode::empty());

@@ -34,7 +34,7 @@ use crate::volume::Form;
 /// The program.
 pub(super) fn main() -> ExitCode {
     raw::hoard_no_memory();
-    settle(c"fsprov-worker");
+    settle(super::WORKER_NAME);
     super::log::start("worker");
     poison::end_with_a_lost_thread(super::THREAD_LOST);
     #[cfg(feature = "failpoints")]

@@ -26,12 +26,13 @@ use super::control::{Listener, Question};
 use super::protocol::{self, Begin, Course, FromWorker, Job, Report, ToWorker};
 use super::shelf::{self, Inheritance};
 use super::sources::{Legacy, Sources};
-use super::{REQUEST_LOST, TARGET, THREAD_LOST, WORK, hex, settle, spawn, unhex};
+use super::{REQUEST_LOST, TARGET, THREAD_LOST, WORK, hex, names, settle, spawn, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
 use crate::fuse::mount::{self, Method, Mounted, Request};
 use crate::fuse::session::{self, InFlight};
 use crate::place::Point;
+use crate::plan::Plan;
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
 use crate::sys::process::ProcessId;
@@ -73,7 +74,7 @@ fn detach() -> Result<Channel> {
     // In this order: the child of a session's leader can never get a terminal by opening one.
     rustix::process::setsid().map_err(|e| Error::sys(OP, "setsid", e))?;
     raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
-    settle(c"fsprov-super");
+    settle(super::SUPERVISOR_NAME);
     take_stdin().map(Channel::from)
 }
 
@@ -661,7 +662,11 @@ impl Worker {
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
-        Ok(Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 })
+        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
+        if let Err(error) = note_worker(&job.plan, worker.id) {
+            log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");
+        }
+        Ok(worker)
     }
 
     /// Hand it what it serves, and see its trees built.
@@ -738,14 +743,26 @@ fn timespec(duration: Duration) -> Timespec {
     Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
-/// The worker that a supervisor has now: its only child, unless it is unmounting. `None`: between two workers, or not to be seen.
-pub fn worker_of(supervisor: ProcessId) -> Option<ProcessId> {
-    let path = format!("/proc/{0}/task/{0}/children", supervisor.pid);
-    let children = std::fs::read_to_string(path).ok().filter(|_| supervisor.is_alive())?;
-    let mut workers = children.split_ascii_whitespace().filter_map(|pid| {
-        let pid = pid.parse().ok()?;
-        let name = std::fs::read_to_string(format!("/proc/{pid}/comm")).ok()?;
-        name.starts_with("fsprov-work").then(|| ProcessId::of(pid).ok()).flatten()
-    });
-    workers.next()
+/// Write down which process answers, before it does: where the supervisor dies, nobody else knows.
+fn note_worker(plan: &Plan, worker: ProcessId) -> Result<()> {
+    const OP: &str = "write down the worker in";
+    let fail = |e| Error::io(OP, show(&plan.state_dir), e);
+    let text = serde_json::to_vec(&worker).map_err(|e| Error::new(Kind::Io, OP, show(&plan.state_dir), e))?;
+    let (path, new) = (plan.state_dir.join(names::WORKER), plan.state_dir.join(format!("{}.new", names::WORKER)));
+    std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)
+}
+
+/// The process that answers for a rootfs now. `None`: none does, or not that can be seen.
+pub fn worker_of(plan: &Plan, traces: &Traces) -> Option<ProcessId> {
+    // Of another boot there is no process, whatever has its number now.
+    traces.supervisor.or(traces.worker)?;
+    let written = std::fs::read(plan.state_dir.join(names::WORKER)).ok();
+    let written = written.and_then(|text| serde_json::from_slice::<ProcessId>(&text).ok());
+    written.or(traces.worker).filter(|worker| worker.is_alive())
+}
+
+/// Is this process a server of ours, as far as its name tells?
+pub(crate) fn is_server(pid: i32) -> bool {
+    let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    [super::SUPERVISOR_NAME, super::WORKER_NAME].iter().any(|name| name.to_bytes() == comm.trim_ascii_end())
 }

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 
+use super::now::Keeper;
 use super::{Now, Provisioner, Record, Selector, State, fill, lock, record};
 use crate::backend::{self, Detach};
 use crate::error::{Error, Kind, Result, show};
@@ -83,14 +84,22 @@ impl Provisioner {
 
 /// A rootfs in another mount namespace cannot be reached from here, as long as that namespace lives.
 pub(super) fn refuse_elsewhere(record: &Record, now: &Now) -> Result<()> {
-    let Some(pid) = now.elsewhere(record)? else { return Ok(()) };
+    let (kept, way) = match now.elsewhere(record)? {
+        None => return Ok(()),
+        Some(Keeper::Process(pid)) => {
+            (format!("where process {pid} runs"), format!("nsenter --preserve-credentials -U -m -t {pid}"))
+        }
+        Some(Keeper::File(file)) => {
+            (format!("which the file {} keeps", show(&file)), format!("nsenter --mount={}", show(&file)))
+        }
+    };
     Err(Error::new(
         Kind::Busy,
         "unmount",
         show(&record.plan.rootfs),
-        format!("it is mounted in another mount namespace, where process {pid} runs"),
+        format!("it is mounted in another mount namespace, {kept}"),
     )
-    .hint(format!("run it there: nsenter --preserve-credentials -U -m -t {pid} fsprov unmount {}", record.plan.id)))
+    .hint(format!("run it there: {way} fsprov unmount {}", record.plan.id)))
 }
 
 /// Remove what was made beside the rootfs itself: its changes, the directories made for its mount point, as long as they are empty,

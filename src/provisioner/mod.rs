@@ -80,6 +80,8 @@ pub enum Condition {
     Changing,
     /// Its provisioning was cut short: `unmount` cleans it.
     Interrupted,
+    /// Mounted, and its server was stopped (SIGSTOP): it does not answer until that goes on.
+    Stopped,
     /// Its server is dead (ENOTCONN): `unmount` cleans it.
     Dead,
     /// No longer mounted here: `unmount` removes what is left of it.
@@ -95,6 +97,7 @@ impl Condition {
             Condition::Ready => "ready",
             Condition::Changing => "changing",
             Condition::Interrupted => "interrupted",
+            Condition::Stopped => "stopped",
             Condition::Dead => "dead",
             Condition::Gone => "gone",
             Condition::Elsewhere => "elsewhere",
@@ -262,7 +265,7 @@ impl Provisioner {
         let container = self.paths.container(id);
         let Some(mut record) = Record::read(&container)? else { return Ok(None) };
         let backend = backend::of(record.backend);
-        record.traces = backend.refresh(&record.traces);
+        record.traces = backend.refresh(&record.plan, &record.traces);
         let health = if lock::is_held(container.dir())? { Condition::Changing } else { Self::condition(&record, now)? };
         let changes = backend.usage(&record.plan);
         Ok(Some(Status { record, health, changes }))
@@ -277,6 +280,7 @@ impl Provisioner {
         Ok(match (health, record.state) {
             (_, State::Pending) => Condition::Interrupted,
             (Health::Ready, State::Ready) => Condition::Ready,
+            (Health::Stopped, State::Ready) => Condition::Stopped,
             (Health::Dead, State::Ready) => Condition::Dead,
             (Health::Gone, State::Ready) | (_, State::Healing) => Condition::Gone,
         })

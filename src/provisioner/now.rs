@@ -2,8 +2,10 @@
 
 use std::cell::{OnceCell, RefCell};
 use std::collections::HashMap;
+use std::path::PathBuf;
 
 use super::Record;
+use crate::daemon;
 use crate::error::Result;
 use crate::sys::mountinfo::Table;
 use crate::sys::process::{self, Namespace};
@@ -15,8 +17,17 @@ pub struct Now {
     boot_id: String,
     mount_namespace: Namespace,
     mounts: OnceCell<Table>,
-    /// Mount namespaces that were looked for, and a process in each that was found.
-    others: RefCell<HashMap<Namespace, Option<i32>>>,
+    /// Mount namespaces that were looked for, and by what each is kept.
+    others: RefCell<HashMap<Namespace, Option<Keeper>>>,
+}
+
+/// By what a mount namespace is kept.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Keeper {
+    /// This process is in it.
+    Process(i32),
+    /// This file stands for it (a bind mount of /proc/PID/ns/mnt): setns(2) leads into it.
+    File(PathBuf),
 }
 
 impl Now {
@@ -53,22 +64,24 @@ impl Now {
         Traces { copied: record.traces.copied.clone(), parts: Some(Vec::new()), ..Traces::default() }
     }
 
-    /// Made in another mount namespace than ours that still lives: a process to point to, that is in it.
+    /// Made in another mount namespace than ours, which somebody may still enter or is in: who.
     ///
-    /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)).
-    pub fn elsewhere(&self, record: &Record) -> Result<Option<i32>> {
+    /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)). Servers of ours keep
+    /// one and are nobody: with them alone in it no rootfs there can be reached any more.
+    pub fn elsewhere(&self, record: &Record) -> Result<Option<Keeper>> {
         if !self.is_of_this_boot(record) || record.mount_namespace == self.mount_namespace {
             return Ok(None);
         }
-        let mut servers = [record.traces.supervisor, record.traces.worker].into_iter().flatten();
-        if let Some(server) = servers.find(|server| server.is_alive()) {
-            return Ok(Some(server.pid));
-        }
         if let Some(found) = self.others.borrow().get(&record.mount_namespace) {
-            return Ok(*found);
+            return Ok(found.clone());
         }
-        let found = process::in_mount_namespace(record.mount_namespace)?;
-        self.others.borrow_mut().insert(record.mount_namespace, found);
+        let mut found =
+            process::in_mount_namespace(record.mount_namespace, |pid| !daemon::is_server(pid))?.map(Keeper::Process);
+        if found.is_none() {
+            found =
+                self.mounts()?.file_of_namespace(record.mount_namespace.1).map(|file| Keeper::File(file.to_owned()));
+        }
+        self.others.borrow_mut().insert(record.mount_namespace, found.clone());
         Ok(found)
     }
 }

@@ -85,7 +85,7 @@ impl Provisioner {
         let condition = record.as_ref().map(|record| Self::condition(record, &Now::look()?)).transpose()?;
         match (condition, record) {
             (Some(Condition::Elsewhere), _) => Ok(Outcome::Skipped),
-            (Some(Condition::Ready), _) if wanted => Ok(Outcome::Kept),
+            (Some(Condition::Ready | Condition::Stopped), _) if wanted => Ok(Outcome::Kept),
             (Some(Condition::Dead | Condition::Gone), Some(record)) if wanted => self.heal(&container, record, claim),
             _ => {
                 drop(claim);

@@ -36,10 +36,11 @@ impl Provisioner {
         destroy::refuse_elsewhere(&record, &now)?;
         let condition = Self::condition(&record, &now)?;
         let is_same = is_for(&record, request);
-        let is_alive = condition == Condition::Ready && record.traces.supervisor.is_none_or(ProcessId::is_alive);
-        if is_alive || condition == Condition::Ready && self.shelf.is_none() {
+        let answers = matches!(condition, Condition::Ready | Condition::Stopped);
+        let is_alive = answers && record.traces.supervisor.is_none_or(ProcessId::is_alive);
+        if is_alive || answers && self.shelf.is_none() {
             let mut record = record;
-            record.traces = backend::of(record.backend).refresh(&record.traces);
+            record.traces = backend::of(record.backend).refresh(&record.plan, &record.traces);
             return Ok((is_same && self.shelf.is_some()).then_some(record));
         }
         if is_same && condition == Condition::Gone && record.backend == BackendKind::Copy {
@@ -47,7 +48,10 @@ impl Provisioner {
             self.heal(&container, record, claim)?;
             return Record::read(&container);
         }
-        if is_same && matches!(condition, Condition::Ready | Condition::Dead) && !shelved.is_empty() {
+        if is_same
+            && matches!(condition, Condition::Ready | Condition::Stopped | Condition::Dead)
+            && !shelved.is_empty()
+        {
             let mut making = Making::new(self, container, record, claim);
             match making.adopt(shelved) {
                 Ok(true) => {

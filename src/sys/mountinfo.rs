@@ -225,6 +225,13 @@ impl Table {
         self.at(self.points.get(&id)?).iter().find(|m| m.id == id)
     }
 
+    /// The file that stands for the mount namespace of this inode number, if there is one: it keeps the namespace.
+    pub fn file_of_namespace(&self, inode: u64) -> Option<&Path> {
+        let root = PathBuf::from(format!("mnt:[{inode}]"));
+        let found = self.by_point.values().flatten().find(|m| m.fs_type == "nsfs" && m.root == root);
+        found.map(|m| m.point.as_path())
+    }
+
     /// The mounts exactly at `point`, lowest first, topmost last. `point` is absolute, without symlinks.
     pub fn at(&self, point: &Path) -> &[MountInfo] {
         self.by_point.get(point).map_or(&[], Vec::as_slice)

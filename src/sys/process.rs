@@ -49,6 +49,11 @@ impl ProcessId {
         Stat::read(self.pid).is_ok_and(|stat| stat.start_time == self.start_time && stat.runs())
     }
 
+    /// Was it stopped (SIGSTOP, or by a debugger)? It does nothing until it is let go on.
+    pub fn is_stopped(self) -> bool {
+        Stat::read(self.pid).is_ok_and(|stat| stat.start_time == self.start_time && matches!(stat.state, b'T' | b't'))
+    }
+
     /// Send it a signal; never to another process that got its pid. `false`: it is gone.
     pub fn send_signal(self, signal: Signal) -> Result<bool> {
         const OP: &str = "signal process";
@@ -362,13 +367,13 @@ pub fn own_ids() -> (u32, u32) {
     (rustix::process::getuid().as_raw(), rustix::process::getgid().as_raw())
 }
 
-/// A process that we can see in this mount namespace, if there is one.
-pub fn in_mount_namespace(wanted: Namespace) -> Result<Option<i32>> {
+/// A process that we can see in this mount namespace, and that counts, if there is one.
+pub fn in_mount_namespace(wanted: Namespace, counts: impl Fn(i32) -> bool) -> Result<Option<i32>> {
     let processes = std::fs::read_dir("/proc").map_err(|e| Error::io("list", "/proc", e))?;
     Ok(processes
         .filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
         // A process that has ended, or that we may not look at, is not one we can point to.
-        .find(|&pid| mount_namespace_of(pid).is_ok_and(|ns| ns == wanted)))
+        .find(|&pid| mount_namespace_of(pid).is_ok_and(|ns| ns == wanted) && counts(pid)))
 }
 
 /// The id of this boot (proc(5)): what was mounted or running under another one is gone.

@@ -5,6 +5,7 @@ use std::path::Path;
 use crate::common::Case;
 
 mod agent;
+mod alone;
 mod appc;
 mod cli;
 mod clients;
@@ -45,6 +46,10 @@ pub(crate) const CASES: &[Case] = &[
     agent::ROUNDS,
     agent::WAITS,
     agent::WRITABLE,
+    alone::LATER_WORKER,
+    alone::LEFT_BEHIND,
+    alone::STOPPED,
+    alone::USED_THERE,
     appc::CONFIG,
     appc::FETCHES,
     appc::MESOS,
