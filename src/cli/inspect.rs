@@ -2,12 +2,15 @@
 
 use std::ffi::OsString;
 use std::fmt::Write as _;
+use std::time::Duration;
 
 use clap::Args;
 
 use super::shown::{Shown, is_unsupervised};
 use super::{Format, Global, output};
+use crate::daemon::control::{Question, ask_within};
 use crate::error::{Result, show};
+use crate::plan::BackendKind;
 use crate::provisioner::{Condition, Selector, Status};
 use crate::volume::Access;
 
@@ -26,6 +29,26 @@ impl Inspect {
         let status = global.provisioner()?.inspect(&Selector::parse(&self.which))?;
         if self.format.json { output::json(&Shown::of(&status)) } else { output::text(&describe(&status)) }
     }
+}
+
+/// How long a server is waited for: one that is busy answers within milliseconds.
+const PATIENCE: Duration = Duration::from_secs(3);
+
+/// Which walls stand around the worker.
+fn walls(told: &serde_json::Value) -> String {
+    let stands = |key: &str| told[key].as_bool() == Some(true);
+    let mut text: Vec<String> = [
+        ("seccomp", format!("{} system calls", told["system_calls"])),
+        ("landlock", "landlock".to_owned()),
+        ("own_root", "a root of its own".to_owned()),
+        ("devices_closed", "no devices".to_owned()),
+        ("no_new_privileges", "no new privileges".to_owned()),
+    ]
+    .into_iter()
+    .filter_map(|(key, text)| stands(key).then_some(text))
+    .collect();
+    text.extend(told["capabilities"].as_str().map(|hex| format!("capabilities {hex}")));
+    text.join(", ")
 }
 
 fn describe(status: &Status) -> String {
@@ -64,6 +87,12 @@ fn describe(status: &Status) -> String {
             "its worker was stopped and does not answer: kill -CONT lets it go on, fsprov restart puts another in its place"
                 .to_owned(),
         ));
+    }
+    if status.health == Condition::Ready && record.backend == BackendKind::Fuse {
+        match ask_within(&record.plan, &Question::Stats, PATIENCE) {
+            Ok(stats) => rows.push(("walls", walls(&stats["worker"]["walls"]))),
+            Err(error) => rows.push(("warning", format!("its server does not answer: {error}"))),
+        }
     }
     rows.push(("created", record.created.clone()));
     rows.iter().fold(String::new(), |mut text, (name, value)| {

@@ -3,15 +3,17 @@
 //!
 //! The supervisor answers between two looks at its worker, so it gives a client little time.
 
-use std::io::{BufRead as _, BufReader, Read as _, Write as _};
+use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 use rustix::net::sockopt::socket_peercred;
+use rustix::net::{SocketFlags, accept_with};
 use serde::{Deserialize, Serialize};
 
 use super::{TARGET, names};
@@ -19,7 +21,7 @@ use crate::error::{Error, Kind, Result, Told, show};
 use crate::plan::Plan;
 
 /// Longest question: a path at most.
-const MAX_QUESTION: u64 = 8192;
+const MAX_QUESTION: usize = 8192;
 /// How long a client may take to ask after it connected: it does so at once.
 const CLIENT_PATIENCE: Duration = Duration::from_millis(200);
 /// How long a client waits: a restart takes as long as building the trees.
@@ -60,6 +62,11 @@ enum Answer {
 /// # Ok::<(), fsprov::Error>(())
 /// ```
 pub fn ask(plan: &Plan, question: &Question) -> Result<serde_json::Value> {
+    ask_within(plan, question, ANSWER_PATIENCE)
+}
+
+/// [`ask`], of a server that may not answer.
+pub fn ask_within(plan: &Plan, question: &Question, patience: Duration) -> Result<serde_json::Value> {
     const OP: &str = "ask the server of";
     let name = || show(&plan.rootfs);
     let fail = |e| Error::io(OP, name(), e);
@@ -71,7 +78,7 @@ pub fn ask(plan: &Plan, question: &Question) -> Result<serde_json::Value> {
         }
         _ => fail(e),
     })?;
-    stream.set_read_timeout(Some(ANSWER_PATIENCE)).map_err(fail)?;
+    stream.set_read_timeout(Some(patience)).map_err(fail)?;
     let mut line = serde_json::to_vec(question).map_err(|e| Error::new(Kind::Io, OP, name(), e))?;
     line.push(b'\n');
     stream.write_all(&line).map_err(fail)?;
@@ -92,8 +99,9 @@ fn socket_path(dir: &OwnedFd) -> PathBuf {
 /// The server's end.
 #[derive(Debug)]
 pub(super) struct Listener {
-    socket: UnixListener,
-    dir: OwnedFd,
+    socket: OwnedFd,
+    /// Where its name is. `None`: somebody else's affair.
+    dir: Option<OwnedFd>,
 }
 
 impl AsFd for Listener {
@@ -104,7 +112,8 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        match unlinkat(&self.dir, names::CONTROL, AtFlags::empty()) {
+        let Some(dir) = &self.dir else { return };
+        match unlinkat(dir, names::CONTROL, AtFlags::empty()) {
             // The directory went with the record.
             Ok(()) | Err(Errno::NOENT) => {}
             Err(e) => log::debug!(target: TARGET, "remove {}: {e}", names::CONTROL),
@@ -116,7 +125,14 @@ impl Drop for Listener {
 #[derive(Debug)]
 pub(super) struct Client {
     pub(super) question: Question,
-    stream: UnixStream,
+    stream: OwnedFd,
+}
+
+/// What was bound in another process.
+impl From<OwnedFd> for Listener {
+    fn from(socket: OwnedFd) -> Self {
+        Listener { socket, dir: None }
+    }
 }
 
 impl Listener {
@@ -132,12 +148,12 @@ impl Listener {
             Ok(socket)
         });
         let socket = bound.map_err(|e| Error::io(OP, show(state_dir), e))?;
-        Ok(Listener { socket, dir })
+        Ok(Listener { socket: socket.into(), dir: Some(dir) })
     }
 
     /// Who asks what. `None`: nobody, or nobody who may, or nothing that can be read.
     pub(super) fn accept(&self) -> Option<Client> {
-        let (stream, _) = self.socket.accept().ok()?;
+        let stream = accept_with(&self.socket, SocketFlags::CLOEXEC | SocketFlags::NONBLOCK).ok()?;
         match hear(&stream) {
             Ok(question) => Some(Client { question, stream }),
             Err(error) => {
@@ -159,29 +175,48 @@ impl Client {
     }
 }
 
-fn hear(stream: &UnixStream) -> Result<Question> {
+/// By poll(2), read(2) and write(2) alone: a worker behind its filter does this too.
+fn hear(stream: &OwnedFd) -> Result<Question> {
     const OP: &str = "read a question on";
-    let fail = |e| Error::io(OP, names::CONTROL, e);
-    stream.set_nonblocking(false).map_err(fail)?;
-    stream.set_read_timeout(Some(CLIENT_PATIENCE)).map_err(fail)?;
-    stream.set_write_timeout(Some(CLIENT_PATIENCE)).map_err(fail)?;
-    let peer = socket_peercred(stream).map_err(|e| Error::sys(OP, names::CONTROL, e))?;
+    let fail = |e| Error::sys(OP, names::CONTROL, e);
+    let peer = socket_peercred(stream).map_err(fail)?;
     // The directory is closed to others already; a descriptor may have been passed on.
     if peer.uid != rustix::process::geteuid() && !peer.uid.is_root() {
         return Err(Error::new(Kind::Permission, OP, names::CONTROL, format!("user {} may not", peer.uid.as_raw())));
     }
-    let mut line = String::new();
-    BufReader::new(stream.take(MAX_QUESTION)).read_line(&mut line).map_err(fail)?;
-    serde_json::from_str(&line).map_err(|e| Error::new(Kind::Invalid, OP, names::CONTROL, e))
+    let mut line = Vec::new();
+    let mut piece = [0; 1024];
+    while !line.contains(&b'\n') && line.len() < MAX_QUESTION {
+        wait_for(stream, PollFlags::IN).map_err(fail)?;
+        match rustix::io::read(stream, &mut piece) {
+            Ok(0) => break,
+            Ok(n) => line.extend_from_slice(&piece[..n]),
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(e) => return Err(fail(e)),
+        }
+    }
+    serde_json::from_slice(&line).map_err(|e| Error::new(Kind::Invalid, OP, names::CONTROL, e))
 }
 
-fn reply(mut stream: &UnixStream, answer: &Answer) {
-    let text = serde_json::to_vec(answer).map(|mut text| {
-        text.push(b'\n');
-        text
-    });
+/// A client has a short time for each step.
+fn wait_for(stream: &OwnedFd, what: PollFlags) -> rustix::io::Result<()> {
+    let patience = Timespec { tv_sec: 0, tv_nsec: CLIENT_PATIENCE.subsec_nanos().into() };
+    let ready = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(stream, what)], Some(&patience)))?;
+    if ready == 0 { Err(Errno::TIMEDOUT) } else { Ok(()) }
+}
+
+fn reply(stream: &OwnedFd, answer: &Answer) {
+    let Ok(mut text) = serde_json::to_vec(answer) else { return };
+    text.push(b'\n');
+    let mut rest = &text[..];
     // A client that does not read gets no answer.
-    let _ = text.map(|text| stream.write_all(&text));
+    while !rest.is_empty() && wait_for(stream, PollFlags::OUT).is_ok() {
+        match rustix::io::write(stream, rest) {
+            Ok(n) => rest = &rest[n..],
+            Err(Errno::INTR | Errno::AGAIN) => {}
+            Err(_) => return,
+        }
+    }
 }
 
 #[cfg(test)]

@@ -7,6 +7,8 @@ use std::str::FromStr as _;
 
 use rustix::fs::FileType;
 
+use crate::error::{Error, Kind};
+
 /// Largest log file. Beyond it the older half goes: a server that complains for months must not fill a disk.
 const MAX_LOG: u64 = 1024 * 1024;
 /// How many bytes are written between two looks at the file's size.
@@ -37,6 +39,11 @@ pub(super) fn set_level(level: &str) -> bool {
         log::set_max_level(level);
     }
     parsed.is_ok()
+}
+
+/// What [`set_level`] was given is none.
+pub(super) fn no_level(level: &str) -> Error {
+    Error::new(Kind::Usage, "set log level", level, "it is none of off, error, warn, info, debug, trace")
 }
 
 /// The level that a filter (`info`, `fsprov=debug,fuser=warn`) gives this crate.

@@ -7,10 +7,12 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 use super::channel::Channel;
+use super::control::{Listener, Question};
 use super::protocol::{Begin, FromWorker, Job, ToWorker};
 use super::sources::{Sources, read_memory_file};
 use super::supervise::{take_stdin, take_stdout};
@@ -79,6 +81,10 @@ struct Server {
     counters: Arc<Counters>,
     started: Instant,
     walls: Walls,
+    /// For as long as there is no supervisor that listens.
+    control: Option<Listener>,
+    /// Keeps the image in the store.
+    _in_use: Option<OwnedFd>,
 }
 
 fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
@@ -95,6 +101,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     groups::ask_at(groups);
     figures::memory();
     let walls = walls::raise(&job.plan, &mut hand_over.sources);
+    let (control, in_use) = (hand_over.control.take(), hand_over.sources.in_use.take());
     let trees = Trees::build(hand_over, shares, channel)?;
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions {
@@ -106,7 +113,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     };
     let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
     let counters = adapter.counters();
-    Ok((adapter, Server { job, trees, counters, started: Instant::now(), walls }, notes))
+    Ok((adapter, Server { job, trees, counters, started: Instant::now(), walls, control, _in_use: in_use }, notes))
 }
 
 fn begin(
@@ -206,13 +213,42 @@ fn control(channel: &Channel, server: &Server) {
             Ok(Some((other, _))) => log::warn!(target: TARGET, "unexpected message: {other:?}"),
             Ok(None) => {
                 log::warn!(target: TARGET, "the supervisor is gone: nobody starts another worker after this one");
-                return;
+                return alone(server);
             }
             Err(error) => {
                 log::error!(target: TARGET, "{error}");
                 return;
             }
         }
+    }
+}
+
+/// Without a supervisor: answer what can be asked of a worker.
+fn alone(server: &Server) {
+    let Some(control) = &server.control else { return };
+    loop {
+        let asked = rustix::io::retry_on_intr(|| poll(&mut [PollFd::new(control, PollFlags::IN)], None));
+        if let Err(e) = asked {
+            log::error!(target: TARGET, "wait for a question: {e}");
+            return;
+        }
+        let Some(client) = control.accept() else { continue };
+        client.answer(match &client.question {
+            Question::Stats => Ok(serde_json::json!({
+                "worker": server.stats(),
+                "worker_pid": rustix::process::getpid().as_raw_nonzero(),
+                "unsupervised": true,
+            })),
+            Question::Level(level) if super::log::set_level(level) => Ok(serde_json::Value::Null),
+            Question::Level(level) => Err(super::log::no_level(level)),
+            Question::Restart(_) => Err(Error::new(
+                Kind::Helper,
+                "restart worker of",
+                show(&server.job.plan.rootfs),
+                "its supervisor died, and nobody else starts one",
+            )
+            .hint("fsprov unmount, and mount again")),
+        });
     }
 }
 
@@ -229,6 +265,7 @@ struct HandOver {
     sources: Sources,
     logs: Vec<OwnedFd>,
     kept: Vec<((u32, u64), OwnedFd)>,
+    control: Option<Listener>,
 }
 
 fn take_job(channel: &Channel) -> Result<HandOver> {
@@ -236,7 +273,10 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
     let early = || Error::new(Kind::Helper, OP, "", "the supervisor ended before it sent all of it");
     let Some((ToWorker::Job { sources, logs, kept }, fds)) = channel.receive()? else { return Err(early()) };
     // From the supervisor: as long as it is.
-    let job: Job = read_memory_file(single(fds)?, "fsprov-job", u64::MAX)?;
+    let mut fds = fds.into_iter();
+    let job: Job = read_memory_file(fds.next().ok_or_else(early)?, "fsprov-job", u64::MAX)?;
+    let in_use = job.plan.index.as_ref().and_then(|_| fds.next());
+    let control = fds.next().map(Listener::from);
     let (mut all_sources, mut all_logs, mut all_kept) = (Vec::new(), Vec::new(), Vec::new());
     while all_sources.len() < sources || all_logs.len() < logs || all_kept.len() < kept {
         match channel.receive()? {
@@ -246,8 +286,8 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
             _ => return Err(early()),
         }
     }
-    let sources = Sources::sort(&job.plan, all_sources)?;
-    Ok(HandOver { job, sources, logs: all_logs, kept: all_kept })
+    let sources = Sources { in_use, ..Sources::sort(&job.plan, all_sources)? };
+    Ok(HandOver { job, sources, logs: all_logs, kept: all_kept, control })
 }
 
 /// Most of the address space: 8 threads with their stacks, buffers and arenas, eight million nodes in a table that grows, and an
@@ -295,7 +335,7 @@ struct Trees {
 
 impl Trees {
     fn build(hand_over: HandOver, shares: Shares, channel: &Arc<Channel>) -> Result<Self> {
-        let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept } = hand_over;
+        let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept, .. } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
         let pool = FdPool::with(shares)?;

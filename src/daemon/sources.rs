@@ -22,7 +22,7 @@ pub(super) struct Sources {
     pub(super) index: Option<OwnedFd>,
     pub(super) volumes: Vec<OwnedFd>,
     /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the
-    /// rootfs was unmounted lazily and nothing names it any more. The supervisor's; a worker has none.
+    /// rootfs was unmounted lazily and nothing names it any more.
     pub(super) in_use: Option<OwnedFd>,
 }
 
@@ -32,10 +32,20 @@ impl Sources {
     }
 
     /// Hand the job, the sources and what earlier workers left to a worker.
-    pub(super) fn send(&self, job: &OwnedFd, legacy: &Legacy, to: &Channel) -> Result<()> {
+    ///
+    /// Beside the job: what keeps the image in the store, where there is an index, and the control socket, where there is one. Both are
+    /// for a worker whose supervisor dies.
+    pub(super) fn send(
+        &self,
+        job: &OwnedFd,
+        control: Option<BorrowedFd<'_>>,
+        legacy: &Legacy,
+        to: &Channel,
+    ) -> Result<()> {
         let (all, logs) = (self.all(), legacy.logs.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>());
         let counts = ToWorker::Job { sources: all.len(), logs: logs.len(), kept: legacy.kept.len() };
-        to.send(&counts, &[job.as_fd()])?;
+        let beside = self.in_use.iter().map(|fd| fd.as_fd()).chain(control);
+        to.send(&counts, &std::iter::once(job.as_fd()).chain(beside).collect::<Vec<_>>())?;
         all.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Sources, some))?;
         logs.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Logs, some))?;
         let kept: Vec<_> = legacy.kept.iter().map(|(key, fd)| (*key, fd.as_fd())).collect();

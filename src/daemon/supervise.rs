@@ -9,7 +9,7 @@ mod restarts;
 
 use std::fs::File;
 use std::io::Write as _;
-use std::os::fd::{AsFd as _, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::path::Path;
@@ -207,8 +207,9 @@ impl Supervisor {
         fault::point("server.worker")?;
 
         let mut worker = Worker::start(&program, &job)?;
-        let built =
-            worker.build(&job_file, &sources, &legacy).and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
+        let built = worker
+            .build(&job_file, &sources, control.as_ref(), &legacy)
+            .and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
         let standing = built.and_then(|()| match stand {
             Stand::On(standing) => go_on(&job, &mut worker, standing),
             Stand::At(point) => mount_at(&job, &mut worker, &point),
@@ -416,7 +417,7 @@ impl Supervisor {
 
     fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
-        let begun = worker.build(&self.job_file, &self.sources, &self.legacy).and_then(|()| {
+        let begun = worker.build(&self.job_file, &self.sources, self.control.as_ref(), &self.legacy).and_then(|()| {
             let start =
                 Begin::Again { reply: hex(&self.standing.reply), resend: self.job.resend, with_care: self.with_care };
             worker.begin(&self.standing, start)
@@ -456,12 +457,7 @@ impl Supervisor {
 
     fn set_level(&mut self, level: &str) -> Result<serde_json::Value> {
         if !super::log::set_level(level) {
-            return Err(Error::new(
-                Kind::Usage,
-                "set log level",
-                level,
-                "it is none of off, error, warn, info, debug, trace",
-            ));
+            return Err(super::log::no_level(level));
         }
         if let Some(worker) = &self.worker {
             worker.channel.send(&ToWorker::Level(level.to_owned()), &[])?;
@@ -670,8 +666,14 @@ impl Worker {
     }
 
     /// Hand it what it serves, and see its trees built.
-    fn build(&mut self, job_file: &OwnedFd, sources: &Sources, legacy: &Legacy) -> Result<()> {
-        sources.send(job_file, legacy, &self.channel)?;
+    fn build(
+        &mut self,
+        job_file: &OwnedFd,
+        sources: &Sources,
+        control: Option<&Listener>,
+        legacy: &Legacy,
+    ) -> Result<()> {
+        sources.send(job_file, control.map(Listener::as_fd), legacy, &self.channel)?;
         match self.expect("build its trees")? {
             FromWorker::Built => Ok(()),
             other => Err(unexpected(&other)),

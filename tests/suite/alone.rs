@@ -160,3 +160,35 @@ pub(crate) const USED_THERE: Case = Case::needing(
         stage.assert_nothing_left("after the last user");
     },
 );
+
+/// Out of sight, without a supervisor, and still in use: the worker keeps the image in the store.
+pub(crate) const IMAGE_HELD: Case =
+    Case::new("a_worker_without_supervisor_holds_its_image", on::fuse, |stage: &Stage| {
+        let image = stage.small_image();
+        fs::write(image.join("usr/share/doc/read"), "from the image").expect("write");
+        stage
+            .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
+            .run()
+            .ok();
+        for restarted in [false, true] {
+            let rootfs = mounted(stage, "small");
+            if restarted {
+                stage.fsprov(["restart", "k"]).run().ok();
+            }
+            lose_supervisor(stage);
+            let mut user = Command::new("sleep")
+                .arg("300")
+                .current_dir(rootfs.join("usr/share/doc"))
+                .stdin(Stdio::null())
+                .spawn()
+                .expect("start a user");
+            stage.fsprov(["unmount", "--lazy", "k"]).run().ok();
+            stage.fsprov(["image", "rm", "small"]).run().fails(4, &["use"]);
+            let read = fs::read_to_string(format!("/proc/{}/cwd/read", user.id()));
+            assert_eq!(read.expect("read"), "from the image", "restarted {restarted}");
+            user.kill().expect("end it");
+            user.wait().expect("end it");
+            assert!(system::survivors(PATIENCE).is_empty(), "the worker ends with the last user");
+        }
+        stage.fsprov(["image", "rm", "small"]).run().ok();
+    });

@@ -561,9 +561,15 @@ pub(crate) const ALONE: Case = Case::new("a_worker_without_supervisor_goes_on", 
     assert!(said.contains("its supervisor died"), "{said}");
     open.write_all(b"good").expect("an open file is good");
     assert_eq!(fs::read_to_string(rootfs.join("w/f")).expect("read"), "good");
-    stage.fsprov(["stats", "k"]).run().fails(3, &["no server listens"]);
+    // It answers for itself.
+    let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+    assert_eq!(stats["worker_pid"].as_i64(), Some(i64::from(worker)), "{stats:#}");
+    assert!(stats["worker"]["requests"]["write"].as_u64() >= Some(1), "{stats:#}");
+    stage.fsprov(["stats", "--log-level", "debug", "k"]).run().ok();
+    stage.fsprov(["restart", "k"]).run().fails_saying(&["its supervisor died"]);
     system::kill(worker);
     assert!(system::eventually(COMING_BACK, || super::destroy::health(stage) == "dead"), "it is dead");
+    stage.fsprov(["stats", "k"]).run().fails(3, &["no server listens"]);
     drop(open);
     stage.unmount(&rootfs);
     stage.assert_nothing_left("after both died");

@@ -119,6 +119,8 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
     let image = stage.small_image();
     mounted(stage, &image, "k", &[]);
     let stats = stats(stage, "k");
+    let said = stage.fsprov(["inspect", "k"]).run().ok().out();
+    assert!(said.contains("no new privileges") && said.contains("system calls"), "{said}");
     let worker = stats["worker_pid"].as_i64().expect("a pid");
     let status = fs::read_to_string(format!("/proc/{worker}/status")).expect("its status");
     let field = |name: &str| {

@@ -46,6 +46,7 @@ pub(crate) const CASES: &[Case] = &[
     agent::ROUNDS,
     agent::WAITS,
     agent::WRITABLE,
+    alone::IMAGE_HELD,
     alone::LATER_WORKER,
     alone::LEFT_BEHIND,
     alone::STOPPED,

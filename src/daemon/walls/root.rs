@@ -8,7 +8,7 @@
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, Mode, OFlags};
+use rustix::fs::{self, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 use rustix::thread::CapabilitySet;
@@ -61,10 +61,26 @@ pub(super) fn enclose(plan: &Plan, sources: &mut Sources, users: NewUsers) -> En
     } else {
         Ok(nothing)
     };
-    result.unwrap_or_else(|error| {
+    let enclosed = result.unwrap_or_else(|error| {
         log::warn!(target: super::TARGET, "{error}");
         nothing
-    })
+    });
+    if enclosed.copies {
+        told(hold_again(sources));
+    }
+    enclosed
+}
+
+/// The lock that keeps the image is one of the descriptor that was given. From that a way leads up into the store, so that one went,
+/// and its copy is locked in its place.
+fn hold_again(sources: &mut Sources) -> Result<()> {
+    let Some(in_use) = &mut sources.in_use else { return Ok(()) };
+    let fail = |e| Error::sys(OP, "the lock on the image", e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let held = fs::openat(&*in_use, ".", flags, Mode::empty()).map_err(fail)?;
+    fs::flock(&held, FlockOperation::NonBlockingLockShared).map_err(fail)?;
+    *in_use = held;
+    Ok(())
 }
 
 fn told(result: Result<()>) -> bool {
@@ -73,7 +89,8 @@ fn told(result: Result<()>) -> bool {
 
 /// Each source with what may be done on it.
 fn each<'a>(plan: &'a Plan, sources: &'a mut Sources) -> impl Iterator<Item = (&'a mut OwnedFd, Access)> {
-    let image = sources.layers.iter_mut().chain(&mut sources.index).map(|fd| (fd, Access::Ro));
+    let image =
+        sources.layers.iter_mut().chain(&mut sources.index).chain(&mut sources.in_use).map(|fd| (fd, Access::Ro));
     image.chain(sources.volumes.iter_mut().zip(&plan.volumes).map(|(fd, volume)| (fd, volume.access)))
 }
 
