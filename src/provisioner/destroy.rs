@@ -141,14 +141,14 @@ pub(super) fn remove_changes(record: &Record, unwritten: Unwritten) -> Result<()
     let Some((parent, name)) = found_in(&scratch.0) else { return Ok(()) };
     let known = record.places.as_ref().and_then(|places| places.scratch.as_ref());
     let is_ours = match parent.child(name) {
-        Ok(there) => match known {
-            Some(known) => known.is_same(&there.identity()),
+        Ok(there) => known.map_or_else(
             // As it is made: nobody else's, and closed to all others.
-            None => {
+            || {
                 let is_mine = there.owner().0 == rustix::process::geteuid().as_raw() && there.mode() == 0o700;
                 unwritten == Unwritten::MayBeOurs && is_mine
-            }
-        },
+            },
+            |known| known.is_same(&there.identity()),
+        ),
         Err(Errno::NOENT) => return Ok(()),
         Err(Errno::LOOP) => false,
         Err(e) => return Err(Error::sys(OP, show(&scratch.0), e)),

@@ -206,7 +206,7 @@ mod tests {
             assert_eq!(got.collect::<Vec<_>>(), want, "{volumes:?}");
             assert_eq!(planned.sources, made.iter().map(PathBuf::from).collect::<Vec<_>>(), "{volumes:?}");
             assert_eq!(
-                planned.fill.iter().map(|t| t.as_path()).collect::<Vec<_>>(),
+                planned.fill.iter().map(ContainerPath::as_path).collect::<Vec<_>>(),
                 filled.iter().map(Path::new).collect::<Vec<_>>()
             );
             assert_eq!(planned.made, [Path::new("/m/made"), Path::new("/m/made/rootfs")]);

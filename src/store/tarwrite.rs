@@ -201,19 +201,16 @@ impl DirectoryImage {
         };
         let rootfs = fs::openat(&dir, image::ROOTFS, OPEN_DIR, Mode::empty()).ok();
         fault::point("tarwrite.opened")?;
-        let (manifest, root, at) = match (manifest, rootfs) {
-            (Some(file), Some(root)) => {
-                let bytes = read_bounded("read", show(&manifest_at), file, limits.manifest_bytes)?;
-                (bytes, root, path.join(image::ROOTFS))
-            }
-            _ => {
-                let name = name.ok_or_else(|| {
-                    let why = "it is a root filesystem without a manifest, and no name was given";
-                    Error::new(Kind::Usage, "import", show(path), why).hint("name it with --name")
-                })?;
-                let root = fs::openat(&dir, ".", OPEN_DIR, Mode::empty()).map_err(|e| Error::sys(OP, show(path), e))?;
-                (made_manifest(name)?, root, path.to_owned())
-            }
+        let (manifest, root, at) = if let (Some(file), Some(root)) = (manifest, rootfs) {
+            let bytes = read_bounded("read", show(&manifest_at), file, limits.manifest_bytes)?;
+            (bytes, root, path.join(image::ROOTFS))
+        } else {
+            let name = name.ok_or_else(|| {
+                let why = "it is a root filesystem without a manifest, and no name was given";
+                Error::new(Kind::Usage, "import", show(path), why).hint("name it with --name")
+            })?;
+            let root = fs::openat(&dir, ".", OPEN_DIR, Mode::empty()).map_err(|e| Error::sys(OP, show(path), e))?;
+            (made_manifest(name)?, root, path.to_owned())
         };
         Ok(DirectoryImage { manifest, root, at, depth: limits.depth })
     }
