@@ -149,9 +149,8 @@ impl Keyring {
 }
 
 fn read_keys(path: &Path) -> Result<Vec<SignedPublicKey>> {
-    let mut bytes = Vec::new();
     let file = std::fs::File::open(path).map_err(|e| Error::io("read keys", show(path), e))?;
-    file.take(MAX_KEYS_BYTES).read_to_end(&mut bytes).map_err(|e| Error::io("read keys", show(path), e))?;
+    let bytes = crate::sys::fs::read_bounded("read keys", show(path), file, MAX_KEYS_BYTES)?;
     let refuse = |why: String| {
         Error::new(Kind::Invalid, "read keys", show(path), why).hint("a keyring holds what `gpg --export` writes")
     };

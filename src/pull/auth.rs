@@ -96,9 +96,8 @@ impl AuthFiles {
 }
 
 fn read(path: &Path) -> Result<Option<AuthFile>> {
-    let mut text = Vec::new();
-    match std::fs::File::open(path) {
-        Ok(file) => file.take(MAX_BYTES).read_to_end(&mut text).map_err(|e| Error::io("read logins", show(path), e))?,
+    let text = match std::fs::File::open(path) {
+        Ok(file) => crate::sys::fs::read_bounded("read logins", show(path), file, MAX_BYTES)?,
         Err(e) if matches!(e.kind(), std::io::ErrorKind::NotFound | std::io::ErrorKind::NotADirectory) => {
             return Ok(None);
         }

@@ -182,7 +182,6 @@ pub(super) fn sha256_hex(bytes: &[u8]) -> String {
 
 /// A whole regular file, no longer than `most`.
 pub(super) fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>> {
-    use std::io::Read as _;
     let failed = |e| Error::io("read", show(path), e);
     // Never a FIFO or a device that somebody put there.
     let flags = rustix::fs::OFlags::NONBLOCK | rustix::fs::OFlags::NOCTTY;
@@ -193,10 +192,5 @@ pub(super) fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>> {
     if !file.metadata().map_err(failed)?.is_file() {
         return Err(Error::new(Kind::Invalid, "read", show(path), "it is no regular file"));
     }
-    let mut bytes = Vec::new();
-    file.take(most + 1).read_to_end(&mut bytes).map_err(failed)?;
-    if bytes.len() as u64 > most {
-        return Err(Error::new(Kind::Limit, "read", show(path), format!("it has more than {most} bytes")));
-    }
-    Ok(bytes)
+    crate::sys::fs::read_bounded("read", show(path), file, most)
 }
