@@ -392,11 +392,16 @@ fn build_at_stage(source: BorrowedFd<'_>, stage: &Path, attrs: &AttrSet<'_>) -> 
         mount::mount_change(&place, MountPropagationFlags::PRIVATE | MountPropagationFlags::REC).map_err(fail)?;
     }
     for mount in mountinfo::tree_of(mountinfo::read()?, mount_id(&root)?) {
-        // A bind remount sets all flags: repeat those that are there. In a user namespace dropping a locked one is EPERM.
-        let flags = MountFlags::BIND | existing_flags(&mount) | attrs.classic();
-        mount::mount_remount(&mount.point, flags, "").map_err(|e| Error::sys(OP, show(&mount.point), e))?;
+        set_attr_at(&mount, attrs).map_err(|e| Error::sys(OP, show(&mount.point), e))?;
     }
     Ok((root, place))
+}
+
+/// Set attributes, but for propagation and idmap, on an attached mount as mount(2) can since 2.6.26.
+pub fn set_attr_at(mount: &mountinfo::MountInfo, attrs: &AttrSet<'_>) -> rustix::io::Result<()> {
+    // A bind remount sets all flags: repeat those that are there. In a user namespace dropping a locked one is EPERM.
+    let flags = MountFlags::BIND | existing_flags(mount) | attrs.classic();
+    mount::mount_remount(&mount.point, flags, "")
 }
 
 fn existing_flags(mount: &mountinfo::MountInfo) -> MountFlags {

@@ -149,7 +149,7 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
             .map(|e| e.expect("entry").file_name())
             .collect();
         seen.sort();
-        assert!(seen == ["proc"] || seen == ["proc", "sys"], "{seen:?}");
+        assert!(seen == ["proc", "sources"] || seen == ["proc", "sources", "sys"], "{seen:?}");
     }
     assert_eq!(stats["worker"]["walls"]["no_new_privileges"].as_bool(), Some(true));
     let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");

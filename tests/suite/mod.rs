@@ -201,6 +201,7 @@ pub(crate) const CASES: &[Case] = &[
     volumes::ODD_PATHS,
     volumes::OWNERS,
     volumes::SANDBOX_ESCAPE,
+    volumes::ROOTFS_WITHIN,
     volumes::SOURCE_IS_MADE,
     volumes::SUBMOUNTS,
     volumes::THROUGH_SYMLINKS,

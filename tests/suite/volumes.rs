@@ -499,3 +499,37 @@ pub(crate) const OWNERS: Case = Case::new("owners_are_squashed_or_mapped", fuse_
 fn fuse_here(lane: &Lane) -> bool {
     on::fuse(lane) && lane.enter != Enter::Userns
 }
+
+/// `-v DIR:/w` with the rootfs in DIR, and another rootfs there: a worker that comes later finds them mounted in what it serves, and
+/// must not keep them.
+pub(crate) const ROOTFS_WITHIN: Case =
+    Case::new("a_rootfs_within_a_volumes_source_ends_when_it_is_unmounted", on::fuse, |stage: &Stage| {
+        let image = stage.small_image();
+        let source = stage.mkdir("vol");
+        stage.write("vol/f", "of the volume");
+        let mount = |id: &str| {
+            let mut options = vec!["--id".into(), id.into()];
+            options.extend(volume(&source, "/data", "rw"));
+            stage.mount(&image, format!("vol/{id}"), options)
+        };
+        let (one, two) = (mount("one"), mount("two"));
+        for id in ["one", "two"] {
+            stage.fsprov(["restart", id]).run().ok();
+        }
+        for rootfs in [&one, &two] {
+            assert_eq!(read(rootfs.join("data/f")), "of the volume");
+            write(rootfs.join("data/g"), "written");
+            assert_eq!(read(rootfs.join("etc/hosts")), "127.0.0.1 localhost\n");
+        }
+        let servers = stage.servers().len();
+        stage.unmount(&two);
+        let fewer = || stage.servers().len() + 2 <= servers;
+        assert!(
+            system::eventually(std::time::Duration::from_secs(3), fewer),
+            "the other one keeps it: {:?}",
+            stage.servers()
+        );
+        assert_eq!(read(one.join("data/g")), "written");
+        stage.unmount(&one);
+        stage.assert_nothing_left("after both were unmounted");
+    });

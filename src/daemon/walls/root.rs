@@ -1,14 +1,15 @@
-//! A root of its own for the worker: an empty one, and the layers and volumes as copies of their mounts that are attached nowhere.
+//! A root of its own for the worker: an empty one, and the layers and volumes as copies of their mounts.
 //!
 //! In the copies no program and no setuid bit counts and no device node can be opened, which is nothing to those who use the rootfs:
 //! their kernel goes by the FUSE mount. What is mounted below a source while the rootfs stands is not seen, as with a bind mount.
 //!
 //! Only for the first steps of a process with one thread.
 
+use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, FlockOperation, Mode, OFlags};
+use rustix::fs::{self, FileType, FlockOperation, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 use rustix::thread::CapabilitySet;
@@ -17,6 +18,7 @@ use super::super::sources::Sources;
 use crate::error::{Error, Result, show};
 use crate::plan::Plan;
 use crate::sys::mount::{self, AttrSet, Depth};
+use crate::sys::mountinfo::{self, MountInfo};
 use crate::sys::raw;
 use crate::volume::Access;
 
@@ -45,30 +47,106 @@ pub(super) enum NewUsers {
 
 /// Go there, as far as this host lets us; what cannot be had is logged, and the sources are good in any case.
 pub(super) fn enclose(plan: &Plan, sources: &mut Sources, users: NewUsers) -> Enclosed {
-    let nothing = Enclosed { copies: false, root: false };
-    // A test takes this wall away and leaves the copies.
-    let root = |users| {
-        crate::fault::point("walls.root")?;
-        raw::unshare_mounts(users).map_err(|e| Error::sys(OP, "unshare", e).hint("landlock is left"))
-    };
     let has_rights = rustix::thread::capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
     let result = if has_rights {
-        copy_all(plan, sources)
-            .map(|()| Enclosed { copies: true, root: told(root(raw::Users::Same).and_then(|()| leave())) })
+        enclose_root(plan, sources)
     } else if users == NewUsers::May {
-        by_user_namespace(plan, sources, || root(raw::Users::New))
-            .map(|()| Enclosed { copies: true, root: told(leave()) })
+        enclose_user(plan, sources)
     } else {
-        Ok(nothing)
+        Ok(NOTHING)
     };
     let enclosed = result.unwrap_or_else(|error| {
         log::warn!(target: super::TARGET, "{error}");
-        nothing
+        NOTHING
     });
     if enclosed.copies {
         told(hold_again(sources));
     }
     enclosed
+}
+
+const NOTHING: Enclosed = Enclosed { copies: false, root: false };
+
+fn enclose_root(plan: &Plan, sources: &mut Sources) -> Result<Enclosed> {
+    let copies = each(plan, sources).map(|(fd, access)| copy(fd, access)).collect::<Result<Vec<_>>>()?;
+    let root = unshare(raw::Users::Same).and_then(|()| leave(&copies));
+    // Without a name for what is mounted within them, copies that hold a rootfs would keep it when it is unmounted.
+    let are_usable = root.is_ok() || (copies.iter().all(|c| c.is_closed) && !has_rootfs_within(plan, sources)?);
+    let enclosed = Enclosed { copies: are_usable, root: told(root) };
+    if are_usable {
+        replace(plan, sources, copies);
+    }
+    Ok(enclosed)
+}
+
+/// An ordinary user: in a new user namespace, which has rights over copies of the mounts that are there, and over no descriptor of
+/// the mounts that were. So the sources are opened again, by the names they have, and must be the same files.
+fn enclose_user(plan: &Plan, sources: &mut Sources) -> Result<Enclosed> {
+    if has_rootfs_within(plan, sources)? {
+        // In a copy it could not be taken away: what was mounted before the namespace was made is locked in it.
+        return Err(Error::new(crate::Kind::Unsupported, OP, "", "a rootfs is mounted within a source"));
+    }
+    let mut again: Vec<(PathBuf, (u64, u64), Access)> = Vec::new();
+    for (fd, access) in each(plan, sources) {
+        let path = crate::sys::fs::path_of(&*fd)?;
+        if path.starts_with(&plan.rootfs) {
+            // Its name leads into our own mount by now, where nobody answers.
+            return Err(Error::new(crate::Kind::Unsupported, OP, show(&path), "the rootfs lies over it"));
+        }
+        again.push((path, identity(fd)?, access));
+    }
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    unshare(raw::Users::New)?;
+    let maps = [
+        ("setgroups", "deny".to_owned()),
+        ("gid_map", format!("{gid} {gid} 1")),
+        ("uid_map", format!("{uid} {uid} 1")),
+    ];
+    for (file, text) in maps {
+        let path = format!("/proc/self/{file}");
+        std::fs::write(&path, text).map_err(|e| Error::io(OP, path, e))?;
+    }
+    let copies = again.into_iter().map(|(path, was, access)| {
+        let found = crate::sys::fs::open_beneath(root_now()?, path.strip_prefix("/").unwrap_or(&path), OFlags::PATH)
+            .map_err(|e| Error::sys(OP, show(&path), e))?;
+        if identity(&found)? != was {
+            return Err(Error::new(crate::Kind::Busy, OP, show(&path), "another file has this name now"));
+        }
+        copy(&found, access)
+    });
+    let copies = copies.collect::<Result<Vec<_>>>()?;
+    leave(&copies)?;
+    replace(plan, sources, copies);
+    Ok(Enclosed { copies: true, root: true })
+}
+
+fn unshare(users: raw::Users) -> Result<()> {
+    // A test takes this wall away.
+    crate::fault::point("walls.root")?;
+    raw::unshare_mounts(users).map_err(|e| Error::sys(OP, "unshare", e).hint("landlock is left"))
+}
+
+fn replace(plan: &Plan, sources: &mut Sources, copies: Vec<Copy>) {
+    for ((fd, _), copy) in each(plan, sources).zip(copies) {
+        *fd = copy.fd;
+    }
+}
+
+/// Is a rootfs of ours mounted within one of the sources?
+fn has_rootfs_within(plan: &Plan, sources: &mut Sources) -> Result<bool> {
+    let ours: Vec<PathBuf> = mountinfo::read()?.into_iter().filter(is_ours).map(|mount| mount.point).collect();
+    for (fd, _) in each(plan, sources) {
+        let path = crate::sys::fs::path_of(&*fd)?;
+        if ours.iter().any(|point| point.starts_with(&path)) {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// A FUSE or overlay mount of this program.
+fn is_ours(mount: &MountInfo) -> bool {
+    mount.fs_type == crate::fuse::mount::FS_TYPE || mount.source.as_encoded_bytes().starts_with(b"fsprov-")
 }
 
 /// The lock that keeps the image is one of the descriptor that was given. From that a way leads up into the store, so that one went,
@@ -94,66 +172,29 @@ fn each<'a>(plan: &'a Plan, sources: &'a mut Sources) -> impl Iterator<Item = (&
     image.chain(sources.volumes.iter_mut().zip(&plan.volumes).map(|(fd, volume)| (fd, volume.access)))
 }
 
-fn copy(source: &OwnedFd, access: Access) -> Result<OwnedFd> {
+/// A source as a copy of its mount, and of those within it.
+struct Copy {
+    fd: OwnedFd,
+    attrs: AttrSet<'static>,
+    /// Its attributes are set. If not (before Linux 5.12), they can be once it has a name.
+    is_closed: bool,
+}
+
+fn copy(source: &OwnedFd, access: Access) -> Result<Copy> {
     let fail = |call: &'static str| move |e| Error::sys(OP, call, e);
-    let copy = mount::open_tree_clone(source, Depth::Recursive).map_err(fail("open_tree"))?;
-    let closed = AttrSet {
-        read_only: access == Access::Ro,
-        nosuid: true,
-        nodev: true,
-        noexec: true,
-        private: true,
-        ..AttrSet::default()
-    };
-    mount::set_attr_recursive(&copy, &closed).map_err(fail("mount_setattr"))?;
-    Ok(copy)
+    let fd = mount::open_tree_clone(source, Depth::Recursive).map_err(fail("open_tree"))?;
+    let attrs = AttrSet { read_only: access == Access::Ro, private: true, ..CLOSED };
+    match mount::set_attr_recursive(&fd, &attrs) {
+        Ok(()) => Ok(Copy { fd, attrs, is_closed: true }),
+        Err(Errno::NOSYS) => Ok(Copy { fd, attrs, is_closed: false }),
+        Err(e) => Err(fail("mount_setattr")(e)),
+    }
 }
 
-fn copy_all(plan: &Plan, sources: &mut Sources) -> Result<()> {
-    let copies = each(plan, sources).map(|(fd, access)| copy(fd, access)).collect::<Result<Vec<_>>>()?;
-    for ((fd, _), copy) in each(plan, sources).zip(copies) {
-        *fd = copy;
-    }
-    Ok(())
-}
+const CLOSED: AttrSet<'static> =
+    AttrSet { read_only: false, nosuid: true, nodev: true, noexec: true, private: false, idmap: None };
 
-/// An ordinary user: in a new user namespace, which has rights over copies of the mounts that are there, and over no descriptor of
-/// the mounts that were. So the sources are opened again, by the names they have, and must be the same files.
-fn by_user_namespace(plan: &Plan, sources: &mut Sources, unshare: impl FnOnce() -> Result<()>) -> Result<()> {
-    let mut again: Vec<(PathBuf, (u64, u64), Access)> = Vec::new();
-    for (fd, access) in each(plan, sources) {
-        let path = crate::sys::fs::path_of(&*fd)?;
-        if path.starts_with(&plan.rootfs) {
-            // Its name leads into our own mount by now, where nobody answers.
-            return Err(Error::new(crate::Kind::Unsupported, OP, show(&path), "the rootfs lies over it"));
-        }
-        again.push((path, identity(fd)?, access));
-    }
-    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
-    unshare()?;
-    for (file, text) in
-        [("setgroups", "deny".to_owned()), ("gid_map", format!("{gid} {gid} 1")), ("uid_map", format!("{uid} {uid} 1"))]
-    {
-        let path = format!("/proc/self/{file}");
-        std::fs::write(&path, text).map_err(|e| Error::io(OP, path, e))?;
-    }
-    let copies = again.into_iter().map(|(path, was, access)| {
-        let found =
-            crate::sys::fs::open_beneath(root_of_host()?, path.strip_prefix("/").unwrap_or(&path), OFlags::PATH)
-                .map_err(|e| Error::sys(OP, show(&path), e))?;
-        if identity(&found)? != was {
-            return Err(Error::new(crate::Kind::Busy, OP, show(&path), "another file has this name now"));
-        }
-        copy(&found, access)
-    });
-    let copies = copies.collect::<Result<Vec<_>>>()?;
-    for ((fd, _), copy) in each(plan, sources).zip(copies) {
-        *fd = copy;
-    }
-    Ok(())
-}
-
-fn root_of_host() -> Result<OwnedFd> {
+fn root_now() -> Result<OwnedFd> {
     crate::sys::fs::open_path(Path::new("/")).map_err(|e| Error::sys(OP, "/", e))
 }
 
@@ -161,47 +202,96 @@ fn identity(fd: &OwnedFd) -> Result<(u64, u64)> {
     fs::fstat(fd).map(|stat| (stat.st_dev, stat.st_ino)).map_err(|e| Error::sys(OP, "a source", e))
 }
 
-/// Leave the host's root for an empty one, in a mount namespace that is this process's alone.
-fn leave() -> Result<()> {
+/// Where copies lie in the empty root, by number. They are used by descriptor.
+const PLACES: &str = "sources";
+
+/// Leave the host's root for an empty one that holds the copies, in a mount namespace that is this process's alone.
+fn leave(copies: &[Copy]) -> Result<()> {
     let fail = |call: &'static str| move |e: Errno| Error::sys(OP, call, e);
-    mount::make_private(root_of_host()?)?;
+    mount::make_private(root_now()?)?;
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("fsopen"))?;
     rustix::mount::fsconfig_set_string(&context, "size", "64k").map_err(fail("fsconfig"))?;
     rustix::mount::fsconfig_create(&context).map_err(fail("fsconfig"))?;
     let attributes =
         MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
     let empty = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(fail("fsmount"))?;
+    let proc = crate::sys::fs::open_path(Path::new("/proc")).map_err(fail("open /proc"))?;
+    // First: before Linux 6.15 nothing can be attached to what is attached nowhere.
+    mount::move_mount_to(&empty, root_now()?).map_err(fail("move_mount"))?;
     for place in KEPT {
         match crate::sys::fs::open_path(Path::new(place)) {
-            Ok(there) => keep(&there, place, &empty)?,
+            Ok(there) => {
+                let kept = mount::open_tree_clone(&there, Depth::One).map_err(|e| Error::sys(OP, place, e))?;
+                attach(&kept, place.trim_start_matches('/'), &empty)?;
+            }
             Err(Errno::NOENT | Errno::ACCESS) if place != KEPT[0] => {}
-            Err(e) => return Err(fail("open a place that is kept")(e)),
+            Err(e) => return Err(Error::sys(OP, place, e)),
         }
     }
-    mount::move_mount_to(&empty, root_of_host()?).map_err(fail("move_mount"))?;
+    for (number, copy) in copies.iter().enumerate() {
+        attach(&copy.fd, &format!("{PLACES}/{number}"), &empty)?;
+    }
     rustix::process::fchdir(&empty).map_err(fail("fchdir"))?;
     // The new root over the old one, and the old one over that (pivot_root(2), "." twice).
     rustix::process::pivot_root(".", ".").map_err(fail("pivot_root"))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(fail("umount2"))?;
     rustix::process::chdir("/").map_err(fail("chdir"))?;
-    let closed = AttrSet { read_only: true, ..AttrSet::default() };
-    mount::set_attr_recursive(root_of_host()?, &closed).map_err(fail("mount_setattr"))
+    close(&proc, copies)
 }
 
-/// Attach a copy of what is at `there` in the root to come, at `place`.
-fn keep(there: &OwnedFd, place: &str, root: &OwnedFd) -> Result<()> {
+/// Take away what must not be held, and close the rest: nothing is left of the old root but `proc`, which goes after this.
+fn close(proc: &OwnedFd, copies: &[Copy]) -> Result<()> {
+    let table = fs::openat(proc, "self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
+    let mut text = Vec::new();
+    table
+        .map_err(std::io::Error::from)
+        .and_then(|table| std::fs::File::from(table).read_to_end(&mut text))
+        .map_err(|e| Error::io(OP, "mountinfo", e))?;
+    for mount in mountinfo::parse(&text)? {
+        let fail = |e: Errno| Error::sys(OP, show(&mount.point), e);
+        let number = mount.point.strip_prefix(Path::new("/").join(PLACES)).ok().and_then(|rest| rest.iter().next());
+        let copy = number.and_then(|number| copies.get(number.to_str()?.parse::<usize>().ok()?));
+        let is_within = mount.point.components().count() > 3;
+        if copy.is_some() && is_within && is_ours(&mount) {
+            // A rootfs, perhaps this one: held here it would go on after it is unmounted, and so would this process.
+            match rustix::mount::unmount(&mount.point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
+                // With one that it lay in.
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) => {}
+                Err(e) => return Err(fail(e)),
+            }
+            continue;
+        }
+        match copy {
+            Some(copy) if copy.is_closed => {}
+            Some(copy) => match mount::set_attr_at(&mount, &copy.attrs) {
+                Ok(()) | Err(Errno::INVAL | Errno::NOENT) if is_within => {}
+                other => other.map_err(fail)?,
+            },
+            None => mount::set_attr_at(&mount, &AttrSet { read_only: true, ..CLOSED }).map_err(fail)?,
+        }
+    }
+    Ok(())
+}
+
+/// Attach what is detached at `place` in the new root, a directory or a file as it is one.
+fn attach(tree: &OwnedFd, place: &str, root: &OwnedFd) -> Result<()> {
     let fail = |e: Errno| Error::sys(OP, place, e);
-    let copy = mount::open_tree_clone(there, Depth::One).map_err(fail)?;
-    let closed = AttrSet { nosuid: true, nodev: true, noexec: true, private: true, ..AttrSet::default() };
-    mount::set_attr(&copy, &closed).map_err(fail)?;
+    let (dirs, name) = place.rsplit_once('/').unwrap_or(("", place));
     let mut at = PathBuf::new();
-    for name in place.split('/').filter(|name| !name.is_empty()) {
-        at.push(name);
+    for dir in dirs.split('/').filter(|dir| !dir.is_empty()) {
+        at.push(dir);
         match fs::mkdirat(root, &at, Mode::from_raw_mode(0o755)) {
             Ok(()) | Err(Errno::EXIST) => {}
             Err(e) => return Err(fail(e)),
         }
     }
+    at.push(name);
+    let kind = FileType::from_raw_mode(fs::fstat(tree).map_err(fail)?.st_mode);
+    if kind == FileType::Directory {
+        fs::mkdirat(root, &at, Mode::from_raw_mode(0o755)).map_err(fail)?;
+    } else {
+        fs::mknodat(root, &at, FileType::RegularFile, Mode::from_raw_mode(0o600), 0).map_err(fail)?;
+    }
     let target = fs::openat(root, &at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
-    mount::move_mount_to(&copy, &target).map_err(fail)
+    mount::move_mount_to(tree, &target).map_err(fail)
 }
