@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result, show};
 use crate::pull::HostConfig;
-use crate::store::{Limits, Policy};
+use crate::store::{Limits, Policy, Unsigned};
 use crate::sys::fs::read_bounded;
 use crate::volume::VolumeSpec;
 
@@ -34,6 +34,7 @@ pub struct File {
     backend: Option<String>,
     volumes: Option<Vec<String>>,
     keyring: Option<PathBuf>,
+    unsigned: Option<Unsigned>,
     #[serde(rename = "auth_file")]
     logins: Option<PathBuf>,
     mesos_stores: Option<Vec<PathBuf>>,
@@ -87,6 +88,8 @@ pub struct Settings {
     pub volumes: Setting<Vec<String>>,
     /// OpenPGP keys (a file, or a directory of such files): AppC archives need a signature by one of them. `None`: they need none.
     pub keyring: Setting<Option<PathBuf>>,
+    /// What is asked of images without a signature.
+    pub unsigned: Setting<Unsigned>,
     /// The registries' logins; `None`: where podman and docker keep theirs.
     pub auth_file: Setting<Option<PathBuf>>,
     /// Image stores of Apache Mesos (AppC) that are looked into, read-only, for what our own store has not.
@@ -128,6 +131,7 @@ impl Settings {
             backend: Setting::default("auto".to_owned()),
             volumes: Setting::default(Vec::new()),
             keyring: Setting::default(None),
+            unsigned: Setting::default(Unsigned::default()),
             auth_file: Setting::default(None),
             mesos_stores: Setting::default(Vec::new()),
             discovery_prefixes: Setting::default(vec!["https://".to_owned()]),
@@ -149,6 +153,7 @@ impl Settings {
             backend,
             volumes,
             keyring,
+            unsigned,
             logins,
             mesos_stores,
             discovery_prefixes,
@@ -160,6 +165,7 @@ impl Settings {
         self.backend.replace(backend, origin);
         self.volumes.replace(volumes, origin);
         self.keyring.replace(keyring.map(Some), origin);
+        self.unsigned.replace(unsigned, origin);
         self.auth_file.replace(logins.map(Some), origin);
         self.mesos_stores.replace(mesos_stores, origin);
         self.discovery_prefixes.replace(discovery_prefixes, origin);
@@ -184,7 +190,12 @@ impl Settings {
             // Names were looked at when the file was read.
             limits.set(name, setting.value);
         }
-        Policy { limits, keyring: self.keyring.value.clone(), mesos_stores: self.mesos_stores.value.clone() }
+        Policy {
+            limits,
+            keyring: self.keyring.value.clone(),
+            unsigned: self.unsigned.value,
+            mesos_stores: self.mesos_stores.value.clone(),
+        }
     }
 
     /// The volumes of every rootfs.
@@ -215,7 +226,10 @@ fn read_file(path: &Path) -> Result<Option<File>> {
     let bytes = read_bounded(OP, show(path), file, MAX_BYTES).map_err(|e| e.with_kind(Kind::Usage))?;
     let refuse = |why: String| Error::new(Kind::Usage, OP, show(path), why);
     let text = String::from_utf8(bytes).map_err(|e| refuse(e.to_string()))?;
-    let file: File = toml::from_str(&text).map_err(|e| refuse(e.to_string().trim_end().replace('\n', "\n  ")))?;
+    let file: File = toml::from_str(&text).map_err(|e| {
+        let line = e.span().map_or(0, |span| text[..span.start].matches('\n').count() + 1);
+        refuse(format!("line {line}: {}", e.message().trim_end().replace('\n', ", ")))
+    })?;
     let single = [("root", &file.root), ("keyring", &file.keyring), ("auth_file", &file.logins)];
     let single = single.into_iter().filter_map(|(key, path)| Some((key, path.as_ref()?)));
     let stores = file.mesos_stores.iter().flatten().map(|path| ("mesos_stores", path));

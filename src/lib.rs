@@ -32,6 +32,7 @@ pub mod paths;
 pub mod pathtext;
 pub mod place;
 pub mod plan;
+pub mod printable;
 pub mod provisioner;
 pub mod pull;
 pub mod store;
@@ -42,3 +43,11 @@ pub mod volume;
 
 pub use cli::main;
 pub use error::{Error, Kind, Result};
+
+/// For unit tests: this host lacks what a test needs. Under FSPROV_TEST_MUST_RUN that is a failure, as it is for the other tests.
+#[cfg(test)]
+pub(crate) fn lacks(what: &str) {
+    let must = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| !v.is_empty() && v != "0");
+    assert!(!must, "FSPROV_TEST_MUST_RUN is set, and this host lacks {what}");
+    log::warn!("not tested: this host lacks {what}");
+}

@@ -8,7 +8,7 @@ use super::{Format, Global, output};
 use crate::config::{EXAMPLE, Origin};
 use crate::error::{Result, show};
 use crate::pull::HostConfig;
-use crate::store::Limits;
+use crate::store::{Limits, Unsigned};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  fsprov config show\n  fsprov config example > ~/.config/fsprov/config.toml")]
@@ -70,6 +70,11 @@ impl Show {
             row("backend", settings.backend.value.clone(), &settings.backend.origin),
             row("volumes", settings.volumes.value.join(" "), &settings.volumes.origin),
             row("keyring", path(&settings.keyring.value), &settings.keyring.origin),
+            row(
+                "unsigned",
+                if settings.unsigned.value == Unsigned::Refuse { "refuse" } else { "allow" }.to_owned(),
+                &settings.unsigned.origin,
+            ),
             row("auth_file", path(&settings.auth_file.value), &settings.auth_file.origin),
             row("mesos_stores", stores.join(" "), &settings.mesos_stores.origin),
             row("discovery_prefixes", settings.discovery_prefixes.value.join(" "), &settings.discovery_prefixes.origin),
@@ -87,9 +92,10 @@ impl Show {
             rows.push(row(&format!("limits.{name}"), value.to_string(), origin));
         }
         for (host, setting) in &settings.registry {
-            let HostConfig { insecure, mirror, ca } = &setting.value;
+            let HostConfig { insecure, mirror, ca, auth } = &setting.value;
             let mut said: Vec<String> = insecure.then(|| "insecure".to_owned()).into_iter().collect();
             said.extend(mirror.iter().map(|mirror| format!("mirror {mirror}")));
+            said.extend(auth.iter().map(|auth| format!("auth {auth}")));
             said.extend(ca.iter().map(|ca| format!("ca {}", show(ca))));
             rows.push(row(&format!("registry.\"{host}\""), said.join(", "), &setting.origin));
         }

@@ -1,7 +1,6 @@
 //! `fsprov inspect`.
 
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use clap::Args;
@@ -95,8 +94,5 @@ fn describe(status: &Status) -> String {
         }
     }
     rows.push(("created", record.created.clone()));
-    rows.iter().fold(String::new(), |mut text, (name, value)| {
-        let _ = writeln!(text, "{name:15} {value}");
-        text
-    })
+    output::fields(rows)
 }

@@ -151,7 +151,15 @@ impl Global {
             _ => "trace",
         };
         let filter = std::env::var("FSPROV_LOG").unwrap_or_else(|_| format!("fsprov={level}"));
-        env_logger::Builder::new().parse_filters(&filter).format_timestamp(None).init();
+        let format = |out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>| {
+            use std::io::Write as _;
+            let (level, target) = (record.level(), record.target());
+            let style = out.default_level_style(level);
+            // Messages tell names and errors that others wrote.
+            let message = record.args().to_string();
+            writeln!(out, "[{style}{level:<5}{style:#} {target}] {}", crate::printable::line(&message))
+        };
+        env_logger::Builder::new().parse_filters(&filter).format(format).init();
     }
 }
 

@@ -1,19 +1,34 @@
-//! What goes to stdout: a line, a table, JSON. The only place that prints.
+//! What goes to stdout: a line, a table, fields, JSON. The only place that prints, and so the place where what is not printable is
+//! escaped ([`printable`]): no verb can forget it.
 
 use std::fmt::Write as _;
 use std::io::Write as _;
 
 use crate::error::{Error, Result};
+use crate::printable;
 
-/// Print text as it is.
-pub(super) fn text(text: &str) -> Result<()> {
+fn put(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes()).and_then(|()| out.flush()).map_err(|e| Error::io("write to", "stdout", e))
 }
 
+/// Print text of several lines. What comes from others belongs into [`line`], [`table`] or [`fields`], where its line breaks are escaped too.
+pub(super) fn text(text: &str) -> Result<()> {
+    put(&printable::block(text))
+}
+
 /// Print one line.
 pub(super) fn line(line: &str) -> Result<()> {
-    text(&format!("{line}\n"))
+    put(&format!("{}\n", printable::line(line)))
+}
+
+/// Names and values, one pair a line, as text.
+pub(super) fn fields<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> String {
+    let mut all = String::new();
+    for (name, value) in rows {
+        let _ = writeln!(all, "{name:15} {}", printable::line(&value));
+    }
+    all
 }
 
 /// Print a value as indented JSON.
@@ -21,7 +36,7 @@ pub(super) fn json(value: &impl serde::Serialize) -> Result<()> {
     let mut all =
         serde_json::to_string_pretty(value).map_err(|e| Error::new(crate::error::Kind::Io, "write JSON", "", e))?;
     all.push('\n');
-    text(&all)
+    put(&printable::json(&all))
 }
 
 /// Print rows below a heading, columns aligned. Nothing where there is no row.
@@ -29,14 +44,16 @@ pub(super) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) ->
     if rows.is_empty() {
         return Ok(());
     }
+    let rows: Vec<[String; N]> =
+        rows.iter().map(|row| std::array::from_fn(|at| printable::line(&row[at]).into_owned())).collect();
     let mut widths = heading.map(|h| h.chars().count());
-    for row in rows {
+    for row in &rows {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.chars().count());
         }
     }
     let mut all = String::new();
-    for row in std::iter::once(&heading.map(str::to_owned)).chain(rows) {
+    for row in std::iter::once(&heading.map(str::to_owned)).chain(&rows) {
         let mut line = String::new();
         for (cell, width) in row.iter().zip(widths) {
             let _ = write!(line, "{cell:width$}  ");
@@ -44,7 +61,7 @@ pub(super) fn table<const N: usize>(heading: [&str; N], rows: &[[String; N]]) ->
         all.push_str(line.trim_end());
         all.push('\n');
     }
-    text(&all)
+    put(&all)
 }
 
 /// Bytes for people: 1023 B, 1.5 KiB, 181.4 MiB.
@@ -72,7 +89,7 @@ pub(super) fn date(seconds_since_1970: i64) -> String {
 /// Say on stderr what went wrong.
 pub(super) fn complain(error: &Error) {
     // Where stderr is closed there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "fsprov: {error}");
+    let _ = writeln!(std::io::stderr(), "fsprov: {}", printable::line(&error.to_string()));
 }
 
 /// Did the reader of our stdout go away? Then we are done.

@@ -23,7 +23,8 @@ pub(super) fn start(role: &'static str) {
         .parse_filters("trace")
         .format(move |out, record| {
             let time = out.timestamp_millis();
-            writeln!(out, "{time} {role} {} {} {}", record.level(), record.target(), record.args())
+            let message = record.args().to_string();
+            writeln!(out, "{time} {role} {} {} {}", record.level(), record.target(), crate::printable::line(&message))
         })
         .target(env_logger::Target::Pipe(Box::new(BoundedStderr::new())))
         .build();

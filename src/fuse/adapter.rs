@@ -419,6 +419,24 @@ fn give_xattr(reply: ReplyXattr, size: u32, bytes: &[u8]) {
     }
 }
 
+/// What listxattr(2) tells a caller: `trusted.` names only where it may read them (xattr(7)). We could read all of them for it.
+fn listed(names: &[u8], may_read_trusted: impl Fn() -> bool) -> std::borrow::Cow<'_, [u8]> {
+    let is_trusted = |name: &&[u8]| name.starts_with(b"trusted.");
+    let all = || names.split_inclusive(|byte| *byte == 0);
+    if !all().any(|name| is_trusted(&name)) || may_read_trusted() {
+        return names.into();
+    }
+    all().filter(|name| !is_trusted(name)).flatten().copied().collect::<Vec<u8>>().into()
+}
+
+/// Has a process CAP_SYS_ADMIN (proc_pid_status(5))? One that cannot be seen has not.
+fn is_admin(pid: u32) -> bool {
+    const SYS_ADMIN: u32 = 21;
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let effective = status.lines().find_map(|line| line.strip_prefix("CapEff:"));
+    effective.and_then(|text| u64::from_str_radix(text.trim(), 16).ok()).is_some_and(|caps| caps >> SYS_ADMIN & 1 == 1)
+}
+
 fn handle(handle: Option<FileHandle>) -> Option<Handle> {
     handle.map(|h| h.0)
 }
@@ -851,7 +869,10 @@ impl Filesystem for FuseAdapter {
                 reply,
                 |reply, e| reply.error(failed(Operation::ListXattr, node, e)),
                 |reply, bytes| give_xattr(reply, size, bytes),
-                |out| tree.listxattr(node.0, out),
+                |out| {
+                    let may = || request.uid() == 0 && is_admin(request.pid());
+                    tree.listxattr(node.0, &mut |names| out(&listed(names, may)))
+                },
             );
         });
     }
@@ -1018,6 +1039,19 @@ impl Filesystem for FuseAdapter {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn trusted_names_are_listed_to_who_may_read_them() {
+        let names = b"user.a\0trusted.overlay.opaque\0security.capability\0trusted.x\0";
+        assert_eq!(&*listed(names, || true), names);
+        assert_eq!(&*listed(names, || false), b"user.a\0security.capability\0");
+        assert_eq!(&*listed(b"user.a\0", || unreachable!("nothing trusted is in it")), b"user.a\0");
+        assert_eq!(
+            is_admin(std::process::id()),
+            rustix::thread::capabilities(None).unwrap().effective.contains(rustix::thread::CapabilitySet::SYS_ADMIN)
+        );
+        assert!(!is_admin(0));
+    }
 
     #[test]
     fn times_survive_both_ways() {

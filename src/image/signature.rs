@@ -2,7 +2,8 @@
 //!
 //! A key counts if one of its own certifications holds, it may sign, and it is neither revoked nor expired *now*: the time in a
 //! signature is its maker's word, and whoever has an old key may write an old time. One good signature by such a key is
-//! enough.
+//! enough. A key may be bound to a beginning of names, as rkt had it: its file lies in `prefix.d/PREFIX` of the keyring, with a
+//! comma for each slash of the prefix.
 
 use std::io::Read;
 use std::path::Path;
@@ -28,8 +29,29 @@ const BEGIN: &[u8] = b"-----BEGIN PGP PUBLIC KEY BLOCK-----";
 /// Keys whose signatures count.
 #[derive(Debug)]
 pub struct Keyring {
-    keys: Vec<SignedPublicKey>,
+    keys: Vec<(SignedPublicKey, Prefix)>,
     name: String,
+}
+
+/// What the names begin with that a key may sign; none: all names.
+type Prefix = Option<String>;
+
+/// The directory of a keyring whose directories have keys for some names only.
+const PREFIXES: &str = "prefix.d";
+
+/// Who made a good signature.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Signer {
+    /// The fingerprint of the (primary) key, in hex.
+    pub key: String,
+    /// The first user id of the key, as it says itself.
+    pub user: String,
+}
+
+impl std::fmt::Display for Signer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} ({})", self.user, self.key)
+    }
 }
 
 /// Can a key sign, and why not?
@@ -40,13 +62,31 @@ impl Keyring {
     /// keyring is there to count.
     pub fn load(path: &Path) -> Result<Self> {
         let fail = |e| Error::io("read keyring", show(path), e);
-        let mut files = vec![path.to_owned()];
+        let mut files = vec![(path.to_owned(), None)];
         if std::fs::metadata(path).map_err(fail)?.is_dir() {
             files.clear();
-            for entry in std::fs::read_dir(path).map_err(fail)? {
-                let file = entry.map_err(fail)?.path();
-                if std::fs::metadata(&file).is_ok_and(|meta| meta.is_file()) {
-                    files.push(file);
+            let mut dirs = vec![(path.to_owned(), None)];
+            match std::fs::read_dir(path.join(PREFIXES)) {
+                Ok(entries) => {
+                    for entry in entries {
+                        let entry = entry.map_err(fail)?;
+                        let prefix = entry.file_name().to_string_lossy().replace(',', "/");
+                        if !super::appc::is_ac_identifier(&prefix) {
+                            let why = "it is no beginning of names: an AC identifier, with a comma for each slash";
+                            return Err(Error::new(Kind::Invalid, "read keyring", show(entry.path()), why));
+                        }
+                        dirs.push((entry.path(), Some(prefix)));
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+                Err(e) => return Err(fail(e)),
+            }
+            for (dir, prefix) in dirs {
+                for entry in std::fs::read_dir(&dir).map_err(fail)? {
+                    let file = entry.map_err(fail)?.path();
+                    if std::fs::metadata(&file).is_ok_and(|meta| meta.is_file()) {
+                        files.push((file, prefix.clone()));
+                    }
                 }
             }
             files.sort();
@@ -56,8 +96,8 @@ impl Keyring {
             return Err(Error::new(Kind::Limit, "read keyring", show(path), why));
         }
         let mut keys = Vec::new();
-        for file in &files {
-            keys.extend(read_keys(file)?);
+        for (file, prefix) in &files {
+            keys.extend(read_keys(file)?.into_iter().map(|key| (key, prefix.clone())));
         }
         if keys.is_empty() {
             return Err(Error::new(Kind::NotFound, "read keyring", show(path), "there is no key in it")
@@ -66,12 +106,32 @@ impl Keyring {
         Ok(Keyring { keys, name: show(path) })
     }
 
-    /// Is `signature` (armored or binary) by one of the keys, over what `open` gives? Gives the signer, for people.
+    /// May a key that is in the ring, and is neither expired nor revoked now, sign an image of this name? Else why not.
+    pub fn may_sign(&self, signer: &Signer, name: &str) -> std::result::Result<(), String> {
+        let now = now();
+        let mut why = format!("the keyring {} has no key {} any more", self.name, signer.key);
+        for (key, prefix) in self.keys.iter().filter(|(key, _)| key.primary_key.fingerprint().to_string() == signer.key)
+        {
+            let fits = |prefix: &String| {
+                name.strip_prefix(prefix.as_str()).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+            };
+            match (usable(key, now), prefix) {
+                (Err(what), _) => why = format!("the key of {signer} {what}"),
+                (Ok(()), Some(prefix)) if !fits(prefix) => {
+                    why = format!("the key of {signer} is for names that begin with {prefix}/");
+                }
+                (Ok(()), _) => return Ok(()),
+            }
+        }
+        Err(why)
+    }
+
+    /// Is `signature` (armored or binary) by one of the keys, over what `open` gives? Gives the signer.
     ///
     /// `open` is asked once for each signature that names a key of the ring. Errors: [`Kind::Integrity`], with what is wrong with
     /// each signature.
-    pub fn check(&self, signature: &[u8], open: &dyn Fn() -> Result<Box<dyn Read>>) -> Result<String> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    pub fn check(&self, signature: &[u8], open: &dyn Fn() -> Result<Box<dyn Read>>) -> Result<Signer> {
+        let now = now();
         let refuse = |why: String| Error::new(Kind::Integrity, "check signature", "", why);
         let parsed = DetachedSignature::from_reader_many(signature)
             .map_err(|e| Error::new(Kind::Invalid, "read", "signature", format!("it is no OpenPGP signature: {e}")))?;
@@ -94,7 +154,7 @@ impl Keyring {
         signature: &Signature,
         open: &dyn Fn() -> Result<Box<dyn Read>>,
         now: u64,
-    ) -> Result<std::result::Result<String, String>> {
+    ) -> Result<std::result::Result<Signer, String>> {
         let issuer = issuer(signature);
         if signature.typ() != Some(SignatureType::Binary) {
             return Ok(Err(format!("the signature by {issuer} is not one of a file")));
@@ -123,8 +183,8 @@ impl Keyring {
         {
             return Ok(Err(format!("the signature by {issuer} has expired")));
         }
-        for key in &self.keys {
-            let who = || format!("{} ({})", user_of(key), key.primary_key.fingerprint());
+        for (key, _) in &self.keys {
+            let who = || Signer { key: key.primary_key.fingerprint().to_string(), user: user_of(key) };
             if names(signature, &key.primary_key) {
                 if let Err(why) = usable(key, now).and_then(|()| primary_signs(key)) {
                     return Ok(Err(format!("the key of {} {why}", who())));
@@ -146,6 +206,10 @@ impl Keyring {
         }
         Ok(Err(format!("the keyring has no key {issuer}")))
     }
+}
+
+fn now() -> u64 {
+    std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
 
 fn read_keys(path: &Path) -> Result<Vec<SignedPublicKey>> {

@@ -1,6 +1,6 @@
 //! Fetch an AppC image by its name: discovery, the archive, its signature, and the images it depends on that are missing.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io::{Read as _, Write as _};
 use std::path::{Path, PathBuf};
 
@@ -13,12 +13,13 @@ use crate::image::appc::Dependency;
 use crate::image::discovery::{Wanted, templates};
 use crate::image::oci::Platform;
 use crate::image::signature::MAX_SIGNATURE_BYTES;
-use crate::store::{Download, ImageSource, ImportOptions, Imported, Signature, Store};
+use crate::store::{Download, Held, ImageSource, ImportOptions, Imported, Signature, Store};
 
 /// Longest page that is searched for tags.
 const MAX_PAGE_BYTES: u64 = 4 << 20;
-/// Images above one another that are fetched.
+/// Images above one another that are fetched, and all images of one fetch: an image stands on 500 at most.
 const MAX_DEPTH: usize = 64;
+const MAX_IMAGES: usize = 500;
 const CHUNK: usize = 128 << 10;
 
 /// Find an image by its name, import it, and before it what it depends on and the store has not. The image itself is the last.
@@ -39,6 +40,7 @@ pub fn fetch(store: &Store, wanted: &Wanted, options: &Options) -> Result<Vec<Im
         client: Client::new(options.hosts.clone()),
         platform: options.platform.clone().unwrap_or_else(Platform::host),
         active: RefCell::default(),
+        fetched: Cell::new(0),
     };
     let mut done = Vec::new();
     job.one(wanted, None, &mut Vec::new(), &mut done)?;
@@ -53,6 +55,8 @@ struct Job<'a> {
     /// Where the images came from that are being taken: one that is met again below itself stands on itself, by whatever labels
     /// it is asked for. Its download is held, too: waiting for it would be for ever.
     active: RefCell<Vec<String>>,
+    /// Bytes that came so far, of all images: who names the dependencies could name ever more.
+    fetched: Cell<u64>,
 }
 
 /// An archive that was found, here.
@@ -77,6 +81,10 @@ impl Job<'_> {
         let name = wanted.to_string();
         if above.len() >= MAX_DEPTH {
             let why = format!("more than {MAX_DEPTH} images stand on one another");
+            return Err(Error::new(Kind::Limit, "fetch", &name, why));
+        }
+        if done.len() >= MAX_IMAGES {
+            let why = format!("more than {MAX_IMAGES} images would be fetched for one");
             return Err(Error::new(Kind::Limit, "fetch", &name, why));
         }
         let here = self.find(wanted, above)?;
@@ -104,6 +112,8 @@ impl Job<'_> {
             strictness: self.options.strictness,
             limits: self.options.limits.clone(),
             signature: here.signature.clone(),
+            // It is asked for by this name, here or by an image that stands on it.
+            held: Held::Replace,
             progress: self.options.progress.clone(),
             ..ImportOptions::default()
         };
@@ -162,13 +172,14 @@ impl Job<'_> {
                 tried.push(format!("{}: not there", show(&path)));
                 continue;
             }
-            match self.get(&at, &format!("{at}.asc")) {
+            let got = self.url(&at).and_then(|url| self.get(&url, &self.url(&format!("{at}.asc"))?, &at));
+            match got {
                 Ok(here) => return Ok(here),
                 Err(error) => tried.push(Self::passed_over(error)?),
             }
         }
         for page in wanted.pages() {
-            let found = match self.page(&page, wanted.name()) {
+            let (origin, found) = match self.page(&page, wanted.name()) {
                 Ok(found) => found,
                 Err(error) => {
                     tried.push(Self::passed_over(error)?);
@@ -183,7 +194,9 @@ impl Job<'_> {
                     continue;
                 };
                 not_above(&aci)?;
-                match self.get(&aci, &asc) {
+                let told = |text: &str| self.client.told_by(&origin, Url::parse(text)?);
+                let got = told(&aci).and_then(|url| self.get(&url, &told(&asc)?, &aci));
+                match got {
                     Ok(here) => return Ok(here),
                     Err(error) => tried.push(Self::passed_over(error)?),
                 }
@@ -220,23 +233,26 @@ impl Job<'_> {
         }
     }
 
-    fn page(&self, page: &str, name: &str) -> Result<Vec<String>> {
+    /// The templates of a page, and where they are from.
+    fn page(&self, page: &str, name: &str) -> Result<(Url, Vec<String>)> {
         let slash = if page.contains('/') { "" } else { "/" };
         let url = self.url(&format!("https://{page}{slash}?ac-discovery=1"))?;
-        let bytes = self.ask(&url)?.small(MAX_PAGE_BYTES)?;
+        let answer = self.ask(&url)?;
+        // A redirect may have led elsewhere: there is where the page is from.
+        let origin = answer.url.clone();
+        let bytes = answer.small(MAX_PAGE_BYTES)?;
         let found = templates(&bytes, name);
         if found.is_empty() {
             return Err(Error::new(Kind::NotFound, "discover at", url, "it has no ac-discovery tag for this name"));
         }
-        Ok(found)
+        Ok((origin, found))
     }
 
-    /// Fetch an archive, and its signature if a keyring is configured.
-    fn get(&self, at: &str, asc: &str) -> Result<Here> {
-        let url = self.url(at)?;
-        let answer = self.ask(&url)?;
+    /// Fetch an archive, and its signature if a keyring is configured; `at` is what discovery made of its name.
+    fn get(&self, url: &Url, asc: &Url, at: &str) -> Result<Here> {
+        let answer = self.ask(url)?;
         let from = url.to_string();
-        let most = self.options.limits.total_bytes;
+        let most = self.options.limits.total_bytes.saturating_sub(self.fetched.get());
         let total: Option<u64> = answer.header("content-length").and_then(|text| text.parse().ok());
         if total.is_some_and(|total| total > most) {
             return Err(too_long(&from, most));
@@ -256,7 +272,7 @@ impl Job<'_> {
         total: Option<u64>,
         most: u64,
         from: &str,
-        asc: &str,
+        asc: &Url,
         download: &Download,
     ) -> Result<(PathBuf, Signature)> {
         let path = download.path().join("image.aci");
@@ -282,25 +298,25 @@ impl Job<'_> {
         if let Some(total) = total.filter(|total| *total != read) {
             return Err(Error::new(Kind::Integrity, "fetch", from, format!("it ends after {read} of {total} bytes")));
         }
+        self.fetched.set(self.fetched.get() + read);
         let signature = self.signature(asc, download.path())?;
         Ok((path, signature))
     }
 
-    fn signature(&self, asc: &str, dir: &Path) -> Result<Signature> {
+    fn signature(&self, url: &Url, dir: &Path) -> Result<Signature> {
         if self.store.policy().keyring.is_none() {
-            log::info!("no keyring is configured: the signature {asc} is not looked at");
+            log::info!("no keyring is configured: the signature {url} is not looked at");
             return Ok(Signature::Beside);
         }
-        let url = self.url(asc)?;
         let missing = |e: Error| {
             Error::new(
                 Kind::Integrity,
                 "fetch signature",
-                &url,
+                url,
                 format!("a keyring is configured, and there is no signature: {e}"),
             )
         };
-        let bytes = self.ask(&url).map_err(missing)?.small(MAX_SIGNATURE_BYTES).map_err(|e: Failure| e.error)?;
+        let bytes = self.ask(url).map_err(missing)?.small(MAX_SIGNATURE_BYTES).map_err(|e: Failure| e.error)?;
         let path = dir.join("image.aci.asc");
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", show(&path), e))?;
         Ok(Signature::File(path))
@@ -308,6 +324,11 @@ impl Job<'_> {
 }
 
 fn too_long(from: &str, most: u64) -> Error {
-    Error::new(Kind::Limit, "fetch", from, format!("it has more than {most} bytes"))
-        .hint("[limits] total_bytes says how many are taken")
+    Error::new(
+        Kind::Limit,
+        "fetch",
+        from,
+        format!("it has more than {most} bytes, which all that is fetched for one image may have"),
+    )
+    .hint("[limits] total_bytes says how many are taken")
 }

@@ -342,7 +342,17 @@ impl<'a> Session<'a> {
         if let Some(service) = service {
             query = format!("service={}&{query}", encode(&service));
         }
-        let mut url = Url::parse(&realm)?;
+        let registry = self.url("");
+        let mut url = self.client.told_by(&registry, Url::parse(&realm)?)?;
+        if login.is_some() && !self.client.takes_login(&registry, &url) {
+            let why = format!("it sends us to {} for a token, for which its login is not", url.host);
+            return Err(Error::new(Kind::Permission, "log in at", &self.login_host, why)
+                .hint(format!(
+                    "if that is right, the configuration says so: [registry.\"{}\"] auth = \"{}\"",
+                    self.login_host, url.host
+                ))
+                .into());
+        }
         url.path = format!("{}{}{query}", url.path, if url.path.contains('?') { '&' } else { '?' });
         let basic = login.map(Login::basic);
         let answer = self.client.get(&url, &[], basic.as_deref())?;

@@ -1,7 +1,8 @@
 //! One HTTP client for registries and discovery. It waits in the calling thread: no runtime is up before a fork.
 //!
 //! Whom it speaks to without TLS, and whose certificate it takes, is said per host ([`HostConfig`]). A redirect is followed a few
-//! times, never from https to http, and takes no login to another host. Nothing here reads a body without a bound: the
+//! times, never from https to http, and takes no login to another host. Who is elsewhere sends us nowhere on this machine
+//! ([`Client::told_by`]): what listens at localhost trusts who asks from there. Nothing here reads a body without a bound: the
 //! callers' [`Answer::small`] and [`Answer::reader`] have one.
 
 use std::collections::{BTreeMap, HashMap};
@@ -47,6 +48,9 @@ pub struct HostConfig {
     /// Certificates (PEM) that are trusted for it, instead of the system's. Absolute.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ca: Option<PathBuf>,
+    /// `HOST[:PORT]` of a token service that its login is for, too.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub auth: Option<String>,
 }
 
 impl HostConfig {
@@ -57,6 +61,9 @@ impl HostConfig {
         };
         if !super::reference::is_host(host) {
             return refuse("registry", host, "it must be HOST or HOST:PORT");
+        }
+        if let Some(auth) = self.auth.as_ref().filter(|auth| !super::reference::is_host(auth)) {
+            return refuse("auth", auth, "it must be HOST or HOST:PORT");
         }
         let Some(mirror) = &self.mirror else { return Ok(()) };
         let (at, path) = mirror.split_once('/').unwrap_or((mirror, ""));
@@ -130,6 +137,15 @@ fn is_local(host: &str) -> bool {
         None => host.split(':').next().unwrap_or(""),
     };
     name == "localhost" || name.parse::<std::net::IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// The last two labels of a host's name, which its owner has in common with who answers for it (`auth.docker.io` for `docker.io`);
+/// none of an address or a name of one label.
+fn owner(host: &str) -> Option<String> {
+    let name = host.rsplit_once(':').map_or(host, |(name, _)| name);
+    let labels: Vec<&str> = name.split('.').collect();
+    let is_address = name.starts_with('[') || name.parse::<std::net::IpAddr>().is_ok();
+    (!is_address && labels.len() >= 2).then(|| labels[labels.len() - 2..].join(".").to_ascii_lowercase())
 }
 
 /// Why a request came to nothing, and whether another try may help.
@@ -228,6 +244,28 @@ impl Client {
         speaks
     }
 
+    /// A URL that `origin` told us, a page or a registry: over plain http, or to this machine, only where the origin itself is of this
+    /// machine, or the configuration says so of that host.
+    pub(super) fn told_by(&self, origin: &Url, mut url: Url) -> Result<Url> {
+        let is_configured = self.host(&url.host).is_some_and(|config| config.insecure);
+        if is_local(&url.host) && !is_local(&origin.host) && !is_configured {
+            let why = format!("{} is elsewhere, and may not send us to this machine", origin.host);
+            return Err(Error::new(Kind::Permission, "ask", &url, why));
+        }
+        url.is_tls = url.is_tls && self.speaks_tls(&url.host);
+        Ok(url)
+    }
+
+    /// Is the login of `registry` for the token service at `url`, too? It is for the registry's own host and hosts of the same owner, over
+    /// TLS, and for the one that the configuration names.
+    pub(super) fn takes_login(&self, registry: &Url, url: &Url) -> bool {
+        let named = self.host(&registry.host).and_then(|config| config.auth.as_deref());
+        if named == Some(&*url.host) || (registry.host == url.host && registry.is_tls == url.is_tls) {
+            return true;
+        }
+        url.is_tls && owner(&url.host).is_some_and(|of| Some(of) == owner(&registry.host))
+    }
+
     /// GET, following redirects. `login` is sent to the host of `url` alone.
     pub(super) fn get(
         &self,
@@ -261,7 +299,7 @@ impl Client {
             if at.is_tls && !next.is_tls {
                 return Err(refuse(format!("it leads from https to {next}")));
             }
-            at = next;
+            at = self.told_by(&at, next)?;
         }
         let why = format!("it leads to more than {MAX_REDIRECTS} others, one after another");
         Err(Error::new(Kind::Invalid, "follow redirect of", url, why).into())
@@ -387,6 +425,41 @@ mod tests {
             assert!(Url::parse(bad).is_err() && url.join(bad).is_err(), "{bad}");
         }
         assert_eq!(encode("a/b:c d"), "a%2Fb%3Ac%20d");
+    }
+
+    #[test]
+    fn who_is_elsewhere_sends_us_nowhere_on_this_machine_and_a_login_to_no_stranger() {
+        let auth = HostConfig { auth: Some("login.other.net".into()), ..HostConfig::default() };
+        let insecure = HostConfig { insecure: true, ..HostConfig::default() };
+        let hosts = [("reg.example.com".to_owned(), auth), ("localhost:81".to_owned(), insecure)];
+        let client = Client::new(hosts.into());
+        let url = |text: &str| Url::parse(text).unwrap();
+        for (origin, to, want) in [
+            ("https://example.com/", "http://localhost:5000/x", false),
+            ("https://example.com/", "https://127.0.0.1/x", false),
+            ("http://example.com/", "http://[::1]:80/x", false),
+            ("https://example.com/", "http://localhost:81/x", true),
+            ("http://127.0.0.1:1/", "http://127.0.0.1:1/x", true),
+            ("https://example.com/", "https://other.com/x", true),
+        ] {
+            // Nothing listens there: what of this machine is not asked for TLS is not waited for.
+            let done = client.told_by(&url(origin), url(to));
+            assert_eq!(done.is_ok(), want, "{origin} -> {to}");
+        }
+        for (registry, to, want) in [
+            ("https://registry-1.docker.io/", "https://auth.docker.io/token", true),
+            ("https://reg.example.com/", "https://reg.example.com/token", true),
+            ("https://reg.example.com/", "http://reg.example.com/token", false),
+            ("https://reg.example.com/", "https://evil.com/token", false),
+            ("https://reg.example.com/", "https://example.com.evil.org/token", false),
+            ("https://reg.example.com/", "https://login.other.net/token", true),
+            ("https://reg2.example.com/", "https://login.other.net/token", false),
+            ("http://127.0.0.1:5000/", "http://127.0.0.1:5000/token", true),
+            ("http://127.0.0.1:5000/", "http://127.0.0.1:5001/token", false),
+            ("https://1.2.3.4/", "https://9.9.3.4/token", false),
+        ] {
+            assert_eq!(client.takes_login(&url(registry), &url(to)), want, "{registry} -> {to}");
+        }
     }
 
     #[test]

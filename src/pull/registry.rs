@@ -22,7 +22,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::MAX_MANIFEST_BYTES;
 use crate::image::oci::{self, Descriptor, Digest, Document, Manifest, Platform, media_type};
-use crate::store::{Download, ImageSource, ImportOptions, Imported, Outcome, Store};
+use crate::store::{Download, Held, ImageSource, ImportOptions, Imported, Outcome, Store};
 
 /// Tries of one request that fails in a way that may pass, and the pause after the first; it doubles.
 const TRIES: u32 = 4;
@@ -70,6 +70,8 @@ fn pull_with(
     client: &Client,
     files: &AuthFiles,
 ) -> Result<Imported> {
+    // Known before anything comes.
+    store.refuse_unsigned(reference, false, "a pulled image has no detached signature")?;
     let found = find(reference, options, client, files)?;
     let id = found.digest.id().clone();
     let names = reference.names();
@@ -93,13 +95,13 @@ fn pull_with(
         }
     };
     download.done()?;
-    store.move_names(&id, &names)?;
+    store.give_names(&id, &names, Held::Replace)?;
     Ok(imported)
 }
 
 fn already_there(store: &Store, id: &ImageId, names: &[String]) -> Result<Option<Imported>> {
     let Some(meta) = store.known(id) else { return Ok(None) };
-    store.move_names(id, names)?;
+    store.give_names(id, names, Held::Replace)?;
     Ok(Some(Imported {
         id: meta.id,
         name: names.first().cloned().unwrap_or_default(),
@@ -266,6 +268,8 @@ fn get(
     let names = reference.names();
     let import = ImportOptions {
         name: names.first().cloned(),
+        // A pull means what the tag is now.
+        held: Held::Replace,
         expected_id: Some(found.digest.id().clone()),
         limits: options.limits.clone(),
         platform: Some(config.platform.clone()),

@@ -7,11 +7,11 @@ use std::path::Path;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
-use super::Store;
-use super::import::{ImageSource, Imported};
+use super::import::{ImageSource, ImportOptions, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
 use super::oci::describe;
 use super::tree::Tree;
+use super::{Held, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageRef;
@@ -103,21 +103,22 @@ impl Store {
         std::fs::write(dir.join("oci-layout"), br#"{"imageLayoutVersion":"1.0.0"}"#).map_err(fail)
     }
 
-    /// Make a new image of one layer with the tree of another: the bind backend takes it. `name` is an AC identifier.
+    /// Make a new image of one layer with the tree of another: the bind backend takes it. `name` is an AC identifier; `held` says what
+    /// becomes of it if another image has that name.
     ///
     /// ```no_run
     /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let many = fsprov::id::ImageRef::parse("registry.example/app:1".as_ref())?;
-    /// let flat = store.flatten(&many, "registry.example/app-flat")?;
+    /// let flat = store.flatten(&many, "registry.example/app-flat", fsprov::store::Held::Refuse)?;
     /// println!("{} is one layer", flat.id);
     /// # Ok::<(), fsprov::Error>(())
     /// ```
-    pub fn flatten(&self, image: &ImageRef, name: &str) -> Result<Imported> {
+    pub fn flatten(&self, image: &ImageRef, name: &str, held: Held) -> Result<Imported> {
         let (meta, tree, in_use) = self.tree(image)?;
         let manifest = self.appc_manifest(&meta, Some(name))?;
         let source = ImageSource::Flattened(meta.id.clone());
-        let options = self.import_options(Strictness::Lenient);
-        let done = self.import_stream(move |sink| tree.write_aci(&manifest, sink), &source, &options);
+        let options = ImportOptions { held, ..self.import_options(Strictness::Lenient) };
+        let done = self.import_stream(move |sink| tree.write_aci(&manifest, sink), &source, &options, None);
         drop(in_use);
         done.map_err(|e| e.within("flatten", image))
     }

@@ -16,6 +16,7 @@ use sha2::Sha512;
 
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin, sha256_hex};
+use super::names::Held;
 use super::oci::Layout;
 use super::place::{Again, Placed, Placer, normalize};
 use super::signed::{Signature, same_as_signed, watched};
@@ -29,6 +30,7 @@ use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::appc::{Checked, Manifest};
 use crate::image::oci::Platform;
+use crate::image::signature::Signer;
 use crate::index::{Builder, Index, What, Whiteouts};
 use crate::paths::image;
 
@@ -78,8 +80,10 @@ impl std::fmt::Display for ImageSource {
 /// How to import.
 #[derive(Clone, Default)]
 pub struct ImportOptions {
-    /// A name beside the manifest's own. Needed for a directory without manifest, where it must be an AC identifier.
+    /// The one name that it gets, in place of those that it came with. Needed for a directory without manifest, where it must be an AC identifier.
     pub name: Option<String>,
+    /// What becomes of it if another image holds its name.
+    pub held: Held,
     /// The id it must turn out to have.
     pub expected_id: Option<ImageId>,
     /// How strictly its manifest is read.
@@ -178,6 +182,7 @@ impl Store {
     fn import_source(&self, source: &ImageSource, options: &ImportOptions) -> Result<Imported> {
         match source {
             ImageSource::Downloaded { path, .. } if path.is_dir() => {
+                self.refuse_unsigned(source, false, "a pulled image has no detached signature")?;
                 let why = "it is no OCI layout";
                 let layout = Layout::at(path, &source.to_string())?;
                 let layout = layout.ok_or_else(|| Error::new(Kind::Invalid, "read", source, why))?;
@@ -195,6 +200,11 @@ impl Store {
                 self.import_archive(archive, source, options)
             }
             ImageSource::Directory(path) => {
+                self.refuse_unsigned(
+                    source,
+                    options.signature == Signature::Waived,
+                    "a directory has no bytes that were signed",
+                )?;
                 if let Some(layout) = Layout::at(path, &source.to_string())? {
                     return self.import_layout(&layout, source, options);
                 }
@@ -208,7 +218,7 @@ impl Store {
                     .hint(format!("{} is of an archive: import that", show(file))));
                 }
                 let tree = tarwrite::DirectoryImage::open(path, options.name.as_deref(), &options.limits)?;
-                self.import_stream(|sink| tree.write(sink), source, options)
+                self.import_stream(|sink| tree.write(sink), source, options, None)
             }
         }
     }
@@ -246,8 +256,13 @@ impl Store {
             _ => None,
         };
         let Some(signed) = signed else {
+            self.refuse_unsigned(
+                source,
+                options.signature == Signature::Waived,
+                "no keyring is configured to check it by",
+            )?;
             let producer = archive.producer(&options.limits, options.progress.clone());
-            return self.import_stream(producer, source, options);
+            return self.import_stream(producer, source, options, None);
         };
         let name = archive.name.clone();
         let (archive, state) = watched(archive);
@@ -255,9 +270,9 @@ impl Store {
         // At the very end of the stream, which every import waits for.
         let checked = move |sink: &mut Sink| {
             producer(sink)?;
-            same_as_signed(&name, &state, &signed)
+            same_as_signed(&name, &state, &signed.raw)
         };
-        self.import_stream(checked, source, options)
+        self.import_stream(checked, source, options, Some(signed.by))
     }
 
     pub(super) fn import_stream(
@@ -265,6 +280,7 @@ impl Store {
         produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
         source: &ImageSource,
         options: &ImportOptions,
+        signed_by: Option<Signer>,
     ) -> Result<Imported> {
         let staging = Staging::make(&self.paths, "import")?;
         let name = source.to_string();
@@ -288,12 +304,13 @@ impl Store {
         for warning in &warnings {
             log::warn!("{name}: {warning}");
         }
-        let mut meta = Meta::new(id, ImageKind::Appc, name);
-        meta.origin = Origin::of(source, options);
-        meta.names.push(manifest.name.clone());
-        if let Some(name) = options.name.as_ref().filter(|name| **name != manifest.name) {
-            meta.names.push(name.clone());
+        if let Some(signer) = &signed_by {
+            self.check_signer(signer, &manifest.name)?;
         }
+        let mut meta = Meta::new(id, ImageKind::Appc, name);
+        meta.signed_by = signed_by;
+        meta.origin = Origin::of(source, options);
+        let names = [options.name.clone().unwrap_or_else(|| manifest.name.clone())];
         meta.labels = manifest.labels.iter().map(|pair| (pair.name.clone(), pair.value.clone())).collect();
         meta.entries = unpacked.placed.entries;
         meta.bytes = unpacked.placed.bytes;
@@ -317,14 +334,10 @@ impl Store {
             index = self.render(&mut meta, &manifest, &Index::open(&own)?, staging.path())?;
         }
         write_index(&dir.join(image::INDEX), index)?;
-        let gone = || Error::new(Kind::Busy, "publish", &meta.source, "what it needs was taken away");
-        let outcome = self.publish(&staging, &dir, &meta, &[])?.ok_or_else(gone)?;
-        let meta = match outcome {
-            Outcome::Created => meta,
-            Outcome::Existing => self.add_name(&meta.id, options.name.as_deref())?,
-        };
+        let gone = || Error::new(Kind::Busy, "publish", source, "what it needs was taken away");
+        let (outcome, meta) = self.publish(&staging, &dir, meta, &[], &names, options.held)?.ok_or_else(gone)?;
         Ok(Imported {
-            name: options.name.clone().unwrap_or_else(|| manifest.name.clone()),
+            name: meta.called(options.name.as_deref()),
             id: meta.id,
             outcome,
             on_disk: meta.on_disk,
@@ -332,21 +345,28 @@ impl Store {
         })
     }
 
-    /// Bring a staged image, `dir`, and its staged layers to the disk and give them their places. `None`: a layer that the
-    /// image needs and that is not among `layers` is no more.
+    /// Bring a staged image, `dir`, and its staged layers to the disk, and give them their places and the image these names. `None`: a
+    /// layer that the image needs and that is not among `layers` is no more.
     pub(super) fn publish(
         &self,
         staging: &Staging,
         dir: &Path,
-        meta: &Meta,
+        mut meta: Meta,
         layers: &[(ImageId, PathBuf)],
-    ) -> Result<Option<Outcome>> {
+        names: &[String],
+        held: Held,
+    ) -> Result<Option<(Outcome, Meta)>> {
         staging.sync()?;
+        let to = self.paths.image(&meta.id);
+        let _in_use = self.lock_shared()?;
+        let naming = self.lock_names()?;
+        // One that is there keeps the names that it has.
+        if self.check_shallow(&meta.id).is_err() {
+            self.settle_names(&mut meta, names, held)?;
+        }
         fault::point("store.meta")?;
         meta.write(&dir.join(image::META))?;
         fault::point("store.publish")?;
-        let to = self.paths.image(&meta.id);
-        let _in_use = self.lock_shared()?;
         self.publish_layers(layers)?;
         let is_gone = |below: &ImageId| self.check_shallow(below).is_err();
         if meta.layers.iter().any(|layer| self.check_layer(layer).is_err()) || meta.dependencies.iter().any(is_gone) {
@@ -360,14 +380,21 @@ impl Store {
                     let synced =
                         fault::point("store.parent").and_then(|()| crate::sys::durable::sync_dir(&self.paths.images()));
                     // What may not last is not there: the next import starts afresh.
-                    return match synced {
-                        Ok(()) => Ok(Some(Outcome::Created)),
-                        Err(error) => Err(error.with_undo(rename_back(&to, dir))),
-                    };
+                    if let Err(error) = synced {
+                        return Err(error.with_undo(rename_back(&to, dir)));
+                    }
+                    self.take_from_others(&meta)?;
+                    return Ok(Some((Outcome::Created, meta)));
                 }
                 Err(Errno::EXIST | Errno::NOTEMPTY) => {
                     match self.check_shallow(&meta.id) {
-                        Ok(_) => return Ok(Some(Outcome::Existing)),
+                        Ok(there) => {
+                            drop(naming);
+                            if meta.signed_by.is_some() && there.signed_by != meta.signed_by {
+                                self.change_meta(&meta.id, |there| there.signed_by.clone_from(&meta.signed_by))?;
+                            }
+                            return Ok(Some((Outcome::Existing, self.give_names(&meta.id, names, held)?)));
+                        }
                         Err(error) => log::warn!("{error}: it is replaced by this import"),
                     }
                     staging::remove_aside(&self.paths, &to)?;

@@ -9,6 +9,7 @@ use super::import::{ImageSource, ImportOptions};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::oci::Platform;
+use crate::image::signature::Signer;
 use crate::sys::durable::{Survives, write_file};
 
 /// Longest meta.json read: some hundred names and layers.
@@ -67,8 +68,11 @@ pub struct Meta {
     pub id: ImageId,
     /// What sort it is.
     pub kind: ImageKind,
-    /// The names it was imported under; the manifest's own first.
+    /// Its names: those that whoever imported it gave, else those that it came with. The first is what it is called.
     pub names: Vec<String>,
+    /// What its names meant before it got them, the last first.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub before: Vec<Before>,
     /// Its labels (`version`, `os`, `arch`, ...).
     #[serde(default)]
     pub labels: Vec<(String, String)>,
@@ -76,6 +80,9 @@ pub struct Meta {
     pub imported_at: i64,
     /// Where it came from, for people.
     pub source: String,
+    /// Who signed its archive, with which key.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub signed_by: Option<Signer>,
     /// Where it can be had again, if it was a file or directory of this host: what `verify --repair` imports.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub origin: Option<Origin>,
@@ -102,6 +109,17 @@ pub struct Meta {
     pub is_filtered: bool,
 }
 
+/// What a name meant until an image got it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Before {
+    /// The name.
+    pub name: String,
+    /// The image that it meant.
+    pub image: ImageId,
+    /// Until when, seconds since 1970.
+    pub until: i64,
+}
+
 impl Meta {
     pub(super) fn new(id: ImageId, kind: ImageKind, source: String) -> Self {
         Meta {
@@ -109,9 +127,11 @@ impl Meta {
             id,
             kind,
             names: Vec::new(),
+            before: Vec::new(),
             labels: Vec::new(),
             imported_at: now(),
             source,
+            signed_by: None,
             origin: None,
             entries: 0,
             bytes: 0,
@@ -122,6 +142,12 @@ impl Meta {
             filters: Vec::new(),
             is_filtered: false,
         }
+    }
+
+    /// What it is called: `name`, if it got that, else by its first name, else by its id.
+    pub(super) fn called(&self, name: Option<&str>) -> String {
+        let named = name.filter(|name| self.names.iter().any(|have| have == name));
+        named.or(self.names.first().map(String::as_str)).unwrap_or(self.id.short()).to_owned()
     }
 
     /// The value of a label.

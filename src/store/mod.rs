@@ -39,9 +39,10 @@ pub use import::{ImageSource, ImportOptions, Imported, Outcome};
 pub use layer::LayerWhiteouts;
 pub use limits::Limits;
 pub use lock::StoreLock;
-pub use meta::{ImageKind, Meta, OnDisk, Origin};
+pub use meta::{Before, ImageKind, Meta, OnDisk, Origin};
+pub use names::Held;
 pub use resolve::ResolvedImage;
-pub use signed::Signature;
+pub use signed::{Signature, Unsigned};
 pub use stream::{Progress, ProgressFn};
 pub use verify::{Damage, Repair};
 
@@ -64,6 +65,8 @@ pub struct Policy {
     pub limits: Limits,
     /// OpenPGP keys, a file or a directory of files: an archive needs a detached signature by one of them. `None`: none is asked for.
     pub keyring: Option<PathBuf>,
+    /// What is asked of images without a signature.
+    pub unsigned: Unsigned,
     /// Image stores of Apache Mesos: a name or id that this store has not is looked for there, and used in place.
     pub mesos_stores: Vec<PathBuf>,
 }

@@ -1,48 +1,133 @@
-//! The names of images: one more for an image, and the name of a moved tag from one image to the next.
+//! The names of images: who gets one, what becomes of one that another image holds, and what it meant before.
+//!
+//! A name is an entry to trust: `debian` may be in every script of a host. So an image gets the names that somebody gave it, or those
+//! that it came with and that nobody holds; another's it gets only when that is asked for. Names are given under a lock of their own, the
+//! one on the directory of images, which is taken after the store's.
 
-use super::lock::{self, Hold};
-use super::meta::ImageKind;
+use rustix::fs::{CWD, Mode, OFlags, openat};
+
+use super::lock::{self, Hold, StoreLock};
+use super::meta::{Before, ImageKind, now};
 use super::{Meta, Store};
-use crate::error::{Error, Result, show};
+use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::paths::image;
 
+/// What becomes of an import whose name another image holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Held {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It gets the name. An AppC image of the same name and other labels keeps it too, and is known by name and version from then on; any other
+    /// loses it.
+    Replace,
+    /// It goes without that name.
+    Skip,
+}
+
+/// Changes of one name that are remembered.
+const MAX_BEFORE: usize = 16;
+
 impl Store {
-    /// Give an image one more name.
-    pub(super) fn add_name(&self, id: &ImageId, name: Option<&str>) -> Result<Meta> {
-        let meta = self.meta(id)?;
-        let Some(name) = name.filter(|name| !meta.names.iter().any(|have| have == name)) else { return Ok(meta) };
-        self.change_names(id, |names| {
-            if !names.iter().any(|have| have == name) {
-                names.push(name.to_owned());
+    /// Held while names are looked at and given.
+    pub(super) fn lock_names(&self) -> Result<StoreLock> {
+        let path = self.paths.images();
+        let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+        let fd = openat(CWD, &path, flags, Mode::empty()).map_err(|e| Error::sys("open", show(&path), e))?;
+        lock::lock(fd, &path, Hold::Exclusive)
+    }
+
+    /// Which of the names that `meta` is to get it may have, and what they meant before. Under the lock of names.
+    pub(super) fn settle_names(&self, meta: &mut Meta, wanted: &[String], held: Held) -> Result<()> {
+        let mut others = self.list()?;
+        others.retain(|other| other.id != meta.id);
+        let mut before = Vec::new();
+        let mut names = meta.names.clone();
+        for name in wanted {
+            if names.contains(name) {
+                continue;
             }
-        })
+            let holders: Vec<&Meta> = others.iter().filter(|other| other.names.contains(name)).collect();
+            if let Some(holder) = holders.iter().max_by_key(|other| other.imported_at) {
+                let what = format!("{} has this name", holder.id.short());
+                match held {
+                    Held::Refuse => {
+                        return Err(Error::new(Kind::Exists, "name image", name, what).hint(
+                            "give it another with --name, or this one with --replace (`fsprov image show NAME` tells what it means)",
+                        ));
+                    }
+                    Held::Skip => {
+                        log::info!("{} does not get the name {name}: {what}", meta.id.short());
+                        continue;
+                    }
+                    Held::Replace => {
+                        log::info!("{name} was {} until now", holder.id.short());
+                        before.push(Before { name: name.clone(), image: holder.id.clone(), until: now() });
+                        // What it meant before that is not forgotten with the image.
+                        before
+                            .extend(holder.before.iter().filter(|one| one.name == *name).take(MAX_BEFORE - 1).cloned());
+                    }
+                }
+            }
+            names.push(name.clone());
+        }
+        meta.names = names;
+        before.append(&mut meta.before);
+        meta.before = before;
+        Ok(())
     }
 
-    /// Give an OCI image these names, and take them from every other OCI image: a tag is moved, and means the image that was
-    /// pulled last. An image that has no name left is known by its id.
-    pub(crate) fn move_names(&self, id: &ImageId, names: &[String]) -> Result<Meta> {
+    /// Take the names of an image, which it has got, from those that may not have them beside it. Under the lock of names.
+    pub(super) fn take_from_others(&self, meta: &Meta) -> Result<()> {
+        let loses = |other: &Meta| {
+            let stays = meta.kind == ImageKind::Appc && other.kind == ImageKind::Appc && other.labels != meta.labels;
+            other.id != meta.id && !stays
+        };
+        let was = |other: &Meta, name: &String| meta.before.iter().any(|b| b.name == *name && b.image == other.id);
+        for other in self.list()?.iter().filter(|other| loses(other)) {
+            let goes = |name: &String| meta.names.contains(name) && was(other, name);
+            if other.names.iter().any(goes) {
+                self.change_meta(&other.id, |have| have.names.retain(|name| !goes(name)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Give an image that is there these names.
+    pub(crate) fn give_names(&self, id: &ImageId, names: &[String], held: Held) -> Result<Meta> {
         let _in_use = self.lock_shared()?;
-        for name in names {
-            self.add_name(id, Some(name))?;
+        let _naming = self.lock_names()?;
+        let mut settled = self.meta(id)?;
+        let had = settled.names.clone();
+        self.settle_names(&mut settled, names, held)?;
+        if settled.names == had {
+            return Ok(settled);
         }
-        let has_one = |meta: &Meta| meta.names.iter().any(|have| names.contains(have));
-        for other in self.list()?.iter().filter(|meta| meta.kind == ImageKind::Oci && meta.id != *id && has_one(meta)) {
-            log::info!("{} was {} until now", names.join(", "), other.id.short());
-            self.change_names(&other.id, |have| have.retain(|name| !names.contains(name)))?;
-        }
-        self.meta(id)
+        let meta = self.change_meta(id, |meta| (meta.names, meta.before) = (settled.names, settled.before))?;
+        self.take_from_others(&meta)?;
+        Ok(meta)
     }
 
-    fn change_names(&self, id: &ImageId, change: impl FnOnce(&mut Vec<String>)) -> Result<Meta> {
-        // Two who name one image read and write after one another. (The lock on the directory is its servers'.)
+    /// Give an image that was imported again what it had: names, whoever has them too, and who signed it.
+    pub(super) fn give_back(&self, meta: &Meta) -> Result<()> {
+        let _in_use = self.lock_shared()?;
+        let _naming = self.lock_names()?;
+        self.change_meta(&meta.id, |have| {
+            (have.names, have.before) = (meta.names.clone(), meta.before.clone());
+            have.signed_by.clone_from(&meta.signed_by);
+        })?;
+        Ok(())
+    }
+
+    pub(super) fn change_meta(&self, id: &ImageId, change: impl FnOnce(&mut Meta)) -> Result<Meta> {
+        // Two who change one image read and write after one another. (The lock on the directory is its servers'.)
         let dir = self.paths.image(id);
         let manifest = dir.join(image::MANIFEST);
-        let _in_use = self.lock_shared()?;
         let fd = std::fs::File::open(&manifest).map_err(|e| Error::io("open", show(&manifest), e))?;
-        let _naming = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
+        let _changing = lock::lock(fd.into(), &manifest, Hold::Exclusive)?;
         let mut meta = self.meta(id)?;
-        change(&mut meta.names);
+        change(&mut meta);
         meta.write(&dir.join(image::META))?;
         Ok(meta)
     }

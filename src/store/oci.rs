@@ -15,7 +15,7 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
-use super::import::{ImageSource, ImportOptions, Imported, Outcome, one_layer, write_index, write_new};
+use super::import::{ImageSource, ImportOptions, Imported, one_layer, write_index, write_new};
 use super::layer::LayerMeta;
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin};
@@ -263,11 +263,6 @@ impl Store {
         if names.is_empty() {
             names.extend(picked.names.iter().cloned());
         }
-        for name in names {
-            if !meta.names.contains(&name) {
-                meta.names.push(name);
-            }
-        }
         let oci::Platform { os, architecture, variant } = picked.platform.clone();
         meta.labels = vec![("os".into(), os), ("arch".into(), architecture)];
         meta.labels.extend(variant.map(|variant| ("variant".into(), variant)));
@@ -307,13 +302,10 @@ impl Store {
         write_new(&dir.join(image::CONFIG), &picked.config)?;
         fault::point("store.index")?;
         write_index(&dir.join(image::INDEX), index)?;
-        let Some(outcome) = self.publish(&staging, &dir, &meta, &fresh)? else { return Ok(None) };
-        let meta = match outcome {
-            Outcome::Created => meta,
-            Outcome::Existing => self.add_name(id, options.name.as_deref())?,
-        };
+        let published = self.publish(&staging, &dir, meta, &fresh, &names, options.held)?;
+        let Some((outcome, meta)) = published else { return Ok(None) };
         Ok(Some(Imported {
-            name: options.name.clone().or_else(|| meta.names.first().cloned()).unwrap_or_else(|| id.short().into()),
+            name: meta.called(options.name.as_deref()),
             id: meta.id,
             outcome,
             on_disk: meta.on_disk,

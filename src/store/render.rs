@@ -78,7 +78,7 @@ impl Store {
         let has_labels = |meta: &Meta| wanted.labels.iter().all(|l| meta.label(&l.name) == Some(&*l.value));
         let fits = |meta: &Meta| {
             meta.kind == ImageKind::Appc
-                && meta.names.first() == Some(&wanted.image_name)
+                && meta.names.contains(&wanted.image_name)
                 && wanted.image_id.as_ref().is_none_or(|id| meta.id.as_str().starts_with(id.as_str()))
                 && has_labels(meta)
         };

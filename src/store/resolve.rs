@@ -6,7 +6,7 @@ use super::layer::{LayerMeta, LayerWhiteouts};
 use super::mesos;
 use super::oci::Layout;
 use super::stream::{Archive, digest};
-use super::{ImageSource, ImportOptions, Meta, Outcome, Store};
+use super::{Held, ImageSource, ImportOptions, Meta, Outcome, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
@@ -63,7 +63,11 @@ impl Store {
         match image {
             ImageRef::Path(path) => self.resolve_path(path),
             ImageRef::Id(_) | ImageRef::Name(_) => match self.find(image) {
-                Ok(meta) => Ok(self.resolved(self.check_shallow(&meta.id)?)),
+                Ok(meta) => {
+                    let meta = self.check_shallow(&meta.id)?;
+                    self.check_recorded(&meta)?;
+                    Ok(self.resolved(meta))
+                }
                 Err(e) if e.kind() == Kind::NotFound => match mesos::find(&self.policy.mesos_stores, image)? {
                     Some(dir) => self.resolve_path(&dir),
                     None if Path::new(&image.to_string()).exists() => {
@@ -110,6 +114,7 @@ impl Store {
         if Layout::at(&at, &source.to_string())?.is_some() {
             return self.resolve_by_import(&source, &self.import_options(Strictness::Strict));
         }
+        self.refuse_unsigned(show(&at), false, "a directory has no bytes that were signed")?;
         let Some(found) = mesos::layout(&at) else {
             return Ok(ResolvedImage {
                 id: None,
@@ -160,13 +165,18 @@ impl Store {
         // Hashing alone is far cheaper than placing, and an archive that is mounted once is mounted again.
         let id = ImageId::from_sha512(&digest(Archive::open(&path)?, &options.limits)?);
         if let Ok(meta) = self.check_shallow(&id) {
-            return Ok(self.resolved(meta));
+            // Its bytes are those of an image that is there; whether somebody signed them is asked all the same.
+            if self.policy.keyring.is_none() || self.is_signed(&meta) {
+                self.check_recorded(&meta)?;
+                return Ok(self.resolved(meta));
+            }
         }
         self.resolve_by_import(&ImageSource::Archive(path), &options)
     }
 
     pub(super) fn import_options(&self, strictness: Strictness) -> ImportOptions {
-        ImportOptions { strictness, limits: self.policy.limits.clone(), ..ImportOptions::default() }
+        // Nobody gives a name here: it gets its own, unless that means another.
+        ImportOptions { strictness, held: Held::Skip, limits: self.policy.limits.clone(), ..ImportOptions::default() }
     }
 
     fn resolve_by_import(&self, source: &ImageSource, options: &ImportOptions) -> Result<ResolvedImage> {

@@ -174,7 +174,7 @@ impl Store {
                     ..self.import_options(Strictness::Lenient)
                 };
                 self.import(&source, &options)?;
-                meta.names.iter().try_for_each(|name| self.add_name(&meta.id, Some(name)).map(drop))
+                self.give_back(meta)
             });
             match done {
                 // Its layers came with it, where those were damaged.

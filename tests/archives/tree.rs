@@ -7,7 +7,7 @@ use std::process::Command;
 
 use fsprov::id::ImageRef;
 use fsprov::paths::StatePaths;
-use fsprov::store::{Damage, ImageSource, ImportOptions, Outcome, Prune, Repair, Store};
+use fsprov::store::{Damage, Held, ImageSource, ImportOptions, Outcome, Prune, Repair, Store};
 use libtest_mimic::Failed;
 use sha2::{Digest as _, Sha512};
 
@@ -51,7 +51,7 @@ pub(crate) fn directory_round_trip() -> Result<(), Failed> {
     first.export_tar(&by_name("example.com/tree"), &mut one)?;
     first.export_tar(&ImageRef::Id(back.id.clone()), &mut two)?;
     assert!(one == two, "the OCI layout holds another tree");
-    let flat = first.flatten(&ImageRef::Id(back.id), "example.com/flat")?;
+    let flat = first.flatten(&ImageRef::Id(back.id), "example.com/flat", Held::Refuse)?;
     let mut three = Vec::new();
     first.export_tar(&ImageRef::Id(flat.id), &mut three)?;
     assert!(one == three, "flattened, it is another tree");

@@ -91,7 +91,10 @@ pub(crate) const FETCHES: Case =
         let path = format!("{}/", mirror.display());
         // A path, as Mesos's appc_simple_discovery_uri_prefix may be; a file: URL; a web server of this host.
         for prefix in [path.clone(), format!("file://{path}"), format!("http://{}/", server.address)] {
-            let config = config(stage, &format!("discovery_prefixes = [\"/nowhere/\", {prefix:?}]\n"));
+            let config_of = |more: &str| {
+                stage.write("config.toml", format!("discovery_prefixes = [\"/nowhere/\", {prefix:?}]\n{more}"))
+            };
+            let config = config_of("");
             let fetch = |what: &str| stage.fsprov(["image", "fetch", what]).env("FSPROV_CONFIG", &config).run();
             fetch("example.com/app:1.0").ok();
             fetch("example.com/latest").ok();
@@ -115,6 +118,13 @@ pub(crate) const FETCHES: Case =
             fetch("example.com/wrong-id:1.0").fails(1, &["and what depends on it says sha512-00"]);
             stage.fsprov(["image", "rm", "example.com/app", "example.com/latest"]).run().ok();
             assert_eq!(names(stage), [""; 0]);
+            // Each of the three has a few KiB: together they are too much.
+            let little = config_of(&format!("\n[limits]\ntotal_bytes = {}\n", 5 * 1024));
+            if prefix.starts_with("http:") {
+                let said = stage.fsprov(["image", "fetch", "example.com/top:1.0"]).env("FSPROV_CONFIG", &little).run();
+                said.fails(1, &["all that is fetched for one image may have"]);
+                stage.fsprov(["image", "gc", "--unused"]).run().ok();
+            }
             let downloads = fs::read_dir(stage.state().join("cache/download")).map_or(0, Iterator::count);
             assert_eq!(downloads, 0, "nothing lies about");
         }
@@ -290,6 +300,54 @@ pub(crate) const SIGNATURES: Case = Case::needing(
         import(&zipped, &["--signature", "good@example.com.asc"]).ok();
         rm();
         import(&zipped, &["--no-signature"]).ok();
+        // That its id is in the store does not sign it.
+        stage.write("copy.aci", read("app.aci"));
+        let mount = |what: &str, config: &Path| stage.fsprov(["mount", what, "mnt"]).env("FSPROV_CONFIG", config).run();
+        mount("./copy.aci", &config).fails_saying(&["there is no signature"]);
+        let refuse = stage.write("refuse.toml", format!("keyring = {keys:?}\nunsigned = \"refuse\"\n"));
+        let refused = ["unsigned = \"refuse\""];
+        mount("example.com/app", &refuse).fails_saying(&["no signature of it is recorded", refused[0]]);
+        // Signed, it is recorded by whom, and asked for on use.
+        stage.write("copy.aci.asc", read("good@example.com.asc"));
+        mount("./copy.aci", &config).ok();
+        stage.fsprov(["unmount", "mnt"]).run().ok();
+        let shown = stage.fsprov(["image", "show", "--json", "example.com/app"]).run().ok().json();
+        assert!(shown["signed_by"]["user"].to_string().contains("good@example.com"), "{shown:#}");
+        fs::remove_file(stage.path("copy.aci.asc")).expect("remove");
+        for what in ["./copy.aci", "example.com/app"] {
+            mount(what, &refuse).ok();
+            stage.fsprov(["unmount", "mnt"]).run().ok();
+        }
+        let rsa_alone = stage.mkdir("rsa-alone");
+        fs::copy(keys.join("binary.gpg"), rsa_alone.join("keys")).expect("copy");
+        let other = stage.write("other.toml", format!("keyring = {rsa_alone:?}\nunsigned = \"refuse\"\n"));
+        mount("example.com/app", &other).fails_saying(&["has no key", "any more"]);
+        // What cannot be signed is refused: directories, layouts.
+        let plain = stage.path("plain");
+        make_small_tree(&plain);
+        stage.fsprov(["image", "export", "--format", "oci", "example.com/app", "layout"]).run().ok();
+        for what in ["plain", "layout"] {
+            let from = stage.fsprov(["image", "import", what, "--name", "unsigned"]);
+            from.env("FSPROV_CONFIG", &refuse).run().fails(1, &refused);
+            mount(&format!("./{what}"), &refuse).fails_saying(&refused);
+        }
+        rm();
+        // A key may be for some names only.
+        for (prefix, said) in
+            [("example.com,other", Some("is for names that begin with example.com/other/")), ("example.com", None)]
+        {
+            let bound = stage.mkdir(format!("bound-{prefix}"));
+            let dir = bound.join("prefix.d").join(prefix);
+            fs::create_dir_all(&dir).expect("make dir");
+            fs::copy(keys.join("armored.asc"), dir.join("key")).expect("copy");
+            let config = stage.write("bound.toml", format!("keyring = {bound:?}\n"));
+            let call = stage.fsprov(["image", "import", "--signature", "good@example.com.asc", "app.aci"]);
+            let done = call.env("FSPROV_CONFIG", &config).run();
+            match said {
+                Some(said) => drop(done.fails(1, &[said])),
+                None => drop(done.ok()),
+            }
+        }
         rm();
         // Without a keyring nothing is asked for, and a signature that is named is not passed over in silence.
         stage.fsprov(["image", "import"]).arg(&archive).run().ok();
@@ -326,6 +384,114 @@ pub(crate) const SIGNATURES: Case = Case::needing(
             .fails(3, &["read keyring /nowhere"]);
     },
 );
+
+/// A name is an entry to trust. With the name `debian` in the store, an archive that calls itself so must not become it.
+pub(crate) const NAMES_HELD: Case =
+    Case::new("an_import_takes_no_name_that_nobody_gave_it", on::once_each, |stage: &Stage| {
+        let name = "example.com/debian";
+        let make = |file: &str, version: &str, content: &str| {
+            stage.write(file, aci(&manifest(name, version, json!([])), content));
+        };
+        make("good.aci", "1", "good");
+        make("evil.aci", "latest", "evil");
+        make("worse.aci", "1", "worse");
+        let import = |args: &[&str]| stage.fsprov(["image", "import", "--json"]).args(args).run();
+        let id_of = |what: &str| stage.fsprov(["image", "show", "--json", what]).run().ok().json();
+        let good = import(&["good.aci"]).ok().json()["id"].clone();
+        let evil = import(&["evil.aci", "--name", "quarantine/x"]).ok().json()["id"].clone();
+        assert_eq!(id_of("quarantine/x")["names"], json!(["quarantine/x"]), "only the name that was given");
+        assert_eq!(id_of(name)["id"], good);
+        // What stands on the name stands on what it means.
+        let on = json!([{"imageName": name}]);
+        stage.write("app.aci", aci(&manifest("example.com/app", "1", on), "app"));
+        import(&["app.aci"]).ok();
+        assert_eq!(id_of("example.com/app")["dependencies"], json!([good]));
+        // Without a name of its own it would take one that is held: it must be asked for.
+        for file in ["evil.aci", "worse.aci"] {
+            import(&[file]).fails(1, &["name image example.com/debian", "has this name", "--replace"]);
+            assert_eq!(id_of(name)["id"], good, "{file}");
+        }
+        let listed = stage.fsprov(["image", "list", "--json"]).run().ok().json();
+        assert_eq!(listed.as_array().map(Vec::len), Some(3), "what was refused is not there");
+        // Mounted by its path, it gets no name.
+        stage.mkdir("mnt");
+        stage.fsprov(["mount", "./worse.aci", "mnt"]).run().ok();
+        stage.fsprov(["unmount", "mnt"]).run().ok();
+        assert_eq!(id_of(name)["id"], good);
+        // Another of the same labels takes its place, and is remembered.
+        let worse = import(&["worse.aci", "--replace"]).ok().json()["id"].clone();
+        let now = id_of(name);
+        assert_eq!((&now["id"], &now["before"][0]["image"], &now["before"][0]["name"]), (&worse, &good, &json!(name)));
+        assert_eq!(id_of(good.as_str().expect("an id"))["names"], json!([]));
+        let shown = stage.fsprov(["image", "show", name]).run().ok().out();
+        assert!(shown.contains(&format!("before          {name} was {}", good.as_str().expect("an id"))), "{shown}");
+        // One of other labels stands beside it, by its version.
+        import(&["evil.aci", "--replace"]).ok();
+        assert_eq!((&id_of(name)["id"], &id_of(&format!("{name}:1"))["id"]), (&evil, &worse));
+        let before = id_of(name)["before"].clone();
+        let chain: Vec<_> = before.as_array().expect("a list").iter().map(|one| one["image"].clone()).collect();
+        assert_eq!(chain, [worse, good], "the whole history");
+    });
+
+/// What others wrote reaches a terminal escaped, and JSON exact.
+pub(crate) const ESCAPES: Case =
+    Case::new("what_others_wrote_is_escaped_on_its_way_to_a_terminal", on::once_each, |stage: &Stage| {
+        const EVIL: &str = "a\u{1b}]0;pwned\u{7}\u{1b}[2J\u{9b}31m\u{202e}\n9:9";
+        let image = crate::common::oci::Image::small("content");
+        let mut layer = flate2::read::GzDecoder::new(&image.blobs[&image.layers[0]][..]);
+        let mut tar = Vec::new();
+        std::io::Read::read_to_end(&mut layer, &mut tar).expect("gunzip");
+        let config = json!({"architecture": "amd64", "os": "linux", "variant": EVIL,
+            "rootfs": {"type": "layers", "diff_ids": [crate::common::oci::digest(&tar)]}});
+        let docker = json!([{"Config": "c.json", "RepoTags": [EVIL], "Layers": ["l.tar"]}]);
+        let mut archive = tar::Builder::new(Vec::new());
+        for (name, bytes) in [
+            ("manifest.json", docker.to_string().into_bytes()),
+            ("c.json", config.to_string().into_bytes()),
+            ("l.tar", tar),
+        ] {
+            let mut header = tar::Header::new_gnu();
+            header.set_size(bytes.len() as u64);
+            header.set_mode(0o644);
+            archive.append_data(&mut header, name, &bytes[..]).expect("tar");
+        }
+        stage.write("docker.tar", archive.into_inner().expect("tar"));
+        let mut annotated = manifest("example.com/notes", "1", json!([]));
+        annotated["annotations"] = json!([{"name": "note", "value": EVIL}]);
+        stage.write("notes.aci", aci(&annotated, "x"));
+        let is_clean = |what: &str, text: &[u8]| {
+            let text = String::from_utf8_lossy(text);
+            let bad = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+            assert!(!text.contains(bad) && !text.contains("\n9:9"), "{what}: {text:?}");
+        };
+        let run = |args: &[&str]| {
+            let said = stage.fsprov(["--verbose", "--verbose"]).args(args).run();
+            is_clean(&args.join(" "), &said.stdout);
+            is_clean(&args.join(" "), &said.stderr);
+            said
+        };
+        let id =
+            run(&["image", "import", "--json", "docker.tar"]).ok().json()["id"].as_str().expect("an id").to_owned();
+        run(&["image", "import", "notes.aci"]).ok();
+        let listed = run(&["image", "list", "--json"]).ok().json();
+        let exact =
+            listed.as_array().expect("a list").iter().find(|one| one["id"] == *id).expect("it is there").clone();
+        assert_eq!(exact["names"], json!([EVIL]), "JSON says what it is");
+        assert!(exact["labels"].to_string().contains(&json!(EVIL).to_string()));
+        for verb in
+            [&["image", "list"][..], &["image", "show", &id], &["image", "show", "example.com/notes"], &["image", "du"]]
+        {
+            run(verb).ok();
+        }
+        stage.mkdir("mnt");
+        run(&["mount", &id, "mnt"]).ok();
+        run(&["list"]).ok();
+        run(&["inspect", "mnt"]).ok();
+        run(&["unmount", "mnt"]).ok();
+        run(&["image", "import", "--name", EVIL, "notes.aci"]).fails(2, &[]);
+        run(&["image", "show", EVIL]).fails(2, &["a\\x1b]0;pwned"]);
+        run(&["image", "rm", &id]).ok();
+    });
 
 /// A store as Mesos leaves it, with a manifest as its own tests write it.
 fn mesos_store(stage: &Stage) -> (PathBuf, PathBuf) {

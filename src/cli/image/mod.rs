@@ -4,7 +4,6 @@ mod net;
 mod upkeep;
 
 use std::ffi::OsString;
-use std::fmt::Write as _;
 use std::path::PathBuf;
 use std::sync::Arc;
 
@@ -18,7 +17,9 @@ use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::oci::Platform;
 use crate::provisioner::images_in_use;
-use crate::store::{ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Signature, Store, Use};
+use crate::store::{
+    Held, ImageSource, ImportOptions, Imported, Meta, OnDisk, Outcome, ProgressFn, Signature, Store, Use,
+};
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  fsprov image import debian.aci\n  fsprov image list\n  fsprov image rm debian")]
@@ -64,6 +65,9 @@ standard input) or unpacked as a directory; a directory holding `manifest` and `
 --name is needed). The id of an ACI is sha512- and the SHA-512 of the uncompressed tar, that of an OCI image its manifest's digest. An image that is there \
 already is not imported twice.
 
+An image gets the name that you give, or those that it came with. A name that another image has is not taken from it unless you say --replace; \
+`fsprov image show NAME` then tells what it meant before.
+
 Examples:
   fsprov image import debian.aci
   fsprov image import ./rootfs --name example.com/debian
@@ -73,9 +77,12 @@ Examples:
 struct Import {
     /// The archive or directory
     path: PathBuf,
-    /// A name beside the manifest's own
+    /// The name it gets, in place of its own
     #[arg(long)]
     name: Option<String>,
+    /// Take the name from the image that has it
+    #[arg(long)]
+    replace: bool,
     /// Refuse the image unless it has this id
     #[arg(long, value_name = "ID")]
     expect: Option<ImageId>,
@@ -174,6 +181,7 @@ impl Import {
         let bar = ProgressBar::no_length().with_style(bar_style());
         let options = ImportOptions {
             name: self.name.clone(),
+            held: if self.replace { Held::Replace } else { Held::Refuse },
             expected_id: self.expect.clone(),
             strictness: if self.lenient { Strictness::Lenient } else { Strictness::Strict },
             reference: self.reference.clone(),
@@ -264,26 +272,28 @@ impl Show {
         if self.format.json {
             return output::json(&ShowReport { meta: &meta, manifest });
         }
-        let mut text = String::new();
         let exact = match meta.on_disk {
             OnDisk::Exact => "exact",
             OnDisk::IndexOnly => "some owners, modes or devices in the index alone",
         };
-        for (name, value) in [
+        let mut rows = vec![
             ("id", meta.id.to_string()),
             ("names", meta.names.join(" ")),
             ("labels", meta.labels.iter().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>().join(" ")),
             ("source", meta.source.clone()),
+            ("signed by", meta.signed_by.as_ref().map_or("-".to_owned(), ToString::to_string)),
             ("imported", output::date(meta.imported_at)),
             ("entries", meta.entries.to_string()),
             ("size", output::size(meta.bytes)),
             ("tree on disk", exact.to_owned()),
-        ] {
-            let _ = writeln!(text, "{name:15} {value}");
-        }
+        ];
+        rows.extend(
+            meta.before
+                .iter()
+                .map(|one| ("before", format!("{} was {} until {}", one.name, one.image, output::date(one.until)))),
+        );
         let pretty = serde_json::to_string_pretty(&manifest).unwrap_or_default();
-        let _ = writeln!(text, "manifest\n{pretty}");
-        output::text(&text)
+        output::text(&format!("{}manifest\n{}\n", output::fields(rows), crate::printable::json(&pretty)))
     }
 }
 

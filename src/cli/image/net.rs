@@ -81,7 +81,9 @@ impl Bars {
                 let style =
                     ProgressStyle::with_template("{prefix:12!} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec}");
                 let style = style.unwrap_or_else(|_| bar_style());
-                bars.all.add(ProgressBar::no_length().with_style(style).with_prefix(name.to_owned()))
+                bars.all.add(
+                    ProgressBar::no_length().with_style(style).with_prefix(crate::printable::line(name).into_owned()),
+                )
             });
             if let Some(total) = part.total {
                 bar.set_length(total);

@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::{Format, image_uses, output};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
-use crate::store::{Prune, Repair, Store};
+use crate::store::{Held, Prune, Repair, Store};
 use crate::sys::durable::make_file;
 
 #[derive(Debug, Args)]
@@ -228,6 +228,9 @@ pub(super) struct Flatten {
     /// The new image's name
     #[arg(long)]
     name: String,
+    /// Take the name from the image that has it
+    #[arg(long)]
+    replace: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -240,7 +243,8 @@ struct Flattened {
 
 impl Flatten {
     pub(super) fn run(&self, store: &Store) -> Result<()> {
-        let done = store.flatten(&ImageRef::parse(&self.image)?, &self.name)?;
+        let held = if self.replace { Held::Replace } else { Held::Refuse };
+        let done = store.flatten(&ImageRef::parse(&self.image)?, &self.name, held)?;
         if self.format.json {
             return output::json(&Flattened { id: done.id.to_string(), name: done.name });
         }
