@@ -45,7 +45,7 @@ pub fn line(text: &str) -> Cow<'_, str> {
     escape(text, |_| false, as_rust)
 }
 
-/// Text of several lines of our own making: line breaks and tabs stay. What others wrote in it went through [`line`].
+/// Text of several lines of our own making: line breaks and tabs stay. What others wrote in it went through [`line()`].
 pub fn block(text: &str) -> Cow<'_, str> {
     escape(text, |c| matches!(c, '\n' | '\t'), as_rust)
 }

@@ -110,13 +110,13 @@ pub trait Backend {
         Err(Error::new(Kind::Unsupported, "revive", show(&plan.rootfs), "this backend keeps nothing"))
     }
 
-    /// Go on serving a rootfs whose server died, with what a [`Shelf`] kept of it; what is open in it stays good. `false`: this backend
+    /// Go on serving a rootfs whose server died, with what a [`Shelf`](crate::traces::Shelf) kept of it; what is open in it stays good. `false`: this backend
     /// keeps nothing. After an error everything of it that was served is cut off: destroy it.
     fn adopt(&self, _: &Plan, _: &Traces, _: Vec<Shelved>, _: &mut Journal<'_>) -> Result<bool> {
         Ok(false)
     }
 
-    /// What its provisioning put on the [`Shelf`].
+    /// What its provisioning put on the [`Shelf`](crate::traces::Shelf).
     fn shelved(&self, _: &Plan) -> Vec<String> {
         Vec::new()
     }

@@ -156,13 +156,13 @@ impl Mount {
             show(&record.plan.rootfs),
             record.plan.id,
             record.backend,
-            held_back(&record.plan.restraint)
+            held_back(record.plan.restraint)
         ))
     }
 }
 
 /// What was held back without being asked for, and how to have it otherwise.
-fn held_back(restraint: &Restraint) -> &'static str {
+fn held_back(restraint: Restraint) -> &'static str {
     match (restraint.for_others, restraint.nosuid(), restraint.nodev()) {
         (true, true, true) => {
             "; nosuid and nodev, since other users of this host reach it: for its setuid programs and devices to work, use --suid, or \

@@ -8,7 +8,7 @@
 //! for is ENOENT and harmless: all numbers in between are tried.
 
 use std::cell::Cell;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::io::Errno;
@@ -49,8 +49,8 @@ thread_local! {
 
 impl Notes {
     /// Notes in this memory file, with what the server before noted there.
-    pub fn new(file: OwnedFd) -> Result<Self> {
-        let words = SharedWords::map(file, WORDS).map_err(|e| Error::io("map", "the notes of requests", e))?;
+    pub fn new(file: impl AsFd) -> Result<Self> {
+        let words = SharedWords::map(&file, WORDS).map_err(|e| Error::io("map", "the notes of requests", e))?;
         Ok(Notes { words, next: AtomicUsize::new(0) })
     }
 
@@ -104,7 +104,6 @@ impl Notes {
 #[cfg(test)]
 mod tests {
     use std::collections::BTreeSet;
-    use std::os::fd::AsFd as _;
 
     use super::*;
 
@@ -115,7 +114,7 @@ mod tests {
     /// The numbers that are answered: of a connection that takes every answer.
     fn answered(file: &OwnedFd) -> BTreeSet<u64> {
         let taken = file_of_answers();
-        Notes::new(file.try_clone().unwrap()).unwrap().fail_all(&taken);
+        Notes::new(file).unwrap().fail_all(&taken);
         let bytes =
             std::fs::read(format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&taken.as_fd()))).unwrap();
         let answer = |one: &[u8]| {
@@ -132,7 +131,7 @@ mod tests {
     #[test]
     fn what_is_noted_and_what_may_have_been_read_is_answered() {
         let file = file();
-        let first = Notes::new(file.try_clone().unwrap()).unwrap();
+        let first = Notes::new(&file).unwrap();
         first.start(3);
         std::thread::scope(|scope| {
             // Still answering.
@@ -160,7 +159,7 @@ mod tests {
         assert!(numbers.is_superset(&tried) && numbers.len() == tried.len() + 1);
 
         // The next server's threads read higher numbers than those that are known now, and one that has none yet counts too.
-        let next = Notes::new(file.try_clone().unwrap()).unwrap();
+        let next = Notes::new(&file).unwrap();
         next.start(2);
         std::thread::scope(|scope| {
             scope.spawn(|| {
@@ -170,7 +169,7 @@ mod tests {
         });
         assert_eq!(answered(&file).first(), Some(&302));
         // All are known to be answering: none below.
-        let last = Notes::new(file.try_clone().unwrap()).unwrap();
+        let last = Notes::new(&file).unwrap();
         last.start(1);
         std::thread::scope(|scope| {
             scope.spawn(|| last.begin(500, true));
@@ -181,7 +180,7 @@ mod tests {
     #[test]
     fn not_all_numbers_since_the_beginning_are_tried() {
         let file = file();
-        let notes = Notes::new(file.try_clone().unwrap()).unwrap();
+        let notes = Notes::new(&file).unwrap();
         notes.start(2);
         let highest = 40_000_000;
         std::thread::scope(|scope| {

@@ -1,7 +1,7 @@
 //! Overlayfs mounts, detached, of directories by descriptor, in the newest way that the kernel has.
 //!
 //! Provisioning and the host's probe both mount here, so that the one promises what the other can do. What an older kernel answers to
-//! a newer way is named here and nowhere else: [`Reason`].
+//! a newer way is named here and nowhere else: `Reason`.
 
 use std::fmt::Write as _;
 use std::io::Read as _;

@@ -201,19 +201,21 @@ pub struct SharedWords(memmap2::MmapRaw);
 
 impl SharedWords {
     /// The first `count` words of a file, which is made as long as that.
-    pub fn map(file: OwnedFd, count: usize) -> std::io::Result<Self> {
+    pub fn map(file: impl AsFd, count: usize) -> std::io::Result<Self> {
         let length = count * size_of::<u64>();
         // Their memory is taken here, where its want is an error and no SIGBUS at a touch.
         rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), 0, length as u64)?;
-        memmap2::MmapOptions::new().len(length).map_raw(&file).map(SharedWords)
+        memmap2::MmapOptions::new().len(length).map_raw(file.as_fd().as_raw_fd()).map(SharedWords)
     }
 
     /// One of them. Panics behind the last one.
     pub fn at(&self, word: usize) -> &AtomicU64 {
         assert!((word + 1) * size_of::<u64>() <= self.0.len(), "word {word} of {} bytes", self.0.len());
+        #[allow(clippy::cast_ptr_alignment, reason = "mappings begin at a page")]
+        let first = self.0.as_mut_ptr().cast::<u64>();
         // SAFETY: aligned, as mappings begin at a page; within the mapping, as was just checked, which lives as long as the borrow; others
         // access it atomically too, or are other processes.
-        unsafe { AtomicU64::from_ptr(self.0.as_mut_ptr().cast::<u64>().add(word)) }
+        unsafe { AtomicU64::from_ptr(first.add(word)) }
     }
 }
 

@@ -476,7 +476,9 @@ pub(crate) const NOT_NOTED: Case =
                 assert!(Instant::now() < end, "round {round}: it hangs, or the fault point holds none");
                 if hangs() {
                     let served = times_served();
-                    worker_of(supervisor).map(system::kill);
+                    if let Some(worker) = worker_of(supervisor) {
+                        system::kill(worker);
+                    }
                     assert!(system::eventually(COMING_BACK, || times_served() > served), "round {round}: none follows");
                 }
             }
