@@ -62,7 +62,7 @@ fn looked_up(trace: &str) -> Vec<String> {
     // The worker gives up the host's root for one of its own, and opens both for that alone (pivot_root(2)).
     let process = |line: &str| line.split_once(' ').map(|(pid, _)| pid.to_owned());
     let gave_up: Vec<_> = trace.lines().filter(|line| line.contains("pivot_root(")).filter_map(process).collect();
-    for line in trace.lines().filter(|line| !line.contains("write(") && !line.contains("chdir(\"/\")")) {
+    for line in trace.lines().filter(|line| !line.contains("write(") && !line.contains("chdir(\"/\"")) {
         // PID CALL(ARGUMENTS) = RESULT; what is read from a symlink, or written into one, is no path that is looked up.
         let Some((call, arguments)) = line.split_once('(') else { continue };
         let quoted = arguments.split('"').skip(1).step_by(2);
