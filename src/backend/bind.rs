@@ -9,7 +9,7 @@ use std::path::Path;
 
 use rustix::io::Errno;
 
-use super::{Backend, Detach, Health, Support, attach};
+use super::{Backend, Detach, Health, Support, attach, detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
@@ -73,11 +73,11 @@ impl Backend for Bind {
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
-        attach::take_away(plan, traces, how)
+        detach::take_away(plan, traces, how)
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
-        attach::health(&plan.rootfs, traces, mounts)
+        detach::health(&plan.rootfs, traces, mounts)
     }
 }
 

@@ -15,7 +15,7 @@ use rustix::thread::CapabilitySet;
 
 use super::attach::{self, Assembly, Missing, RootState};
 use super::copytree::{Copier, Rules};
-use super::{Backend, Detach, Health, Support};
+use super::{Backend, Detach, Health, Support, detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
@@ -100,8 +100,8 @@ impl Backend for Copy {
 
     /// The files are still there, and the container's own changes with them: only the volumes are attached anew.
     fn revive(&self, plan: &Plan, traces: &Traces, places: &Places, journal: &mut Journal<'_>) -> Result<()> {
-        attach::clear_stage(&plan.state_dir)?;
-        attach::take_volumes_away(&plan.rootfs, traces, Detach::Lazy)?;
+        detach::clear_stage(&plan.state_dir)?;
+        detach::take_volumes_away(&plan.rootfs, traces, Detach::Lazy)?;
         let mut now = Traces { copied: traces.copied.clone(), ..Traces::default() };
         journal.note(&now)?;
         let mut assembly = None;
@@ -110,7 +110,7 @@ impl Backend for Copy {
                 assembly.into_iter().for_each(Assembly::keep);
                 Ok(())
             }
-            Err(e) => Err(e.with_undo(attach::take_volumes_away(&plan.rootfs, &now, Detach::Lazy).map(|_| ()))),
+            Err(e) => Err(e.with_undo(detach::take_volumes_away(&plan.rootfs, &now, Detach::Lazy).map(|_| ()))),
         }
     }
 }
@@ -226,7 +226,7 @@ fn take_away(plan: &Plan, opened: Option<&Place>, traces: &Traces, how: Detach) 
     const OP: &str = "delete copied";
     let Some(copied) = &traces.copied else { return Ok(false) };
     let fail = |e| Error::sys(OP, show(&plan.rootfs), e);
-    attach::clear_stage(&plan.state_dir)?;
+    detach::clear_stage(&plan.state_dir)?;
     let place = match opened {
         Some(opened) => Some(opened.try_clone()?),
         None => match Place::open(&plan.rootfs) {
@@ -239,17 +239,17 @@ fn take_away(plan: &Plan, opened: Option<&Place>, traces: &Traces, how: Detach) 
             "{} is not the directory that was filled: what was copied stays where it is now",
             show(&plan.rootfs)
         );
-        return attach::take_moved_volumes_away(&plan.rootfs, traces, how);
+        return detach::take_moved_volumes_away(&plan.rootfs, traces, how);
     };
     // Where it lies by now, for the table of mounts.
     let rootfs = path_of(&place)?;
     let root = place.for_reading().map_err(fail)?;
     // Nothing of it is deleted under a process; where that was begun already, it goes on.
     if how == Detach::IfIdle && !plan.state_dir.join(DELETING).exists() {
-        attach::refuse_in_use(&rootfs, || holders_in_directory(&rootfs))?;
+        detach::refuse_in_use(&rootfs, || holders_in_directory(&rootfs))?;
         refuse_mounted_elsewhere(&rootfs)?;
     }
-    let had_volumes = attach::take_volumes_away(&rootfs, traces, how)?;
+    let had_volumes = detach::take_volumes_away(&rootfs, traces, how)?;
     // On a full disk it must be possible to delete; should we die meanwhile, what is left may then pass for a whole copy.
     if let Err(e) = durable::write_file(&plan.state_dir.join(DELETING), b"", Survives::PowerLoss) {
         log::warn!("{e}");

@@ -6,8 +6,8 @@ use std::time::Duration;
 
 use rustix::process::Signal;
 
-use super::attach::{self, Assembly, Missing};
-use super::{Backend, Detach, Health, Support};
+use super::attach::{Assembly, Missing};
+use super::{Backend, Detach, Health, Support, detach};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -95,7 +95,7 @@ impl Backend for Fuse {
             // Not written down: it was killed while it mounted the volumes, which are of this file system.
             let of_volumes = || tree.iter().filter(|m| m.dev == ours.dev).map(|m| m.id).collect();
             let parts = traces.parts.clone().unwrap_or_else(of_volumes);
-            attach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&parts), how)?;
+            detach::check_foreign(&plan.rootfs, tree.get(1..).unwrap_or_default(), Some(&parts), how)?;
             fault::point("fuse.unmount")?;
             was_mounted = mount::unmount(ours, unmount_of(how), method.as_ref())?;
             fault::point("fuse.unmounted")?;

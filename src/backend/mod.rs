@@ -8,6 +8,7 @@ pub mod bind;
 pub mod copy;
 mod copyindex;
 mod copytree;
+mod detach;
 pub mod fuse;
 pub mod overlay;
 mod surplus;

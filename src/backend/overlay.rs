@@ -15,7 +15,7 @@ use rustix::io::Errno;
 
 use super::surplus;
 use super::whiteout::{self, HiddenDirs, Mark};
-use super::{Backend, Detach, Health, Support, Usage, attach};
+use super::{Backend, Detach, Health, Support, Usage, attach, detach};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
@@ -85,7 +85,7 @@ impl Backend for Overlay {
     }
 
     fn destroy(&self, _: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool> {
-        let there = attach::take_away(plan, traces, how)?;
+        let there = detach::take_away(plan, traces, how)?;
         fault::point("overlay.remove")?;
         Ok(remove_tree(&plan.state_dir.join(WORK))? || there)
     }
@@ -96,7 +96,7 @@ impl Backend for Overlay {
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
-        attach::health(&plan.rootfs, traces, mounts)
+        detach::health(&plan.rootfs, traces, mounts)
     }
 }
 
