@@ -24,8 +24,8 @@ def must(so, why):
 
 
 def run(*args, check=True, **more):
-    done = subprocess.run([str(a) for a in args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                          timeout=PATIENCE, **more)
+    done = subprocess.run([str(a) for a in args], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, text=True, timeout=PATIENCE,
+                          **{'stderr': subprocess.STDOUT, **more})
     if check and done.returncode: raise Failed(f'{" ".join(map(str, args))}: exit {done.returncode}: {done.stdout.strip()[-1500:]}')
     return done.stdout.strip()
 
@@ -46,7 +46,8 @@ def write(path, text):
 
 
 def fsprov(*args, **more): return run('/usr/local/bin/fsprov', *args, **more)
-def inspect(): return json.loads(fsprov('inspect', '--json', 'img'))
+def told(*args): return json.loads(fsprov(*args, '--json', stderr=subprocess.DEVNULL))
+def inspect(): return told('inspect', 'img')
 def show(name, unit=UNIT): return run('systemctl', 'show', '-P', name, unit)
 def mounted(place=PLACE): return [line for line in open('/proc/self/mountinfo') if line.split()[4] == place]
 
@@ -58,6 +59,7 @@ def systemctl(*args, **more):
 
 def make_image(at):
     """A root that a shell, systemd's RootDirectory= and nspawn can live in."""
+    shutil.rmtree(at, ignore_errors=True)
     for name in ('bin', 'usr/bin', 'usr/lib', 'etc', 'proc', 'sys', 'dev', 'tmp', 'var/tmp', 'var/lib', 'root', 'w', 'run/systemd', 'run/host'):
         os.makedirs(f'{at}/{name}', exist_ok=True)
     shutil.copy('/vm/bin/busybox', f'{at}/bin/busybox')
@@ -279,7 +281,7 @@ def stop():
     systemctl('stop', UNIT)
     must(not mounted(), 'still mounted')
     must(show('NFileDescriptorStore') == '0', 'descriptors are kept')
-    must(json.loads(fsprov('list', '--json')) == [], 'a record is left')
+    must(told('list') == [], 'a record is left')
     try: read = f'reads {len(os.pread(held, 100, 0))} bytes'
     except OSError as e: read = f'gets {errno.errorcode[e.errno]}'
     os.close(held)

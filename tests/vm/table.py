@@ -7,7 +7,7 @@
 import json, os, signal, subprocess, sys, time, traceback
 
 import stories
-from stories import Failed, KERNEL, RESENDS, USER, fsprov, must, run
+from stories import Failed, KERNEL, RESENDS, USER, fsprov, must, run, told
 
 WORK = stories.WORK
 # What a kernel cannot do, and fsprov says so: anything else that is refused is a fault.
@@ -45,9 +45,9 @@ def mounted_and_read(words, user=False, inside=':', enter='', writable=False):
 
 
 def probe():
-    told = json.loads(fsprov('probe', '--json'))
-    lacking = [f'{one["backend"]}: {one.get("reason", one)}' for one in told['backends'] if not one['works']]
-    return 'ok, auto is ' + told['auto'] + (f'; {"; ".join(lacking)}' if lacking else '')
+    host = told('probe')
+    lacking = [f'{one["backend"]}: {one.get("reason", one)}' for one in host['backends'] if not one['works']]
+    return 'ok, auto is ' + host['auto'] + (f'; {"; ".join(lacking)}' if lacking else '')
 
 
 def imports():
@@ -114,9 +114,9 @@ def worker_killed():
 
 def rebooted():
     """The boot before left three mounted."""
-    told = json.loads(fsprov('recover', '--json'))
-    must({one['id'] for one in told} == {'b1', 'b2', 'b3'}, f'{told}')
-    for one in json.loads(fsprov('list', '--json')): must(one['state'] == 'ready', f'{one}')
+    recovered = told('recover')
+    must({one['id'] for one in recovered} == {'b1', 'b2', 'b3'}, f'{recovered}')
+    for one in told('list'): must(one['state'] == 'ready', f'{one}')
     for n in (1, 2, 3): must('ID=stories' in open(f'{WORK}/b{n}/etc/os-release').read(), f'b{n} is not the image')
     fsprov('unmount', '--all')
     return 'ok'
