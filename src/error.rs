@@ -82,6 +82,7 @@ struct Inner {
     source: Source,
     hint: Option<Cow<'static, str>>,
     undo: Vec<Error>,
+    items: Vec<String>,
 }
 
 impl Error {
@@ -99,6 +100,7 @@ impl Error {
             source: cause.into(),
             hint: None,
             undo: Vec::new(),
+            items: Vec::new(),
         }))
     }
 
@@ -140,6 +142,28 @@ impl Error {
             self.0.undo.push(error);
         }
         self
+    }
+
+    /// What it consists of, a line each below it.
+    #[must_use]
+    pub fn items(mut self, items: impl IntoIterator<Item = String>) -> Self {
+        self.0.items.extend(items);
+        self
+    }
+
+    /// The error, and each of its items, as they are printed one below the other.
+    pub fn lines(&self) -> impl Iterator<Item = String> {
+        std::iter::once(self.headline()).chain(self.0.items.iter().map(|item| format!("  {item}")))
+    }
+
+    fn headline(&self) -> String {
+        let Inner { op, subject, source, hint, undo, .. } = &*self.0;
+        let space = if subject.is_empty() { "" } else { " " };
+        let mut text = format!("{op}{space}{subject}: {source}");
+        if let Some(hint) = hint {
+            text = format!("{text}; {hint}");
+        }
+        undo.iter().fold(text, |text, undo| format!("{text} (and undoing failed: {undo})"))
     }
 
     /// Did an undo fail?
@@ -193,6 +217,8 @@ pub struct Told {
     errno: Option<i32>,
     hint: Option<String>,
     undo: Vec<Told>,
+    #[serde(default)]
+    items: Vec<String>,
 }
 
 impl From<&Error> for Told {
@@ -206,6 +232,7 @@ impl From<&Error> for Told {
             errno: error.errno().map(rustix::io::Errno::raw_os_error),
             hint: inner.hint.as_ref().map(ToString::to_string),
             undo: inner.undo.iter().map(Told::from).collect(),
+            items: inner.items.clone(),
         }
     }
 }
@@ -239,23 +266,15 @@ impl From<Told> for Error {
             source: Box::new(ToldCause { text: told.cause, errno }),
             hint: told.hint.map(Into::into),
             undo: told.undo.into_iter().map(Error::from).collect(),
+            items: told.items,
         }))
     }
 }
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let inner = &*self.0;
-        write!(f, "{}", inner.op)?;
-        if !inner.subject.is_empty() {
-            write!(f, " {}", inner.subject)?;
-        }
-        write!(f, ": {}", inner.source)?;
-        if let Some(hint) = &inner.hint {
-            write!(f, "; {hint}")?;
-        }
-        for undo in &inner.undo {
-            write!(f, " (and undoing failed: {undo})")?;
+        for (number, line) in self.lines().enumerate() {
+            write!(f, "{}{line}", if number == 0 { "" } else { "\n" })?;
         }
         Ok(())
     }

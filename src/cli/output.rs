@@ -89,7 +89,9 @@ pub(super) fn date(seconds_since_1970: i64) -> String {
 /// Say on stderr what went wrong.
 pub(super) fn complain(error: &Error) {
     // Where stderr is closed there is nobody to tell.
-    let _ = writeln!(std::io::stderr(), "fsprov: {}", printable::line(&error.to_string()));
+    for (number, line) in error.lines().enumerate() {
+        let _ = writeln!(std::io::stderr(), "{}{}", if number == 0 { "fsprov: " } else { "" }, printable::line(&line));
+    }
 }
 
 /// Did the reader of our stdout go away? Then we are done.

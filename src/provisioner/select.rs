@@ -100,14 +100,10 @@ fn choose_by(
             let error = error(format!("the {} backend cannot: {}", one.backend, one.reason));
             if one.remedy.is_empty() { error } else { error.hint(one.remedy.clone()) }
         }
-        all => error(
-            all.iter()
-                .map(|r| match r.remedy.as_str() {
-                    "" => format!("{}: {}", r.backend, r.reason),
-                    remedy => format!("{}: {} ({remedy})", r.backend, r.reason),
-                })
-                .fold("no backend can serve it".to_owned(), |text, one| format!("{text}\n  {one}")),
-        ),
+        all => error("no backend can serve it".to_owned()).items(all.iter().map(|r| match r.remedy.as_str() {
+            "" => format!("{}: {}", r.backend, r.reason),
+            remedy => format!("{}: {} ({remedy})", r.backend, r.reason),
+        })),
     })
 }
 
