@@ -138,6 +138,12 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
     assert_eq!((&*field("CapInh"), &*field("CapAmb")), ("0000000000000000", "0000000000000000"));
     if stage.lane.enter == Enter::User {
         assert_eq!(capabilities, 0);
+        // The worker of an imported image goes into a user namespace of its own, where it has them all until it gives them up.
+        stage.fsprov(["image", "import", "--name", "indexed"]).arg(&image).run().ok();
+        stage.fsprov(["mount", "--backend", "fuse", "--id", "i", "indexed"]).arg(stage.path("indexed")).run().ok();
+        let walls = super::hardened::stats(stage, "i")["worker"]["walls"].clone();
+        assert_eq!(walls["capabilities"], "0", "{walls:#}");
+        stage.fsprov(["unmount", "i"]).run().ok();
     } else {
         // No program of any owner gets more.
         assert_eq!(field("CapBnd"), field("CapEff"));

@@ -76,6 +76,8 @@ pub(super) struct Walls {
 /// that are the same to answers.
 pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
     let landlock = files::is_offered();
+    // Asked here: in a user namespace of its own it would have every capability over its user's files.
+    let acts_for_callers = rustix::process::geteuid().is_root() || ActAs::detect() == ActAs::Caller;
     // Whose files they are is told by the index, or by the disk. In a user namespace the disk tells of one user alone, so that is
     // entered only where nothing is read from the disk, or nothing else keeps the worker from the host's files.
     let from_the_index = plan.index.is_some() && plan.volumes.is_empty();
@@ -91,7 +93,7 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
             log::warn!(target: TARGET, "no landlock: {e}");
             false
         });
-    let capabilities = drop_capabilities().unwrap_or_else(|e| {
+    let capabilities = drop_capabilities(acts_for_callers).unwrap_or_else(|e| {
         log::warn!(target: TARGET, "drop capabilities: {e}");
         CapabilitySet::all()
     });
@@ -116,10 +118,9 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
 
 /// Keep what answers need: as root, and where the worker acts as its callers; an ordinary user's worker needs none. No program that
 /// is started gets any of the rest, whoever owns it (the bounding set).
-fn drop_capabilities() -> rustix::io::Result<CapabilitySet> {
+fn drop_capabilities(acts_for_callers: bool) -> rustix::io::Result<CapabilitySet> {
     let mut sets = capabilities(None)?;
-    let is_roots = rustix::process::geteuid().is_root() || ActAs::detect() == ActAs::Caller;
-    let needed = if is_roots {
+    let needed = if acts_for_callers {
         NEEDED.into_iter().fold(CapabilitySet::empty(), CapabilitySet::union)
     } else {
         CapabilitySet::empty()
