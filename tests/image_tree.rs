@@ -11,6 +11,7 @@ use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
 use fsprov::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
+use fsprov::fuse::buffers::Buffers;
 use fsprov::fuse::mount::{self, Method, Mounted, OtherUsers, Request};
 use fsprov::fuse::session::{self, Start};
 use fsprov::host::Host;
@@ -102,7 +103,8 @@ impl Served {
 
     fn with_index(dir: tempfile::TempDir, index: &Path, layers: Vec<OwnedFd>) -> Result<Self, Failed> {
         let tree = Arc::new(ImageTree::open(Index::open(index)?, layers, Ownership::default(), Trust::Size)?);
-        let adapter = FuseAdapter::new(tree, AdapterOptions::default());
+        let buffers = Arc::new(Buffers::new(2, session::MIN_READ_BUFFER));
+        let adapter = FuseAdapter::new(tree, AdapterOptions::default(), Arc::clone(&buffers));
         let counters = adapter.counters();
         let point = dir.path().join("mnt");
         std::fs::create_dir(&point)?;
@@ -120,8 +122,8 @@ impl Served {
         let mounted = mount::mount(&Method::choose(&Host::probe())?, &request)?;
         let init = session::read_init(&mounted.connection)?;
         adapter.pace().watch(&mounted.connection, 2)?;
-        let ready = session::start(adapter, &mounted.connection, &init, Start::First, 2)?;
-        let server = Some(std::thread::spawn(move || ready.run()));
+        let running = session::start(adapter, &mounted.connection, &init, Start::First, &buffers)?;
+        let server = Some(std::thread::spawn(move || running.wait()));
         Ok(Served { dir, mounted, counters, server })
     }
 

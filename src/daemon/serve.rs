@@ -19,7 +19,8 @@ use super::supervise::{take_stdin, take_stdout};
 use super::walls::{self, Walls};
 use super::{REQUEST_LOST, TARGET, figures, hex, settle, unhex};
 use crate::error::{Error, Kind, Result, Told, show};
-use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
+use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, MAX_REQUEST, Operation};
+use crate::fuse::buffers::Buffers;
 use crate::fuse::inflight::Notes;
 use crate::fuse::poison;
 use crate::fuse::session::{self, InFlight, Resend, Start};
@@ -71,7 +72,7 @@ fn work(channel: Channel) -> Result<()> {
         .name("fsprov-control".into())
         .spawn(move || control(&channel, &server))
         .map_err(|e| Error::io("start thread", "control", e))?;
-    session.run()
+    session.wait()
 }
 
 /// What statistics are taken from.
@@ -111,17 +112,14 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
         // Volumes are opened as the caller.
         idmappable: job.checks_permissions() && job.plan.volumes.is_empty(),
     };
-    let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options);
+    let longest = if job.is_read_only() { session::MIN_READ_BUFFER } else { MAX_REQUEST };
+    let buffers = Arc::new(Buffers::new(job.threads, longest));
+    let adapter = FuseAdapter::new(Arc::clone(&trees.whole), options, buffers);
     let counters = adapter.counters();
     Ok((adapter, Server { job, trees, counters, started: Instant::now(), walls, control, _in_use: in_use }, notes))
 }
 
-fn begin(
-    adapter: FuseAdapter,
-    server: &Server,
-    notes: Notes,
-    channel: &Channel,
-) -> Result<session::Ready<FuseAdapter>> {
+fn begin(adapter: FuseAdapter, server: &Server, notes: Notes, channel: &Channel) -> Result<session::Running> {
     let job = &server.job;
     let Some((ToWorker::Begin { init, start, minor }, fds)) = channel.receive()? else {
         return Err(Error::new(Kind::Helper, "begin", "", "the supervisor gave up"));
@@ -138,9 +136,9 @@ fn begin(
         failed
     };
     let mut poisoned = 0;
-    let notifier = adapter.notifier();
-    let mut ready = match &start {
-        Begin::First => session::start(adapter, &connection, &init, Start::First, job.threads)?,
+    let (notifier, buffers) = (adapter.notifier(), adapter.buffers());
+    let mut running = match &start {
+        Begin::First => session::start(adapter, &connection, &init, Start::First, &buffers)?,
         Begin::Again { reply, resend, with_care } => {
             let reply = unhex(reply)?;
             if *with_care && resend.works(&init) {
@@ -151,17 +149,17 @@ fn begin(
                     server.trees.whole.forget(node, count);
                 }
             }
-            session::start(adapter, &connection, &init, Start::Again { reply: &reply, resend: *resend }, job.threads)?
+            session::start(adapter, &connection, &init, Start::Again { reply: &reply, resend: *resend }, &buffers)?
         }
     };
     // Empty until now.
-    let _ = notifier.set(ready.notifier());
-    if let InFlight::Failed(count) = &mut ready.in_flight {
+    let _ = notifier.set(running.notifier());
+    if let InFlight::Failed(count) = &mut running.in_flight {
         *count = failed;
         watch_for_lost(connection, minor, Arc::clone(&server.counters))?;
     }
-    channel.send(&FromWorker::Serving { reply: hex(&ready.reply), in_flight: ready.in_flight, poisoned }, &[])?;
-    Ok(ready)
+    channel.send(&FromWorker::Serving { reply: hex(&running.reply), in_flight: running.in_flight, poisoned }, &[])?;
+    Ok(running)
 }
 
 /// Pause between two looks for lost requests.

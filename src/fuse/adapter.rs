@@ -18,6 +18,7 @@ use fuser::{
     ReplyXattr, Request, TimeOrNow, WriteFlags,
 };
 
+use super::buffers::{Buffers, NO_NODE};
 use super::inflight::Notes;
 use super::pace::Pace;
 use crate::fault;
@@ -31,6 +32,8 @@ const TARGET: &str = "fsprov::fuse";
 
 /// Largest write: the most the kernel sends in one request (FUSE_MAX_MAX_PAGES, 256 pages).
 const MAX_WRITE: u32 = 1 << 20;
+/// Longest request where files are written: such a write, and its header.
+pub const MAX_REQUEST: usize = MAX_WRITE as usize + 4096;
 /// Requests that the kernel keeps waiting in the background (readahead, direct I/O): enough for several readers at once,
 /// few enough that a foreground request is not behind hundreds. The kernel's own default, 12, starves two readers.
 const MAX_BACKGROUND: u16 = 64;
@@ -170,6 +173,7 @@ pub struct FuseAdapter {
     pace: Arc<Pace>,
     notes: OnceLock<Notes>,
     notifier: Arc<OnceLock<Notifier>>,
+    buffers: Arc<Buffers>,
 }
 
 thread_local! {
@@ -188,8 +192,8 @@ impl std::fmt::Debug for FuseAdapter {
 }
 
 impl FuseAdapter {
-    /// An adapter for a tree.
-    pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions) -> Self {
+    /// An adapter for a tree, in a session that is started with these buffers.
+    pub fn new(tree: Arc<dyn Tree>, options: AdapterOptions, buffers: Arc<Buffers>) -> Self {
         FuseAdapter {
             tree,
             options,
@@ -199,12 +203,18 @@ impl FuseAdapter {
             pace: Arc::default(),
             notes: OnceLock::new(),
             notifier: Arc::default(),
+            buffers,
         }
     }
 
     /// Its counters, which go on counting.
     pub fn counters(&self) -> Arc<Counters> {
         Arc::clone(&self.counters)
+    }
+
+    /// The buffers that it was made with.
+    pub fn buffers(&self) -> Arc<Buffers> {
+        Arc::clone(&self.buffers)
     }
 
     /// How its threads wait for requests: tell it the connection ([`Pace::watch`]).
@@ -674,6 +684,9 @@ impl Filesystem for FuseAdapter {
         _lock_owner: Option<LockOwner>,
         reply: ReplyWrite,
     ) {
+        if node.0 == NO_NODE {
+            return self.buffers.handle(data, reply);
+        }
         // The kernel asks to take setuid away for everybody without CAP_FSETID; and never for a page, which has no caller.
         let kill = write_flags.contains(WriteFlags::FUSE_WRITE_KILL_SUIDGID);
         let writer = if kill { Writer::Ordinary(caller(request)) } else { Writer::Trusted };

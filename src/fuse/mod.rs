@@ -2,6 +2,7 @@
 //! the store.
 
 pub mod adapter;
+pub mod buffers;
 mod fusermount;
 pub mod inflight;
 pub mod mount;

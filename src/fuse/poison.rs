@@ -13,14 +13,12 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, Shutdown, SocketFlags, SocketType, socketpair};
 
-use super::adapter;
+use super::adapter::{self, MAX_REQUEST};
 use super::session::answer_error;
 
 const TARGET: &str = "fsprov::fuse";
 /// How fuser names the threads that answer requests.
 const THREAD: &str = "fuser-";
-/// Larger than any request: the largest write, its header and what belongs to it (max_write, and a page for the rest).
-const MAX_REQUEST: usize = (1 << 20) + 4096;
 /// What is longer is a write's data, which fuser hands on as it is; a socket takes it only with a larger buffer.
 const MAX_TASTED: usize = 64 * 1024;
 /// Most requests looked at: as many as a dead server's threads may have had, and more.

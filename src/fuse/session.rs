@@ -5,19 +5,21 @@
 //! fuser 0.18 on Linux 6.18.
 
 use std::io::{IoSlice, IoSliceMut};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::thread::JoinHandle;
 
 use fuser::{Config, Filesystem, Session, SessionACL};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
+use super::buffers::Buffers;
 use crate::error::{Error, Kind, Result};
 use crate::sys::raw;
 
 const TARGET: &str = "fsprov::fuse";
 /// Smallest buffer a read of /dev/fuse takes (FUSE_MIN_READ_BUFFER, linux/fuse.h).
-const MIN_READ_BUFFER: usize = 8192;
+pub const MIN_READ_BUFFER: usize = 8192;
 /// The kernel queues INIT within mount(2); this is for a machine that is very busy.
 const INIT_PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
 /// FUSE_NOTIFY_RESEND (linux/fuse.h, Linux 6.9): requests that were read and not answered are queued again.
@@ -101,24 +103,26 @@ pub enum InFlight {
     Failed(usize),
 }
 
-/// A session that is ready to run.
+/// A session whose threads answer requests.
 #[derive(Debug)]
-pub struct Ready<F: Filesystem> {
-    session: Session<F>,
+pub struct Running {
+    threads: JoinHandle<std::io::Result<()>>,
+    notifier: fuser::Notifier,
     /// The answer to INIT.
     pub reply: Vec<u8>,
     /// What became of requests in flight.
     pub in_flight: InFlight,
 }
 
-/// Make a session of `filesystem` on `connection`, with `threads` threads.
-pub fn start<F: Filesystem>(
+/// Start a session of `filesystem` on `connection`, with as many threads as `buffers` is for. The file system's `write` leaves what is for
+/// [`NO_NODE`](super::buffers::NO_NODE) to them.
+pub fn start<F: Filesystem + Send + 'static>(
     filesystem: F,
     connection: &OwnedFd,
     init: &[u8],
     start: Start<'_>,
-    threads: usize,
-) -> Result<Ready<F>> {
+    buffers: &Buffers,
+) -> Result<Running> {
     const OP: &str = "start a FUSE session";
     let fail = |e: Errno| Error::sys(OP, "", e);
     let (near, far) =
@@ -127,7 +131,7 @@ pub fn start<F: Filesystem>(
     let mut config = Config::default();
     // The kernel decides who enters (allow_other, default_permissions); fuser's own check would come on top.
     config.acl = SessionACL::All;
-    config.n_threads = Some(threads);
+    config.n_threads = Some(buffers.threads());
     let session = Session::from_fd(filesystem, far, SessionACL::All, config)
         .map_err(|e| Error::io(OP, "the answer to INIT", e))?;
     let mut reply = vec![0_u8; MIN_READ_BUFFER];
@@ -145,8 +149,14 @@ pub fn start<F: Filesystem>(
         )
         .hint("unmount and mount again"));
     }
-    // From here on the session's descriptor means the connection; what fuser has of it is the number alone.
-    raw::dup_over(connection, &session).map_err(fail)?;
+    let (number, notifier) = (session.as_fd().as_raw_fd(), session.notifier());
+    let threads = std::thread::Builder::new()
+        .name("fsprov-session".into())
+        .spawn(move || session.run())
+        .map_err(|e| Error::io("start thread", "session", e))?;
+    buffers.fill(&near).map_err(fail)?;
+    // All wait, and none reads: from here on the session's descriptor means the connection; what fuser has of it is the number alone.
+    raw::dup_over(connection, number).map_err(fail)?;
     let in_flight = match start {
         Start::First => {
             rustix::io::writev(connection, &[IoSlice::new(&reply)]).map_err(|e| Error::sys(OP, "answer INIT", e))?;
@@ -155,7 +165,8 @@ pub fn start<F: Filesystem>(
         Start::Again { resend, .. } if resend.works(init) => ask_again(connection)?,
         Start::Again { .. } => InFlight::Failed(0),
     };
-    Ok(Ready { session, reply, in_flight })
+    buffers.release();
+    Ok(Running { threads, notifier, reply, in_flight })
 }
 
 fn same_agreement(one: &[u8], other: &[u8]) -> bool {
@@ -186,16 +197,15 @@ pub(super) fn answer_error(connection: &OwnedFd, unique: u64, errno: Errno) -> b
     rustix::io::write(connection, &message).is_ok()
 }
 
-impl<F: Filesystem> Ready<F> {
+impl Running {
     /// A handle for notifications to the kernel.
     pub fn notifier(&self) -> fuser::Notifier {
-        self.session.notifier()
+        self.notifier.clone()
     }
 
-    /// Answer requests until the file system is unmounted or its connection aborted. An error: it still stands, and nobody
-    /// answers.
-    pub fn run(self) -> Result<()> {
-        match self.session.run() {
+    /// Wait until the file system is unmounted or its connection aborted. An error: it still stands, and nobody answers.
+    pub fn wait(self) -> Result<()> {
+        match self.threads.join().unwrap_or_else(|_| Err(std::io::Error::other("its thread panicked"))) {
             // ECONNABORTED is how an aborted connection shows where the kernel was asked to tell it apart (FUSE_ABORT_ERROR).
             Err(e) if e.raw_os_error() != Some(libc::ECONNABORTED) => Err(Error::io("serve", "FUSE requests", e)),
             other => {
@@ -220,11 +230,59 @@ pub fn waiting(minor: u32) -> Option<u64> {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    use fuser::{FileHandle, INodeNo, LockOwner, OpenFlags, ReplyWrite, Request, WriteFlags};
+
+    use super::super::buffers::NO_NODE;
     use super::*;
 
     #[derive(Debug)]
-    struct Empty;
-    impl Filesystem for Empty {}
+    struct Empty(Arc<Buffers>);
+    impl Filesystem for Empty {
+        fn write(
+            &self,
+            _: &Request,
+            node: INodeNo,
+            _: FileHandle,
+            _: u64,
+            data: &[u8],
+            _: WriteFlags,
+            _: OpenFlags,
+            _: Option<LockOwner>,
+            reply: ReplyWrite,
+        ) {
+            assert_eq!(node.0, NO_NODE);
+            let before = not_there(data);
+            self.0.handle(data, reply);
+            if before > 0 && not_there(data) == 0 {
+                MADE.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    fn start_empty(connection: &OwnedFd, init: &[u8], start: Start<'_>) -> Result<Running> {
+        let buffers = Arc::new(Buffers::new(2, LONGEST));
+        super::start(Empty(Arc::clone(&buffers)), connection, init, start, &buffers)
+    }
+
+    const LONGEST: usize = 100 << 10;
+    static MADE: AtomicUsize = AtomicUsize::new(0);
+
+    /// Pages of the longest request that begins before this data which a read of it would find missing: bit 63 of their words in pagemap
+    /// (Documentation/admin-guide/mm/pagemap.rst).
+    fn not_there(data: &[u8]) -> usize {
+        let pages = data.as_ptr().addr() / 4096..(data.as_ptr().addr() + LONGEST - 80).div_ceil(4096);
+        let file = std::fs::File::open("/proc/self/pagemap").unwrap();
+        pages
+            .filter(|page| {
+                let mut word = [0_u8; 8];
+                std::os::unix::fs::FileExt::read_exact_at(&file, &mut word, *page as u64 * 8).unwrap();
+                u64::from_ne_bytes(word) >> 63 == 0
+            })
+            .count()
+    }
 
     /// FUSE_INIT as Linux 6.18 sends it: 40 bytes of header, then 64 of `struct fuse_init_in`.
     fn init_request(flags: u32) -> Vec<u8> {
@@ -252,30 +310,37 @@ mod tests {
 
     #[test]
     fn the_first_server_answers_init_and_the_next_one_asks_for_what_was_lost() {
+        // As in a server: the allocator takes large buffers anew from the kernel.
+        raw::hoard_no_memory();
         let (kernel, server) = connection();
         let init = init_request(0xffff | INIT_EXT);
-        let first = start(Empty, &server, &init, Start::First, 1).unwrap();
+        let first = start_empty(&server, &init, Start::First).unwrap();
+        let both_have_theirs = || MADE.load(Ordering::Relaxed) == 2;
+        assert!((0..1000).any(|_| {
+            std::thread::sleep(std::time::Duration::from_millis(10));
+            both_have_theirs()
+        }));
         let answer = message(&kernel);
         assert_eq!(answer, first.reply);
         assert_eq!(answer[8..16], 2_u64.to_ne_bytes(), "answers the request's unique");
         drop(first);
 
         let again = Start::Again { reply: &answer, resend: Resend::Ask };
-        let next = start(Empty, &server, &init, again, 1).unwrap();
+        let next = start_empty(&server, &init, again).unwrap();
         assert_eq!(next.in_flight, InFlight::Safe);
         let notification = message(&kernel);
         assert_eq!(notification[..8], [16, 0, 0, 0, 7, 0, 0, 0]);
         drop(next);
 
         let quiet = Start::Again { reply: &answer, resend: Resend::Never };
-        assert_eq!(start(Empty, &server, &init, quiet, 1).unwrap().in_flight, InFlight::Failed(0));
+        assert_eq!(start_empty(&server, &init, quiet).unwrap().in_flight, InFlight::Failed(0));
         let old = init_request(0xffff & !INIT_EXT);
         assert!(!Resend::Ask.works(&old) && Resend::Ask.works(&init) && !Resend::Never.works(&init));
 
         let mut other = answer.clone();
         other[REPLY_FLAGS[0].start] ^= 1;
         let changed = Start::Again { reply: &other, resend: Resend::Ask };
-        assert_eq!(start(Empty, &server, &init, changed, 1).unwrap_err().kind(), Kind::Unsupported);
+        assert_eq!(start_empty(&server, &init, changed).unwrap_err().kind(), Kind::Unsupported);
     }
 
     #[test]

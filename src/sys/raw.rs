@@ -1,7 +1,7 @@
 //! The only place with `unsafe`: one call a block, its SAFETY line says why it is sound.
 #![allow(unsafe_code)]
 
-use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use rustix::io::Errno;
@@ -195,6 +195,15 @@ pub fn map_writable(file: impl AsFd, offset: u64, length: usize) -> std::io::Res
     unsafe { memmap2::MmapOptions::new().offset(offset).len(length).map_mut(file.as_fd().as_raw_fd()) }
 }
 
+/// Have the pages of `bytes` bytes there, writable, from `before` bytes before `inside` on (madvise(2) MADV_POPULATE_WRITE, Linux 5.14).
+pub(crate) fn populate_around(inside: &[u8], before: usize, bytes: usize) -> Result<(), Errno> {
+    let start = inside.as_ptr().wrapping_sub(before);
+    let into_page = start.addr() % rustix::param::page_size();
+    let start = start.wrapping_sub(into_page).cast_mut().cast();
+    // SAFETY: no content is changed; what is not mapped, or not writable, is an error.
+    unsafe { rustix::mm::madvise(start, bytes + into_page, rustix::mm::Advice::LinuxPopulateWrite) }
+}
+
 /// Words of memory in a file, shared by all who map it, and left there by those who are gone.
 #[derive(Debug)]
 pub struct SharedWords(memmap2::MmapRaw);
@@ -318,10 +327,10 @@ pub(crate) fn fork_and_leave() -> Result<(), Errno> {
     }
 }
 
-/// dup3(2) of `source` over `target`, which stays the same number for whoever owns it and now means `source`'s file.
-pub(crate) fn dup_over(source: impl AsFd, target: impl AsFd) -> Result<(), Errno> {
-    let (source, target) = (source.as_fd().as_raw_fd(), target.as_fd().as_raw_fd());
-    // SAFETY: both are open descriptors of this process; the target stays open and owned by its owner.
+/// dup3(2) of `source` over the number `target`, which stays its owner's and now means `source`'s file.
+pub(crate) fn dup_over(source: impl AsFd, target: RawFd) -> Result<(), Errno> {
+    let source = source.as_fd().as_raw_fd();
+    // SAFETY: no memory is passed; the target is open, says the caller, and stays open and owned by its owner.
     let done = unsafe { libc::dup3(source, target, libc::O_CLOEXEC) };
     if done < 0 { Err(last_errno()) } else { Ok(()) }
 }

@@ -173,11 +173,8 @@ fn checked(devices: Devices) -> Result<Vec<(Call, Vec<SeccompRule>)>, String> {
         (libc::SYS_mknodat, nodes),
         (libc::SYS_mmap, vec![not_executable()?]),
         (libc::SYS_mprotect, vec![not_executable()?]),
-        // Giving pages back. Not MADV_HWPOISON, with which CAP_SYS_ADMIN takes pages from the machine.
-        (
-            libc::SYS_madvise,
-            one_of(2, &[libc::MADV_DONTNEED, libc::MADV_FREE, libc::MADV_HUGEPAGE, libc::MADV_NOHUGEPAGE])?,
-        ),
+        // Giving pages back, and having them there. Not MADV_HWPOISON, with which CAP_SYS_ADMIN takes pages from the machine.
+        (libc::SYS_madvise, one_of(2, &MADVICE)?),
         // Its own limits, to be read.
         (libc::SYS_prlimit64, vec![rule(vec![equals(0, 0)?, when(2, Qword, Is::Eq, 0)?])?]),
         // Names of threads; the auxiliary vector that rustix looks at.
@@ -192,6 +189,15 @@ fn checked(devices: Devices) -> Result<Vec<(Call, Vec<SeccompRule>)>, String> {
         (libc::SYS_tgkill, vec![rule(vec![equals(0, me)?])?]),
     ])
 }
+
+const MADVICE: [libc::c_int; 6] = [
+    libc::MADV_DONTNEED,
+    libc::MADV_FREE,
+    libc::MADV_HUGEPAGE,
+    libc::MADV_NOHUGEPAGE,
+    libc::MADV_POPULATE_READ,
+    libc::MADV_POPULATE_WRITE,
+];
 
 /// linux/prctl.h, Linux 6.4.
 const PR_GET_AUXV: libc::c_int = 0x4155_5856;

@@ -25,7 +25,7 @@ const OPEN_FILES: usize = 128;
 const WINDOW: u64 = 2 << 20;
 /// See [`WINDOW`].
 const WINDOWS: usize = 8;
-/// Files up to this size are read into a buffer: one pread costs less than mapping, faulting and unmapping.
+/// Up to so many bytes are read into a buffer: one pread costs less than mapping, faulting and unmapping a window.
 const SMALL: u64 = 64 << 10;
 /// Unit of hashing under [`Trust::Digest`].
 const HASH_UNIT: usize = 1 << 20;
@@ -146,11 +146,14 @@ impl Content {
             return Ok(());
         }
         let file = self.opened(index, inode)?;
-        if inode.size > SMALL && offset / WINDOW == (offset + length - 1) / WINDOW {
+        if length > SMALL && offset / WINDOW == (offset + length - 1) / WINDOW {
             let window = self.window(index, inode, &file, offset / WINDOW)?;
             let from = (offset % WINDOW) as usize;
             // Handed on untouched: write(2) copies it, and says EFAULT for pages that are gone where we would get SIGBUS.
             if let Some(bytes) = window.get(from..from + length as usize) {
+                // Mapped before: a server that is killed while write(2) copies gets no page any more, and the reader EIO in place of an
+                // answer by the next server (fuse_dev_do_write in fs/fuse/dev.c). Before Linux 5.14, and for what cannot be read: as it was.
+                let _ = window.advise_range(memmap2::Advice::PopulateRead, from, length as usize);
                 out(bytes);
                 return Ok(());
             }
