@@ -10,7 +10,7 @@ use rustix::fs::{CWD, FileType, Mode, makedev};
 use rustix::io::Errno;
 
 use super::volumes::{sandbox, volume};
-use crate::common::images::chmod;
+use crate::common::images::{self, chmod};
 use crate::common::needs::test_user;
 use crate::common::system;
 use crate::common::{Case, Enter, Lane, Need, Stage};
@@ -291,3 +291,32 @@ pub(crate) const MADE: Case =
             assert_eq!(mode & 0o7777, 0o700, "{dir}");
         }
     });
+
+/// `su` of a real Debian, run by an ordinary user inside: with `--suid`, in a directory that is closed to the others of the host.
+pub(crate) const SU: Case = Case::needing(
+    "su_works_inside_where_it_was_asked_for",
+    |lane| ["bind-root", "fuse-root"].contains(&lane.name),
+    &[Need::Minbase, Need::TestUser, Need::Tool("chroot")],
+    |stage: &Stage| {
+        let archive = images::minbase_aci().expect("the Debian archive");
+        stage.fsprov(["image", "import", "--name", "debian"]).arg(&archive).run().ok();
+        stage.mkdir("closed");
+        chmod(&stage.path("closed"), 0o700);
+        let user = test_user().expect("the test user");
+        for (flag, says) in [("--suid", "0\n"), ("--nosuid", "")] {
+            let mut options = sandbox(stage).to_vec();
+            options.extend(volume("etc", "/etc", "rw,copy"));
+            options.push(flag.into());
+            let rootfs = stage.mount("debian", "closed/rootfs", options);
+            let inside = |who: &str, command: &str| {
+                stage.tool("chroot", [&format!("--userspec={who}")]).arg(&rootfs).args(["/bin/sh", "-c", command]).run()
+            };
+            inside("0:0", "echo root:sesame | chpasswd -c SHA512").ok();
+            let who = format!("{}:{}", user.uid, user.gid);
+            let said = inside(&who, "echo sesame | su -c 'id -u'");
+            assert_eq!(said.out(), says, "{flag}: {}", said.describe());
+            stage.unmount(&rootfs);
+            fs::remove_dir_all(stage.path("sandbox/etc")).expect("remove the volume's source");
+        }
+    },
+);

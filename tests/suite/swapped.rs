@@ -393,3 +393,36 @@ pub(crate) const IMPORTED: Case = Case::needing(
         secret.assert_untouched("an image's directory exchanged");
     },
 );
+
+/// fusermount3 follows the path that it is given: what it mounted where that led meanwhile is taken away again.
+pub(crate) const MOUNTED_ELSEWHERE: Case = Case::needing(
+    "what_fusermount3_mounted_elsewhere_is_taken_away",
+    |lane| lane.name == "fuse-user",
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        for (parent, kind) in [("a", "a symlink"), ("b", "another directory")] {
+            let (dir, other) = (stage.mkdir(parent), stage.mkdir(&format!("other-{parent}")));
+            stage.mkdir(&format!("{parent}/rootfs"));
+            stage.mkdir(&format!("other-{parent}/rootfs"));
+            stage.write(&format!("other-{parent}/rootfs/mine"), "seen");
+            let call = stage.mount_call(&image, &format!("{parent}/rootfs"), [] as [&str; 0]);
+            let said = swap_at(call, "server.mount", || match parent {
+                "a" => replace_by_link(&dir, &other),
+                _ => {
+                    fs::rename(&dir, stage.path("b.old")).expect("rename");
+                    fs::rename(&other, &dir).expect("rename");
+                }
+            });
+            said.fails(4, &["mount on", "rootfs", "its path was changed meanwhile"]);
+            let left = system::mounts_below(&stage.dir);
+            assert!(left.is_empty(), "{kind}: it stays mounted: {left:#?}");
+            assert_eq!(
+                fs::read_to_string(stage.path(&format!("{parent}/rootfs/mine"))).expect("read"),
+                "seen",
+                "{kind}"
+            );
+            stage.assert_nothing_left(kind);
+        }
+    },
+);
