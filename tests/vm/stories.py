@@ -81,7 +81,7 @@ def prepare():
     shutil.copy(f'{WORK}/image/etc/data', f'{WORK}/data')
     os.makedirs(f'{WORK}/vol', exist_ok=True)
     write(f'{WORK}/vol/data', 'of the volume\n')
-    fsprov('image', 'import', f'{WORK}/image', '--name', 'img')
+    fsprov('image', 'import', f'{WORK}/image', '--name', 'img', '--replace')
 
 
 def drop_in(words=f'--backend fuse -v {WORK}/vol:/w', watchdog=60):
@@ -295,7 +295,7 @@ def as_user(*words, check=True):
                'PATH=/usr/local/bin:/usr/bin:/bin', f'XDG_RUNTIME_DIR=/run/user/{user.pw_uid}', *words, check=check, cwd='/')
 
 
-def user_import(): as_user('fsprov', 'image', 'import', f'{WORK}/image', '--name', 'img', check=False)
+def user_import(): as_user('fsprov', 'image', 'import', f'{WORK}/image', '--name', 'img', '--replace', check=False)
 
 
 def user_unit():
