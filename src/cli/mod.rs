@@ -192,6 +192,8 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         }
     };
     cli.global.start_log();
+    // An image may have hundreds of layers, each of them open.
+    crate::sys::process::raise_open_files();
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,

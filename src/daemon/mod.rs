@@ -31,7 +31,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::fuse::mount::Method;
 use crate::plan::Plan;
 use crate::volume::Form;
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
@@ -112,12 +111,8 @@ fn settle(name: &CStr) {
     // Modes of what is made through the mount are the caller's, masked by the caller's umask, not by ours.
     rustix::process::umask(rustix::fs::Mode::empty());
     let _ = std::env::set_current_dir("/");
-    // The soft limit is often 1024 for the sake of select(2), which we do not call. The supervisor needs it too: it keeps files
-    // that programs deleted and have open.
-    let limit = getrlimit(Resource::Nofile);
-    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
-        ::log::debug!(target: TARGET, "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
-    }
+    // The supervisor needs them too: it keeps files that programs deleted and have open.
+    crate::sys::process::raise_open_files();
     // A handler that does nothing: a closing terminal must not end a server, and what it starts gets the default back.
     let _ = signal_hook::flag::register(signal_hook::consts::SIGHUP, std::sync::Arc::new(AtomicBool::new(false)));
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, WaitOptions};
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitOptions, getrlimit, setrlimit};
 use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
@@ -521,6 +521,14 @@ pub fn try_mounting_in_user_namespace() -> std::result::Result<(), UserNamespace
 }
 
 /// Poll whether `fd` can be read now. For tests of pipes and pidfds.
+/// Allow this process as many open files as it may have. The soft limit is often 1024 for the sake of select(2), which we do not call.
+pub fn raise_open_files() {
+    let limit = getrlimit(Resource::Nofile);
+    if let Err(e) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        log::debug!(target: "fsprov::process", "raise RLIMIT_NOFILE from {:?} to {:?}: {e}", limit.current, limit.maximum);
+    }
+}
+
 #[cfg(test)]
 fn is_readable(fd: impl std::os::fd::AsFd) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)

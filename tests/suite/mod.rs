@@ -118,6 +118,7 @@ pub(crate) const CASES: &[Case] = &[
     filled::FILLED,
     filled::KILLED,
     filled::WHAT_THE_INDEX_SAYS,
+    layers::MORE_THAN_MAY_BE_OPEN,
     layers::OTHERS,
     layers::SAME_TREE,
     live::ACLS,

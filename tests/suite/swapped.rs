@@ -402,11 +402,11 @@ pub(crate) const MOUNTED_ELSEWHERE: Case = Case::needing(
     |stage: &Stage| {
         let image = stage.small_image();
         for (parent, kind) in [("a", "a symlink"), ("b", "another directory")] {
-            let (dir, other) = (stage.mkdir(parent), stage.mkdir(&format!("other-{parent}")));
-            stage.mkdir(&format!("{parent}/rootfs"));
-            stage.mkdir(&format!("other-{parent}/rootfs"));
-            stage.write(&format!("other-{parent}/rootfs/mine"), "seen");
-            let call = stage.mount_call(&image, &format!("{parent}/rootfs"), [] as [&str; 0]);
+            let (dir, other) = (stage.mkdir(parent), stage.mkdir(format!("other-{parent}")));
+            stage.mkdir(format!("{parent}/rootfs"));
+            stage.mkdir(format!("other-{parent}/rootfs"));
+            stage.write(format!("other-{parent}/rootfs/mine"), "seen");
+            let call = stage.mount_call(&image, format!("{parent}/rootfs"), [] as [&str; 0]);
             let said = swap_at(call, "server.mount", || match parent {
                 "a" => replace_by_link(&dir, &other),
                 _ => {
@@ -418,7 +418,7 @@ pub(crate) const MOUNTED_ELSEWHERE: Case = Case::needing(
             let left = system::mounts_below(&stage.dir);
             assert!(left.is_empty(), "{kind}: it stays mounted: {left:#?}");
             assert_eq!(
-                fs::read_to_string(stage.path(&format!("{parent}/rootfs/mine"))).expect("read"),
+                fs::read_to_string(stage.path(format!("{parent}/rootfs/mine"))).expect("read"),
                 "seen",
                 "{kind}"
             );
