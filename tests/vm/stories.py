@@ -276,7 +276,7 @@ def stop():
     """Nothing stays: mount, processes, record, descriptors; and what is open goes on until it is closed."""
     drop_in()
     systemctl('start', UNIT)
-    told = inspect()
+    its = inspect()
     held = os.open(f'{PLACE}/etc/data', os.O_RDONLY)
     systemctl('stop', UNIT)
     must(not mounted(), 'still mounted')
@@ -285,7 +285,7 @@ def stop():
     try: read = f'reads {len(os.pread(held, 100, 0))} bytes'
     except OSError as e: read = f'gets {errno.errorcode[e.errno]}'
     os.close(held)
-    eventually(lambda: not any(os.path.exists(f'/proc/{told[k]}') for k in ('supervisor_pid', 'worker_pid')), 'its processes end')
+    eventually(lambda: not any(os.path.exists(f'/proc/{its[k]}') for k in ('supervisor_pid', 'worker_pid')), 'its processes end')
     return f'an open file {read} after it'
 
 
