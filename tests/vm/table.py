@@ -54,7 +54,6 @@ def imports():
     for flag, ending in (('', 'tar'), ('-z', 'tar.gz'), ('-J', 'tar.xz')):
         run('tar', *flag.split(), '-C', f'{WORK}/image', '-cf', f'{WORK}/i.{ending}', '.')
         fsprov('image', 'import', f'{WORK}/i.{ending}', '--name', f'img-{ending}')
-    sh(f'export FSPROV_ROOT=/home/{USER}/state; fsprov image import {WORK}/image --name img', user=True)
     fsprov('image', 'verify')
     return 'ok'
 
@@ -144,6 +143,7 @@ def cell(name, row):
 def main(words):
     if words == ['--rebooted']: return cell('reboot and `recover`', rebooted)
     stories.prepare()
+    sh(f'export FSPROV_ROOT=/home/{USER}/state; fsprov image import {WORK}/image --name img --replace', user=True)
     failed = [name for name, row in ROWS if (not words or any(word in name for word in words)) and cell(name, row)]
     for n, backend in enumerate(('bind', 'fuse', 'copy'), 1): fsprov('mount', '--backend', backend, '--id', f'b{n}', 'img', f'{WORK}/b{n}')
     os.sync()
