@@ -12,37 +12,27 @@
 //! The table is built once and never changes, so requests take no lock here. The nodes it names are looked up once and never
 //! forgotten, so they stay known to their trees.
 
+mod build;
+mod list;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
-use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, NODE_LIMIT, New,
-    Node, Opened, ROOT, Result, Statfs, Timespec, Tree, Writer, access_read_only,
+    Node, Opened, ROOT, Result, Statfs, Tree, Writer, access_read_only,
 };
-use crate::error::{Error, Kind};
-use crate::volume::{Access, ContainerPath, Form};
+pub use build::target_attr;
 
-/// Symlinks followed on the way to one target: the kernel's own limit (path_resolution(7)).
-const MAX_SYMLINKS: u32 = 40;
-/// Longest symlink target: PATH_MAX.
-const MAX_LINK: usize = 4096;
 /// Where the tree's number lies in a node id.
 const TREE_SHIFT: u32 = 56;
 /// The number of the directories made up.
 const MADE_UP: u64 = 255;
-/// Cookies of entries that the tree below does not have, from here on. File systems count up from 0 or hash into 63 bits; ext4
-/// ends at 2^63-1 (ext4_get_htree_eof), which is above.
-const EXTRA_COOKIE: u64 = (1 << 63) - (1 << 16);
 
 const TYPE_BITS: u32 = 0o170_000;
 const DIRECTORY: u32 = 0o040_000;
-const SYMLINK: u32 = 0o120_000;
-
-/// The server itself, where no caller asks.
-const SERVER: Caller = Caller { uid: 0, gid: 0, pid: 0 };
 
 /// A tree's number, the tree, and a node in it.
 type Place<'a> = (u64, &'a Arc<dyn Tree>, Node);
@@ -103,197 +93,10 @@ impl std::fmt::Debug for RouteTree {
     }
 }
 
-/// What a path leads to in a tree, symlinks followed inside the root. None: nothing is there. For one who makes a volume's source
-/// to give it the mode that the image has at the target (`/tmp`: 1777).
-///
-/// # Errors
-/// A component is not a directory, too many symlinks, or the tree itself fails.
-pub fn target_attr(image: &Arc<dyn Tree>, target: &ContainerPath) -> crate::Result<Option<Attr>> {
-    let table = RouteTree::of_image(Arc::clone(image));
-    let found = table.walk(target).map_err(|e| Error::sys("look in the image for", target, e))?;
-    Ok(match found {
-        Walked::Found { entry, .. } => Some(entry.attr),
-        Walked::Missing { .. } => None,
-    })
-}
-
-/// Where a walk ended.
-enum Walked {
-    /// At something, which is `name` in `parent`; the root has no name.
-    Found { at: Option<(Node, OsString)>, entry: Entry, path: Vec<Node> },
-    /// Before `missing`, whose first name is not in `parent`.
-    Missing { parent: Node, missing: Vec<OsString>, path: Vec<Node> },
-}
-
 impl RouteTree {
-    fn of_image(image: Arc<dyn Tree>) -> Self {
-        RouteTree {
-            live: image.is_live(),
-            without_xattrs: image.is_without_xattrs(),
-            trees: vec![image],
-            routed: HashMap::new(),
-            ancestors: HashSet::new(),
-            writable: false,
-            made_up: Vec::new(),
-            roots: HashMap::new(),
-        }
-    }
-
-    /// Route each volume's target to its tree. Outer volumes come before inner ones ([`crate::volume::order`]).
-    ///
-    /// # Errors
-    /// A target cannot be reached inside the root, a directory would lie on a file or the reverse, two volumes end up at one place.
-    pub fn build(
-        image: Arc<dyn Tree>,
-        volumes: Vec<(ContainerPath, Form, Access, Arc<dyn Tree>)>,
-    ) -> crate::Result<RouteTree> {
-        let mut table = Self::of_image(image);
-        for (target, form, access, tree) in volumes {
-            let op = "route volume";
-            if table.trees.len() as u64 == MADE_UP {
-                return Err(Error::new(Kind::Limit, op, target, "more volumes than node ids can tell apart"));
-            }
-            let walked = table.walk(&target).map_err(|e| match e {
-                Errno::NOTDIR => Error::new(Kind::Usage, op, &target, "a component of the path is a file in the image"),
-                Errno::LOOP => Error::new(Kind::Usage, op, &target, "more than 40 symbolic links on the way"),
-                e => Error::sys(op, &target, e),
-            })?;
-            let root = tag(table.trees.len() as u64, ROOT);
-            table.live |= tree.is_live();
-            table.writable |= access == Access::Rw;
-            table.without_xattrs &= tree.is_without_xattrs();
-            table.trees.push(tree);
-            if let Ok((attr, _)) = table.getattr(root, None) {
-                table.roots.insert(root, attr);
-            }
-            match walked {
-                Walked::Found { at: None, .. } => {
-                    return Err(Error::new(Kind::Usage, op, &target, "it leads to the root of the image"));
-                }
-                Walked::Found { at: Some((parent, name)), entry, path } => {
-                    let refuse = |why: &str| Err(Error::new(Kind::Usage, op, &target, why.to_owned()));
-                    match (form, entry.attr.mode & TYPE_BITS) {
-                        (Form::Directory, DIRECTORY) => {}
-                        (Form::Directory, _) => {
-                            return refuse("the source is a directory, but the image has a file there");
-                        }
-                        (_, DIRECTORY) => return refuse("the source is a file, but the image has a directory there"),
-                        _ => {}
-                    }
-                    if matches!(table.route(parent, &name), Some(Route::Volume(_))) {
-                        return refuse(
-                            "another volume ends up at the same place; symbolic links in the image lead there",
-                        );
-                    }
-                    table.add(parent, name, Route::Volume(root), false, &path);
-                }
-                Walked::Missing { mut parent, missing, mut path } => {
-                    let (last, between) = missing.split_last().expect("a missing path has a name");
-                    for name in between {
-                        let node = table.make_up(parent);
-                        table.add(parent, name.clone(), Route::MadeUp(node), true, &path);
-                        parent = node;
-                        path.push(node);
-                    }
-                    table.add(parent, last.clone(), Route::Volume(root), form == Form::Directory, &path);
-                }
-            }
-        }
-        Ok(table)
-    }
-
     /// True where a volume may be written: else the file system may be mounted `ro`.
     pub fn is_writable(&self) -> bool {
         self.writable
-    }
-
-    fn add(&mut self, parent: Node, name: OsString, route: Route, adds_directory: bool, path: &[Node]) {
-        let routed = self.routed.entry(parent).or_default();
-        routed.added_directories += u32::from(adds_directory);
-        routed.names.insert(name, route);
-        self.ancestors.extend(path);
-    }
-
-    fn make_up(&mut self, parent: Node) -> Node {
-        let node = tag(MADE_UP, self.made_up.len() as u64 + 2);
-        // The owner and times of the image's root: what a directory made with the image would have had.
-        let root = self.trees[0].getattr(ROOT, None).map(|(attr, _)| attr).ok();
-        let time = |pick: fn(&Attr) -> Timespec| root.as_ref().map(pick).unwrap_or_default();
-        self.made_up.push(MadeUp {
-            parent,
-            attr: Attr {
-                node,
-                mode: DIRECTORY | 0o755,
-                nlink: 2,
-                uid: root.map_or(0, |r| r.uid),
-                gid: root.map_or(0, |r| r.gid),
-                rdev: 0,
-                size: 0,
-                blocks: 0,
-                blksize: 4096,
-                atime: time(|a| a.atime),
-                mtime: time(|a| a.mtime),
-                ctime: time(|a| a.ctime),
-            },
-        });
-        node
-    }
-
-    /// Walk a path from the root, following symlinks inside it. References counted on the way are kept where the walk ends.
-    fn walk(&self, target: &ContainerPath) -> Result<Walked> {
-        // Directories from the root down, each with the name that led to it.
-        let mut path: Vec<(Node, OsString)> = vec![(ROOT, OsString::new())];
-        let mut left: Vec<OsString> = target.names().rev().map(OsStr::to_owned).collect();
-        let mut links = 0;
-        let nodes = |path: &[(Node, OsString)]| path.iter().map(|(node, _)| *node).collect::<Vec<_>>();
-        while let Some(name) = left.pop() {
-            if name == ".." {
-                if path.len() > 1 {
-                    path.pop();
-                }
-                continue;
-            }
-            let parent = path.last().expect("the root stays").0;
-            let Lookup::Found(entry) = self.lookup(&SERVER, parent, &name)? else {
-                left.push(name);
-                left.reverse();
-                // `..` after a name that does not exist leads nowhere.
-                if left.iter().any(|n| n == "..") {
-                    return Err(Errno::NOENT);
-                }
-                return Ok(Walked::Missing { parent, missing: left, path: nodes(&path) });
-            };
-            let node = entry.attr.node;
-            match entry.attr.mode & TYPE_BITS {
-                DIRECTORY => path.push((node, name)),
-                SYMLINK => {
-                    links += 1;
-                    if links > MAX_SYMLINKS {
-                        return Err(Errno::LOOP);
-                    }
-                    let mut text = Vec::new();
-                    self.readlink(node, &mut |bytes| text.extend_from_slice(bytes))?;
-                    self.forget(node, 1);
-                    if text.is_empty() || text.len() > MAX_LINK {
-                        return Err(Errno::NOENT);
-                    }
-                    if text[0] == b'/' {
-                        path.truncate(1);
-                    }
-                    let names = text.split(|&b| b == b'/').filter(|n| !matches!(*n, b"" | b"."));
-                    left.extend(names.rev().map(|n| OsStr::from_bytes(n).to_owned()));
-                }
-                _ if left.is_empty() => {
-                    return Ok(Walked::Found { at: Some((parent, name)), entry, path: nodes(&path) });
-                }
-                _ => return Err(Errno::NOTDIR),
-            }
-        }
-        let (node, name) = path.pop().expect("the root stays");
-        let at = path.last().map(|&(parent, _)| (parent, name));
-        let (attr, ttl) = self.getattr(node, None)?;
-        let entry = Entry { attr, generation: 0, entry_ttl: ttl, attr_ttl: ttl };
-        Ok(Walked::Found { at, entry, path: nodes(&path) })
     }
 
     fn route(&self, parent: Node, name: &OsStr) -> Option<Route> {
@@ -367,49 +170,24 @@ impl RouteTree {
         Ok((number, tree, a, b & (NODE_LIMIT - 1)))
     }
 
-    /// Routed names that the directory's own tree has not: they come after all others.
-    fn list_added(
+    /// Refuse what would take away a directory that leads to a mount point.
+    fn refuse_ancestor(
         &self,
         caller: &Caller,
-        node: Node,
-        routed: &Routed,
-        cookie: u64,
-        mode: ListMode,
-        out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
+        (number, tree, parent): Place<'_>,
+        name: &OsStr,
+        errno: Errno,
     ) -> Result<()> {
-        let first = if cookie > EXTRA_COOKIE && cookie < (1 << 63) - 1 { cookie - EXTRA_COOKIE } else { 0 };
-        for (index, (name, &route)) in routed.names.iter().enumerate().skip(first as usize) {
-            if let Some((_, tree, inner)) = self.tree(node)?
-                && let Lookup::Found(hidden) = tree.lookup(caller, inner, name)?
-            {
-                // Its tree has the name too: it came in its place.
-                tree.forget(hidden.attr.node, 1);
-                continue;
-            }
-            let entry = self.routed_entry(route)?;
-            let item = DirItem {
-                name,
-                node: entry.attr.node,
-                kind: entry.attr.mode & TYPE_BITS,
-                cookie: EXTRA_COOKIE + index as u64 + 1,
-                entry: (mode == ListMode::Plus).then_some(entry),
-            };
-            if out(&item) == Fit::Full {
-                break;
+        if !self.ancestors.iter().any(|&node| node >> TREE_SHIFT == number && node != tag(number, ROOT)) {
+            return Ok(()); // no volume inside this one
+        }
+        if let Lookup::Found(entry) = tree.lookup(caller, parent, name)? {
+            tree.forget(entry.attr.node, 1);
+            if self.ancestors.contains(&tag(number, entry.attr.node)) {
+                return Err(errno);
             }
         }
         Ok(())
-    }
-
-    fn list_made_up(&self, node: Node, cookie: u64, out: &mut dyn FnMut(&DirItem<'_>) -> Fit) -> Result<bool> {
-        let parent = self.made(node)?.parent;
-        for (name, number, own) in [(".", node, 1), ("..", parent, 2)] {
-            let item = DirItem { name: OsStr::new(name), node: number, kind: DIRECTORY, cookie: own, entry: None };
-            if cookie < own && out(&item) == Fit::Full {
-                return Ok(false);
-            }
-        }
-        Ok(true)
     }
 }
 
@@ -476,54 +254,7 @@ impl Tree for RouteTree {
         mode: ListMode,
         out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
     ) -> Result<()> {
-        let routed = self.routed.get(&node);
-        let Some((number, tree, inner)) = self.tree(node)? else {
-            if !self.list_made_up(node, cookie, out)? {
-                return Ok(());
-            }
-            return match routed {
-                Some(routed) => self.list_added(caller, node, routed, cookie, mode, out),
-                None => Ok(()),
-            };
-        };
-        let mut full = false;
-        if cookie <= EXTRA_COOKIE || cookie == (1 << 63) - 1 {
-            tree.readdir(caller, inner, handle, cookie, mode, &mut |item| {
-                let route = routed.and_then(|r| r.names.get(item.name)).copied();
-                let fit = match route {
-                    Some(route) => match self.routed_entry(route) {
-                        Ok(entry) => {
-                            let fit = out(&DirItem {
-                                name: item.name,
-                                node: entry.attr.node,
-                                kind: entry.attr.mode & TYPE_BITS,
-                                cookie: item.cookie,
-                                entry: item.entry.map(|_| entry),
-                            });
-                            if fit == Fit::Taken
-                                && let Some(hidden) = item.entry
-                            {
-                                // The tree below counts it; the kernel was told of another.
-                                tree.forget(hidden.attr.node, 1);
-                            }
-                            fit
-                        }
-                        Err(_) => Fit::Full,
-                    },
-                    None => out(&DirItem {
-                        node: self.number_out(number, node, item),
-                        entry: item.entry.map(|e| self.entry_out(number, e)),
-                        ..*item
-                    }),
-                };
-                full = fit == Fit::Full;
-                fit
-            })?;
-        }
-        match routed {
-            Some(routed) if !full => self.list_added(caller, node, routed, cookie, mode, out),
-            _ => Ok(()),
-        }
+        self.list(caller, node, handle, cookie, mode, out)
     }
 
     fn statfs(&self, node: Node) -> Result<Statfs> {
@@ -728,43 +459,6 @@ impl Tree for RouteTree {
     fn removexattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
         let (_, tree, inner) = self.real(node)?;
         tree.removexattr(caller, inner, name)
-    }
-}
-
-impl RouteTree {
-    /// The number of an entry as it is shown; a volume's `..` is the directory it is mounted in, which stat(2) tells by itself.
-    fn number_out(&self, number: u64, node: Node, item: &DirItem<'_>) -> Node {
-        if item.name == ".." && item.node == ROOT && node & (NODE_LIMIT - 1) == ROOT {
-            return self.parent_of(node);
-        }
-        tag(number, item.node)
-    }
-
-    fn parent_of(&self, volume: Node) -> Node {
-        self.routed
-            .iter()
-            .find(|(_, routed)| routed.names.values().any(|r| r.node() == volume))
-            .map_or(volume, |(&parent, _)| parent)
-    }
-
-    /// Refuse what would take away a directory that leads to a mount point.
-    fn refuse_ancestor(
-        &self,
-        caller: &Caller,
-        (number, tree, parent): Place<'_>,
-        name: &OsStr,
-        errno: Errno,
-    ) -> Result<()> {
-        if !self.ancestors.iter().any(|&node| node >> TREE_SHIFT == number && node != tag(number, ROOT)) {
-            return Ok(()); // no volume inside this one
-        }
-        if let Lookup::Found(entry) = tree.lookup(caller, parent, name)? {
-            tree.forget(entry.attr.node, 1);
-            if self.ancestors.contains(&tag(number, entry.attr.node)) {
-                return Err(errno);
-            }
-        }
-        Ok(())
     }
 }
 

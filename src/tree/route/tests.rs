@@ -6,6 +6,7 @@ use std::path::Path;
 use super::*;
 use crate::plan::Ownership;
 use crate::tree::dir::{ActAs, DirOptions, DirTree, FdPool};
+use crate::volume::{Access, ContainerPath, Form};
 
 const ME: Caller = Caller { uid: 0, gid: 0, pid: 0 };
 
