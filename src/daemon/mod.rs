@@ -8,7 +8,7 @@
 //! * `control`: what can be asked of a running server
 //! * `shelf`: what outlives all of them, and lets the next supervisor go on
 //! * `protocol`: what they say to each other, and which descriptors they hand over
-//! * `channel`, `figures`, `log`, `sources`: what they share
+//! * `channel`, `figures`, `log`, `sources`, `startup`: what they share
 //!
 //! A job reaches the supervisor over a socket, never in its arguments.
 
@@ -21,6 +21,7 @@ mod serve;
 mod shelf;
 mod sources;
 mod spawn;
+mod startup;
 mod supervise;
 mod walls;
 
@@ -103,18 +104,6 @@ pub mod names {
     pub const CONTROL: &str = "control.sock";
     /// Which process answers now.
     pub const WORKER: &str = "worker.json";
-}
-
-/// First steps of a server process.
-fn settle(name: &CStr) {
-    let _ = rustix::thread::set_name(name);
-    // Modes of what is made through the mount are the caller's, masked by the caller's umask, not by ours.
-    rustix::process::umask(rustix::fs::Mode::empty());
-    let _ = std::env::set_current_dir("/");
-    // The supervisor needs them too: it keeps files that programs deleted and have open.
-    crate::sys::process::raise_open_files();
-    // A handler that does nothing: a closing terminal must not end a server, and what it starts gets the default back.
-    let _ = signal_hook::flag::register(signal_hook::consts::SIGHUP, std::sync::Arc::new(AtomicBool::new(false)));
 }
 
 fn hex(bytes: &[u8]) -> String {

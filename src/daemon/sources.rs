@@ -81,6 +81,15 @@ impl Sources {
     }
 }
 
+/// A memory file that holds this.
+pub(super) fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
+    let fail = |e: rustix::io::Errno| Error::sys("make memory file", name, e);
+    let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(fail)?;
+    let mut file = std::fs::File::from(fd);
+    std::io::Write::write_all(&mut file, content).map_err(|e| Error::io("write memory file", name, e))?;
+    Ok(file.into())
+}
+
 /// What a memory file holds, as JSON. Its offset is shared with other processes' descriptors of it, and left alone.
 pub(super) fn read_memory_file<T: serde::de::DeserializeOwned>(file: OwnedFd, name: &str, most: u64) -> Result<T> {
     const OP: &str = "read memory file";

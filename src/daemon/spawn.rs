@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::channel::Channel;
 use super::protocol::{self, Course, Job, Report, ToSupervisor};
-use super::supervise::memory_file;
+use super::sources::memory_file;
 use super::{SUPERVISE, TARGET, names, shelf, sources, this_program_serves};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;

@@ -1,55 +1,48 @@
 //! The supervisor: mounts, holds the connection, and sees to it that somebody answers.
 //!
-//! One thread, and one that tells the worker which groups a caller is in. It opens nothing below its own mount and nothing of the store beyond O_PATH descriptors: whatever it did there
-//! could wait for the worker, which may be the one that is dead. It does not poll the connection, which would wake it at every
-//! request; the worker sees the end of it and says so by its exit code.
+//! One thread, and one that tells the worker which groups a caller is in. It opens nothing below its own mount and nothing of the
+//! store beyond O_PATH descriptors: whatever it did there could wait for the worker, which may be the one that is dead. It does
+//! not poll the connection, which would wake it at every request; the worker sees the end of it and says so by its exit code.
 
 mod caller;
+mod live_mount;
 mod restarts;
+mod worker;
 
-use std::fs::File;
-use std::io::Write as _;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::os::unix::process::CommandExt as _;
 use std::path::Path;
-use std::process::{Child, Command, ExitCode, ExitStatus, Stdio};
+use std::process::{ExitCode, ExitStatus};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::fs::{MemfdFlags, memfd_create};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
-use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::channel::Channel;
 use super::control::{Listener, Question};
 use super::protocol::{self, Begin, Course, FromWorker, Job, Report, ToWorker};
 use super::shelf::{self, Inheritance};
-use super::sources::{Legacy, Sources};
-use super::{REQUEST_LOST, TARGET, THREAD_LOST, WORK, hex, names, settle, spawn, unhex};
+use super::sources::{Legacy, Sources, memory_file};
+use super::startup::{catch_signals, detach};
+use super::{REQUEST_LOST, TARGET, THREAD_LOST, hex};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
-use crate::fuse::mount::{self, Method, Mounted, Request};
-use crate::fuse::session::{self, InFlight};
+use crate::fuse::mount;
+use crate::fuse::session::InFlight;
 use crate::place::Point;
-use crate::plan::Plan;
 use crate::sys::mount::Unmount;
-use crate::sys::mountinfo::MountInfo;
 use crate::sys::process::ProcessId;
-use crate::sys::raw;
 use crate::traces::Traces;
-use crate::tree::dir::groups;
 use caller::{Caller, Order};
+use live_mount::LiveMount;
 use restarts::{Death, Next, Restarts};
+use worker::{Worker, timespec};
 
-/// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
-const WORKER_PATIENCE: Duration = Duration::from_secs(40);
-/// How long a worker may take to end once its mount is gone.
-const END_PATIENCE: Duration = Duration::from_secs(3);
+pub(crate) use worker::is_server;
+pub use worker::worker_of;
+
 /// How long a worker may take to tell its statistics: a thread of its own does.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);
-/// How long an unmount may take: dirty pages are written back through the worker.
-const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
 
 /// The program.
 pub(super) fn main() -> ExitCode {
@@ -62,43 +55,6 @@ pub(super) fn main() -> ExitCode {
             ExitCode::FAILURE
         }
     }
-}
-
-/// Become a process of nobody's: no descriptor but the caller's socket and the log, no terminal, not the caller's child.
-fn detach() -> Result<Channel> {
-    const OP: &str = "detach server";
-    if let Err(e) = raw::close_from(3) {
-        // Before Linux 5.9. What the caller left open without close-on-exec stays open.
-        log::debug!(target: TARGET, "close_range: {e}");
-    }
-    // In this order: the child of a session's leader can never get a terminal by opening one.
-    rustix::process::setsid().map_err(|e| Error::sys(OP, "setsid", e))?;
-    raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
-    settle(super::SUPERVISOR_NAME);
-    take_stdin().map(Channel::from)
-}
-
-/// The socket that stdin is, and /dev/null in its place.
-pub(super) fn take_stdin() -> Result<OwnedFd> {
-    take_over("stdin", std::io::stdin().as_fd(), |null| rustix::stdio::dup2_stdin(null))
-}
-
-/// The same for stdout.
-pub(super) fn take_stdout() -> Result<OwnedFd> {
-    take_over("stdout", std::io::stdout().as_fd(), |null| rustix::stdio::dup2_stdout(null))
-}
-
-fn take_over(
-    name: &str,
-    socket: BorrowedFd<'_>,
-    replace: impl FnOnce(&File) -> rustix::io::Result<()>,
-) -> Result<OwnedFd> {
-    let fail = |e| Error::io("take over the socket at", name, e);
-    let socket = socket.try_clone_to_owned().map_err(fail)?;
-    let null =
-        File::options().read(true).write(true).open("/dev/null").map_err(|e| Error::io("open", "/dev/null", e))?;
-    replace(&null).map_err(|e| fail(e.into()))?;
-    Ok(socket)
 }
 
 fn run(caller: Caller) -> ExitCode {
@@ -118,30 +74,12 @@ fn run(caller: Caller) -> ExitCode {
     }
 }
 
-/// What one worker is, to us.
-struct Worker {
-    child: Child,
-    pidfd: OwnedFd,
-    channel: Channel,
-    id: ProcessId,
-    serving_since: Option<Instant>,
-    /// Requests that it answered because they would end a thread.
-    poisoned: usize,
-}
-
 /// What a supervisor begins with.
-enum Stand {
+enum Start {
     /// A directory to mount on.
-    At(Point),
+    Mount(Point),
     /// What a dead one left mounted.
-    On(Standing),
-}
-
-/// A mount with its agreed INIT.
-struct Standing {
-    mounted: Mounted,
-    init: Vec<u8>,
-    reply: Vec<u8>,
+    Adopt(LiveMount),
 }
 
 struct Supervisor {
@@ -153,7 +91,7 @@ struct Supervisor {
     program: OwnedFd,
     me: ProcessId,
     signals: UnixStream,
-    standing: Standing,
+    live: LiveMount,
     worker: Option<Worker>,
     restarts: Restarts,
     /// The last worker lost a thread to a request.
@@ -164,25 +102,6 @@ struct Supervisor {
     is_shelved: bool,
 }
 
-pub(super) fn memory_file(name: &str, content: &[u8]) -> Result<OwnedFd> {
-    let fail = |e: Errno| Error::sys("make memory file", name, e);
-    let fd = memfd_create(name, MemfdFlags::CLOEXEC).map_err(fail)?;
-    let mut file = File::from(fd);
-    file.write_all(content).map_err(|e| Error::io("write memory file", name, e))?;
-    Ok(file.into())
-}
-
-fn catch_signals() -> Result<UnixStream> {
-    let caught = || -> std::io::Result<UnixStream> {
-        let (wake, told) = UnixStream::pair()?;
-        for signal in [signal_hook::consts::SIGINT, signal_hook::consts::SIGTERM] {
-            signal_hook::low_level::pipe::register(signal, told.try_clone()?)?;
-        }
-        Ok(wake)
-    };
-    caught().map_err(|e| Error::io("catch signals", "SIGINT, SIGTERM", e))
-}
-
 impl Supervisor {
     /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
     fn set_up(caller: &Caller) -> Result<Self> {
@@ -191,14 +110,14 @@ impl Supervisor {
         let signals = catch_signals()?;
         let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
             .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
-        let (sources, legacy, stand) = if course == Course::Adopt {
+        let (sources, legacy, start) = if course == Course::Adopt {
             let Inheritance { sources, legacy, mounted, init, reply } =
                 Inheritance::receive(&job.plan, &caller.channel)?;
-            (sources, legacy, Stand::On(Standing { mounted, init, reply }))
+            (sources, legacy, Start::Adopt(LiveMount { mounted, init, reply }))
         } else {
             let (point, in_use, fds) = protocol::take_places(&caller.channel, &job.plan)?;
             let sources = Sources { in_use, ..Sources::sort(&job.plan, fds)? };
-            (sources, Legacy::new(&job.plan)?, Stand::At(point))
+            (sources, Legacy::new(&job.plan)?, Start::Mount(point))
         };
         let control = Listener::bind(state_dir, &job.plan.state_dir)
             .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
@@ -210,12 +129,12 @@ impl Supervisor {
         let built = worker
             .build(&job_file, &sources, control.as_ref(), &legacy)
             .and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
-        let standing = built.and_then(|()| match stand {
-            Stand::On(standing) => go_on(&job, &mut worker, standing),
-            Stand::At(point) => mount_at(&job, &mut worker, &point),
+        let live = built.and_then(|()| match start {
+            Start::Adopt(live) => live.adopt(&job, &mut worker),
+            Start::Mount(point) => LiveMount::mount(&job, &mut worker, &point),
         });
-        let standing = match standing {
-            Ok(standing) => standing,
+        let live = match live {
+            Ok(live) => live,
             Err(error) => {
                 worker.kill();
                 return Err(error);
@@ -229,7 +148,7 @@ impl Supervisor {
             program,
             me,
             signals,
-            standing,
+            live,
             worker: Some(worker),
             restarts: Restarts::new(),
             with_care: false,
@@ -262,7 +181,7 @@ impl Supervisor {
 
     /// What a later supervisor needs, for the caller to put on its shelf.
     fn hand_over(&self, to: &Channel) -> Result<()> {
-        let Standing { mounted, init, reply } = &self.standing;
+        let LiveMount { mounted, init, reply } = &self.live;
         let state = shelf::State::new(&self.job, mounted, init, reply)?.to_bytes()?;
         let state = memory_file("fsprov-state", &state)?;
         shelf::send_all(to, &mounted.connection, &state, &self.sources, &self.legacy)
@@ -270,17 +189,13 @@ impl Supervisor {
 
     fn traces(&self) -> Traces {
         Traces {
-            mount_id: Some(self.info().id),
-            unique_mount_id: self.standing.mounted.unique,
+            mount_id: Some(self.live.info().id),
+            unique_mount_id: self.live.mounted.unique,
             supervisor: Some(self.me),
             worker: self.worker.as_ref().map(|w| w.id),
-            fuse_connection: Some(self.info().dev.1),
+            fuse_connection: Some(self.live.info().dev.1),
             ..Traces::default()
         }
-    }
-
-    fn info(&self) -> &MountInfo {
-        &self.standing.mounted.info
     }
 
     /// Until the rootfs is gone.
@@ -419,8 +334,8 @@ impl Supervisor {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
         let begun = worker.build(&self.job_file, &self.sources, self.control.as_ref(), &self.legacy).and_then(|()| {
             let start =
-                Begin::Again { reply: hex(&self.standing.reply), resend: self.job.resend, with_care: self.with_care };
-            worker.begin(&self.standing, start)
+                Begin::Again { reply: hex(&self.live.reply), resend: self.job.resend, with_care: self.with_care };
+            worker.begin(&self.live, start)
         });
         match begun {
             Ok((_, in_flight)) => {
@@ -551,7 +466,7 @@ impl Supervisor {
 
     /// Unmount, by force if it must be, and end the worker.
     fn take_down(mut self, how: Unmount) -> Result<()> {
-        let done = take_away(self.info(), how, &self.job.method);
+        let done = self.live.unmount(how, &self.job.method);
         if let Some(worker) = &mut self.worker {
             worker.end();
         }
@@ -563,7 +478,7 @@ impl Supervisor {
     /// End the connection, where closing our descriptor does not.
     fn end_if_shelved(&self) {
         if self.is_shelved
-            && let Err(error) = mount::abort(self.info().dev.1)
+            && let Err(error) = mount::abort(self.live.info().dev.1)
         {
             log::info!(target: TARGET, "{error}");
         }
@@ -574,197 +489,4 @@ enum Event {
     Signal,
     Asked,
     WorkerEnded(ExitStatus),
-}
-
-/// Mount, and let the worker begin. On an error nothing is mounted.
-fn mount_at(job: &Job, worker: &mut Worker, point: &Point) -> Result<Standing> {
-    fault::point("server.mount")?;
-    let source = job.source();
-    let held_back = super::has_mounts_for_volumes(&job.plan, &job.method);
-    let request = Request {
-        point,
-        source: &source,
-        read_only: job.is_read_only(),
-        others: job.others,
-        nosuid: held_back || job.plan.restraint.nosuid(),
-        nodev: held_back || job.plan.restraint.nodev(),
-    };
-    let mounted = mount::mount(&job.method, &request)?;
-    let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
-    let mut standing = Standing { mounted, init: Vec::new(), reply: Vec::new() };
-    let begun = begun.and_then(|init| {
-        standing.init = init;
-        worker.begin(&standing, Begin::First)
-    });
-    match begun {
-        Ok((reply, _)) => Ok(Standing { reply, ..standing }),
-        Err(error) => {
-            Err(error.with_undo(mount::unmount(&standing.mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
-        }
-    }
-}
-
-/// Let the worker begin on a connection that a dead supervisor held. On an error it is as before.
-fn go_on(job: &Job, worker: &mut Worker, standing: Standing) -> Result<Standing> {
-    let start = Begin::Again { reply: hex(&standing.reply), resend: job.resend, with_care: false };
-    let (_, in_flight) = worker.begin(&standing, start)?;
-    log::info!(target: TARGET, "{}: adopted, requests in flight: {in_flight:?}", show(&job.plan.rootfs));
-    Ok(standing)
-}
-
-/// Unmount in a thread of its own: writing back dirty pages needs a worker, and there may be none.
-fn take_away(info: &MountInfo, how: Unmount, method: &Method) -> Result<()> {
-    let (send, done) = std::sync::mpsc::channel();
-    let (mount, method) = (info.clone(), method.clone());
-    std::thread::spawn(move || {
-        let result = mount::unmount(&mount, how, Some(&method)).or_else(|e| match (e.kind(), how) {
-            (Kind::Busy, Unmount::IfIdle) => {
-                log::warn!(target: TARGET, "{e}: unmounting lazily");
-                mount::unmount(&mount, Unmount::Lazy, Some(&method))
-            }
-            _ => Err(e),
-        });
-        // The receiver is gone only if it gave up.
-        let _ = send.send(result);
-    });
-    match done.recv_timeout(UNMOUNT_PATIENCE) {
-        Ok(result) => result.map(drop),
-        Err(_) => mount::abort(info.dev.1).and_then(|()| {
-            done.recv_timeout(UNMOUNT_PATIENCE)
-                .map_err(|e| Error::new(Kind::Io, "unmount", show(&info.point), e))?
-                .map(drop)
-        }),
-    }
-}
-
-impl Worker {
-    fn start(program: &OwnedFd, job: &Job) -> Result<Self> {
-        const OP: &str = "start worker";
-        let (channel, theirs) = Channel::pair()?;
-        let (answering, asking) = groups::pair().map_err(|e| Error::io(OP, "", e))?;
-        let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
-            .arg0(spawn::title(&job.plan))
-            .arg(WORK)
-            .stdin(Stdio::from(theirs))
-            .stdout(Stdio::from(asking))
-            .spawn()
-            .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
-        // A thread of its own, which opens nothing but /proc: a request waits for it. It ends with the worker.
-        std::thread::Builder::new()
-            .name("fsprov-groups".into())
-            .spawn(move || groups::answer(answering))
-            .map_err(|e| Error::io("start thread", "groups", e))?;
-        let pid = i32::try_from(child.id()).unwrap_or(0);
-        let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
-        // It is our child and not waited for: the pid cannot mean anyone else.
-        let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
-        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
-        if let Err(error) = note_worker(&job.plan, worker.id) {
-            log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");
-        }
-        Ok(worker)
-    }
-
-    /// Hand it what it serves, and see its trees built.
-    fn build(
-        &mut self,
-        job_file: &OwnedFd,
-        sources: &Sources,
-        control: Option<&Listener>,
-        legacy: &Legacy,
-    ) -> Result<()> {
-        sources.send(job_file, control.map(Listener::as_fd), legacy, &self.channel)?;
-        match self.expect("build its trees")? {
-            FromWorker::Built => Ok(()),
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// Its next message, while it lives and does not take too long.
-    fn expect(&mut self, what: &str) -> Result<FromWorker> {
-        let failed = |cause: String| Error::new(Kind::Helper, "wait for worker to", what, cause);
-        let mut fds = [PollFd::new(&self.channel, PollFlags::IN)];
-        let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(WORKER_PATIENCE))))
-            .map_err(|e| Error::sys("wait for worker to", what, e))?;
-        if ready == 0 {
-            return Err(failed(format!("it did not within {} s", WORKER_PATIENCE.as_secs())));
-        }
-        match self.channel.receive()? {
-            Some((FromWorker::Failed(told), _)) => Err(told.into()),
-            Some((message, _)) => Ok(message),
-            None => {
-                let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
-                Err(failed(format!("it ended ({status})")))
-            }
-        }
-    }
-
-    fn begin(&mut self, standing: &Standing, start: Begin) -> Result<(Vec<u8>, InFlight)> {
-        let minor = standing.mounted.info.dev.1;
-        let word = ToWorker::Begin { init: hex(&standing.init), start, minor };
-        self.channel.send(&word, &[standing.mounted.connection.as_fd()])?;
-        match self.expect("begin")? {
-            FromWorker::Serving { reply, in_flight, poisoned } => {
-                self.poisoned = poisoned;
-                self.serving_since = Some(Instant::now());
-                Ok((unhex(&reply)?, in_flight))
-            }
-            other => Err(unexpected(&other)),
-        }
-    }
-
-    /// It ends by itself when its mount is gone; wait for that, not for long.
-    fn end(&mut self) {
-        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
-        let ended = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(END_PATIENCE))));
-        if ended.is_ok_and(|n| n > 0) {
-            let _ = self.child.wait();
-        } else {
-            self.kill();
-        }
-    }
-
-    /// End it. Gives how it died, if it had before.
-    fn kill(&mut self) -> Death {
-        let death = Death::of(self.child.try_wait().ok().flatten());
-        if let Err(e) = pidfd_send_signal(&self.pidfd, Signal::KILL)
-            && e != Errno::SRCH
-        {
-            log::error!(target: TARGET, "kill worker {}: {e}", self.id);
-        }
-        let _ = self.child.wait();
-        death
-    }
-}
-
-fn unexpected(message: &FromWorker) -> Error {
-    Error::new(Kind::Helper, "talk to worker", "", format!("it says {message:?} out of turn"))
-}
-
-fn timespec(duration: Duration) -> Timespec {
-    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
-}
-
-/// Write down which process answers, before it does: where the supervisor dies, nobody else knows.
-fn note_worker(plan: &Plan, worker: ProcessId) -> Result<()> {
-    const OP: &str = "write down the worker in";
-    let fail = |e| Error::io(OP, show(&plan.state_dir), e);
-    let text = serde_json::to_vec(&worker).map_err(|e| Error::new(Kind::Io, OP, show(&plan.state_dir), e))?;
-    let (path, new) = (plan.state_dir.join(names::WORKER), plan.state_dir.join(format!("{}.new", names::WORKER)));
-    std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)
-}
-
-/// The process that answers for a rootfs now. `None`: none does, or not that can be seen.
-pub fn worker_of(plan: &Plan, traces: &Traces) -> Option<ProcessId> {
-    // Of another boot there is no process, whatever has its number now.
-    traces.supervisor.or(traces.worker)?;
-    let written = std::fs::read(plan.state_dir.join(names::WORKER)).ok();
-    let written = written.and_then(|text| serde_json::from_slice::<ProcessId>(&text).ok());
-    written.or(traces.worker).filter(|worker| worker.is_alive())
-}
-
-/// Is this process a server of ours, as far as its name tells?
-pub(crate) fn is_server(pid: i32) -> bool {
-    let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
-    [super::SUPERVISOR_NAME, super::WORKER_NAME].iter().any(|name| name.to_bytes() == comm.trim_ascii_end())
 }

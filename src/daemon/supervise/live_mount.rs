@@ -1,0 +1,91 @@
+//! The mount that a supervisor answers for, with what the kernel and the first worker agreed on at INIT.
+
+use std::time::Duration;
+
+use super::super::protocol::{Begin, Job};
+use super::super::{TARGET, has_mounts_for_volumes, hex};
+use super::worker::Worker;
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::fuse::mount::{self, Method, Mounted, Request};
+use crate::fuse::session;
+use crate::place::Point;
+use crate::sys::mount::Unmount;
+use crate::sys::mountinfo::MountInfo;
+
+/// How long an unmount may take: dirty pages are written back through the worker.
+const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
+
+/// A mount with its agreed INIT.
+pub(super) struct LiveMount {
+    pub(super) mounted: Mounted,
+    pub(super) init: Vec<u8>,
+    pub(super) reply: Vec<u8>,
+}
+
+impl LiveMount {
+    /// Mount, and let the worker begin. On an error nothing is mounted.
+    pub(super) fn mount(job: &Job, worker: &mut Worker, point: &Point) -> Result<Self> {
+        fault::point("server.mount")?;
+        let source = job.source();
+        let held_back = has_mounts_for_volumes(&job.plan, &job.method);
+        let request = Request {
+            point,
+            source: &source,
+            read_only: job.is_read_only(),
+            others: job.others,
+            nosuid: held_back || job.plan.restraint.nosuid(),
+            nodev: held_back || job.plan.restraint.nodev(),
+        };
+        let mounted = mount::mount(&job.method, &request)?;
+        let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
+        let mut live = LiveMount { mounted, init: Vec::new(), reply: Vec::new() };
+        let begun = begun.and_then(|init| {
+            live.init = init;
+            worker.begin(&live, Begin::First)
+        });
+        match begun {
+            Ok((reply, _)) => Ok(LiveMount { reply, ..live }),
+            Err(error) => {
+                Err(error.with_undo(mount::unmount(&live.mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
+            }
+        }
+    }
+
+    /// Let the worker begin on a connection that a dead supervisor held. On an error it is as before.
+    pub(super) fn adopt(self, job: &Job, worker: &mut Worker) -> Result<Self> {
+        let start = Begin::Again { reply: hex(&self.reply), resend: job.resend, with_care: false };
+        let (_, in_flight) = worker.begin(&self, start)?;
+        log::info!(target: TARGET, "{}: adopted, requests in flight: {in_flight:?}", show(&job.plan.rootfs));
+        Ok(self)
+    }
+
+    pub(super) fn info(&self) -> &MountInfo {
+        &self.mounted.info
+    }
+
+    /// Unmount in a thread of its own: writing back dirty pages needs a worker, and there may be none.
+    pub(super) fn unmount(&self, how: Unmount, method: &Method) -> Result<()> {
+        let (send, done) = std::sync::mpsc::channel();
+        let (mount, method) = (self.info().clone(), method.clone());
+        std::thread::spawn(move || {
+            let result = mount::unmount(&mount, how, Some(&method)).or_else(|e| match (e.kind(), how) {
+                (Kind::Busy, Unmount::IfIdle) => {
+                    log::warn!(target: TARGET, "{e}: unmounting lazily");
+                    mount::unmount(&mount, Unmount::Lazy, Some(&method))
+                }
+                _ => Err(e),
+            });
+            // The receiver is gone only if it gave up.
+            let _ = send.send(result);
+        });
+        match done.recv_timeout(UNMOUNT_PATIENCE) {
+            Ok(result) => result.map(drop),
+            Err(_) => mount::abort(self.info().dev.1).and_then(|()| {
+                done.recv_timeout(UNMOUNT_PATIENCE)
+                    .map_err(|e| Error::new(Kind::Io, "unmount", show(&self.info().point), e))?
+                    .map(drop)
+            }),
+        }
+    }
+}

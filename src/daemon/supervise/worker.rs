@@ -1,0 +1,172 @@
+//! What the supervisor knows of its worker, and says to it.
+
+use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::process::CommandExt as _;
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
+
+use super::super::channel::Channel;
+use super::super::control::Listener;
+use super::super::protocol::{Begin, FromWorker, Job, ToWorker};
+use super::super::sources::{Legacy, Sources};
+use super::super::{SUPERVISOR_NAME, TARGET, WORK, WORKER_NAME, hex, names, spawn, unhex};
+use super::live_mount::LiveMount;
+use super::restarts::Death;
+use crate::error::{Error, Kind, Result, show};
+use crate::fuse::session::InFlight;
+use crate::plan::Plan;
+use crate::sys::process::ProcessId;
+use crate::traces::Traces;
+use crate::tree::dir::groups;
+
+/// Longest wait for a worker to build its trees, and for one to begin: see the caller's patience, which is longer.
+const WORKER_PATIENCE: Duration = Duration::from_secs(40);
+/// How long a worker may take to end once its mount is gone.
+const END_PATIENCE: Duration = Duration::from_secs(3);
+
+/// What one worker is, to us.
+pub(super) struct Worker {
+    pub(super) child: Child,
+    pub(super) pidfd: OwnedFd,
+    pub(super) channel: Channel,
+    pub(super) id: ProcessId,
+    pub(super) serving_since: Option<Instant>,
+    /// Requests that it answered because they would end a thread.
+    pub(super) poisoned: usize,
+}
+
+impl Worker {
+    pub(super) fn start(program: &OwnedFd, job: &Job) -> Result<Self> {
+        const OP: &str = "start worker";
+        let (channel, theirs) = Channel::pair()?;
+        let (answering, asking) = groups::pair().map_err(|e| Error::io(OP, "", e))?;
+        let child = Command::new(format!("/proc/self/fd/{}", program.as_raw_fd()))
+            .arg0(spawn::title(&job.plan))
+            .arg(WORK)
+            .stdin(Stdio::from(theirs))
+            .stdout(Stdio::from(asking))
+            .spawn()
+            .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
+        // A thread of its own, which opens nothing but /proc: a request waits for it. It ends with the worker.
+        std::thread::Builder::new()
+            .name("fsprov-groups".into())
+            .spawn(move || groups::answer(answering))
+            .map_err(|e| Error::io("start thread", "groups", e))?;
+        let pid = i32::try_from(child.id()).unwrap_or(0);
+        let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
+        // It is our child and not waited for: the pid cannot mean anyone else.
+        let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
+        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
+        if let Err(error) = note_worker(&job.plan, worker.id) {
+            log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");
+        }
+        Ok(worker)
+    }
+
+    /// Hand it what it serves, and see its trees built.
+    pub(super) fn build(
+        &mut self,
+        job_file: &OwnedFd,
+        sources: &Sources,
+        control: Option<&Listener>,
+        legacy: &Legacy,
+    ) -> Result<()> {
+        sources.send(job_file, control.map(Listener::as_fd), legacy, &self.channel)?;
+        match self.expect("build its trees")? {
+            FromWorker::Built => Ok(()),
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// Its next message, while it lives and does not take too long.
+    fn expect(&mut self, what: &str) -> Result<FromWorker> {
+        let failed = |cause: String| Error::new(Kind::Helper, "wait for worker to", what, cause);
+        let mut fds = [PollFd::new(&self.channel, PollFlags::IN)];
+        let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(WORKER_PATIENCE))))
+            .map_err(|e| Error::sys("wait for worker to", what, e))?;
+        if ready == 0 {
+            return Err(failed(format!("it did not within {} s", WORKER_PATIENCE.as_secs())));
+        }
+        match self.channel.receive()? {
+            Some((FromWorker::Failed(told), _)) => Err(told.into()),
+            Some((message, _)) => Ok(message),
+            None => {
+                let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+                Err(failed(format!("it ended ({status})")))
+            }
+        }
+    }
+
+    pub(super) fn begin(&mut self, mount: &LiveMount, start: Begin) -> Result<(Vec<u8>, InFlight)> {
+        let minor = mount.mounted.info.dev.1;
+        let word = ToWorker::Begin { init: hex(&mount.init), start, minor };
+        self.channel.send(&word, &[mount.mounted.connection.as_fd()])?;
+        match self.expect("begin")? {
+            FromWorker::Serving { reply, in_flight, poisoned } => {
+                self.poisoned = poisoned;
+                self.serving_since = Some(Instant::now());
+                Ok((unhex(&reply)?, in_flight))
+            }
+            other => Err(unexpected(&other)),
+        }
+    }
+
+    /// It ends by itself when its mount is gone; wait for that, not for long.
+    pub(super) fn end(&mut self) {
+        let mut fds = [PollFd::new(&self.pidfd, PollFlags::IN)];
+        let ended = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(END_PATIENCE))));
+        if ended.is_ok_and(|n| n > 0) {
+            let _ = self.child.wait();
+        } else {
+            self.kill();
+        }
+    }
+
+    /// End it. Gives how it died, if it had before.
+    pub(super) fn kill(&mut self) -> Death {
+        let death = Death::of(self.child.try_wait().ok().flatten());
+        if let Err(e) = pidfd_send_signal(&self.pidfd, Signal::KILL)
+            && e != Errno::SRCH
+        {
+            log::error!(target: TARGET, "kill worker {}: {e}", self.id);
+        }
+        let _ = self.child.wait();
+        death
+    }
+}
+
+fn unexpected(message: &FromWorker) -> Error {
+    Error::new(Kind::Helper, "talk to worker", "", format!("it says {message:?} out of turn"))
+}
+
+pub(super) fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
+}
+
+/// Write down which process answers, before it does: where the supervisor dies, nobody else knows.
+fn note_worker(plan: &Plan, worker: ProcessId) -> Result<()> {
+    const OP: &str = "write down the worker in";
+    let fail = |e| Error::io(OP, show(&plan.state_dir), e);
+    let text = serde_json::to_vec(&worker).map_err(|e| Error::new(Kind::Io, OP, show(&plan.state_dir), e))?;
+    let (path, new) = (plan.state_dir.join(names::WORKER), plan.state_dir.join(format!("{}.new", names::WORKER)));
+    std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)
+}
+
+/// The process that answers for a rootfs now. `None`: none does, or not that can be seen.
+pub fn worker_of(plan: &Plan, traces: &Traces) -> Option<ProcessId> {
+    // Of another boot there is no process, whatever has its number now.
+    traces.supervisor.or(traces.worker)?;
+    let written = std::fs::read(plan.state_dir.join(names::WORKER)).ok();
+    let written = written.and_then(|text| serde_json::from_slice::<ProcessId>(&text).ok());
+    written.or(traces.worker).filter(|worker| worker.is_alive())
+}
+
+/// Is this process a server of ours, as far as its name tells?
+pub(crate) fn is_server(pid: i32) -> bool {
+    let comm = std::fs::read(format!("/proc/{pid}/comm")).unwrap_or_default();
+    [SUPERVISOR_NAME, WORKER_NAME].iter().any(|name| name.to_bytes() == comm.trim_ascii_end())
+}
