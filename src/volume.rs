@@ -39,8 +39,9 @@ fn option_names() -> String {
 pub fn help() -> String {
     let options: Vec<_> = OPTIONS.iter().map(|(name, what)| format!("{name}: {what}")).collect();
     format!(
-        "Volumes: {GRAMMAR}. A relative SRC lies below --sandbox and is made if missing; an absolute one must exist, unless it is to be \
-         copied. DST is absolute, inside the rootfs. `\\:` stands for a colon in a path. Options: {}.",
+        "Volumes: {GRAMMAR}. A SRC that begins with / is absolute, one that begins with . is relative to the current directory; both must \
+         exist, except with `copy`. Any other SRC lies below --sandbox and is made if missing. DST is absolute, inside the rootfs. \
+         Write `\\:` for a colon in a path. Options: {}.",
         options.join("; ")
     )
 }
@@ -138,7 +139,8 @@ impl Default for Powers {
 /// A volume as the user wrote it: `SRC:DST[:OPTION,...]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct VolumeSpec {
-    /// Host path: absolute, or relative to the sandbox.
+    /// Host path: absolute, or below the sandbox. What was written relative to the current directory begins with `.`, until
+    /// [`VolumeSpec::from_directory`] made it absolute.
     pub source: PathBuf,
     /// Where it appears in the rootfs.
     pub target: ContainerPath,
@@ -170,7 +172,7 @@ impl VolumeSpec {
         let mut fields = split_fields(text.as_bytes()).into_iter();
         let (Some(source), Some(target), options, None) = (fields.next(), fields.next(), fields.next(), fields.next())
         else {
-            return Err(refuse("it has not two or three fields separated by ':'".into()));
+            return Err(refuse("it needs SRC and DST, with a colon between them".into()));
         };
         if source.is_empty() {
             return Err(refuse("the source is empty".into()));
@@ -179,8 +181,18 @@ impl VolumeSpec {
             return Err(refuse("the source holds a NUL byte".into()));
         }
         let source = PathBuf::from(OsString::from_vec(source));
-        if source.is_relative() && !source.components().all(|c| matches!(c, Component::Normal(_))) {
-            return Err(refuse("a relative source lies below the sandbox: it may not have . or .. in it".into()));
+        if is_below_sandbox(&source) && !source.components().all(|c| matches!(c, Component::Normal(_))) {
+            return Err(refuse(format!(
+                "a source below the sandbox cannot have .. in it; write ./{} for one below the current directory",
+                show(&source)
+            )));
+        }
+        if options.is_none()
+            && let Some((path, said)) = trailing_options(&target)
+        {
+            let source = source.display();
+            return Err(refuse(format!("options follow a colon: write {source}:{path}:{said}"))
+                .hint(format!("for a path that ends like this write {source}:{path},{said}:rw")));
         }
         let target = ContainerPath::new(OsStr::from_bytes(&target))?;
         let (mut access, mut fill, mut exec, mut suid, mut dev) = (None, None, None, None, None);
@@ -208,6 +220,36 @@ impl VolumeSpec {
         let powers = Powers { exec: exec.unwrap_or(true), suid: suid.unwrap_or(false), dev };
         Ok(VolumeSpec { source, target, access, fill, powers })
     }
+
+    /// A source that begins with `.` made absolute: it is relative to `current`; one that begins with `~/` lies below `home`.
+    #[must_use]
+    pub fn from_directory(mut self, current: &Path, home: Option<&Path>) -> Self {
+        if let (Ok(below), Some(home)) = (self.source.strip_prefix("~"), home) {
+            self.source = home.join(below);
+        } else if self.source.as_os_str().as_bytes().starts_with(b".") {
+            // `./` goes, `..` stays: what it means depends on symlinks.
+            let named = self.source.components().filter(|c| !matches!(c, Component::CurDir));
+            self.source = current.join(named.collect::<PathBuf>());
+        }
+        self
+    }
+
+    /// Does the source lie below the sandbox?
+    pub fn is_below_sandbox(&self) -> bool {
+        is_below_sandbox(&self.source)
+    }
+}
+
+/// As podman has it: a path begins with `/` or `.`, anything else is a name.
+fn is_below_sandbox(source: &Path) -> bool {
+    !source.as_os_str().as_bytes().starts_with(b".") && source.is_relative()
+}
+
+/// `PATH,OPTION,...` where a colon was meant: the path, and the options.
+fn trailing_options(target: &[u8]) -> Option<(&str, &str)> {
+    let text = std::str::from_utf8(target).ok()?;
+    let (path, said) = text.split_once(',')?;
+    said.split(',').all(|word| OPTIONS.iter().any(|(name, _)| *name == word)).then_some((path, said))
 }
 
 fn split_fields(bytes: &[u8]) -> Vec<Vec<u8>> {
@@ -321,8 +363,9 @@ mod tests {
             "a:/x:copy,copy",
             "a:/x:rw,",
             "a:/x:ro:1",
-            "../a:/x",
             "a/../b:/x",
+            "/tmp:/k,ro",
+            "/tmp:/k,ro,nosuid",
             "a:/x/../y",
             "a:/./x",
             "a://x",
@@ -331,7 +374,35 @@ mod tests {
             assert_eq!(parse(bad).map_err(|e| e.kind()), Err(Kind::Usage), "{bad}");
         }
         assert!(parse(&format!("a:/{}", "n".repeat(256))).is_err());
+        let comma = parse("/tmp:/k,ro").unwrap_err().to_string();
+        assert!(comma.contains("write /tmp:/k:ro") && comma.contains("/tmp:/k,ro:rw"), "{comma}");
+        assert_eq!(parse("/tmp:/k,ro:rw").unwrap().target.as_path(), Path::new("/k,ro"));
+        assert_eq!(parse("/tmp:/k,x").unwrap().target.as_path(), Path::new("/k,x"));
         assert!(parse(&format!("a:{}", "/nn".repeat(1366))).is_err());
+    }
+
+    #[test]
+    fn sources_relative_to_the_current_directory_and_to_home() {
+        let source = |text: &str| {
+            let spec = VolumeSpec::parse(format!("{text}:/x").as_ref()).unwrap();
+            spec.from_directory(Path::new("/cwd"), Some(Path::new("/home/u"))).source
+        };
+        for (text, want) in [
+            (".", "/cwd"),
+            ("./p", "/cwd/p"),
+            ("..", "/cwd/.."),
+            ("../p", "/cwd/../p"),
+            (".hidden/p", "/cwd/.hidden/p"),
+            ("~", "/home/u"),
+            ("~/p", "/home/u/p"),
+            ("~p", "~p"),
+            ("/a", "/a"),
+            ("name/p", "name/p"),
+        ] {
+            assert_eq!(source(text), Path::new(want), "{text}");
+        }
+        assert!(VolumeSpec::parse("name:/x".as_ref()).unwrap().is_below_sandbox());
+        assert!(!VolumeSpec::parse("..:/x".as_ref()).unwrap().is_below_sandbox());
     }
 
     #[test]

@@ -14,7 +14,7 @@ use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::plan::{BackendKind, Live, Ownership, Restraint};
-use crate::provisioner::{Changes, Provisioner, Record, Request, Selector};
+use crate::provisioner::{Changes, Cover, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 
 /// How often each is measured; the middle one is shown. Odd.
@@ -199,6 +199,7 @@ fn put<'a>(
     let request = Request {
         image: image.clone(),
         rootfs: stage.join("rootfs"),
+        cover: Cover::Refuse,
         backend: Some(kind),
         sandbox: None,
         volumes: Vec::new(),

@@ -16,7 +16,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
 use crate::plan::{Live, Restraint};
-use crate::provisioner::{Changes, Condition, Record, Request};
+use crate::provisioner::{Changes, Condition, Cover, Record, Request};
 use crate::traces::Meter;
 use crate::volume::{self, ContainerPath, VolumeSpec};
 
@@ -41,12 +41,15 @@ pub(super) struct Mount {
     /// How to make the rootfs [default: auto, or what the configuration says]
     #[arg(long, value_enum, value_name = "BACKEND")]
     backend: Option<BackendChoice>,
-    /// The executor work directory: relative volume sources lie below it
+    /// The work directory that volumes' sources lie below (made if missing)
     #[arg(long, value_name = "DIR")]
     sandbox: Option<PathBuf>,
     /// Route DST inside the rootfs to SRC on this host (repeatable)
     #[arg(short, long = "volume", value_name = volume::GRAMMAR)]
     volumes: Vec<OsString>,
+    /// Mount over ROOTFS even if it is not empty; what is in it is hidden until `unmount`
+    #[arg(long)]
+    over: bool,
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
     id: Option<ContainerId>,
@@ -87,7 +90,7 @@ pub(super) struct Mount {
     format: Format,
     /// The image
     image: OsString,
-    /// Where its root filesystem shall appear (made if missing)
+    /// Where to mount it (made if missing)
     rootfs: PathBuf,
 }
 
@@ -101,7 +104,11 @@ impl Mount {
         }
         let meter = Arc::new(Meter::default());
         let _bar = Bar::show(&meter);
+        let new_sandbox = self.missing_sandbox();
         let record = provisioner.metered(meter).provision(&request)?;
+        if let Some(sandbox) = new_sandbox {
+            output::note(&format!("made the sandbox {}", show(&sandbox)));
+        }
         self.report(&record)
     }
 
@@ -113,13 +120,14 @@ impl Mount {
                     .hint("it is one of auto, bind, fuse, overlay, copy")
             })?,
         };
-        let mut volumes = self.volumes.iter().map(|v| VolumeSpec::parse(v)).collect::<Result<Vec<_>>>()?;
+        let mut volumes = self.volumes()?;
         // What the user says for a place replaces what the configuration says for it.
         let defaults = configured.default_volumes()?;
         volumes.extend(defaults.into_iter().filter(|d| !self.targets(&d.target)));
         Ok(Request {
             image: ImageRef::parse(&self.image)?,
             rootfs: self.rootfs.clone(),
+            cover: if self.over { Cover::Allow } else { Cover::Refuse },
             backend: backend.asked(),
             sandbox: self.sandbox.clone(),
             volumes,
@@ -135,6 +143,19 @@ impl Mount {
             restraint: self.restraint(),
             live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
         })
+    }
+
+    fn volumes(&self) -> Result<Vec<VolumeSpec>> {
+        let current = std::env::current_dir().map_err(|e| Error::io("find", "the current directory", e))?;
+        let home = std::env::home_dir();
+        let parse = |v: &OsString| Ok(VolumeSpec::parse(v)?.from_directory(&current, home.as_deref()));
+        self.volumes.iter().map(parse).collect()
+    }
+
+    /// The sandbox, if it is still to be made.
+    fn missing_sandbox(&self) -> Option<PathBuf> {
+        let sandbox = std::path::absolute(self.sandbox.as_ref()?).ok()?;
+        std::fs::symlink_metadata(&sandbox).is_err().then_some(sandbox)
     }
 
     fn restraint(&self) -> Restraint {

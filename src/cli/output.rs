@@ -86,6 +86,11 @@ pub(super) fn date(seconds_since_1970: i64) -> String {
         .unwrap_or_else(|| seconds_since_1970.to_string())
 }
 
+/// Say on stderr what else was done.
+pub(super) fn note(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{}", printable::line(text));
+}
+
 /// Say on stderr what went wrong.
 pub(super) fn complain(error: &Error) {
     // Where stderr is closed there is nobody to tell.

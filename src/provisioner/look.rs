@@ -2,6 +2,7 @@
 //! is kept: what comes out is data for [`super::planning`]. The paths in it are opened by [`super::open`], without following any
 //! symlink: what is put in their way after this look is refused there.
 
+use std::ffi::OsString;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
@@ -18,8 +19,8 @@ use crate::volume::{ContainerPath, Fill, Form, VolumeSpec};
 pub(super) struct Seen {
     /// Where the rootfs will be, absolute; and the directories of it that are missing, outermost first.
     pub(super) rootfs: (PathBuf, Vec<PathBuf>),
-    /// The sandbox.
-    pub(super) sandbox: Option<PathBuf>,
+    /// The sandbox; and the directories of it that are missing, outermost first.
+    pub(super) sandbox: Option<(PathBuf, Vec<PathBuf>)>,
     /// For each volume of the request, its source.
     pub(super) sources: Vec<Source>,
 }
@@ -40,19 +41,19 @@ pub(super) struct Source {
 /// Look. `form_in_image` tells what the image has at a target: what a source becomes that is missing and to be filled from there.
 pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> Result<Form>) -> Result<Seen> {
     let rootfs = mount_point(&request.rootfs)?;
-    let sandbox = request.sandbox.as_deref().map(open_sandbox).transpose()?;
-    if let (Changes::Ephemeral, Some((_, sandbox)), Some(id)) = (request.changes, &sandbox, &request.id) {
-        refuse_taken(&sandbox.join(super::planning::changes_name(id)))?;
+    let sandbox = request.sandbox.as_deref().map(find_sandbox).transpose()?;
+    if let (Changes::Ephemeral, Some(sandbox), Some(id)) = (request.changes, &sandbox, &request.id) {
+        refuse_taken(&sandbox.path.join(super::planning::changes_name(id)))?;
     }
     let form = |spec: &VolumeSpec| match spec.fill {
         Fill::Once => form_in_image(&spec.target),
         Fill::Never => Ok(Form::Directory),
     };
     let sources = request.volumes.iter().map(|spec| {
-        if spec.source.is_absolute() { absolute(spec, &form) } else { relative(spec, sandbox.as_ref(), &form) }
+        if spec.is_below_sandbox() { relative(spec, sandbox.as_ref(), &form) } else { absolute(spec, &form) }
     });
     let sources = sources.collect::<Result<_>>()?;
-    Ok(Seen { rootfs, sandbox: sandbox.map(|(_, path)| path), sources })
+    Ok(Seen { rootfs, sandbox: sandbox.map(|sandbox| (sandbox.path, sandbox.missing)), sources })
 }
 
 /// Something that is where changes are to be kept.
@@ -66,19 +67,26 @@ fn refuse_taken(path: &Path) -> Result<()> {
 
 const OP: &str = "find the source of volume";
 
-fn open_sandbox(path: &Path) -> Result<(OwnedFd, PathBuf)> {
+/// Where the sandbox is, or will be.
+struct Sandbox {
+    /// Absolute.
+    path: PathBuf,
+    /// It, where it is there.
+    there: Option<OwnedFd>,
+    /// The directories of it that are missing, outermost first.
+    missing: Vec<PathBuf>,
+}
+
+fn find_sandbox(wanted: &Path) -> Result<Sandbox> {
     const OP: &str = "open sandbox";
-    let fail = |e: Errno| match explain_named(OP, path, e) {
-        error if error.remedy().is_empty() => error.hint("--sandbox names an existing directory"),
-        error => error,
-    };
-    let whole = std::path::absolute(path).map_err(|e| Error::io(OP, show(path), e))?;
-    let fd = open_named(&whole).map_err(fail)?;
-    if !FileType::from_raw_mode(fstat(&fd).map_err(fail)?.st_mode).is_dir() {
-        return Err(fail(Errno::NOTDIR));
+    let nearest = nearest(OP, wanted, &|path, e| explain_named(OP, path, e))?;
+    let fail = |e: Errno| explain_named(OP, wanted, e);
+    if !FileType::from_raw_mode(fstat(&nearest.found).map_err(fail)?.st_mode).is_dir() {
+        return Err(Error::new(Kind::Usage, OP, show(&nearest.base), "it is a file; --sandbox takes a directory"));
     }
-    let resolved = path_of(&fd)?;
-    Ok((fd, resolved))
+    let (path, missing) = nearest.beyond();
+    let there = missing.is_empty().then_some(nearest.found);
+    Ok(Sandbox { path, there, missing })
 }
 
 /// An absolute source exists, or is to be filled and lies in a directory that does.
@@ -102,20 +110,25 @@ fn missing(spec: &VolumeSpec, errno: Errno) -> Error {
         return explain_named(OP, &spec.source, errno);
     }
     Error::sys(OP, format!("{} ({})", spec.target, show(&spec.source)), errno)
-        .hint("an absolute source must exist: create it first")
+        .hint("a source outside the sandbox must exist: create it first")
 }
 
 /// A relative source lies below the sandbox: symlinks are followed as long as they stay there.
 fn relative(
     spec: &VolumeSpec,
-    sandbox: Option<&(OwnedFd, PathBuf)>,
+    sandbox: Option<&Sandbox>,
     form: &dyn Fn(&VolumeSpec) -> Result<Form>,
 ) -> Result<Source> {
     const OP: &str = "make volume source";
-    let Some((sandbox, path)) = sandbox else {
-        let subject = format!("{} ({})", spec.target, show(&spec.source));
-        return Err(Error::new(Kind::Usage, self::OP, subject, "it is relative and there is no sandbox")
-            .hint("give the executor work directory with --sandbox DIR, or an absolute source"));
+    let Some(Sandbox { path, there: sandbox, .. }) = sandbox else {
+        let source = show(&spec.source);
+        let subject = format!("{} ({source})", spec.target);
+        return Err(Error::new(Kind::Usage, self::OP, subject, "it lies below the sandbox, and there is no sandbox")
+            .hint(format!("give one with --sandbox DIR, or write ./{source} for a directory below the current one")));
+    };
+    let Some(sandbox) = sandbox else {
+        let missing = spec.source.components().count();
+        return Ok(Source { path: path.join(&spec.source), missing, form: form(spec)?, is_empty: false });
     };
     let name = || show(path.join(&spec.source));
     let fail = |e: Errno| match e {
@@ -180,8 +193,49 @@ fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
             .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(path))),
         e => explain_named(OP, path, e),
     };
-    let wanted = std::path::absolute(wanted).map_err(|e| Error::io(OP, show(wanted), e))?;
-    let mut missing = Vec::new();
+    let nearest = nearest(OP, wanted, &unusable)?;
+    let (found, base) = (&nearest.found, &nearest.base);
+    // A path is found without asking what lies at its end: a dead mount shows when its root is asked for.
+    match fstat(found) {
+        Ok(stat) if FileType::from_raw_mode(stat.st_mode).is_dir() => {}
+        Ok(_) => {
+            return Err(Error::new(Kind::Usage, OP, show(base), "it is not a directory")
+                .hint("name a directory, or a path that does not exist: it is made"));
+        }
+        Err(e) => return Err(unusable(base, e)),
+    }
+    if base == Path::new("/") && nearest.names.is_empty() {
+        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));
+    }
+    Ok(nearest.beyond())
+}
+
+/// The end of a path that is there, and what is missing beyond it.
+struct Nearest {
+    found: OwnedFd,
+    /// Where that is, absolute, symlinks resolved.
+    base: PathBuf,
+    /// The names that are missing, innermost first.
+    names: Vec<OsString>,
+}
+
+impl Nearest {
+    /// The whole path, and the directories of it to make, outermost first.
+    fn beyond(&self) -> (PathBuf, Vec<PathBuf>) {
+        let mut path = self.base.clone();
+        let mut missing = Vec::new();
+        for name in self.names.iter().rev() {
+            path.push(name);
+            missing.push(path.clone());
+        }
+        (path, missing)
+    }
+}
+
+/// Find as much of a path as there is.
+fn nearest(op: &'static str, wanted: &Path, fail: &dyn Fn(&Path, Errno) -> Error) -> Result<Nearest> {
+    let wanted = std::path::absolute(wanted).map_err(|e| Error::io(op, show(wanted), e))?;
+    let mut names = Vec::new();
     let mut at = wanted.clone();
     let found = loop {
         match open_named(&at) {
@@ -189,30 +243,15 @@ fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
             Err(Errno::NOENT) if std::fs::symlink_metadata(&at).is_err() => {
                 let name = at
                     .file_name()
-                    .ok_or_else(|| Error::new(Kind::Usage, OP, show(&wanted), "a missing part of it is . or .."))?;
-                missing.push(name.to_owned());
+                    .ok_or_else(|| Error::new(Kind::Usage, op, show(&wanted), "a missing part of it is . or .."))?;
+                names.push(name.to_owned());
                 at.pop();
             }
-            Err(e) => return Err(unusable(&at, e)),
+            Err(e) => return Err(fail(&at, e)),
         }
     };
     let base = path_of(&found)?;
-    // A path is found without asking what lies at its end: a dead mount shows when its root is asked for.
-    match fstat(&found) {
-        Ok(stat) if FileType::from_raw_mode(stat.st_mode).is_dir() => {}
-        Ok(_) => return Err(Error::new(Kind::Usage, OP, show(&base), "it is not a directory")),
-        Err(e) => return Err(unusable(&base, e)),
-    }
-    if base == Path::new("/") && missing.is_empty() {
-        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));
-    }
-    let mut made = Vec::new();
-    let mut path = base;
-    for name in missing.iter().rev() {
-        path.push(name);
-        made.push(path.clone());
-    }
-    Ok((path, made))
+    Ok(Nearest { found, base, names })
 }
 
 /// `path` absolute, with symlinks resolved in all but its last component, which may be a mount that does not answer.
@@ -238,7 +277,7 @@ mod tests {
         std::os::unix::fs::symlink("/etc", base.join("out")).unwrap();
         std::os::unix::fs::symlink("a/b", base.join("in")).unwrap();
         std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
-        let sandbox = open_sandbox(&base).unwrap();
+        let sandbox = find_sandbox(&base).unwrap();
         let find = |text: &str| relative(&spec(text), Some(&sandbox), &|_| Ok(Form::Directory));
         for (text, path, missing) in
             [("a/b:/x", "a/b", 0), ("in:/x", "a/b", 0), ("in/c/d:/x", "a/b/c/d", 2), ("new:/x", "new", 1)]
@@ -250,7 +289,11 @@ mod tests {
             assert_eq!(find(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
         }
         assert_eq!(find("dangling:/x").unwrap_err().kind(), Kind::NotFound);
-        assert!(!base.join("new").exists(), "a look makes nothing");
+        let later = find_sandbox(&base.join("x/y")).unwrap();
+        assert_eq!(later.missing, [base.join("x"), base.join("x/y")]);
+        let found = relative(&spec("in/c:/x"), Some(&later), &|_| Ok(Form::Directory)).unwrap();
+        assert_eq!((found.path, found.missing), (base.join("x/y/in/c"), 2));
+        assert!(!base.join("new").exists() && !base.join("x").exists(), "a look makes nothing");
     }
 
     #[test]

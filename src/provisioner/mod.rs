@@ -46,7 +46,7 @@ pub use now::Now;
 pub use open::open;
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
-pub use request::{Changes, Request, Selector};
+pub use request::{Changes, Cover, Request, Selector};
 pub use select::{Choice, Rejected};
 
 use crate::backend::{self, Health, Usage};
@@ -124,6 +124,7 @@ impl Condition {
 /// let record = provisioner.provision(&Request {
 ///     image: fsprov::id::ImageRef::parse("example.com/debian".as_ref())?,
 ///     rootfs: "/srv/web/rootfs".into(),
+///     cover: Default::default(),
 ///     backend: None,
 ///     sandbox: Some("/srv/web/work".into()),
 ///     volumes: vec![fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?],

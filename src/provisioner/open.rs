@@ -7,17 +7,18 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsFd as _, OwnedFd};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::{self, FileType, Gid, Mode, OFlags, Uid};
 use rustix::io::Errno;
 
 use super::planning::Planned;
+use super::request::Cover;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::place::{Identities, Identity, Place, Places, Point};
 use crate::plan::{Layer, Plan};
-use crate::sys::fs::{hold_shared, make_empty, make_private, open_in_root};
+use crate::sys::fs::{hold_shared, is_empty, make_empty, make_private, open_in_root};
 use crate::volume::{ContainerPath, Form, Volume};
 
 const MOUNT_POINT: &str = "open mount point";
@@ -90,7 +91,10 @@ pub(super) fn open_new(planned: &Planned) -> Result<Opened> {
     let image = open_image(plan, Recorded::default())?;
     fault::point("provision.directories")?;
     let point = open_point(plan, &planned.made, Recorded::default())?;
-    let sandbox = planned.sandbox.as_deref().map(open_sandbox).transpose()?;
+    if planned.cover == Cover::Refuse {
+        refuse_full(&point.place)?;
+    }
+    let sandbox = planned.sandbox.as_deref().map(|path| open_sandbox(path, &planned.sandbox_made)).transpose()?;
     let mut sources = Vec::with_capacity(plan.volumes.len());
     for volume in &plan.volumes {
         sources.push(open_source(planned, volume, sandbox.as_ref(), &image.layers)?);
@@ -104,12 +108,7 @@ pub(super) fn open_new(planned: &Planned) -> Result<Opened> {
 
 /// Open what a rootfs was made of, to make it again: what is there must be what was there. `made` are the directories that were made
 /// for its mount point.
-pub(super) fn open_again(
-    plan: &Plan,
-    made: &[std::path::PathBuf],
-    recorded: Recorded<'_>,
-    image: Need,
-) -> Result<Places> {
+pub(super) fn open_again(plan: &Plan, made: &[PathBuf], recorded: Recorded<'_>, image: Need) -> Result<Places> {
     let image = match image {
         Need::Image => open_image(plan, recorded)?,
         Need::NoImage => Image { layers: Vec::new(), index: None, in_use: None },
@@ -182,7 +181,7 @@ fn open_kind(op: &'static str, path: &Path, wanted: FileType) -> Result<Place> {
 }
 
 /// The mount point and the directory that it lies in; `made` are made where they are missing.
-fn open_point(plan: &Plan, made: &[std::path::PathBuf], recorded: Recorded<'_>) -> Result<Point> {
+fn open_point(plan: &Plan, made: &[PathBuf], recorded: Recorded<'_>) -> Result<Point> {
     let fail = |e: Errno| match e {
         Errno::NOTDIR => Error::new(Kind::Usage, MOUNT_POINT, show(&plan.rootfs), "it is not a directory"),
         Errno::LOOP | Errno::XDEV => {
@@ -215,8 +214,31 @@ fn open_point(plan: &Plan, made: &[std::path::PathBuf], recorded: Recorded<'_>) 
     Ok(point)
 }
 
-fn open_sandbox(path: &Path) -> Result<Place> {
-    open_kind("open sandbox", path, FileType::Directory)
+/// A mount hides what is below it: a project's directory named by mistake must not vanish in silence.
+fn refuse_full(point: &Place) -> Result<()> {
+    // One that may not be read tells nothing.
+    let is_full = point.for_reading().and_then(is_empty).is_ok_and(|is_empty| !is_empty);
+    if !is_full {
+        return Ok(());
+    }
+    Err(Error::new(Kind::Exists, MOUNT_POINT, show(point.path()), "the directory is not empty")
+        .hint("choose another ROOTFS, or hide what is in it with --over"))
+}
+
+/// The sandbox; `made` are the directories of it that are missing.
+fn open_sandbox(path: &Path, made: &[PathBuf]) -> Result<Place> {
+    const OP: &str = "open sandbox";
+    let Some(parent) = made.first().and_then(|first| first.parent()) else {
+        return open_kind(OP, path, FileType::Directory);
+    };
+    let mut at = open_kind(OP, parent, FileType::Directory)?;
+    for dir in made {
+        let fail = |e: Errno| Error::sys("make sandbox", show(dir), e);
+        let made = make_empty(&at, dir.file_name().unwrap_or_default()).map_err(fail)?;
+        fs::fchmod(&made, MADE).map_err(fail)?;
+        at = Place::new(made, dir.clone()).map_err(fail)?;
+    }
+    Ok(at)
 }
 
 fn open_state(plan: &Plan) -> Result<Place> {

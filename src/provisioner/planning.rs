@@ -5,7 +5,7 @@ use std::path::PathBuf;
 
 use super::Request;
 use super::look::Seen;
-use super::request::Changes;
+use super::request::{Changes, Cover};
 use crate::error::Result;
 use crate::id::ContainerId;
 use crate::paths::ContainerPaths;
@@ -22,6 +22,10 @@ pub(super) struct Planned {
     pub(super) sandbox: Option<PathBuf>,
     /// Directories to be made for the mount point, outermost first. They end with the rootfs.
     pub(super) made: Vec<PathBuf>,
+    /// May the mount point have something in it?
+    pub(super) cover: Cover,
+    /// Directories to be made for the sandbox, outermost first. They stay.
+    pub(super) sandbox_made: Vec<PathBuf>,
     /// Directories to be made as sources of volumes, or for those to lie in, outermost first. They stay.
     pub(super) sources: Vec<PathBuf>,
     /// Targets of volumes whose sources are filled from the image.
@@ -37,6 +41,8 @@ pub(super) fn plan(
     container: &ContainerPaths,
 ) -> Result<Planned> {
     let Seen { rootfs: (rootfs, made), sandbox, sources: found } = seen;
+    let (sandbox, sandbox_made) = sandbox.unzip();
+    let sandbox_made = sandbox_made.unwrap_or_default();
     let (mut volumes, mut sources, mut fill) = (Vec::new(), Vec::new(), BTreeSet::new());
     for (spec, source) in request.volumes.iter().zip(found) {
         let is_filled = spec.fill == Fill::Once && (source.missing > 0 || source.is_empty);
@@ -78,7 +84,7 @@ pub(super) fn plan(
         state_dir: container.backend(),
     };
     plan.require_layers()?;
-    Ok(Planned { plan, sandbox, made, sources, fill })
+    Ok(Planned { plan, sandbox, made, cover: request.cover, sandbox_made, sources, fill })
 }
 
 /// The name in the sandbox under which a rootfs's own changes are kept.
@@ -113,6 +119,7 @@ mod tests {
         Request {
             image: ImageRef::Path("/image".into()),
             rootfs: "made/rootfs".into(),
+            cover: Cover::Refuse,
             backend: None,
             sandbox: None,
             volumes: volumes.iter().map(|v| VolumeSpec::parse(v.as_ref()).unwrap()).collect(),
@@ -132,7 +139,7 @@ mod tests {
     fn planned(volumes: &[&str], sources: &[Source], sandbox: Option<&str>, changes: Changes) -> Result<Planned> {
         let seen = Seen {
             rootfs: ("/m/made/rootfs".into(), vec!["/m/made".into(), "/m/made/rootfs".into()]),
-            sandbox: sandbox.map(PathBuf::from),
+            sandbox: sandbox.map(|path| (path.into(), Vec::new())),
             sources: sources.to_vec(),
         };
         let id = "one".parse().unwrap();

@@ -12,11 +12,13 @@ use crate::volume::VolumeSpec;
 pub struct Request {
     /// Which image.
     pub image: ImageRef,
-    /// Where its root filesystem shall appear; made (mode 0700) if missing, and then removed again by [`super::Provisioner::destroy`].
+    /// Where to mount it; made (mode 0700) if missing, and then removed again by [`super::Provisioner::destroy`].
     pub rootfs: PathBuf,
+    /// May a directory that is not empty be mounted over?
+    pub cover: Cover,
     /// Which backend; `None`: the first of [`crate::backend::AUTO_ORDER`] that can.
     pub backend: Option<BackendKind>,
-    /// The executor work directory: relative volume sources lie below it.
+    /// The executor work directory: relative volume sources lie below it. Made (mode 0755) if missing; it stays.
     pub sandbox: Option<PathBuf>,
     /// Volumes, in any order.
     pub volumes: Vec<VolumeSpec>,
@@ -31,6 +33,16 @@ pub struct Request {
     /// What of the image's setuid programs and device nodes shall work; what is not said is held back where other users of the host
     /// reach the rootfs.
     pub restraint: Restraint,
+}
+
+/// What becomes of a mount point with something in it, which the rootfs would hide.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Cover {
+    /// It is refused.
+    #[default]
+    Refuse,
+    /// It is mounted over.
+    Allow,
 }
 
 /// What may be changed in a rootfs outside its volumes.

@@ -192,7 +192,7 @@ pub(crate) const FOREIGN_BENEATH: Case = Case::new(
         let place = stage.mkdir("rootfs");
         stage.tool("mount", ["-t", "tmpfs", "beneath"]).arg(&place).run().ok();
         stage.write("rootfs/theirs", "their data");
-        let rootfs = stage.mount(&image, "rootfs", NONE);
+        let rootfs = stage.mount(&image, "rootfs", ["--over"]);
         assert!(rootfs.join("etc/hosts").exists());
         stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
         assert_eq!(fs::read_to_string(place.join("theirs")).expect("their mount is there"), "their data");
@@ -248,7 +248,9 @@ pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", 
     let image = stage.small_image();
     fs::create_dir(image.join("mnt")).expect("mkdir");
     for place in ["image/mnt", "image"] {
-        let rootfs = stage.mount(&image, place, volume(stage.mkdir("vol"), "/data", "rw"));
+        let mut args = vec!["--over".into()];
+        args.extend(volume(stage.mkdir("vol"), "/data", "rw"));
+        let rootfs = stage.mount(&image, place, args);
         assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n", "{place}");
         fs::write(rootfs.join("data/x"), place).expect("write to the volume");
         assert_eq!(fs::read_to_string(stage.path("vol/x")).expect("read"), place);
@@ -274,13 +276,13 @@ pub(crate) const MOUNT_POINT_KINDS: Case =
         // What it covers comes back.
         stage.mkdir("full");
         stage.write("full/kept", "kept");
-        let rootfs = stage.mount(&image, "full", NONE);
+        let rootfs = stage.mount(&image, "full", ["--over"]);
         assert!(!rootfs.join("kept").exists());
         stage.unmount(&rootfs);
         assert_eq!(fs::read_to_string(stage.path("full/kept")).expect("read"), "kept");
         // Through a symlink, and relative to the working directory.
         std::os::unix::fs::symlink("full", stage.path("link")).expect("symlink");
-        stage.mount_call(&image, "link", NONE).cwd("/").run().ok();
+        stage.mount_call(&image, "link", ["--over"]).cwd("/").run().ok();
         assert!(stage.path("full/etc").is_dir());
         stage.fsprov(["unmount", "./link"]).run().ok();
         assert!(stage.path("full/kept").exists());

@@ -16,6 +16,7 @@ mod enosys;
 mod faults;
 mod fdstore;
 mod filled;
+mod front;
 mod hardened;
 mod layers;
 mod live;
@@ -127,6 +128,9 @@ pub(crate) const CASES: &[Case] = &[
     mounted::ATTACKED,
     mounted::CAPPED,
     mounted::MODEL,
+    front::HERE,
+    front::NEW_SANDBOX,
+    front::OVER,
     hardened::CONFINED,
     hardened::EVERY_KIND,
     hardened::EXHAUSTED,
@@ -219,6 +223,14 @@ pub(crate) const CASES: &[Case] = &[
     writers::SET_ID_AT_ONCE,
     writers::SET_ID,
 ];
+
+/// The line of sh that makes this call under another umask.
+fn umasked(call: &crate::common::stage::Call<'_>, umask: &str) -> String {
+    let command = &call.command;
+    let words = std::iter::once(command.get_program()).chain(command.get_args());
+    let words: Vec<String> = words.map(|word| shell_quote(Path::new(word))).collect();
+    format!("umask {umask}; exec {}", words.join(" "))
+}
 
 /// A path as one word of sh.
 fn shell_quote(path: &Path) -> String {

@@ -1,0 +1,83 @@
+//! Everyday use: what somebody does in the first hour, and what they get wrong.
+
+use std::fs;
+use std::os::unix::fs::PermissionsExt as _;
+
+use crate::common::harness::on;
+use crate::common::{Case, Stage};
+
+/// The README's first session: the work directory does not exist yet.
+pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_said", on::once_each, |stage: &Stage| {
+    let image = stage.small_image();
+    let mount = |args: &[&str]| {
+        let call = stage.fsprov(["mount", "--id", "one"]).args(args).arg(&image).arg("rootfs");
+        // The mode does not depend on the caller's umask.
+        let line = super::umasked(&call, "077");
+        stage.tool("sh", ["-c", &line]).run()
+    };
+    let said = mount(&["--sandbox", "new/work", "-v", "data:/data"]).ok();
+    let sandbox = stage.path("new/work");
+    assert!(said.err().contains(&format!("made the sandbox {}", sandbox.display())), "{}", said.describe());
+    for dir in ["new", "new/work"] {
+        let mode = fs::metadata(stage.path(dir)).expect("it was made").permissions().mode();
+        assert_eq!(mode & 0o7777, 0o755, "{dir}");
+    }
+    fs::write(stage.path("rootfs/data/file"), "written").expect("write to the volume");
+    assert_eq!(fs::read_to_string(sandbox.join("data/file")).expect("read"), "written");
+    stage.fsprov(["unmount", "./rootfs"]).run().ok();
+    assert!(sandbox.join("data/file").exists(), "the sandbox stays");
+    // The second time there is nothing to say.
+    let said = mount(&["--sandbox", "new/work", "-v", "data:/data"]).ok();
+    assert_eq!(said.err(), "", "{}", said.describe());
+    stage.fsprov(["unmount", "./rootfs"]).run().ok();
+    stage.write("file", "");
+    mount(&["--sandbox", "file", "-v", "data:/data"]).fails(2, &["file", "--sandbox takes a directory"]);
+    stage.assert_nothing_left("after a refused sandbox");
+});
+
+/// `-v .:/src`, as podman has it.
+pub(crate) const HERE: Case = Case::new("volumes_relative_to_the_current_directory", on::once_each, |stage: &Stage| {
+    let image = stage.small_image();
+    let here = stage.mkdir("project/sub");
+    stage.mkdir("home/p");
+    stage.write("project/sub/name", "sub");
+    stage.write("project/name", "project");
+    stage.write("home/p/name", "home");
+    for (source, name) in [(".", "sub"), ("./", "sub"), ("..", "project"), ("../sub", "sub"), ("~/p", "home")] {
+        let volume = format!("{source}:/data");
+        let rootfs = stage.path("rootfs");
+        stage.fsprov(["mount", "-v", &volume]).arg(&image).arg(&rootfs).cwd(&here).run().ok();
+        assert_eq!(fs::read_to_string(rootfs.join("data/name")).expect("read"), name, "{source}");
+        fs::write(rootfs.join("data/new"), source).expect("it is writable");
+        stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
+    }
+    let refused = [
+        ("./missing:/data", 3, &["project/sub/missing", "create it first"][..]),
+        ("bare:/data", 2, &["--sandbox DIR", "./bare"]),
+        ("/tmp:/data,ro", 2, &["write /tmp:/data:ro"]),
+    ];
+    for (volume, code, texts) in refused {
+        stage.fsprov(["mount", "-v", volume]).arg(&image).arg("rootfs").cwd(&here).run().fails(code, texts);
+    }
+    stage.assert_nothing_left("after refused volumes");
+});
+
+/// A mount point with something in it: a project that would vanish from sight.
+pub(crate) const OVER: Case =
+    Case::new("a_mount_point_that_is_not_empty_is_refused", on::read_only, |stage: &Stage| {
+        let image = stage.small_image();
+        let full = stage.mkdir("full");
+        stage.write("full/work", "mine");
+        let refused = stage.mount_call(&image, "full", None::<&str>).run();
+        refused.fails(1, &["full: the directory is not empty", "--over"]);
+        stage.assert_nothing_left("after a refused mount point");
+        assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
+        stage.mount(&image, "full", ["--over"]);
+        // A second one on it is told what is there, not that it is not empty.
+        stage.mount_call(&image, "full", None::<&str>).run().fails(4, &["already", "fsprov unmount"]);
+        stage.unmount("full");
+        assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
+        stage.mkdir("empty");
+        stage.mount(&image, "empty", None::<&str>);
+        stage.unmount("empty");
+    });
