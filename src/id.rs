@@ -28,6 +28,11 @@ impl ImageId {
         &self.0
     }
 
+    /// The first twelve digits, for tables: enough to name it by.
+    pub fn digits(&self) -> &str {
+        &self.0[7..7 + 12]
+    }
+
     /// The algorithm and the first twelve digits: for people, and for prefixes on the command line.
     pub fn short(&self) -> &str {
         &self.0[..7 + 12]

@@ -18,6 +18,8 @@ const MAX_FILE_BYTES: u64 = 16 << 20;
 pub enum MapArg {
     /// `auto`: root of the image is the user, the rest come from the user's subordinate ids.
     Auto,
+    /// `none`: ids are presented as they are in the image.
+    None,
     /// `CONTAINER:HOST:COUNT`.
     Range(IdRange),
 }
@@ -29,9 +31,12 @@ impl std::str::FromStr for MapArg {
         if text == "auto" {
             return Ok(MapArg::Auto);
         }
+        if text == "none" {
+            return Ok(MapArg::None);
+        }
         let refuse = |why: &str| {
             Error::new(Kind::Usage, "read id map", format!("{text:?}"), why)
-                .hint("write CONTAINER:HOST:COUNT in decimal, or auto")
+                .hint("write CONTAINER:HOST:COUNT in decimal, or auto, or none")
         };
         let numbers: Vec<u32> = text
             .split(':')
@@ -76,14 +81,17 @@ impl Files<'_> {
     }
 }
 
-/// Put the arguments together: ranges as written; `auto` looked up for user `uid` with group `gid`.
+/// Put the arguments together: ranges as written; `auto` looked up for the user and group `user`. `None`: nothing was said.
 pub fn ownership(
     uid_args: &[MapArg],
     gid_args: &[MapArg],
     squash: Option<(u32, u32)>,
     user: (u32, u32),
     files: Files<'_>,
-) -> Result<Ownership> {
+) -> Result<Option<Ownership>> {
+    if squash.is_none() && uid_args.is_empty() && gid_args.is_empty() {
+        return Ok(None);
+    }
     if squash.is_some() && !(uid_args.is_empty() && gid_args.is_empty()) {
         return Err(Error::new(Kind::Usage, "read id map", "", "--squash and a map exclude one another"));
     }
@@ -92,22 +100,34 @@ pub fn ownership(
         ([MapArg::Auto], []) | ([], [MapArg::Auto]) => (&[MapArg::Auto][..], &[MapArg::Auto][..]),
         both => both,
     };
-    Ok(Ownership {
-        uids: ranges("--uid-map", uid_args, || auto(user.0, user.0, files.subuid, files.passwd))?,
-        gids: ranges("--gid-map", gid_args, || auto(user.0, user.1, files.subgid, files.passwd))?,
+    Ok(Some(Ownership {
+        uids: ranges("--uid-map", uid_args, || auto(user.0, user.0, files.subuid, files))?,
+        gids: ranges("--gid-map", gid_args, || auto(user.0, user.1, files.subgid, files))?,
         squash,
-    })
+    }))
+}
+
+/// What an ordinary user gets who says nothing: as `auto`, with the user's own ids alone where there are no others.
+pub fn usual(user: (u32, u32), files: Files<'_>) -> Result<Ownership> {
+    let name = login_name(user.0, &read_if_there(files.passwd)?);
+    let ids = |own, file| {
+        let mut all = vec![IdRange { inside: 0, outside: own, count: 1 }];
+        all.extend(subordinate(user.0, name.as_deref(), &read_if_there(file)?));
+        Ok::<_, Error>(all)
+    };
+    Ok(Ownership { uids: ids(user.0, files.subuid)?, gids: ids(user.1, files.subgid)?, squash: None })
 }
 
 fn ranges(flag: &str, args: &[MapArg], auto: impl FnOnce() -> Result<Vec<IdRange>>) -> Result<Vec<IdRange>> {
     let refuse = |why: &'static str| Error::new(Kind::Usage, "read", flag, why);
     let mut ranges = match args {
         [MapArg::Auto] => return auto(),
+        [MapArg::None] => return Ok(Vec::new()),
         all => all
             .iter()
             .map(|arg| match arg {
                 MapArg::Range(range) => Ok(*range),
-                MapArg::Auto => Err(refuse("auto stands alone")),
+                MapArg::Auto | MapArg::None => Err(refuse("auto and none stand alone")),
             })
             .collect::<Result<Vec<_>>>()?,
     };
@@ -124,16 +144,31 @@ fn ranges(flag: &str, args: &[MapArg], auto: impl FnOnce() -> Result<Vec<IdRange
     Ok(ranges)
 }
 
-/// Container id 0 is `own`; 1 and up are the subordinate ids of user `uid`, in the order of the file, as podman and
-/// newuidmap(1) users arrange them.
-fn auto(uid: u32, own: u32, subordinate: &Path, passwd: &Path) -> Result<Vec<IdRange>> {
-    let name = login_name(uid, &read(passwd)?);
-    let mut next = 1_u32;
+/// Container id 0 is `own`; the rest are subordinate ids.
+fn auto(uid: u32, own: u32, file: &Path, files: Files<'_>) -> Result<Vec<IdRange>> {
+    let name = login_name(uid, &read(files.passwd)?);
+    let text = read(file)?;
     let mut all = vec![IdRange { inside: 0, outside: own, count: 1 }];
-    for line in read(subordinate)?.lines() {
+    all.extend(subordinate(uid, name.as_deref(), &text));
+    if all.len() > 1 {
+        return Ok(all);
+    }
+    let name = name.unwrap_or_else(|| uid.to_string());
+    let free = first_free(&[&read_if_there(files.subuid)?, &read_if_there(files.subgid)?]);
+    let range = format!("{free}-{}", free.saturating_add(SHARE - 1));
+    Err(Error::new(Kind::NotFound, "find subordinate ids of", &name, format!("{} has none for this user", show(file)))
+        .hint(format!("as root: usermod --add-subuids {range} --add-subgids {range} {name}; or use --uid-map none")))
+}
+
+/// Container ids 1 and up are the subordinate ids of user `uid`, in the order of the file, as podman and newuidmap(1) users arrange
+/// them.
+fn subordinate(uid: u32, name: Option<&str>, text: &str) -> Vec<IdRange> {
+    let mut next = 1_u32;
+    let mut all = Vec::new();
+    for line in text.lines() {
         let fields: Vec<_> = line.split(':').collect();
         let [owner, first, count] = fields[..] else { continue };
-        if Some(owner) != name.as_deref() && owner.parse() != Ok(uid) {
+        if Some(owner) != name && owner.parse() != Ok(uid) {
             continue;
         }
         if let (Ok(outside), Ok(count @ 1..)) = (first.parse(), count.parse::<u32>()) {
@@ -141,16 +176,20 @@ fn auto(uid: u32, own: u32, subordinate: &Path, passwd: &Path) -> Result<Vec<IdR
             next = next.saturating_add(count);
         }
     }
-    if all.len() == 1 {
-        return Err(Error::new(
-            Kind::NotFound,
-            "find subordinate ids of",
-            name.unwrap_or_else(|| uid.to_string()),
-            format!("{} names none", show(subordinate)),
-        )
-        .hint("as root: usermod --add-subuids 100000-165535 --add-subgids 100000-165535 USER"));
-    }
-    Ok(all)
+    all
+}
+
+/// How many ids one user is given (SUB_UID_COUNT of login.defs(5)), and where they begin (SUB_UID_MIN).
+const SHARE: u32 = 65_536;
+const FIRST: u32 = 100_000;
+
+/// The first id beyond all that subuid(5) and subgid(5) give to somebody.
+fn first_free(texts: &[&str]) -> u32 {
+    let end = |line: &str| {
+        let mut numbers = line.split(':').skip(1).map(|n| n.parse::<u32>().ok());
+        numbers.next()??.checked_add(numbers.next()??)
+    };
+    texts.iter().flat_map(|text| text.lines()).filter_map(end).max().unwrap_or(0).max(FIRST)
 }
 
 fn login_name(uid: u32, passwd: &str) -> Option<String> {
@@ -159,6 +198,14 @@ fn login_name(uid: u32, passwd: &str) -> Option<String> {
         let name = fields.next()?;
         (fields.nth(1)?.parse() == Ok(uid)).then(|| name.to_owned())
     })
+}
+
+/// As [`read`]; nothing where there is no such file.
+fn read_if_there(path: &Path) -> Result<String> {
+    match read(path) {
+        Err(e) if e.kind() == Kind::NotFound => Ok(String::new()),
+        other => other,
+    }
 }
 
 fn read(path: &Path) -> Result<String> {
@@ -212,7 +259,7 @@ mod tests {
         let subuid = write("subuid", "bob:1:5\nann:100000:65536\n1000:300000:10\n# odd\nann:x:y\n");
         let subgid = write("subgid", "bob:1:5\nann:7:3\n");
         let files = Files { passwd: &passwd, subuid: &subuid, subgid: &subgid };
-        let found = ownership(&[MapArg::Auto], &[], None, (1000, 50), files).unwrap();
+        let found = ownership(&[MapArg::Auto], &[], None, (1000, 50), files).unwrap().unwrap();
         assert_eq!(
             found.uids,
             [
@@ -223,13 +270,23 @@ mod tests {
         );
         let gids = [IdRange { inside: 0, outside: 50, count: 1 }, IdRange { inside: 1, outside: 7, count: 3 }];
         assert_eq!(found.gids, gids, "auto of one is auto of both");
-        assert_eq!(ownership(&[], &[MapArg::Auto], None, (1000, 50), files).unwrap(), found);
+        assert_eq!(ownership(&[], &[MapArg::Auto], None, (1000, 50), files).unwrap().as_ref(), Some(&found));
+        assert_eq!(usual((1000, 50), files).unwrap(), found);
         let own = MapArg::Range(IdRange { inside: 0, outside: 50, count: 1 });
-        assert_eq!(ownership(&[MapArg::Auto], &[own], None, (1000, 50), files).unwrap().gids, gids[..1]);
-        let none = Files { subgid: &write("none", "bob:1:5\n"), ..files };
+        assert_eq!(ownership(&[MapArg::Auto], &[own], None, (1000, 50), files).unwrap().unwrap().gids, gids[..1]);
+        let none = Files { subgid: &write("none", "bob:200000:65536\n"), ..files };
+        let usual = usual((1000, 50), none).unwrap();
+        assert_eq!((usual.uids, &usual.gids[..]), (found.uids, &gids[..1]), "without an error");
         let none = ownership(&[], &[MapArg::Auto], None, (1000, 50), none).unwrap_err();
         assert_eq!(none.kind(), Kind::NotFound, "{none}");
-        assert!(none.to_string().contains("ann"), "{none}");
+        // The next range that is nobody's, in either file.
+        assert!(
+            none.to_string().contains("usermod --add-subuids 300010-365545 --add-subgids 300010-365545 ann"),
+            "{none}"
+        );
+        assert_eq!(first_free(&["", "x:5:5"]), 100_000);
+        assert_eq!(ownership(&[], &[], None, (1000, 50), files).unwrap(), None);
+        assert_eq!(ownership(&[MapArg::None], &[], None, (1000, 50), files).unwrap(), Some(Ownership::default()));
         assert!(ownership(&[MapArg::Auto], &[], Some((0, 0)), (1000, 50), files).is_err());
     }
 }

@@ -65,13 +65,13 @@ impl Backend for Overlay {
         {
             return Support::no(e.cause(), e.remedy());
         }
-        if !plan.ownership.is_identity() {
-            return Support::no(
+        match self.host_support(host) {
+            Support::Yes if !plan.ownership.is_identity() => Support::no(
                 "overlayfs cannot be idmapped: it presents the owners that the layers have",
                 "use --backend fuse, or --backend bind for an image of one layer",
-            );
+            ),
+            other => other,
         }
-        self.host_support(host)
     }
 
     fn provision(&self, host: &Host, plan: &Plan, places: &Places, journal: &mut Journal<'_>) -> Result<()> {

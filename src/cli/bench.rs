@@ -13,7 +13,7 @@ use super::{Format, Global, output};
 use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
-use crate::plan::{BackendKind, Live, Ownership, Restraint};
+use crate::plan::{BackendKind, Live, Restraint};
 use crate::provisioner::{Changes, Cover, Provisioner, Record, Request, Selector};
 use crate::sys::signals::Termination;
 
@@ -207,7 +207,7 @@ fn put<'a>(
         changes: Changes::Refused,
         live: Live::default(),
         restraint: Restraint::default(),
-        ownership: Ownership::default(),
+        ownership: None,
     };
     let begin = Instant::now();
     let record = provisioner.provision(&request)?;

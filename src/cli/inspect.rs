@@ -10,13 +10,13 @@ use super::{Format, Global, output};
 use crate::daemon::control::{Question, ask_within};
 use crate::error::{Result, show};
 use crate::plan::BackendKind;
-use crate::provisioner::{Condition, Selector, Status};
+use crate::provisioner::{Condition, Status};
 use crate::volume::Access;
 
 #[derive(Debug, Args)]
 #[command(after_help = "Examples:\n  fsprov inspect rootfs\n  fsprov inspect --json 3f0c9a61b2d4")]
 pub(super) struct Inspect {
-    /// Which: its mount point or its id
+    /// Its mount point, its id, or the beginning of its id
     #[arg(value_name = "ROOTFS|ID")]
     which: OsString,
     #[command(flatten)]
@@ -25,7 +25,8 @@ pub(super) struct Inspect {
 
 impl Inspect {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
-        let status = global.provisioner()?.inspect(&Selector::parse(&self.which))?;
+        let provisioner = global.provisioner()?;
+        let status = provisioner.inspect(&provisioner.select(&self.which)?)?;
         if self.format.json { output::json(&Shown::of(&status)) } else { output::text(&describe(&status)) }
     }
 }

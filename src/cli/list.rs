@@ -12,9 +12,13 @@ STATE is ready; changing (being made or taken away now); stopped (its server was
 was cut short), dead (its server died) or gone (unmounted by others, or this host was rebooted): `fsprov unmount` cleans these up; \
 elsewhere: in another mount namespace.
 
-Example:
-  fsprov list --json")]
+Examples:
+  fsprov list --json
+  fsprov list -q")]
 pub(super) struct List {
+    /// Print the ids alone
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -24,6 +28,9 @@ impl List {
         let all = global.provisioner()?.list()?;
         if self.format.json {
             return output::json(&all.iter().map(Shown::of).collect::<Vec<_>>());
+        }
+        if self.quiet {
+            return all.iter().try_for_each(|s| output::line(s.record.plan.id.as_str()));
         }
         let rows: Vec<_> = all
             .iter()

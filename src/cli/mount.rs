@@ -53,11 +53,12 @@ pub(super) struct Mount {
     /// Name the rootfs [default: twelve random hex digits]
     #[arg(long, value_name = "ID")]
     id: Option<ContainerId>,
-    /// Present user ids CONTAINER.. as HOST.. (repeatable), or `auto`: root is you, the rest are your subordinate ids
-    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    /// Show user ids CONTAINER.. as HOST.. (repeatable); `auto`: root is you, the rest are your subordinate ids; `none`: as they
+    /// are in the image [default: none for root, else auto]
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto|none")]
     uid_map: Vec<MapArg>,
     /// Likewise for group ids
-    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto")]
+    #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto|none")]
     gid_map: Vec<MapArg>,
     /// Present everything of the image as belonging to this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]

@@ -4,7 +4,7 @@
 use std::fmt::Write as _;
 use std::io::Write as _;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::printable;
 
 fn put(text: &str) -> Result<()> {
@@ -33,8 +33,7 @@ pub(super) fn fields<'a>(rows: impl IntoIterator<Item = (&'a str, String)>) -> S
 
 /// Print a value as indented JSON.
 pub(super) fn json(value: &impl serde::Serialize) -> Result<()> {
-    let mut all =
-        serde_json::to_string_pretty(value).map_err(|e| Error::new(crate::error::Kind::Io, "write JSON", "", e))?;
+    let mut all = serde_json::to_string_pretty(value).map_err(|e| Error::new(Kind::Io, "write JSON", "", e))?;
     all.push('\n');
     put(&printable::json(&all))
 }
@@ -89,6 +88,21 @@ pub(super) fn date(seconds_since_1970: i64) -> String {
 /// Say on stderr what else was done.
 pub(super) fn note(text: &str) {
     let _ = writeln!(std::io::stderr(), "{}", printable::line(text));
+}
+
+/// Do it to each. One that fails is told, and the others have their turn; of several that fail the exit code is 1.
+pub(super) fn each<T>(op: &'static str, items: &[T], mut work: impl FnMut(&T) -> Result<()>) -> Result<()> {
+    if let [only] = items {
+        return work(only);
+    }
+    let mut failed = 0;
+    for item in items {
+        if let Err(error) = work(item) {
+            complain(&error);
+            failed += 1;
+        }
+    }
+    if failed == 0 { Ok(()) } else { Err(Error::new(Kind::Io, op, "", format!("{failed} of {} failed", items.len()))) }
 }
 
 /// Say on stderr what went wrong.

@@ -9,7 +9,7 @@ use super::{Format, Global, output};
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Result, show};
 use crate::plan::BackendKind;
-use crate::provisioner::{Condition, Selector};
+use crate::provisioner::Condition;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
@@ -40,7 +40,7 @@ impl Restart {
             });
             all
         } else {
-            self.which.iter().map(|w| provisioner.inspect(&Selector::parse(w))).collect::<Result<_>>()?
+            self.which.iter().map(|w| provisioner.inspect(&provisioner.select(w)?)).collect::<Result<_>>()?
         };
         let question = Question::Restart(this_program()?);
         let mut answers = Vec::new();

@@ -14,7 +14,6 @@ use super::{Format, Global, output};
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Result, show};
 use crate::plan::Plan;
-use crate::provisioner::Selector;
 
 #[derive(Debug, Args)]
 #[command(
@@ -39,7 +38,8 @@ pub(super) struct Stats {
 
 impl Stats {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
-        let plan = global.provisioner()?.inspect(&Selector::parse(&self.which))?.record.plan;
+        let provisioner = global.provisioner()?;
+        let plan = provisioner.inspect(&provisioner.select(&self.which)?)?.record.plan;
         if let Some(level) = &self.log_level {
             control::ask(&plan, &Question::Level(level.clone()))?;
         }

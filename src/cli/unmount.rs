@@ -6,27 +6,27 @@ use clap::Args;
 
 use super::{Global, output};
 use crate::backend::Detach;
-use crate::error::Result;
+use crate::error::{Result, show};
 use crate::provisioner::{Condition, Provisioner, Selector};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Volumes' content is never touched. A rootfs in use is refused (exit code 4) with the processes that use it; --lazy takes it out \
-of sight at once, and it ends when its last user does.
+Volumes keep their content. Rootfses nested in this one (ID.CHILD: web.v2 is nested in web) go with it. A rootfs in use is refused \
+(exit code 4), and the processes that use it are named; --lazy takes it out of sight at once, and it ends with its last user.
 
 Examples:
   fsprov unmount rootfs
   fsprov unmount --lazy 3f0c9a61b2d4
   fsprov unmount --all")]
 pub(super) struct Unmount {
-    /// Which: its mount point or its id
+    /// Its mount point, its id, or the beginning of its id
     #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID")]
     which: Vec<OsString>,
     /// Every rootfs of this state root that is mounted in this mount namespace
-    #[arg(long)]
+    #[arg(short, long)]
     all: bool,
     /// Take it out of sight even while it is in use
-    #[arg(long)]
+    #[arg(short, long)]
     lazy: bool,
 }
 
@@ -34,21 +34,14 @@ impl Unmount {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let provisioner = global.provisioner()?;
         let how = if self.lazy { Detach::Lazy } else { Detach::IfIdle };
-        let mut first_error = None;
-        for selector in self.selectors(&provisioner)? {
-            // One that fails must not keep the others mounted.
-            if let Err(error) = unmount(&provisioner, &selector, how, self.all)
-                && let Some(earlier) = first_error.replace(error)
-            {
-                output::complain(&earlier);
-            }
-        }
-        first_error.map_or(Ok(()), Err)
+        output::each("unmount", &self.selectors(&provisioner)?, |selector| {
+            unmount(&provisioner, selector, how, self.all)
+        })
     }
 
     fn selectors(&self, provisioner: &Provisioner) -> Result<Vec<Selector>> {
         if !self.all {
-            return Ok(self.which.iter().map(|w| Selector::parse(w)).collect());
+            return self.which.iter().map(|w| provisioner.select(w)).collect();
         }
         let mut all = provisioner.list()?;
         // The newest first: it may lie inside an older one.
@@ -59,5 +52,14 @@ impl Unmount {
 }
 
 fn unmount(provisioner: &Provisioner, selector: &Selector, how: Detach, may_be_gone: bool) -> Result<()> {
-    if provisioner.destroy(selector, how)? || may_be_gone { Ok(()) } else { Err(provisioner.not_found(selector)) }
+    let found = provisioner.with_nested(selector)?;
+    let is_done = provisioner.destroy(selector, how)?;
+    match found {
+        Some((record, nested)) if is_done => {
+            let also: String = nested.iter().map(|id| format!(", and {id}, which is nested in it")).collect();
+            output::line(&format!("unmounted {} (id {}){also}", show(&record.plan.rootfs), record.plan.id))
+        }
+        _ if is_done || may_be_gone => Ok(()),
+        _ => Err(provisioner.not_found(selector)),
+    }
 }

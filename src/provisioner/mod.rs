@@ -30,6 +30,7 @@ mod lock;
 mod look;
 mod now;
 mod open;
+mod owners;
 mod planning;
 mod points;
 mod reach;
@@ -56,6 +57,9 @@ use crate::id::{ContainerId, ImageId};
 use crate::paths::StatePaths;
 use crate::store::{Policy, Store};
 use crate::traces::{Meter, Shelf};
+
+/// Fewest characters of an id's beginning that are taken for it.
+const MIN_PREFIX: usize = 3;
 
 /// A record and how its rootfs fares now.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -129,7 +133,7 @@ impl Condition {
 ///     sandbox: Some("/srv/web/work".into()),
 ///     volumes: vec![fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?],
 ///     id: None,
-///     ownership: Default::default(),
+///     ownership: None,
 ///     changes: Default::default(),
 ///     live: Default::default(),
 ///     restraint: Default::default(),
@@ -190,8 +194,9 @@ impl Provisioner {
         // Held until the record names the image: from then on `image rm` and gc see that it is in use.
         let in_use = store.lock_shared()?;
         let image = store.resolve(&request.image)?;
-        let seen = look::look(request, &|target| fill::form_in(&image, &request.ownership, target))?;
-        let planned = planning::plan(&id, request, &image, seen, &self.paths.container(&id))?;
+        let ownership = owners::presented(request, &image)?;
+        let seen = look::look(request, &|target| fill::form_in(&image, &ownership, target))?;
+        let planned = planning::plan(&id, request, ownership, &image, seen, &self.paths.container(&id))?;
         let choice = select::choose(&self.host, &planned.plan, request.backend)?;
         let note = ImageNote { reference: request.image.to_string(), id: image.id, name: image.name };
 
@@ -249,10 +254,40 @@ impl Provisioner {
         found.ok_or_else(|| self.not_found(selector))
     }
 
+    /// What an argument `ROOTFS|ID` means: an id may be shortened to its beginning, if nothing else begins so.
+    pub fn select(&self, text: &std::ffi::OsStr) -> Result<Selector> {
+        let selector = Selector::parse(text);
+        let Selector::Id(short) = &selector else { return Ok(selector) };
+        if short.as_str().len() < MIN_PREFIX || self.find_id(&selector)?.is_some() {
+            return Ok(selector);
+        }
+        let mut found = record::ids(&self.paths)?;
+        found.retain(|id| id.as_str().starts_with(short.as_str()));
+        match &found[..] {
+            [] => Ok(selector),
+            [only] => Ok(Selector::Id(only.clone())),
+            several => {
+                let several = several.iter().map(ContainerId::as_str).collect::<Vec<_>>().join(", ");
+                Err(Error::new(Kind::Usage, "find rootfs", short, format!("it may be any of {several}"))
+                    .hint("give more of the id"))
+            }
+        }
+    }
+
+    /// A rootfs, and those nested in it, which [`Provisioner::destroy`] takes away with it. `None`: there is none, or it has no record.
+    pub fn with_nested(&self, selector: &Selector) -> Result<Option<(Record, Vec<ContainerId>)>> {
+        let Some(id) = self.find_id(selector)? else { return Ok(None) };
+        let Some(record) = record::read_or_log(&self.paths.container(&id)) else { return Ok(None) };
+        let mut nested = record::ids(&self.paths)?;
+        nested.retain(|other| other.is_nested_in(&id));
+        nested.sort();
+        Ok(Some((record, nested)))
+    }
+
     /// The error for a selector that names nothing.
     pub fn not_found(&self, selector: &Selector) -> Error {
-        Error::new(Kind::NotFound, "find rootfs", selector, "fsprov provisioned none here").hint(format!(
-            "`fsprov list` shows what there is; records are kept in {} (--root chooses another)",
+        Error::new(Kind::NotFound, "find rootfs", selector, "there is no such rootfs").hint(format!(
+            "`fsprov list` shows all that are recorded in {}; --root names another state root",
             show(self.paths.root())
         ))
     }

@@ -9,7 +9,7 @@ use super::request::{Changes, Cover};
 use crate::error::Result;
 use crate::id::ContainerId;
 use crate::paths::ContainerPaths;
-use crate::plan::{IndexFile, Layer, Plan, Scratch};
+use crate::plan::{IndexFile, Layer, Ownership, Plan, Scratch};
 use crate::store::ResolvedImage;
 use crate::volume::{self, ContainerPath, Fill, Form, Volume};
 
@@ -36,6 +36,7 @@ pub(super) struct Planned {
 pub(super) fn plan(
     id: &ContainerId,
     request: &Request,
+    ownership: Ownership,
     image: &ResolvedImage,
     seen: Seen,
     container: &ContainerPaths,
@@ -77,7 +78,7 @@ pub(super) fn plan(
         is_filtered: image.is_filtered,
         has_whiteouts: image.has_whiteouts,
         volumes: volume::order(volumes)?,
-        ownership: request.ownership.clone(),
+        ownership,
         scratch,
         live: request.live,
         restraint: request.restraint,
@@ -124,7 +125,7 @@ mod tests {
             sandbox: None,
             volumes: volumes.iter().map(|v| VolumeSpec::parse(v.as_ref()).unwrap()).collect(),
             id: None,
-            ownership: crate::plan::Ownership::default(),
+            ownership: None,
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             changes,
@@ -144,7 +145,8 @@ mod tests {
         };
         let id = "one".parse().unwrap();
         let container = StatePaths::new("/state".into()).container(&id);
-        plan(&id, &request(volumes, changes), &image(&["/l/0", "/l/1"]), seen, &container)
+        let ownership = Ownership::default();
+        plan(&id, &request(volumes, changes), ownership, &image(&["/l/0", "/l/1"]), seen, &container)
     }
 
     #[test]
@@ -253,7 +255,8 @@ mod tests {
         let id: ContainerId = "one".parse().unwrap();
         let container = StatePaths::new("/state".into()).container(&id);
         let seen = Seen { rootfs: ("/r".into(), Vec::new()), sandbox: None, sources: Vec::new() };
-        let none = plan(&id, &request(&[], Changes::Refused), &image(&[]), seen, &container).unwrap_err();
+        let ownership = Ownership::default();
+        let none = plan(&id, &request(&[], Changes::Refused), ownership, &image(&[]), seen, &container).unwrap_err();
         assert!(none.to_string().contains("the image has no filesystem layer"), "{none}");
     }
 }

@@ -24,8 +24,9 @@ pub struct Request {
     pub volumes: Vec<VolumeSpec>,
     /// The rootfs's id; `None`: a random one.
     pub id: Option<ContainerId>,
-    /// How ownership is presented.
-    pub ownership: Ownership,
+    /// How the image's ownership is presented; `None`: as it is, but to an ordinary user the image's root as this user, and the rest as
+    /// the user's subordinate ids.
+    pub ownership: Option<Ownership>,
     /// How volumes are served (fuse).
     pub live: Live,
     /// What may be changed outside the volumes.

@@ -112,7 +112,7 @@ fn is_for(record: &Record, request: &Request) -> bool {
         && record.image.reference == request.image.to_string()
         && request.backend.is_none_or(|kind| kind == record.backend)
         && plan.scratch.is_some() == (request.changes == Changes::Ephemeral)
-        && plan.ownership == request.ownership
+        && request.ownership.as_ref().is_none_or(|said| *said == plan.ownership)
         && plan.live == request.live
         && (request.restraint.nosuid.is_none() || plan.restraint.nosuid == request.restraint.nosuid)
         && (request.restraint.nodev.is_none() || plan.restraint.nodev == request.restraint.nodev)

@@ -411,7 +411,7 @@ fn rename_back(from: &Path, to: &Path) -> Result<()> {
 }
 
 /// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
-fn check_name(name: &str) -> Result<()> {
+pub(super) fn check_name(name: &str) -> Result<()> {
     let refuse = |why| Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why));
     if name.is_empty() || name.len() > ImageRef::MAX_NAME_LEN || name.chars().any(|c| c.is_control() || c == ' ') {
         return refuse("a name is 1 to 512 printable characters without spaces");
@@ -543,7 +543,7 @@ const NOTHING_ELSE: &str = "an AppC image holds manifest and rootfs at its top, 
 fn made_manifest(first: &Member, options: &ImportOptions) -> Result<Vec<u8>> {
     match &options.name {
         Some(name) => tarwrite::made_manifest(name),
-        None => Err(refuse(first, NOTHING_ELSE).hint("a tar of a root filesystem by itself is named with --name")),
+        None => Err(refuse(first, NOTHING_ELSE).hint("a root filesystem by itself needs a name: --name NAME")),
     }
 }
 

@@ -171,7 +171,16 @@ impl Store {
         Ok((meta, bytes))
     }
 
-    /// Remove one image.
+    /// What an OCI image's configuration says, as it came. `None`: an AppC image has its own in the manifest.
+    pub fn config(&self, meta: &Meta) -> Result<Option<Vec<u8>>> {
+        let path = self.paths.image(&meta.id).join(image::CONFIG);
+        match meta.kind {
+            ImageKind::Oci => meta::read_bounded(&path, crate::image::MAX_MANIFEST_BYTES as u64).map(Some),
+            ImageKind::Appc => Ok(None),
+        }
+    }
+
+    /// Remove one image, whatever names it has.
     ///
     /// ```no_run
     /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());

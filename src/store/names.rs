@@ -10,7 +10,8 @@ use super::lock::{self, Hold, StoreLock};
 use super::meta::{Before, ImageKind, now};
 use super::{Meta, Store};
 use crate::error::{Error, Kind, Result, show};
-use crate::id::ImageId;
+use crate::id::{ImageId, ImageRef};
+use crate::image::discovery::Wanted;
 use crate::paths::image;
 
 /// What becomes of an import whose name another image holds.
@@ -107,6 +108,36 @@ impl Store {
         let meta = self.change_meta(id, |meta| (meta.names, meta.before) = (settled.names, settled.before))?;
         self.take_from_others(&meta)?;
         Ok(meta)
+    }
+
+    /// Give an image more names. One that another image holds is taken from it if `held` says so.
+    ///
+    /// ```no_run
+    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let image = fsprov::id::ImageRef::parse("docker.io/library/debian:12".as_ref())?;
+    /// store.tag(&image, &["base".to_owned()], fsprov::store::Held::Refuse)?;
+    /// # Ok::<(), fsprov::Error>(())
+    /// ```
+    pub fn tag(&self, image: &ImageRef, names: &[String], held: Held) -> Result<Meta> {
+        names.iter().try_for_each(|name| super::import::check_name(name))?;
+        let id = self.find(image)?.id;
+        self.give_names(&id, names, held)
+    }
+
+    /// Take the name that `image` is away from its image, if that has others. `None`: it is the only one, or `image` is not a name.
+    pub fn untag(&self, image: &ImageRef) -> Result<Option<(String, Meta)>> {
+        let ImageRef::Name(text) = image else { return Ok(None) };
+        let _in_use = self.lock_shared()?;
+        let _naming = self.lock_names()?;
+        let meta = self.find(image)?;
+        let wanted = text.parse::<Wanted>();
+        let named =
+            |name: &&String| *name == text || wanted.as_ref().is_ok_and(|wanted| wanted.name() == name.as_str());
+        let Some(name) = meta.names.iter().find(named).filter(|_| meta.names.len() > 1).cloned() else {
+            return Ok(None);
+        };
+        let left = self.change_meta(&meta.id, |meta| meta.names.retain(|have| *have != name))?;
+        Ok(Some((name, left)))
     }
 
     /// Give an image that was imported again what it had: names, whoever has them too, and who signed it.

@@ -171,7 +171,11 @@ impl Store {
                 return Ok(self.resolved(meta));
             }
         }
-        self.resolve_by_import(&ImageSource::Archive(path), &options)
+        let shown = show(&path);
+        self.resolve_by_import(&ImageSource::Archive(path), &options).map_err(|e| {
+            let wants_name = e.to_string().contains("--name");
+            if wants_name { e.hint(format!("import it first: `fsprov image import {shown} --name NAME`")) } else { e }
+        })
     }
 
     pub(super) fn import_options(&self, strictness: Strictness) -> ImportOptions {
@@ -190,21 +194,32 @@ impl Store {
 
     /// The one image of the store that `image` means.
     pub(super) fn find(&self, image: &ImageRef) -> Result<Meta> {
-        let missing = || {
-            Error::new(Kind::NotFound, "find image", image, "the store has none of this name or id").hint(
-                "`fsprov image list` shows what it has; `fsprov image pull` gets one from a registry, `image fetch` by \
-                     AppC discovery, `image import` takes a file",
-            )
-        };
+        let missing = || missing(image);
         match image {
             ImageRef::Id(id) => self.meta(id).map_err(|e| if e.kind() == Kind::NotFound { missing() } else { e }),
             ImageRef::Path(path) => {
-                Err(Error::new(Kind::Usage, "find image", show(path), "a path is no image of the store")
-                    .hint("give its name or id"))
+                Err(Error::new(Kind::Usage, "find image", show(path), "this is a path, and not an image in the store")
+                    .hint("give a name or id of `fsprov image list`"))
             }
             ImageRef::Name(name) => choose(image, fitting(self.list()?, name), missing),
         }
     }
+}
+
+/// The store does not have it: how to get it, or what was meant.
+fn missing(image: &ImageRef) -> Error {
+    let text = image.to_string();
+    let error = Error::new(Kind::NotFound, "find image", &text, "the store has no image of this name or id");
+    let digits = text.strip_prefix("sha512-").or_else(|| text.strip_prefix("sha256-"));
+    if digits.is_some_and(|digits| digits.len() < MIN_PREFIX_AFTER_ALGORITHM) {
+        return error.hint(format!("give at least {MIN_PREFIX_AFTER_ALGORITHM} digits of an id"));
+    }
+    if std::fs::symlink_metadata(&text).is_ok() {
+        return error.hint(format!("for the file or directory here write ./{text}"));
+    }
+    error.hint(
+        "`fsprov image list` shows what it has; `fsprov image pull` gets one from a registry, `fsprov image import` from a file",
+    )
 }
 
 /// The images that a text means: those of this name; else those of this name and the labels after it

@@ -1,10 +1,11 @@
 //! Everyday use: what somebody does in the first hour, and what they get wrong.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
+use std::path::Path;
 
 use crate::common::harness::on;
-use crate::common::{Case, Stage};
+use crate::common::{Case, Enter, Lane, Need, Stage};
 
 /// The README's first session: the work directory does not exist yet.
 pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_said", on::once_each, |stage: &Stage| {
@@ -61,6 +62,47 @@ pub(crate) const HERE: Case = Case::new("volumes_relative_to_the_current_directo
     }
     stage.assert_nothing_left("after refused volumes");
 });
+
+/// A container of this user maps one id, its own, to root: what is root's in the image must be root's there.
+pub(crate) const ROOTS_FILES: Case = Case::needing(
+    "an_ordinary_user_has_roots_files_as_their_own",
+    |lane: &Lane| on::fuse(lane) && lane.enter == Enter::User,
+    &[Need::UserNamespaces, Need::Tool("unshare")],
+    |stage: &Stage| {
+        let tree = stage.mkdir("tree/etc");
+        stage.write("tree/etc/roots", "");
+        stage.write("tree/etc/daemons", "");
+        let tar = |args: &[&str]| stage.tool("tar", args).cwd(stage.path("tree")).run().ok();
+        tar(&["--owner=0", "--group=0", "-cf", "../image.tar", "--exclude=./etc/daemons", "."]);
+        tar(&["--owner=1", "--group=1", "-rf", "../image.tar", "./etc/daemons"]);
+        stage.fsprov(["image", "import", "image.tar", "--name", "tar"]).run().ok();
+        stage.fsprov(["image", "import", "tree", "--name", "mine"]).run().ok();
+        let uid = rustix::process::getuid().as_raw();
+        let subordinate = fs::read_to_string("/etc/subuid").unwrap_or_default();
+        let first =
+            subordinate.lines().find_map(|line| line.strip_prefix("fsprov-test:")?.split(':').next()?.parse().ok());
+        let owners = |image: &str, args: &[&str]| {
+            let rootfs = stage.mount(image, "rootfs", args.iter().copied());
+            let owner = |name: &str| {
+                let on_host = fs::metadata(rootfs.join(name)).map(|m| m.uid()).ok();
+                let inside = stage.tool("unshare", ["-r", "stat", "-c", "%u"]).arg(rootfs.join(name)).run().ok().out();
+                (on_host, inside.trim().to_owned())
+            };
+            let found = (owner("etc/roots"), owner("etc/daemons"));
+            stage.unmount("rootfs");
+            found
+        };
+        let (roots, daemons) = owners("tar", &[]);
+        assert_eq!(roots, (Some(uid), "0".into()));
+        assert_eq!(daemons, (Some(first.unwrap_or(65_534)), "65534".into()), "the first of the user's subordinate ids");
+        let nobody = "65534".to_owned();
+        assert_eq!(owners("tar", &["--uid-map", "none"]), ((Some(0), nobody.clone()), (Some(1), nobody)));
+        // What the user unpacked is the user's already.
+        assert_eq!(owners("mine", &[]), ((Some(uid), "0".into()), (Some(uid), "0".into())));
+        let tree = tree.parent().and_then(Path::to_str).expect("a name");
+        assert_eq!(owners(tree, &[]), ((Some(uid), "0".into()), (Some(uid), "0".into())));
+    },
+);
 
 /// A mount point with something in it: a project that would vanish from sight.
 pub(crate) const OVER: Case =

@@ -131,6 +131,7 @@ pub(crate) const CASES: &[Case] = &[
     front::HERE,
     front::NEW_SANDBOX,
     front::OVER,
+    front::ROOTS_FILES,
     hardened::CONFINED,
     hardened::EVERY_KIND,
     hardened::EXHAUSTED,

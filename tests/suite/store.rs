@@ -178,7 +178,7 @@ pub(crate) const TRUE_OWNERS: Case = Case::new(
         );
         tar.write(&archive);
         import(stage, &archive);
-        let rootfs = stage.mount("example.com/owners", "rootfs", [] as [&str; 0]);
+        let rootfs = stage.mount("example.com/owners", "rootfs", ["--uid-map", "none"]);
         let meta = |name: &str| fs::symlink_metadata(rootfs.join(name)).expect("stat");
         let null = meta("dev/null");
         assert!(null.file_type().is_char_device(), "{null:?}");

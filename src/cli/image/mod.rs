@@ -1,6 +1,7 @@
 //! `fsprov image`.
 
 mod net;
+mod show;
 mod upkeep;
 
 use std::ffi::OsString;
@@ -12,7 +13,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::{Format, Global, output, settings};
-use crate::error::Result;
+use crate::error::{Kind, Result};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
 use crate::image::oci::Platform;
@@ -40,8 +41,10 @@ enum Verb {
     #[command(visible_alias = "ls")]
     List(List),
     /// Show all about one image
-    Show(Show),
-    /// Remove images from the store
+    Show(show::Show),
+    /// Give an image another name
+    Tag(Tag),
+    /// Remove names of images, and images
     #[command(alias = "remove")]
     Rm(Rm),
     /// Make the index of an image anew from its tree
@@ -106,30 +109,48 @@ struct Import {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  fsprov image list --json")]
+#[command(
+    after_help = "An image with several names has a row for each.\n\nExamples:\n  fsprov image list\n  fsprov image list --json"
+)]
 struct List {
+    /// Print the ids alone
+    #[arg(short, long, conflicts_with = "json")]
+    quiet: bool,
     #[command(flatten)]
     format: Format,
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  fsprov image show debian")]
-struct Show {
+#[command(after_help = "Example:\n  fsprov image tag docker.io/library/debian:12 base")]
+struct Tag {
     /// Its name, its id, or the beginning of its id
     image: OsString,
+    /// The names it gets beside those it has
+    #[arg(required = true)]
+    name: Vec<String>,
+    /// Take the name from the image that has it
+    #[arg(long)]
+    replace: bool,
     #[command(flatten)]
     format: Format,
 }
 
 #[derive(Debug, Args)]
-#[command(
-    after_help = "An image that a rootfs uses is not removed (exit code 4). Layers of an OCI image stay for others to use: `fsprov image gc` removes \
-    those that no image names.\n\nExample:\n  fsprov image rm debian"
-)]
+#[command(after_help = "\
+A name is taken away; the image goes with its last name, or when its id is given. An image that a rootfs uses stays (exit code 4). \
+Layers of an OCI image stay for other images: `fsprov image gc` removes those that no image names.
+
+Examples:
+  fsprov image rm debian
+  fsprov image rm --force debian
+  fsprov image rm $(fsprov image list -q)")]
 struct Rm {
     /// Its name, its id, or the beginning of its id
     #[arg(required = true)]
     image: Vec<OsString>,
+    /// Remove the image with all its names, and do not mind if there is none
+    #[arg(short, long)]
+    force: bool,
     #[command(flatten)]
     format: Format,
 }
@@ -144,6 +165,7 @@ impl Image {
             Verb::Fetch(verb) => verb.run(&store, &settings),
             Verb::List(verb) => verb.run(&store),
             Verb::Show(verb) => verb.run(&store),
+            Verb::Tag(verb) => verb.run(&store),
             Verb::Rm(verb) => verb.run(&store),
             Verb::Index(verb) => verb.run(&store),
             Verb::Verify(verb) => verb.run(&store),
@@ -240,74 +262,81 @@ impl List {
         if self.format.json {
             return output::json(&images);
         }
-        let rows: Vec<_> = images
-            .iter()
-            .map(|meta| {
-                [
-                    meta.names.join(" "),
-                    meta.label("version").unwrap_or("-").to_owned(),
-                    meta.id.short().to_owned(),
-                    output::size(meta.bytes),
-                    output::date(meta.imported_at),
-                ]
-            })
-            .collect();
+        if self.quiet {
+            return images.iter().try_for_each(|meta| output::line(meta.id.digits()));
+        }
+        let row = |name: &str, meta: &Meta| {
+            [
+                name.to_owned(),
+                meta.label("version").unwrap_or("-").to_owned(),
+                meta.id.digits().to_owned(),
+                output::size(meta.bytes),
+                output::date(meta.imported_at),
+            ]
+        };
+        let mut rows = Vec::new();
+        for meta in &images {
+            rows.extend(meta.names.iter().map(|name| row(name, meta)));
+            rows.extend(meta.names.is_empty().then(|| row("-", meta)));
+        }
+        rows.sort();
         output::table(["NAME", "VERSION", "ID", "SIZE", "IMPORTED"], &rows)
     }
 }
 
-#[derive(Serialize)]
-struct ShowReport<'a> {
-    #[serde(flatten)]
-    meta: &'a Meta,
-    /// As it came; a string where it is not JSON.
-    manifest: serde_json::Value,
+impl Tag {
+    fn run(&self, store: &Store) -> Result<()> {
+        let held = if self.replace { Held::Replace } else { Held::Refuse };
+        let meta = store.tag(&ImageRef::parse(&self.image)?, &self.name, held)?;
+        if self.format.json {
+            return output::json(&meta);
+        }
+        output::line(&format!("{} is now also named {}", meta.id.short(), self.name.join(", ")))
+    }
 }
 
-impl Show {
-    fn run(&self, store: &Store) -> Result<()> {
-        let (meta, manifest) = store.show(&ImageRef::parse(&self.image)?)?;
-        let manifest = serde_json::from_slice(&manifest)
-            .unwrap_or_else(|_| serde_json::Value::String(String::from_utf8_lossy(&manifest).into_owned()));
-        if self.format.json {
-            return output::json(&ShowReport { meta: &meta, manifest });
-        }
-        let exact = match meta.on_disk {
-            OnDisk::Exact => "exact",
-            OnDisk::IndexOnly => "some owners, modes or devices in the index alone",
-        };
-        let mut rows = vec![
-            ("id", meta.id.to_string()),
-            ("names", meta.names.join(" ")),
-            ("labels", meta.labels.iter().map(|(n, v)| format!("{n}={v}")).collect::<Vec<_>>().join(" ")),
-            ("source", meta.source.clone()),
-            ("signed by", meta.signed_by.as_ref().map_or("-".to_owned(), ToString::to_string)),
-            ("imported", output::date(meta.imported_at)),
-            ("entries", meta.entries.to_string()),
-            ("size", output::size(meta.bytes)),
-            ("tree on disk", exact.to_owned()),
-        ];
-        rows.extend(
-            meta.before
-                .iter()
-                .map(|one| ("before", format!("{} was {} until {}", one.name, one.image, output::date(one.until)))),
-        );
-        let pretty = serde_json::to_string_pretty(&manifest).unwrap_or_default();
-        output::text(&format!("{}manifest\n{}\n", output::fields(rows), crate::printable::json(&pretty)))
-    }
+/// What `image rm` did to one argument, as JSON.
+#[derive(Serialize)]
+struct Removed {
+    id: ImageId,
+    /// The names that are gone.
+    names: Vec<String>,
+    /// Is the image gone too?
+    image: bool,
 }
 
 impl Rm {
     fn run(&self, store: &Store) -> Result<()> {
         let mut removed = Vec::new();
-        for image in &self.image {
-            let gone = store.remove(&ImageRef::parse(image)?, &|| image_uses(store))?;
+        let done = output::each("remove images", &self.image, |image| {
+            let done = match self.remove(store, &ImageRef::parse(image)?) {
+                Err(error) if self.force && error.kind() == Kind::NotFound => return Ok(()),
+                other => other?,
+            };
             if !self.format.json {
-                output::line(&format!("removed {} ({})", gone.names.join(" "), gone.id))?;
+                let names = done.names.join(" ");
+                output::line(&match done.image {
+                    true => format!("removed {names} ({})", done.id),
+                    false => format!("removed the name {names}; {} has others", done.id.short()),
+                })?;
             }
-            removed.push(gone.id);
+            removed.push(done);
+            Ok(())
+        });
+        if self.format.json {
+            output::json(&removed)?;
         }
-        if self.format.json { output::json(&removed) } else { Ok(()) }
+        done
+    }
+
+    fn remove(&self, store: &Store, image: &ImageRef) -> Result<Removed> {
+        if !self.force
+            && let Some((name, left)) = store.untag(image)?
+        {
+            return Ok(Removed { id: left.id, names: vec![name], image: false });
+        }
+        let gone = store.remove(image, &|| image_uses(store))?;
+        Ok(Removed { id: gone.id, names: gone.names, image: true })
     }
 }
 
