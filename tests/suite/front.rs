@@ -104,6 +104,71 @@ pub(crate) const ROOTS_FILES: Case = Case::needing(
     },
 );
 
+/// Names come and go one by one; the image goes with the last.
+pub(crate) const IMAGE_NAMES: Case =
+    Case::new("image_names_are_given_and_taken_one_by_one", on::user, |stage: &Stage| {
+        let image = |args: &[&str]| stage.fsprov(["image"].iter().chain(args).copied()).run();
+        let rows = || {
+            let said = image(&["list"]).ok().out();
+            let row = |line: &str| line.split_whitespace().take(3).map(str::to_owned).collect::<Vec<_>>();
+            said.lines().skip(1).map(row).collect::<Vec<_>>()
+        };
+        stage.small_image();
+        image(&["import", "image", "--name", "one"]).ok();
+        image(&["tag", "one", "two", "three"]).ok();
+        let id = rows()[0][2].clone();
+        assert_eq!(id.len(), 12, "short: {id}");
+        let row = |name: &str| vec![name.to_owned(), "-".to_owned(), id.clone()];
+        assert_eq!(rows(), [row("one"), row("three"), row("two")]);
+        assert_eq!(image(&["list", "-q"]).ok().out(), format!("{id}\n"));
+        let said = image(&["rm", "two"]).ok();
+        assert!(said.out().contains("removed the name two"), "{}", said.describe());
+        // One that is not there does not keep the others from going.
+        let said = image(&["rm", "nothing", "three"]).fails(1, &["nothing", "1 of 2 failed"]);
+        assert!(said.out().contains("removed the name three"), "{}", said.describe());
+        image(&["rm", "nothing"]).fails(3, &["nothing"]);
+        image(&["rm", "--force", "nothing"]).ok();
+        assert_eq!(rows(), [row("one")]);
+        fs::create_dir(stage.path("other")).expect("mkdir");
+        image(&["import", "other", "--name", "other"]).ok();
+        image(&["tag", "other", "one"]).fails(1, &["one", "--replace"]);
+        image(&["tag", "other", "./x"]).fails(2, &["./x"]);
+        image(&["tag", "other", "again"]).ok();
+        let said = image(&["rm", "--force", "again"]).ok();
+        assert!(
+            said.out().contains("removed again other") || said.out().contains("removed other again"),
+            "{}",
+            said.describe()
+        );
+        image(&["tag", "one", "last"]).ok();
+        image(&["rm", &id]).ok();
+        assert!(rows().is_empty(), "by its id the image goes with all names");
+    });
+
+pub(crate) const SHORT_IDS: Case = Case::new("ids_of_rootfses_may_be_shortened", on::once_each, |stage: &Stage| {
+    let image = stage.small_image();
+    for id in ["web", "web.v2", "webster", "other7"] {
+        stage.fsprov(["mount", "--id", id]).arg(&image).arg(stage.path(id)).run().ok();
+    }
+    let id = |text: &str| stage.fsprov(["inspect", "--json", text]).run().ok().json()["id"].as_str().map(str::to_owned);
+    assert_eq!(id("othe").as_deref(), Some("other7"));
+    assert_eq!(id("web").as_deref(), Some("web"), "a whole id goes before the beginnings of others");
+    stage.fsprov(["inspect", "webs"]).run().ok();
+    stage.fsprov(["inspect", "web."]).run().ok();
+    stage.fsprov(["inspect", "ot"]).run().fails(3, &["ot"]);
+    stage.fsprov(["mount", "--id", "other8"]).arg(&image).arg(stage.path("r8")).run().ok();
+    stage.fsprov(["unmount", "other"]).run().fails(2, &["other7, other8"]);
+    let ids = stage.fsprov(["list", "-q"]).run().ok().out();
+    assert_eq!(ids, "web\nweb.v2\nwebster\nother7\nother8\n");
+    // What goes along is said, and nothing else goes.
+    let said = stage.fsprov(["unmount", "web"]).run().ok();
+    assert!(said.out().contains("(id web), and web.v2, which is nested in it"), "{}", said.describe());
+    let said = stage.fsprov(["unmount", "nothing", "webster", "other7"]).run().fails(1, &["nothing", "1 of 3 failed"]);
+    assert_eq!(said.out().lines().count(), 2, "{}", said.describe());
+    stage.fsprov(["unmount", "-a", "-l"]).run().ok();
+    assert_eq!(stage.fsprov(["list", "-q"]).run().ok().out(), "");
+});
+
 /// A mount point with something in it: a project that would vanish from sight.
 pub(crate) const OVER: Case =
     Case::new("a_mount_point_that_is_not_empty_is_refused", on::read_only, |stage: &Stage| {

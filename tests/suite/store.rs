@@ -242,7 +242,7 @@ pub(crate) const LIST_AND_SHOW: Case = Case::new("image_list_and_show", on::once
         assert!(text.contains(&id), "{text}");
     }
     let listed = stage.fsprov(["image", "list"]).run().ok().out();
-    assert!(listed.contains("example.com/small") && listed.contains(&id[..19]), "{listed}");
+    assert!(listed.contains("example.com/small") && listed.contains(&id[7..19]), "{listed}");
     stage.fsprov(["image", "show", "nothing"]).run().fails(3, &["nothing"]);
     let listed = images(stage);
     assert_eq!(listed.len(), 1);
