@@ -56,8 +56,9 @@ fn unmount(provisioner: &Provisioner, selector: &Selector, how: Detach, may_be_g
     let is_done = provisioner.destroy(selector, how)?;
     match found {
         Some((record, nested)) if is_done => {
-            let also: String = nested.iter().map(|id| format!(", and {id}, which is nested in it")).collect();
-            output::line(&format!("unmounted {} (id {}){also}", show(&record.plan.rootfs), record.plan.id))
+            let mut done = vec![format!("unmounted {} (id {})", show(&record.plan.rootfs), record.plan.id)];
+            done.extend(nested.iter().map(|id| format!("and {id}, which is nested in it")));
+            output::line(&done.join(", "))
         }
         _ if is_done || may_be_gone => Ok(()),
         _ => Err(provisioner.not_found(selector)),

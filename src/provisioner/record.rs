@@ -261,6 +261,8 @@ mod tests {
             plan,
             sandbox: None,
             made: vec!["/mnt/a b\n".into()],
+            cover: super::super::Cover::Refuse,
+            sandbox_made: Vec::new(),
             sources: vec!["/s/a".into()],
             fill: std::collections::BTreeSet::new(),
         };

@@ -315,9 +315,10 @@ impl Rm {
             };
             if !self.format.json {
                 let names = done.names.join(" ");
-                output::line(&match done.image {
-                    true => format!("removed {names} ({})", done.id),
-                    false => format!("removed the name {names}; {} has others", done.id.short()),
+                output::line(&if done.image {
+                    format!("removed {names} ({})", done.id)
+                } else {
+                    format!("removed the name {names}; {} has others", done.id.short())
                 })?;
             }
             removed.push(done);
