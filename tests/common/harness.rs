@@ -91,7 +91,7 @@ pub(crate) const PICTURE: &str = "FSPROV_TEST_PICTURE";
 const DROPPED: &str = "FSPROV_TEST_DROPPED";
 /// Longest that one case may take; the slowest (a Debian image imported and run) takes about 30 s on two busy cores.
 const CASE_LIMIT: Duration = Duration::from_secs(240);
-/// Another limit in seconds, for the long forms of cases.
+/// Another limit in seconds, for the long forms of cases and for emulated machines.
 const LIMIT: &str = "FSPROV_TEST_LIMIT";
 /// Names the cases to run, `CASE` or `LANE::CASE`, separated by commas: another choice than one part of a name.
 const ONLY: &str = "FSPROV_TEST_ONLY";
@@ -134,6 +134,11 @@ pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
     if conclusion.has_failed() { ExitCode::from(CASE_FAILED) } else { ExitCode::SUCCESS }
 }
 
+/// Longest that one case may take.
+pub(crate) fn case_limit() -> Duration {
+    std::env::var(LIMIT).ok().and_then(|s| s.parse().ok()).map_or(CASE_LIMIT, Duration::from_secs)
+}
+
 fn trial(lane: &Lane, case: &Case) -> Result<Completion, Failed> {
     for need in lane.needs().iter().chain(case.needs) {
         if let Err(why) = need.check() {
@@ -152,7 +157,7 @@ fn trial(lane: &Lane, case: &Case) -> Result<Completion, Failed> {
     command.stdout(both().map_err(|e| e.to_string())?).stderr(both().map_err(|e| e.to_string())?);
     let mut child = command.spawn().map_err(|e| format!("start {command:?}: {e}"))?;
     let started = Instant::now();
-    let limit = std::env::var(LIMIT).ok().and_then(|s| s.parse().ok()).map_or(CASE_LIMIT, Duration::from_secs);
+    let limit = case_limit();
     let status = loop {
         match child.try_wait() {
             Ok(Some(status)) => break Some(status),

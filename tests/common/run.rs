@@ -9,8 +9,11 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
-/// Longest that one command may take: far above anything the suite runs, so that what hangs is told from what is slow.
-pub(crate) const COMMAND_LIMIT: Duration = Duration::from_secs(90);
+/// Longest that one command may take, 90 s of a case's 240: far above anything the suite runs, so that what hangs is told from what is
+/// slow.
+fn command_limit() -> Duration {
+    super::harness::case_limit() * 3 / 8
+}
 
 /// How a command ended and what it said.
 #[derive(Clone, Debug)]
@@ -37,7 +40,7 @@ impl Outcome {
 
     pub(crate) fn describe(&self) -> String {
         let how = match self.status {
-            None => format!("killed after {COMMAND_LIMIT:?}: it hung"),
+            None => format!("killed after {:?}: it hung", command_limit()),
             Some(s) => match (s.code(), s.signal()) {
                 (Some(code), _) => format!("exit {code}"),
                 (None, signal) => format!("signal {signal:?}"),
@@ -105,7 +108,7 @@ pub(crate) fn run_beside(mut command: Command, mut beside: impl FnMut()) -> Outc
         if let Some(status) = child.try_wait().expect("wait") {
             break Some(status);
         }
-        if started.elapsed() > COMMAND_LIMIT {
+        if started.elapsed() > command_limit() {
             let _ = child.kill();
             let _ = child.wait();
             break None;

@@ -89,21 +89,26 @@ pub(crate) const INSIDE: Case = Case::new(
 pub(crate) const WAITS: Case =
     Case::needing("unmount_waits_for_a_mount_in_flight", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
         let image = stage.small_image();
-        let mut slow =
-            stage.mount_call(&image, "rootfs", ["--id", "one"]).env("FAILPOINTS", "provision.ready=sleep(1500)");
-        let mut mount = slow.command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
-        assert!(system::eventually(Duration::from_secs(10), || stage
-            .state()
-            .join("containers/one/record.json")
-            .exists()));
-        assert!(system::eventually(Duration::from_secs(10), || health(stage) == "changing"));
+        let mut stopped =
+            stage.mount_call(&image, "rootfs", ["--id", "one"]).env("FAILPOINTS", "provision.ready=1*return(stop)");
+        let mut mount = stopped.command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
+        let its = |state: char| {
+            let all = system::descendants_of(system::my_pid());
+            all.into_iter().find(|p| p.state == state && p.pid == mount.id() as i32)
+        };
+        assert!(system::eventually(Duration::from_secs(30), || its('T').is_some()));
+        assert_eq!(health(stage), "changing");
         // A second of the same id or place is refused at once, a nested one too; recover leaves it alone.
         stage.mount_call(&image, "rootfs", ["--id", "two"]).run().fails(4, &["one"]);
         stage.mount_call(&image, "other", ["--id", "one.child"]).run().fails(4, &["one"]);
         let said = stage.fsprov(["recover", "--json", "--keep", "another"]).run().ok().json();
         assert_eq!(said[0]["outcome"], "skipped", "{said}");
-        stage.fsprov(["unmount", "one"]).run().ok();
+        let mut unmount = stage.fsprov(["unmount", "one"]).command.stdout(Stdio::null()).spawn().expect("start");
+        std::thread::sleep(Duration::from_millis(500));
+        assert_eq!(unmount.try_wait().expect("wait"), None, "it did not wait");
+        system::go_on(mount.id() as i32);
         assert!(mount.wait().expect("wait").success(), "it was complete before it was taken away");
+        assert!(unmount.wait().expect("wait").success());
         stage.assert_nothing_left("after unmount");
         assert!(!stage.path("rootfs").exists() && !stage.path("other").exists());
     });
