@@ -95,10 +95,25 @@ const CASE_LIMIT: Duration = Duration::from_secs(240);
 const LIMIT: &str = "FSPROV_TEST_LIMIT";
 /// Names the cases to run, `CASE` or `LANE::CASE`, separated by commas: another choice than one part of a name.
 const ONLY: &str = "FSPROV_TEST_ONLY";
+/// How a line begins that a case says for [`notes`].
+pub(crate) const NOTE: &str = "note: ";
+static NOTES: Mutex<Vec<String>> = Mutex::new(Vec::new());
 /// What a child exits with when its case failed.
 const CASE_FAILED: u8 = 101;
 
-/// `main` of both test programs.
+/// Whether another process of this program started this one: for one case, or as the ordinary user.
+#[allow(dead_code, reason = "for tests/documents.rs")]
+pub(crate) fn is_child() -> bool {
+    [CASE, DROPPED].iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// What the cases that this process ran since the last call noted, whether they passed or not.
+#[allow(dead_code, reason = "for tests/documents.rs")]
+pub(crate) fn notes() -> Vec<String> {
+    std::mem::take(&mut *NOTES.lock().unwrap_or_else(std::sync::PoisonError::into_inner))
+}
+
+/// `main` of the test programs.
 pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
     if let Some(wanted) = std::env::var_os(CASE) {
         return run_one(&wanted.to_string_lossy(), cases);
@@ -166,6 +181,8 @@ fn trial(lane: &Lane, case: &Case) -> Result<Completion, Failed> {
         }
     };
     let text = || String::from_utf8_lossy(&fs::read(said.path()).unwrap_or_default()).into_owned();
+    let noted = text().lines().filter_map(|line| line.strip_prefix(NOTE)).map(str::to_owned).collect::<Vec<_>>();
+    NOTES.lock().unwrap_or_else(std::sync::PoisonError::into_inner).extend(noted);
     match status {
         Some(status) if status.success() => Ok(Completion::Completed),
         Some(status) => Err(format!("{status}\n{}", text()).into()),
