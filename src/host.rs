@@ -174,7 +174,7 @@ fn mount_remedy() -> String {
 
 fn try_mounting() -> Finding {
     // Both calls check the right to mount before anything else and change nothing: an unused file system context goes away
-    // with its descriptor; MNT_EXPIRE never unmounts the first time, and this is no mount point.
+    // with its descriptor; MNT_EXPIRE never unmounts the first time, and this is not a mount point.
     let tried = match mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC) {
         Err(Errno::NOSYS) => match mount::unmount("/proc/self/fdinfo", UnmountFlags::EXPIRE) {
             Err(Errno::INVAL | Errno::AGAIN | Errno::BUSY) => Ok(()),

@@ -1,5 +1,5 @@
 //! A place: a path of the host opened once. From then on its descriptor is what is used; the path is for messages and the record,
-//! since whoever owns a part of it can make it lead elsewhere at any time.
+//! since anyone who owns a part of it can make it lead elsewhere at any time.
 //!
 //! No policy: what is opened, made or refused is the provisioner's business (`provisioner/open.rs`).
 
@@ -96,7 +96,7 @@ impl Place {
         Place::new(open_resolved(path)?, path.to_owned())
     }
 
-    /// `name` in this directory, which is no symlink (then it is ELOOP), nor what is mounted on another one.
+    /// `name` in this directory, which is not a symlink (ELOOP if it is), nor what is mounted on another one.
     pub fn child(&self, name: &OsStr) -> rustix::io::Result<Self> {
         let fd = fs::openat(&self.fd, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
         let place = Place::new(fd, self.path.join(name))?;
@@ -226,8 +226,8 @@ pub struct Places {
     pub layers: Vec<Place>,
     /// The image's index.
     pub index: Option<Place>,
-    /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the rootfs
-    /// was unmounted lazily and nothing names it any more.
+    /// A shared lock on the directory that the index lies in: clean-up there sees that it is in use, also when the rootfs was
+    /// unmounted lazily and nothing names it any more.
     pub in_use: Option<OwnedFd>,
     /// The volumes' sources, in the plan's order.
     pub volumes: Vec<Place>,

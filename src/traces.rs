@@ -92,7 +92,7 @@ pub trait Shelf: std::fmt::Debug + Send + Sync {
 /// A descriptor that a [`Shelf`] kept, and its name there.
 pub type Shelved = (String, OwnedFd);
 
-/// How far copying has come: counted by the backend, read by whoever shows it.
+/// How far copying has come: counted by the backend, read by what shows it.
 #[derive(Debug, Default)]
 pub struct Meter {
     /// Bytes of content copied.

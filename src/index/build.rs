@@ -675,8 +675,8 @@ impl Builder {
         Ok(path)
     }
 
-    /// The directory at `path`, made with its parents where missing. What is no directory is replaced if it comes from a
-    /// layer below.
+    /// The directory at `path`, made with its parents where missing. Anything else there is replaced if it comes
+    /// from a layer below.
     pub(super) fn make_directory(&mut self, path: &[u8]) -> Result<Row> {
         if let Some((at_hand, row)) = &self.at_hand
             && at_hand == path

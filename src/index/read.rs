@@ -142,9 +142,9 @@ pub struct Inode {
 }
 
 impl Index {
-    /// Map an index file. The work is the same for any size but for one CRC over a thousandth of the file.
+    /// Map an index file. The work is the same for any size, except for one CRC over a thousandth of the file.
     ///
-    /// Errors: [`Kind::Invalid`] for what is no index or of another version, [`Kind::Integrity`] for a damaged one.
+    /// Errors: [`Kind::Invalid`] for a file that is not an index, or one of another version, [`Kind::Integrity`] for a damaged one.
     pub fn open(path: &Path) -> Result<Self> {
         let name = || show(path);
         let file = File::open(path).map_err(|e| Error::io("open index", name(), e))?;
@@ -398,12 +398,12 @@ impl Index {
         let name = self.slice(Section::NameBytes, r.offset.get(), r.length.into())?;
         if check_name(name).is_err() {
             let offset = self.at(Section::Names, position, size_of::<NameRecord>());
-            return Err(Damaged { offset, why: "a name is none that a directory may have" });
+            return Err(Damaged { offset, why: "a name that no directory may have" });
         }
         Ok(Name { name, row: r.inode.get(), kind: u32::from(r.kind) << 12 })
     }
 
-    /// Find a name in a directory: a binary search over its names. `None`: it has no such name, or is no directory.
+    /// Find a name in a directory: a binary search over its names. `None`: it has no such name, or is not a directory.
     #[inline]
     pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Answer<Option<Name<'_>>> {
         let Form::Directory { first, count } = directory.form else { return Ok(None) };
@@ -442,7 +442,7 @@ impl Index {
         if inode.row == 0 { 0 } else { inode.parent }
     }
 
-    /// The target of a symlink; `None` for what is none.
+    /// The target of a symlink; `None` for anything else.
     pub fn target(&self, inode: &Inode) -> Answer<Option<&[u8]>> {
         if inode.form != Form::Symlink {
             return Ok(None);
@@ -450,20 +450,20 @@ impl Index {
         let target = self.slice(Section::Strings, inode.first, inode.count)?;
         if target.is_empty() || target.len() > MAX_TARGET || target.contains(&0) {
             let offset = self.at(Section::Inodes, inode.row, size_of::<InodeRecord>());
-            return Err(Damaged { offset, why: "a symlink's target is none that a symlink may have" });
+            return Err(Damaged { offset, why: "a target that no symlink may have" });
         }
         Ok(Some(target))
     }
 
     /// Where a file's bytes lie: the path below its layer's root, its components joined by `/`, into `out` (emptied first).
-    /// Every component is a proper name: none is empty, `.` or `..`.
+    /// Every component is a proper name: not empty, `.` or `..`.
     pub fn content_path(&self, inode: &Inode, out: &mut Vec<u8>) -> Answer<()> {
         out.clear();
         let offset = self.at(Section::Inodes, inode.row, size_of::<InodeRecord>());
         if inode.form == Form::File && inode.count > 0 {
             let path = self.slice(Section::Strings, inode.first, inode.count)?;
             if super::build::check_path(path).is_err() {
-                return Err(Damaged { offset, why: "a content path is none that a file may have" });
+                return Err(Damaged { offset, why: "a content path that no file may have" });
             }
             out.extend_from_slice(path);
             return Ok(());

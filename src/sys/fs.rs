@@ -138,8 +138,8 @@ pub fn is_empty(dir: impl AsFd) -> rustix::io::Result<bool> {
     Ok(true)
 }
 
-/// Hold the lock (flock(2)) on a directory that is open for reading shared, as long as the descriptor is open. For who uses an image:
-/// whoever cleans up holds it for a moment only.
+/// Hold the lock (flock(2)) on a directory that is open for reading shared, as long as the descriptor is open. For users of an image:
+/// clean-up holds it for a moment only.
 pub fn hold_shared(dir: OwnedFd) -> rustix::io::Result<OwnedFd> {
     fs::flock(&dir, fs::FlockOperation::LockShared)?;
     Ok(dir)

@@ -194,8 +194,8 @@ pub fn unique_ids_below(unique: u64) -> Vec<Known> {
     found.filter_map(|unique| Some(Known { id: raw::statmount_id(unique).ok()?, unique: Some(unique) })).collect()
 }
 
-/// The mount table of one moment, for many questions: reading and searching it anew for each of a thousand rootfses would take
-/// seconds.
+/// The mount table of one moment, for many questions: reading and searching it again for each of a thousand rootfses would
+/// take seconds.
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     by_point: HashMap<PathBuf, Vec<MountInfo>>,

@@ -14,7 +14,7 @@ use super::{
 };
 use crate::volume::Access;
 
-/// Most bytes given in one answer: the kernel asks for at most max_read, and short answers of a device are no error.
+/// Most bytes given in one answer: the kernel asks for at most max_read, and a device may give short answers.
 const MAX_ANSWER: u32 = 128 << 10;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -47,7 +47,7 @@ pub struct DeviceTree {
 }
 
 impl DeviceTree {
-    /// The device that `source` (O_PATH) is a node of. None: it is none of the five.
+    /// The device that `source` (O_PATH) is a node of. None: not one of the five.
     pub fn of(source: impl AsFd, access: Access) -> Option<Self> {
         let stat = rustix::fs::fstat(source).ok()?;
         let is_node = rustix::fs::FileType::from_raw_mode(stat.st_mode).is_char_device();

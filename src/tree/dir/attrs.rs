@@ -144,7 +144,7 @@ impl DirTree {
         };
         match self.options.act_as.run(caller, set) {
             // With the write-back cache the kernel keeps the time of a write, and brings it when the file is closed with the ids of
-            // whoever closes it, who need not own it (fuse_flush_times in fs/fuse/dir.c). What a program itself sets the kernel
+            // the process that closes it, which need not own it (fuse_flush_times in fs/fuse/dir.c). What a program itself sets the kernel
             // has checked (default_permissions).
             Err(Errno::PERM) if self.options.writeback && is_writing && change.atime.is_none() => set(),
             other => other,

@@ -28,7 +28,7 @@ const MAX_COPY: u64 = 64 << 20;
 pub(super) const ANY_EXECUTE: u32 = 0o111;
 
 /// Among the flags of an open: the kernel opens a program to run it (__FMODE_EXEC, linux/fs.h). No program can ask for it: open(2)
-/// drops what is no flag of its own, openat2(2) refuses it.
+/// drops flags that it does not know, openat2(2) refuses them.
 const TO_BE_RUN: OFlags = OFlags::from_bits_retain(0x20);
 
 /// A descriptor is given away under its node, or, with this bit, under its handle. Node ids lie below 2^56.
@@ -166,7 +166,7 @@ impl Open {
         Ok(Arc::clone(&slot.fd))
     }
 
-    /// Could it be opened again as it is? Not for writing where its mode is 0444 and we are no root.
+    /// Could it be opened again as it is? Not for writing where its mode is 0444 and we are not root.
     fn can_be_had_again(&self, pool: &FdPool, fd: &Held) -> bool {
         let name = super::fds::fd_name(fd.fd());
         fs::accessat(pool.proc_fd(), name.as_str(), self.access(), fs::AtFlags::EACCESS).is_ok()

@@ -27,7 +27,7 @@ pub(super) struct Stream {
     names: Vec<u8>,
     /// The next one to give.
     at: usize,
-    /// Where the next one to give stands; where the descriptor stands if none is left.
+    /// Where the next one to give stands; where the descriptor stands if there is no next one.
     cookie: u64,
 }
 
@@ -178,7 +178,7 @@ impl DirTree {
     fn plain<'a>(&self, dev: u64, node: Node, item: &Item, name: &'a [u8]) -> Result<DirItem<'a>> {
         let number = match name {
             b"." => node,
-            // What lies above the root is none of ours.
+            // What lies above the root is not ours.
             b".." if node == ROOT => ROOT,
             _ => self.nodes.id(dev, item.ino)?,
         };
@@ -201,7 +201,7 @@ impl DirTree {
                 self.entry(&found, node)
             }
             Err(Errno::NOENT) => return Ok(None),
-            // A directory that may be read but not searched: its names show, and whoever asks more of them is refused.
+            // A directory that may be read but not searched: its names show, and asking more of them is refused.
             Err(Errno::ACCESS) if item.kind != 0 => self.unknown(dev, parent, item, name)?,
             Err(e) => return Err(e),
         };

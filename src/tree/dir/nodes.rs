@@ -182,7 +182,7 @@ impl NodeTable {
         }
         let device = self.device(dev)?;
         let number = if ino > INO_MASK || (device == 0 && ino <= ROOT) {
-            // 0 is no node and 1 is the root.
+            // No node is 0, and 1 is the root.
             (mix(ino) & INO_MASK).max(ROOT + 1)
         } else {
             ino

@@ -107,7 +107,7 @@ impl DirTree {
         reach.handles.iter().find_map(|&h| self.handles.get(h))
     }
 
-    /// An O_PATH descriptor of a directory, to start from. ENOTDIR: it is none.
+    /// An O_PATH descriptor of a directory, to start from. ENOTDIR: it is something else.
     pub(super) fn place(&self, node: Node) -> Result<Arc<OwnedFd>> {
         if node == ROOT {
             return Ok(Arc::clone(&self.root));
