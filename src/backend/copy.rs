@@ -1,8 +1,8 @@
 //! The copy backend: the layers' files, copied into the rootfs directory, which is writable. Needs nothing of the host but the
 //! space (and, for volumes, the right to mount); does not rely on the image afterwards.
 //!
-//! The directory must be empty at the start. What is in it belongs to the rootfs from then on, whoever writes it, and goes with
-//! it; mounts below it that are not ours are never deleted through.
+//! The directory must be empty at the start. What is in it belongs to the rootfs from then on, no matter who writes it, and goes
+//! with it; mounts below it that are not ours are never deleted through.
 
 use std::ffi::{OsStr, OsString};
 use std::os::fd::{AsRawFd as _, OwnedFd};
@@ -98,7 +98,7 @@ impl Backend for Copy {
         traces.copied.as_ref().is_some_and(|copied| copied.filled && is_whole(plan, copied, &places.point.place))
     }
 
-    /// The files are still there, and the container's own changes with them: only the volumes are attached anew.
+    /// The files are still there, and the container's own changes with them: only the volumes are attached again.
     fn revive(&self, plan: &Plan, traces: &Traces, places: &Places, journal: &mut Journal<'_>) -> Result<()> {
         detach::clear_stage(&plan.state_dir)?;
         detach::take_volumes_away(&plan.rootfs, traces, Detach::Lazy)?;
@@ -135,7 +135,7 @@ fn identity(root: &Place) -> Copied {
     Copied { directory: root.identity(), filled: false, mode: root.mode(), uid, gid }
 }
 
-/// Where everything is made before it is moved to its place: whoever owns the rootfs directory could exchange what is made in that.
+/// Where everything is made before it is moved to its place: the owner of the rootfs directory could exchange what is made in that.
 fn stage_name(plan: &Plan) -> OsString {
     format!(".fsprov-copy-{}", plan.id).into()
 }

@@ -130,7 +130,7 @@ fn foreign_error(rootfs: &Path, foreign: &[&MountInfo]) -> Error {
         .hint("unmount those first; their content is not touched")
 }
 
-/// Mounts below a rootfs that are none of its parts: a reason to refuse, or to say that they go out of sight with it.
+/// Mounts below a rootfs that are not parts of it: a reason to refuse, or to say that they go out of sight with it.
 pub(super) fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[u64]>, how: Detach) -> Result<()> {
     let Some(parts) = parts else { return Ok(()) };
     let foreign: Vec<&MountInfo> = below.iter().filter(|m| !parts.contains(&m.id)).collect();

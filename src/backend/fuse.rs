@@ -1,4 +1,4 @@
-//! The fuse backend: our own FUSE server presents the layers and the volumes, read-only but for `rw` volumes.
+//! The fuse backend: our own FUSE server presents the layers and the volumes, read-only except for `rw` volumes.
 //!
 //! What is done by which process: `daemon`. Here: whether it can be, and taking everything away again, whatever state it is in.
 
@@ -170,7 +170,7 @@ impl Fuse {
     }
 }
 
-/// Give the volumes flags of their own, then the rootfs those that it shall have. Until then it is nosuid and nodev: there is no moment
+/// Give the volumes flags of their own, then the rootfs those that it is to have. Until then it is nosuid and nodev: there is no moment
 /// in which a volume lets setuid programs or devices work that it should not.
 ///
 /// The server answers by now, and this is not one of its processes: it may wait for an answer.

@@ -242,7 +242,7 @@ impl<'a> Making<'a> {
     // ---- whiteouts ----
 
     /// The layers, bottom first, with what hides what the image does not have. Its index knows, and one layer of ours on top does it: that
-    /// is right whoever imported the layers and whoever mounts them (which of two attributes overlayfs heeds depends on that), and for
+    /// is right no matter who imported the layers and who mounts them (which of two attributes overlayfs heeds depends on that), and for
     /// layers that are the lowest here and not in another image.
     fn with_whiteouts(&self, layers: Vec<Layer>) -> Result<Vec<Layer>> {
         let Some(file) = &self.places.index else { return self.with_scanned_whiteouts(layers) };

@@ -80,7 +80,7 @@ pub(super) fn has_mark(dir: impl AsFd, name: &str) -> rustix::io::Result<bool> {
     }
 }
 
-/// Is the open directory opaque, to whomever?
+/// Is the open directory opaque, by either mark?
 pub(super) fn is_opaque(dir: impl AsFd) -> rustix::io::Result<bool> {
     Ok(has_mark(&dir, TRUSTED_OPAQUE)? || has_mark(&dir, USER_OPAQUE)?)
 }

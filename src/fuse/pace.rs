@@ -107,7 +107,7 @@ impl Pace {
     }
 
     /// The request was answered: come back when there is another one for this thread, or after a while.
-    /// `awaited`: whoever caused it sleeps until the answer. Nobody does after close(2), whose caller goes on and may have asked
+    /// `awaited`: the caller sleeps until the answer. Nobody does after close(2), whose caller goes on and may have asked
     /// for the next thing already.
     pub fn end(&self, awaited: bool) {
         let now = self.now();

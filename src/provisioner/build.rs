@@ -103,7 +103,7 @@ impl<'a> Making<'a> {
         self.with_journal(|journal| backend.adopt(&plan, &traces, shelved, journal))
     }
 
-    /// Nothing of it shall be left, since `error` ended its making.
+    /// Nothing of it may be left, since `error` ended its making.
     pub(super) fn undo(&self, error: Error) -> Error {
         let undone = destroy::undo_made(&self.record);
         error.with_undo(undone).with_undo(self.by.forget(&self.record.plan.id, Some(&self.record.plan.rootfs)))

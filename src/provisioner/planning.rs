@@ -13,7 +13,7 @@ use crate::plan::{IndexFile, Layer, Ownership, Plan, Scratch};
 use crate::store::ResolvedImage;
 use crate::volume::{self, ContainerPath, Fill, Form, Volume};
 
-/// What shall be, and what must be made for it.
+/// What is wanted, and what must be made for it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Planned {
     /// What a backend is told.

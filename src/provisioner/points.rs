@@ -2,7 +2,7 @@
 //! fast as the first, without a look at every record.
 //!
 //! A file is made before its record and removed after it, so a record always has its file; one without a record was left by a
-//! crash and says nothing: whoever finds an id here looks at its record.
+//! crash and says nothing: a reader that finds an id here looks at its record.
 
 use std::collections::BTreeSet;
 use std::ffi::OsString;

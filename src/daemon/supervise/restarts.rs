@@ -68,8 +68,8 @@ impl Restarts {
         self.after_death_at(death, served, Instant::now())
     }
 
-    /// A worker lost a thread to a request, which the next one answers by itself: never hopeless, whoever sends such requests must
-    /// not take the rootfs away from others; but no more than the allowance.
+    /// A worker lost a thread to a request, which the next one answers by itself: never hopeless, since a sender of such requests
+    /// must not take the rootfs away from others; but no more than the allowance.
     pub(super) fn after_a_lost_thread(&mut self) -> Next {
         self.after_death(Death::Failed, Some(PROVEN))
     }
