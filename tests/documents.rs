@@ -27,12 +27,21 @@ use common::lane::Half;
 use common::{Case, Enter, Need, Stage, harness, images, stage};
 use pulldown_cmark::{CodeBlockKind, Event, Options, Parser, Tag, TagEnd};
 
+const NEEDS: &[Need] = &[
+    Need::Minbase,
+    Need::DevFuse,
+    Need::Tool("bwrap"),
+    Need::Tool("gpg"),
+    Need::Tool("docker-registry"),
+    Need::Tool("skopeo"),
+];
+
 macro_rules! documents {
     ($($case:ident: $path:literal),* $(,)?) => {
         /// Each document's text: the ordinary user of a test may not be able to read the checkout.
         const DOCUMENTS: &[(&str, &str)] = &[$(($path, include_str!(concat!("../", $path)))),*];
         const CASES: &[Case] = &[$(Case::needing(
-            stringify!($case), on::once_each, &[Need::Minbase, Need::DevFuse, Need::Tool("bwrap")], |stage| run($path, stage),
+            stringify!($case), on::once_each, NEEDS, |stage| run($path, stage),
         )),*];
     };
 }
@@ -206,7 +215,7 @@ fn run(path: &str, stage: &Stage) {
     }
 }
 
-/// What a reader has: fsprov, an empty directory to work in, and a network with Debian on it.
+/// What a reader has: fsprov, an empty directory to work in, and a network with Debian and registries on it.
 fn prepare(stage: &Stage) {
     let bin = stage.mkdir("bin");
     stage.mkdir("here");
@@ -215,6 +224,7 @@ fn prepare(stage: &Stage) {
         fs::set_permissions(stage.write(bin.join(name), text), fs::Permissions::from_mode(0o755)).expect("chmod");
     };
     script("strict", "#!/bin/sh\nexec bash -ev \"$@\"\n".into());
+    script("registry", include_str!("documents/registry").into());
     // scripts/setup has made this one with mmdebstrap, and that takes 20 s each time.
     let debian = images::minbase_source().expect("a Debian root filesystem");
     script(
