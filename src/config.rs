@@ -273,6 +273,18 @@ fn stranger(file: &std::fs::File) -> std::io::Result<Option<u32>> {
     Ok((rustix::process::geteuid().is_root() && owner != 0).then_some(owner))
 }
 
+/// The settings in force: [`Settings::read`] of [`files`], and a file that `FSPROV_CONFIG` names must be there.
+pub fn in_force(env: impl Fn(&str) -> Option<std::ffi::OsString>) -> Result<Settings> {
+    if let Some(only) = env("FSPROV_CONFIG").filter(|only| !only.is_empty()) {
+        let path = Path::new(&only);
+        std::fs::metadata(path).map_err(|e| {
+            Error::io("read configuration", show(path), e)
+                .hint("FSPROV_CONFIG names it; unset that, or set it to nothing")
+        })?;
+    }
+    Settings::read(&files(env))
+}
+
 /// The files to read, the strongest last. `FSPROV_CONFIG` names one that is read instead of both.
 pub fn files(env: impl Fn(&str) -> Option<std::ffi::OsString>) -> Vec<PathBuf> {
     if let Some(only) = env("FSPROV_CONFIG") {

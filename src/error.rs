@@ -163,7 +163,7 @@ impl Error {
         if let Some(hint) = hint {
             text = format!("{text}; {hint}");
         }
-        undo.iter().fold(text, |text, undo| format!("{text} (and undoing failed: {undo})"))
+        undo.iter().fold(text, |text, undo| format!("{text}; and undoing it failed: {undo}"))
     }
 
     /// Did an undo fail?
@@ -314,8 +314,8 @@ mod tests {
             .with_undo(undo);
         assert_eq!(
             error.to_string(),
-            "mount volume /data: the image has no such directory; create it in the image, or use --backend fuse \
-             (and undoing failed: unmount /r: Device or resource busy (os error 16))"
+            "mount volume /data: the image has no such directory; create it in the image, or use --backend fuse\
+             ; and undoing it failed: unmount /r: Device or resource busy (os error 16)"
         );
         assert_eq!(error.kind().exit_code(), 2);
     }

@@ -184,9 +184,7 @@ fn try_mounting() -> Finding {
     };
     match tried {
         Ok(()) => Finding::Yes,
-        Err(Errno::PERM) => {
-            Finding::no("needs CAP_SYS_ADMIN in the user namespace of the mount namespace", mount_remedy())
-        }
+        Err(Errno::PERM) => Finding::no("needs root (CAP_SYS_ADMIN over this mount namespace)", mount_remedy()),
         Err(e) => Finding::no(format!("trying to mount: {}", text(e)), mount_remedy()),
     }
 }

@@ -59,8 +59,9 @@ impl std::str::FromStr for MapArg {
 /// Read `UID:GID` of `--squash`.
 pub fn parse_squash(text: &str) -> Result<(u32, u32)> {
     let ids = text.split_once(':').and_then(|(u, g)| Some((u.parse().ok()?, g.parse().ok()?)));
-    ids.filter(|&(u, g)| u != u32::MAX && g != u32::MAX)
-        .ok_or_else(|| Error::new(Kind::Usage, "read ids", format!("{text:?}"), "it is not UID:GID in decimal"))
+    ids.filter(|&(u, g)| u != u32::MAX && g != u32::MAX).ok_or_else(|| {
+        Error::new(Kind::Usage, "read ids", format!("{text:?}"), "write UID:GID in decimal, for example 1000:1000")
+    })
 }
 
 /// Where the ids of a user are written down.
@@ -93,7 +94,12 @@ pub fn ownership(
         return Ok(None);
     }
     if squash.is_some() && !(uid_args.is_empty() && gid_args.is_empty()) {
-        return Err(Error::new(Kind::Usage, "read id map", "", "--squash and a map exclude one another"));
+        return Err(Error::new(
+            Kind::Usage,
+            "read id map",
+            "",
+            "--squash and a map exclude one another; leave one of them out",
+        ));
     }
     // One of them alone would leave the image's own ids on the other side.
     let (uid_args, gid_args) = match (uid_args, gid_args) {
@@ -127,7 +133,9 @@ fn ranges(flag: &str, args: &[MapArg], auto: impl FnOnce() -> Result<Vec<IdRange
             .iter()
             .map(|arg| match arg {
                 MapArg::Range(range) => Ok(*range),
-                MapArg::Auto | MapArg::None => Err(refuse("auto and none stand alone")),
+                MapArg::Auto | MapArg::None => {
+                    Err(refuse("auto and none cannot be combined with ranges; give one of them alone"))
+                }
             })
             .collect::<Result<Vec<_>>>()?,
     };
@@ -137,7 +145,7 @@ fn ranges(flag: &str, args: &[MapArg], auto: impl FnOnce() -> Result<Vec<IdRange
     for first in [|r: &IdRange| r.inside, |r: &IdRange| r.outside] {
         ranges.sort_by_key(first);
         if ranges.windows(2).any(|pair| first(&pair[0]) + pair[0].count > first(&pair[1])) {
-            return Err(refuse("two ranges overlap"));
+            return Err(refuse("two ranges overlap; make them disjoint"));
         }
     }
     ranges.sort_by_key(|r| r.inside);

@@ -234,7 +234,7 @@ impl Plan {
                 show(&self.rootfs),
                 format!("a rootfs of the {backend} backend is read-only"),
             )
-            .hint("use --backend overlay or copy, or volumes for what must be writable"));
+            .hint("use --backend overlay (as root, or inside `unshare -Urm`), or make what must change a volume: `-v etc:/etc:rw,copy`"));
         }
         Ok(())
     }
@@ -250,7 +250,7 @@ impl Plan {
                 show(&self.rootfs),
                 format!("multiple layers are not supported by the {backend} backend"),
             )
-            .hint("use --backend fuse, or flatten the image")),
+            .hint("use --backend fuse, or make it one layer with `fsprov image flatten`")),
         }
     }
 }

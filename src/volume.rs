@@ -54,10 +54,13 @@ pub struct ContainerPath(#[serde(with = "crate::pathtext")] PathBuf);
 impl ContainerPath {
     /// Validate. A trailing slash is dropped; `.` and `..` are refused, not folded: symlinks would make folding wrong.
     pub fn new(path: &OsStr) -> Result<Self> {
-        let refuse = |why: &'static str| Err(Error::new(Kind::Usage, "read container path", show(path), why));
+        let refuse = |why: &'static str| {
+            Err(Error::new(Kind::Usage, "read container path", show(path), why)
+                .hint("write DST as an absolute path inside the rootfs, for example /data"))
+        };
         let bytes = path.as_bytes();
         if !bytes.starts_with(b"/") {
-            return refuse("it must be absolute: it names a place inside the rootfs");
+            return refuse("it must be absolute");
         }
         if bytes.len() > MAX_TARGET_LEN {
             return refuse("it is longer than 4095 bytes");
@@ -67,7 +70,7 @@ impl ContainerPath {
         }
         let trimmed = match bytes.iter().rposition(|&b| b != b'/') {
             Some(last) => &bytes[1..=last],
-            None => return refuse("the root itself cannot be a volume: mount that directory as the image"),
+            None => return refuse("the root itself cannot be a volume"),
         };
         for name in trimmed.split(|&b| b == b'/') {
             match name {
@@ -317,7 +320,8 @@ pub fn order(mut volumes: Vec<Volume>) -> Result<Vec<Volume>> {
                 "read volume",
                 &pair[0].target,
                 "two volumes have this container path",
-            ));
+            )
+            .hint("give each a DST of its own"));
         }
         if pair[0].form != Form::Directory && pair[1].target.as_path().starts_with(pair[0].target.as_path()) {
             return Err(Error::new(
@@ -325,7 +329,8 @@ pub fn order(mut volumes: Vec<Volume>) -> Result<Vec<Volume>> {
                 "read volume",
                 &pair[1].target,
                 format!("it lies below {}, which is a single file", pair[0].target),
-            ));
+            )
+            .hint("choose another DST for one of them"));
         }
     }
     Ok(volumes)

@@ -92,11 +92,18 @@ impl Pass<'_> {
     fn entry(&mut self, inode: &Inode, dir: &OwnedFd, name: &OsStr, path: &Path, depth_left: usize) -> Result<()> {
         let fail = |e| Error::sys(OP, show(path), e);
         let kind = FileType::from_raw_mode(inode.mode);
+        let mut there = fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
+        // Who may not make devices imports an empty file in the place of one.
+        let is_stand_in = |stat: &fs::Stat| FileType::from_raw_mode(stat.st_mode).is_file() && stat.st_size == 0;
+        if inode.form == Form::Special && there.as_ref().is_ok_and(is_stand_in) {
+            fs::unlinkat(dir, name, AtFlags::empty()).map_err(fail)?;
+            there = Err(Errno::NOENT);
+        }
         if self.rules.leaves_out(kind) {
             return Ok(());
         }
         let first = self.done.get(&inode.row);
-        match fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW) {
+        match there {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == kind => {}
             Err(Errno::NOENT) if inode.form == Form::Special => {
                 if let Some(first) = first {

@@ -35,7 +35,7 @@ impl Man {
         let mut command = &root;
         for name in &self.verb {
             command = command.find_subcommand(name).ok_or_else(|| {
-                Error::new(Kind::Usage, "find verb", self.verb.join(" "), "there is none of this name")
+                Error::new(Kind::Usage, "find verb", self.verb.join(" "), "fsprov has no such command")
                     .hint("`fsprov --help` lists them")
             })?;
         }

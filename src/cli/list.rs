@@ -8,9 +8,9 @@ use crate::error::{Result, show};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-STATE is ready; changing (being made or taken away now); stopped (its server was stopped and does not answer); interrupted (its making \
-was cut short), dead (its server died) or gone (unmounted by others, or this host was rebooted): `fsprov unmount` cleans these up; \
-elsewhere: in another mount namespace.
+STATE is one of: ready; changing (being mounted or unmounted right now); stopped (its server was stopped and does not answer); \
+interrupted (its mount was cut short), dead (its server died) and gone (unmounted by hand, or this host was rebooted), which \
+`fsprov unmount` cleans up; elsewhere (in another mount namespace).
 
 Examples:
   fsprov list --json

@@ -8,6 +8,7 @@ mod config;
 mod docs;
 mod image;
 mod inspect;
+mod interrupt;
 mod list;
 mod mount;
 mod output;
@@ -16,6 +17,7 @@ mod recover;
 mod restart;
 mod service;
 mod shown;
+mod start;
 mod stats;
 mod unmount;
 
@@ -38,7 +40,7 @@ use crate::provisioner::Provisioner;
     version,
     propagate_version = true,
     max_term_width = 100,
-    after_help = "Example:\n  fsprov image import debian.aci --name debian\n  fsprov mount --sandbox work -v tmp:/tmp debian rootfs\n  fsprov unmount rootfs\n\n\
+    after_help = "Example:\n  fsprov image pull debian:12\n  fsprov mount -v .:/src debian:12 rootfs\n  fsprov unmount rootfs\n\n\
                   Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 busy, 5 not possible on this host."
 )]
 pub struct Cli {
@@ -50,37 +52,37 @@ pub struct Cli {
 
 #[derive(Debug, Args)]
 struct Global {
-    /// Where images and records are kept [default: /var/lib/fsprov for root, $XDG_DATA_HOME/fsprov else]
+    /// Where images and records are kept [default: /var/lib/fsprov for root, else $XDG_DATA_HOME/fsprov]
     #[arg(long, global = true, value_name = "DIR", env = "FSPROV_ROOT", hide_env_values = true)]
     root: Option<PathBuf>,
-    /// Say more on stderr: once what was chosen and why, twice every step (FSPROV_LOG sets a filter instead)
+    /// Say more on stderr: once for what was chosen and why, twice for every step (FSPROV_LOG sets a filter instead)
     #[arg(long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
 }
 
 #[derive(Debug, Subcommand)]
 enum Verb {
-    /// Put an image's root filesystem in place
+    /// Mount an image's root filesystem
     Mount(mount::Mount),
-    /// Take a rootfs away again
+    /// Unmount a rootfs
     #[command(visible_alias = "umount")]
     Unmount(unmount::Unmount),
-    /// Show every provisioned rootfs
+    /// List the rootfses
     #[command(visible_alias = "ls")]
     List(list::List),
-    /// Show all about one rootfs
+    /// Show everything about one rootfs
     Inspect(inspect::Inspect),
     /// Show what a rootfs's FUSE server does
     Stats(stats::Stats),
-    /// Put a new worker, of this program, in the place of a FUSE server's
+    /// Replace a FUSE server's worker with this program's
     Restart(restart::Restart),
-    /// Bring every rootfs back into order after a crash or a reboot
+    /// Mount again what a crash or a reboot took away, and clean up
     Recover(recover::Recover),
-    /// Show which backends work on this host, and what the others lack
+    /// Show which backends work on this host, and what the others need
     Probe(probe::Probe),
-    /// Measure how each backend does here, on your image
+    /// Measure how fast each backend is here, on your image
     Bench(bench::Bench),
-    /// Work with the images in the store
+    /// Manage images
     Image(image::Image),
     /// Show the configuration
     Config(config::Config),
@@ -88,6 +90,9 @@ enum Verb {
     Completions(docs::Completions),
     /// Print the manual page
     Man(docs::Man),
+    /// Take back what an interrupted command has made
+    #[command(hide = true)]
+    Undo(interrupt::Undo),
 }
 
 /// `--backend`.
@@ -164,7 +169,7 @@ impl Global {
 }
 
 fn settings() -> Result<Settings> {
-    Settings::read(&crate::config::files(|name| std::env::var_os(name)))
+    crate::config::in_force(|name| std::env::var_os(name))
 }
 
 /// The XDG base directory specification: XDG_DATA_HOME, if it is absolute, else ~/.local/share.
@@ -180,12 +185,29 @@ fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result
     })
 }
 
-/// Parse, run, and say what went wrong: the whole program but for its hidden verbs.
+/// Parse, run, and say what went wrong: the whole program, except when it runs as a server.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     crate::fault::start();
+    let args: Vec<OsString> = args.into_iter().collect();
+    if args.len() == 1 {
+        return match output::text(start::START) {
+            Err(error) if !output::is_broken_pipe(&error) => ExitCode::FAILURE,
+            _ => ExitCode::SUCCESS,
+        };
+    }
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
+            use clap::error::{ContextKind, ContextValue, ErrorKind};
+            if error.kind() == ErrorKind::InvalidSubcommand
+                && let Some(ContextValue::String(verb)) = error.get(ContextKind::InvalidSubcommand)
+                && let Some(hint) = start::hint(verb)
+            {
+                output::complain(
+                    &Error::new(Kind::Usage, "find command", verb, "fsprov has no such command").hint(hint),
+                );
+                return ExitCode::from(Kind::Usage.exit_code());
+            }
             // Help and version come this way too, with code 0; a closed stdout or stderr is not worth a panic.
             let _ = error.print();
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
@@ -220,6 +242,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
+        Verb::Undo(verb) => verb.run(global),
     }
 }
 

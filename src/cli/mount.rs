@@ -9,6 +9,8 @@ use std::time::Duration;
 use clap::{Args, ValueEnum as _};
 use indicatif::{ProgressBar, ProgressStyle};
 
+use super::image::net::pull;
+use super::interrupt::Undoing;
 use super::shown::Shown;
 use super::{BackendChoice, Format, Global, output, service, settings};
 use crate::config::Settings;
@@ -17,6 +19,7 @@ use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
 use crate::plan::{Live, Restraint};
 use crate::provisioner::{Changes, Condition, Cover, Record, Request};
+use crate::store::Store;
 use crate::traces::Meter;
 use crate::volume::{self, ContainerPath, VolumeSpec};
 
@@ -25,15 +28,15 @@ const MAX_TTL_S: f64 = 86_400.0;
 
 #[derive(Debug, Args)]
 #[command(after_help = format!("\
-IMAGE is a path when it begins with /, ./ or ../: a directory that is a root filesystem, a directory holding \
-`manifest` and `rootfs`, or an .aci (taken as leniently as `image import --lenient` does); else a name or id of `fsprov image list`. \
-NAME:VERSION,LABEL=VALUE,... takes of the images of one name those that have all these labels; of several it is the one whose version \
-is `latest`, else the one imported last.
+IMAGE is a name or id of `fsprov image list`, or, when it begins with /, ./ or ../, a path: a root filesystem as a directory, a directory \
+that holds `manifest` and `rootfs`, an OCI layout, or an archive. NAME:VERSION,LABEL=VALUE,... chooses among AppC images of one name; \
+if several fit, the one whose version is `latest` is taken, else the one imported last.
 
 {}
 
 Examples:
   fsprov mount debian /mnt/debian
+  fsprov mount --pull -v .:/src debian:12 rootfs
   fsprov mount --sandbox work -v tmp:/tmp -v home:/home -v /etc/resolv.conf:/etc/resolv.conf:ro debian rootfs
   fsprov mount --sandbox work -v var:/var:rw,copy -v etc:/etc:rw,copy debian rootfs
   fsprov mount --backend fuse --foreground ./some/rootfs /mnt/x", volume::help()))]
@@ -47,6 +50,9 @@ pub(super) struct Mount {
     /// Route DST inside the rootfs to SRC on this host (repeatable)
     #[arg(short, long = "volume", value_name = volume::GRAMMAR)]
     volumes: Vec<OsString>,
+    /// Pull IMAGE from its registry if the store does not have it
+    #[arg(long)]
+    pull: bool,
     /// Mount over ROOTFS even if it is not empty; what is in it is hidden until `unmount`
     #[arg(long)]
     over: bool,
@@ -60,31 +66,31 @@ pub(super) struct Mount {
     /// Likewise for group ids
     #[arg(long, value_name = "CONTAINER:HOST:COUNT|auto|none")]
     gid_map: Vec<MapArg>,
-    /// Present everything of the image as belonging to this user and group (fuse)
+    /// Show everything in the image as owned by this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
-    /// Let everything be changed (overlay); what was changed is kept in --sandbox, and deleted by `unmount`
+    /// Make all of it writable (overlay); the changes are kept in --sandbox, and `unmount` deletes them
     #[arg(long)]
     writable: bool,
-    /// Let no setuid program and no file capability of the image work
+    /// Ignore setuid bits and file capabilities of the image
     #[arg(long, conflicts_with = "suid")]
     nosuid: bool,
-    /// Let no device node of the image be opened
+    /// Keep the image's device nodes from being opened
     #[arg(long)]
     nodev: bool,
-    /// Let setuid programs and device nodes of the image work although other users of this host reach ROOTFS; else they do only where
-    /// a directory above it is closed to those (such as those made for it, mode 0700)
+    /// Let the image's setuid programs and device nodes work even though other users of this host can reach ROOTFS; without it they
+    /// work only below a directory that is closed to others (mode 0700)
     #[arg(long)]
     suid: bool,
-    /// See what the host changes in a volume within this time; 0 asks each time (fuse)
+    /// How soon the rootfs sees what the host changes in a volume; 0: at once (fuse)
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_ttl)]
     volume_ttl: Duration,
-    /// Gather writes to volumes in the kernel: small writes get faster, the host sees them late (when the file is closed or
-    /// synced), and its own changes of a file in use are not seen inside (fuse)
+    /// Collect writes to volumes in the kernel: small writes are faster, but the host sees them late (when the file is closed or
+    /// synced), and the rootfs does not see the host's changes to an open file (fuse)
     #[arg(long)]
     writeback: bool,
-    /// Stay, and unmount on SIGINT or SIGTERM; what an earlier start with this --id left dead is cleaned. Under systemd say when it is
-    /// ready (Type=notify), and leave with its descriptor store what the next start needs to go on should this one be killed
+    /// Stay, and unmount on SIGINT or SIGTERM; a dead rootfs of the same --id is cleaned up first. Under systemd, say when it is ready
+    /// (Type=notify), and keep in its descriptor store what the next start needs to go on if this one is killed
     #[arg(long)]
     foreground: bool,
     #[command(flatten)]
@@ -98,15 +104,22 @@ pub(super) struct Mount {
 impl Mount {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let shelved = if self.foreground { service::shelved() } else { Vec::new() };
-        let request = self.request(&settings()?)?;
+        let settings = settings()?;
+        let mut request = self.request(&settings)?;
         let provisioner = global.provisioner()?;
         if self.foreground {
+            self.pull_missing(global, &settings, &request.image)?;
             return service::run(provisioner, &request, shelved, |record| self.report(record));
         }
+        let id = request.id.take().map_or_else(ContainerId::random, Ok)?;
+        let undoing = Undoing::on_signal(global, Some(&id))?;
+        request.id = Some(id);
+        self.pull_missing(global, &settings, &request.image)?;
         let meter = Arc::new(Meter::default());
         let _bar = Bar::show(&meter);
         let new_sandbox = self.missing_sandbox();
         let record = provisioner.metered(meter).provision(&request)?;
+        drop(undoing);
         if let Some(sandbox) = new_sandbox {
             output::note(&format!("made the sandbox {}", show(&sandbox)));
         }
@@ -117,8 +130,8 @@ impl Mount {
         let backend = match self.backend {
             Some(choice) => choice,
             None => BackendChoice::from_str(&configured.backend.value, false).map_err(|_| {
-                Error::new(Kind::Usage, "read configuration", &configured.backend.origin, "backend names none")
-                    .hint("it is one of auto, bind, fuse, overlay, copy")
+                Error::new(Kind::Usage, "read configuration", &configured.backend.origin, "there is no such backend")
+                    .hint("it must be auto, bind, fuse, overlay or copy")
             })?,
         };
         let mut volumes = self.volumes()?;
@@ -144,6 +157,18 @@ impl Mount {
             restraint: self.restraint(),
             live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
         })
+    }
+
+    fn pull_missing(&self, global: &Global, settings: &Settings, image: &ImageRef) -> Result<()> {
+        let ImageRef::Name(name) = image else { return Ok(()) };
+        if !self.pull {
+            return Ok(());
+        }
+        let store = Store::open(&global.paths()?)?.with_policy(settings.policy());
+        match store.show(image) {
+            Err(error) if error.kind() == Kind::NotFound => pull(&store, settings, &name.parse()?, None).map(|_| ()),
+            other => other.map(|_| ()),
+        }
     }
 
     fn volumes(&self) -> Result<Vec<VolumeSpec>> {
@@ -258,6 +283,6 @@ fn parse_ttl(text: &str) -> std::result::Result<Duration, String> {
         Ok(seconds) if (0.0..=MAX_TTL_S).contains(&seconds) => {
             Ok(Duration::from_millis((seconds * 1000.0).round() as u64))
         }
-        _ => Err("it is a number of seconds from 0 to 86400, such as 0.5".to_owned()),
+        _ => Err("write a number of seconds from 0 to 86400, for example 0.5".to_owned()),
     }
 }

@@ -9,9 +9,8 @@ use crate::provisioner::{Outcome, Recovered};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-What is on the disk and in mountinfo is the truth: a rootfs whose server died or whose mount is gone is mounted again, one that was \
-half-made is taken away. With --keep, every rootfs that is not named is taken away. Volumes' content is never touched. Twice gives the \
-same as once.
+A rootfs whose server died or whose mount is gone is mounted again; one that was half-made is taken away. With --keep, every rootfs \
+that is not named is taken away. Volumes keep their content. It does no harm to run it twice.
 
 Examples:
   fsprov recover
@@ -37,7 +36,7 @@ impl Recover {
         let failed = all.iter().filter(|r| matches!(r, Recovered { outcome: Outcome::Failed { .. }, .. })).count();
         if failed > 0 {
             return Err(Error::new(Kind::Io, "recover", format!("{failed} of {}", all.len()), "see above")
-                .hint("run it again when the cause is mended"));
+                .hint("remove the cause, and run it again"));
         }
         Ok(())
     }

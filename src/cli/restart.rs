@@ -20,11 +20,11 @@ Examples:
   fsprov restart rootfs
   fsprov restart --all")]
 pub(super) struct Restart {
-    /// Which: its mount point or its id
+    /// Its mount point, its id, or the beginning of its id
     #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID")]
     which: Vec<OsString>,
     /// Every rootfs of the fuse backend
-    #[arg(long)]
+    #[arg(short, long)]
     all: bool,
     #[command(flatten)]
     format: Format,

@@ -20,16 +20,16 @@ use crate::plan::Plan;
     after_help = "Examples:\n  fsprov stats rootfs\n  fsprov stats --watch 2 rootfs\n  fsprov stats --prometheus rootfs"
 )]
 pub(super) struct Stats {
-    /// Which: its mount point or its id
+    /// Its mount point, its id, or the beginning of its id
     #[arg(value_name = "ROOTFS|ID")]
     which: OsString,
-    /// Again every so many seconds, until interrupted
+    /// Repeat every SECONDS, until interrupted
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=86400))]
     watch: Option<u64>,
     /// Print the Prometheus text format
     #[arg(long, conflicts_with = "json")]
     prometheus: bool,
-    /// First set how much the server logs: off, error, warn, info, debug, trace
+    /// First set how much the server logs: off, error, warn, info, debug or trace
     #[arg(long, value_name = "LEVEL")]
     log_level: Option<String>,
     #[command(flatten)]

@@ -73,8 +73,13 @@ pub fn ask_within(plan: &Plan, question: &Question, patience: Duration) -> Resul
     let dir = crate::sys::fs::open_path(&plan.state_dir).map_err(|e| Error::sys(OP, name(), e))?;
     let mut stream = UnixStream::connect(socket_path(&dir)).map_err(|e| match e.kind() {
         std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused => {
-            Error::new(Kind::NotFound, OP, name(), "no server listens")
-                .hint("only rootfses of the fuse backend have one")
+            let error = Error::new(Kind::NotFound, OP, name(), "no server listens");
+            // Its socket lies in the state directory as long as nobody cleaned up after it.
+            if e.kind() == std::io::ErrorKind::ConnectionRefused {
+                error.hint("its supervisor has died: unmount and mount it again")
+            } else {
+                error.hint("only a rootfs of the fuse backend has a server")
+            }
         }
         _ => fail(e),
     })?;
@@ -87,7 +92,7 @@ pub fn ask_within(plan: &Plan, question: &Question, patience: Duration) -> Resul
     match serde_json::from_str(&text) {
         Ok(Answer::Done(value)) => Ok(value),
         Ok(Answer::Failed(told)) => Err(told.into()),
-        Err(e) => Err(Error::new(Kind::Helper, OP, name(), format!("its answer is none: {e}"))),
+        Err(e) => Err(Error::new(Kind::Helper, OP, name(), format!("its answer cannot be read: {e}"))),
     }
 }
 

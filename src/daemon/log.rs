@@ -44,7 +44,7 @@ pub(super) fn set_level(level: &str) -> bool {
 
 /// What [`set_level`] was given is none.
 pub(super) fn no_level(level: &str) -> Error {
-    Error::new(Kind::Usage, "set log level", level, "it is none of off, error, warn, info, debug, trace")
+    Error::new(Kind::Usage, "set log level", level, "must be one of off, error, warn, info, debug, trace")
 }
 
 /// The level that a filter (`info`, `fsprov=debug,fuser=warn`) gives this crate.

@@ -61,7 +61,7 @@ impl Method {
         match (&host.fusermount_path, refuse(&host.fusermount)) {
             (Some(path), None) => Ok(Method::Helper(path.clone())),
             (_, error) => Err(error.unwrap_or_else(|| {
-                Error::new(Kind::Unsupported, OP, "", "there is no fusermount3")
+                Error::new(Kind::Unsupported, OP, "", "fusermount3 is not installed")
                     .hint("as root: install the package fuse3")
             })),
         }
@@ -353,7 +353,13 @@ fn busy_with(ours: &MountInfo, holders: &[process::Holder]) -> Error {
         return error("it is in use by a process that this user may not look at".into())
             .hint("end that process, or unmount with --lazy");
     }
-    error(format!("it is in use by {}", process::name_all(holders))).hint("end them, or unmount with --lazy")
+    let names = process::name_all(holders);
+    let hint = if names.contains("fsprov-super") {
+        "a server of fsprov holds it: unmount the rootfs that is made of it first (`fsprov list`)"
+    } else {
+        "end them, or unmount with --lazy"
+    };
+    error(format!("it is in use by {names}")).hint(hint)
 }
 
 /// Abort the connection of a FUSE superblock (its device's minor number): every request fails, waiting ones too

@@ -61,7 +61,7 @@ impl TryFrom<String> for Digest {
                 Kind::Invalid,
                 "read digest",
                 format!("{shown:?}"),
-                "only sha256: and 64 lowercase hex digits are taken",
+                "a digest must be `sha256:` and 64 lowercase hex digits",
             )
         };
         let hex = text.strip_prefix("sha256:").ok_or_else(refuse)?;
@@ -129,6 +129,16 @@ impl Platform {
             other => (other, None),
         };
         Platform { architecture: architecture.into(), os: "linux".into(), variant: variant.map(Into::into) }
+    }
+
+    /// Refuse an image for `self` where another platform was asked for. Of an image for one platform no index tells it beforehand.
+    pub(crate) fn require(&self, wanted: &Platform) -> Result<()> {
+        let variant = self.variant.as_ref().and(wanted.variant.clone());
+        if self.fits(&Platform { variant, ..wanted.clone() }) {
+            return Ok(());
+        }
+        Err(Error::new(Kind::NotFound, "choose image", format!("for {wanted}"), format!("this image is for {self}"))
+            .hint("leave out --platform to take it"))
     }
 
     /// Does an image for `self` fit where `wanted` is asked for?

@@ -72,7 +72,8 @@ impl Keyring {
                         let entry = entry.map_err(fail)?;
                         let prefix = entry.file_name().to_string_lossy().replace(',', "/");
                         if !super::appc::is_ac_identifier(&prefix) {
-                            let why = "it is no beginning of names: an AC identifier, with a comma for each slash";
+                            let why =
+                                "not the beginning of a name: write an AC identifier, with a comma for each slash";
                             return Err(Error::new(Kind::Invalid, "read keyring", show(entry.path()), why));
                         }
                         dirs.push((entry.path(), Some(prefix)));
@@ -100,7 +101,7 @@ impl Keyring {
             keys.extend(read_keys(file)?.into_iter().map(|key| (key, prefix.clone())));
         }
         if keys.is_empty() {
-            return Err(Error::new(Kind::NotFound, "read keyring", show(path), "there is no key in it")
+            return Err(Error::new(Kind::NotFound, "read keyring", show(path), "it has no key")
                 .hint("`gpg --export KEY > FILE` writes one"));
         }
         Ok(Keyring { keys, name: show(path) })
@@ -134,7 +135,7 @@ impl Keyring {
         let now = now();
         let refuse = |why: String| Error::new(Kind::Integrity, "check signature", "", why);
         let parsed = DetachedSignature::from_reader_many(signature)
-            .map_err(|e| Error::new(Kind::Invalid, "read", "signature", format!("it is no OpenPGP signature: {e}")))?;
+            .map_err(|e| Error::new(Kind::Invalid, "read", "signature", format!("not an OpenPGP signature: {e}")))?;
         let mut wrong = Vec::new();
         for one in parsed.0.take(MAX_SIGNATURES) {
             let one = one.map_err(|e| Error::new(Kind::Invalid, "read", "signature", e.to_string()))?.signature;
@@ -144,7 +145,7 @@ impl Keyring {
             }
         }
         if wrong.is_empty() {
-            return Err(refuse("there is none in it".into()));
+            return Err(refuse("it has no signature".into()));
         }
         Err(refuse(wrong.join("; ")).hint(format!("the keys that count are in {}", self.name)))
     }
@@ -232,7 +233,7 @@ fn read_keys(path: &Path) -> Result<Vec<SignedPublicKey>> {
             keys.push(key.map_err(|e| refuse(e.to_string()))?);
         }
     }
-    if keys.is_empty() { Err(refuse("there is no key in it".into())) } else { Ok(keys) }
+    if keys.is_empty() { Err(refuse("it has no key".into())) } else { Ok(keys) }
 }
 
 fn issuer(signature: &Signature) -> String {

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use super::build::Making;
-use super::{Now, Provisioner, Record, lock, points, record};
+use super::{Now, Provisioner, Record, State, lock, points, record};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ContainerId;
@@ -25,14 +25,18 @@ impl Provisioner {
                     Kind::Busy,
                     "provision",
                     show(rootfs),
-                    format!("it is the rootfs {by} already"),
+                    if other.state == State::Pending {
+                        format!("the rootfs {by} is being mounted here already, or its mount was cut short")
+                    } else {
+                        format!("the rootfs {by} is mounted here already")
+                    },
                 )
-                .hint(format!("`fsprov unmount {by}` takes that away")));
+                .hint(format!("unmount it first: `fsprov unmount {by}`")));
             }
         }
         let container = self.paths.container(id);
         if container.dir().exists() {
-            return Err(Error::new(Kind::Busy, "provision", id, "a rootfs of this id exists")
+            return Err(Error::new(Kind::Busy, "provision", id, "a rootfs with this id exists")
                 .hint(format!("choose another --id, or `fsprov unmount {id}` first")));
         }
         let forget_point = || points::release(&self.paths, id, Some(rootfs));

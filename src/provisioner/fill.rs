@@ -201,9 +201,18 @@ fn fill_one(image: &Arc<dyn Tree>, plan: &Plan, number: usize, parent: &Place, n
             _ => Ok(()),
         }
     })();
-    filled.map_err(|e| e.with_undo(clear()))?;
+    filled.map_err(|e| no_room(e, volume, parent).with_undo(clear()))?;
     // Gone already, except for what gave way to another one's content in the place.
     clear()
+}
+
+/// A full disk: which volume, which file system, and what it has left.
+fn no_room(error: Error, volume: &Volume, parent: &Place) -> Error {
+    let Some(Errno::NOSPC | Errno::DQUOT) = error.errno() else { return error };
+    let left = parent.for_reading().and_then(fs::fstatvfs).map_or(0, |seen| (seen.f_bavail * seen.f_frsize) >> 20);
+    let hint =
+        format!("the file system of {} has {left} MiB left; make room, or choose another source", show(parent.path()));
+    error.within("fill volume", subject(volume)).hint(hint)
 }
 
 /// A source's own mode is an image's choice of a mode on a host file.

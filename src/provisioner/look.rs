@@ -132,7 +132,8 @@ fn relative(
     };
     let name = || show(path.join(&spec.source));
     let fail = |e: Errno| match e {
-        Errno::XDEV => Error::new(Kind::Usage, OP, name(), "a symlink leads out of the sandbox"),
+        Errno::XDEV => Error::new(Kind::Usage, OP, name(), "a symlink leads out of the sandbox")
+            .hint("name the place itself: an absolute source, or one that begins with ./"),
         e => Error::sys(OP, name(), e),
     };
     match open_within(sandbox, &spec.source, OFlags::PATH) {
@@ -148,7 +149,8 @@ fn relative(
         match open_within(sandbox, &prefix, OFlags::PATH) {
             Ok(found) => at = found,
             Err(Errno::NOENT) if statat(&at, next.as_os_str(), AtFlags::SYMLINK_NOFOLLOW).is_ok() => {
-                return Err(Error::new(Kind::NotFound, OP, name(), "a symlink in it leads nowhere"));
+                return Err(Error::new(Kind::NotFound, OP, name(), "a symlink in it leads nowhere")
+                    .hint("remove the symlink, or make what it points to"));
             }
             Err(Errno::NOENT) => {
                 let rest = names.as_path();
@@ -191,6 +193,8 @@ fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
         Errno::NOTCONN => Error::sys(OP, show(path), e)
             .with_kind(Kind::Busy)
             .hint(format!("a dead FUSE server's mount is there: `fsprov unmount {}` cleans it", show(path))),
+        Errno::NOTDIR => Error::sys(OP, show(path), e).hint("something above it is a file; choose another ROOTFS"),
+        Errno::NOENT => Error::sys(OP, show(path), e).hint("a symlink in it leads nowhere; choose another ROOTFS"),
         e => explain_named(OP, path, e),
     };
     let nearest = nearest(OP, wanted, &unusable)?;
@@ -205,7 +209,8 @@ fn mount_point(wanted: &Path) -> Result<(PathBuf, Vec<PathBuf>)> {
         Err(e) => return Err(unusable(base, e)),
     }
     if base == Path::new("/") && nearest.names.is_empty() {
-        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host"));
+        return Err(Error::new(Kind::Usage, OP, "/", "a rootfs cannot be mounted over the root of this host")
+            .hint("choose another directory, for example ./rootfs"));
     }
     Ok(nearest.beyond())
 }

@@ -104,7 +104,7 @@ fn read(path: &Path) -> Result<Option<AuthFile>> {
         Err(e) => return Err(Error::io("read logins", show(path), e)),
     };
     // What is in it must not get into a message.
-    let wrong = |e: serde_json::Error| format!("it is no file of logins (line {}, column {})", e.line(), e.column());
+    let wrong = |e: serde_json::Error| format!("not a file of logins (line {}, column {})", e.line(), e.column());
     serde_json::from_slice(&text).map(Some).map_err(|e| Error::new(Kind::Invalid, "read logins", show(path), wrong(e)))
 }
 
@@ -149,8 +149,9 @@ impl Entry {
             let text =
                 BASE64.decode(auth.trim_end_matches('\0').as_bytes()).ok().and_then(|b| String::from_utf8(b).ok());
             let pair = text.as_deref().and_then(|text| text.split_once(':'));
-            let (user, password) =
-                pair.ok_or_else(|| Error::new(Kind::Invalid, "log in at", host, "auth is no base64 of NAME:PASSWORD"))?;
+            let (user, password) = pair.ok_or_else(|| {
+                Error::new(Kind::Invalid, "log in at", host, "auth is not the base64 of NAME:PASSWORD")
+            })?;
             return Ok(Some(Login { user: user.into(), password: password.trim_end_matches('\0').into() }));
         }
         Ok(match (&self.username, &self.password) {
@@ -171,7 +172,12 @@ fn ask_helper(helper: &str, host: &str) -> Result<Option<Login>> {
     let program = format!("docker-credential-{helper}");
     let failed = |why: String| Error::new(Kind::Helper, "ask", &program, why);
     if helper.is_empty() || !helper.bytes().all(|b| b.is_ascii_alphanumeric() || b"_.-".contains(&b)) {
-        return Err(Error::new(Kind::Invalid, "ask credential helper", format!("{helper:?}"), "it is no name"));
+        return Err(Error::new(
+            Kind::Invalid,
+            "ask credential helper",
+            format!("{helper:?}"),
+            "not the name of a helper",
+        ));
     }
     let mut out = tempfile::tempfile().map_err(|e| Error::io("make", "a temporary file", e))?;
     let to = out.try_clone().map_err(|e| Error::io("duplicate descriptor", "", e))?;

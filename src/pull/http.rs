@@ -88,7 +88,7 @@ impl Url {
             let shown: String = text.chars().take(200).collect();
             Error::new(Kind::Invalid, "read URL", format!("{shown:?}"), why)
         };
-        let uri: Uri = text.parse().map_err(|_| refuse("it is none"))?;
+        let uri: Uri = text.parse().map_err(|_| refuse("not a URL"))?;
         let is_tls = match uri.scheme_str() {
             Some("https") => true,
             Some("http") => false,
@@ -96,7 +96,7 @@ impl Url {
         };
         let host = uri.authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
         if !super::reference::is_host(&host) {
-            return Err(refuse("its host is no HOST or HOST:PORT"));
+            return Err(refuse("its host must be HOST or HOST:PORT"));
         }
         Ok(Url { is_tls, host, path: uri.path_and_query().map_or("/", |p| p.as_str()).to_owned() })
     }
@@ -364,7 +364,7 @@ fn certificates(path: &Path) -> std::result::Result<Vec<Certificate<'static>>, u
             found.push(one);
         }
     }
-    if found.is_empty() { Err(wrong("there is none in it".into())) } else { Ok(found) }
+    if found.is_empty() { Err(wrong("it has no certificate".into())) } else { Ok(found) }
 }
 
 fn tls_error(error: &ureq::Error) -> Option<&rustls::Error> {

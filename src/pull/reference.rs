@@ -106,12 +106,12 @@ impl std::str::FromStr for Reference {
         let refuse = |why: &'static str| {
             let shown: String = text.chars().take(300).collect();
             Error::new(Kind::Usage, "read reference", format!("{shown:?}"), why)
-                .hint("it is [HOST[:PORT]/]REPOSITORY[:TAG][@sha256:DIGEST], like docker.io/library/debian:12")
+                .hint("write [HOST[:PORT]/]REPOSITORY[:TAG][@sha256:DIGEST], for example docker.io/library/debian:12")
         };
         let written = text.strip_prefix("docker://").unwrap_or(text);
         let (rest, digest) = match written.split_once('@') {
             Some((rest, digest)) => {
-                (rest, Some(Digest::try_from(digest.to_owned()).map_err(|e| refuse("").within("read", e))?))
+                (rest, Some(Digest::try_from(digest.to_owned()).map_err(|e| e.with_kind(Kind::Usage))?))
             }
             None => (written, None),
         };
@@ -125,7 +125,11 @@ impl std::str::FromStr for Reference {
             None => (DEFAULT_HOST, format!("library/{rest}")),
         };
         if !is_host(host) {
-            return Err(refuse("its host is none"));
+            return Err(refuse(if written.contains("://") {
+                "leave out https://"
+            } else {
+                "the part before the first slash must be HOST or HOST:PORT"
+            }));
         }
         if !is_repository(&repository) {
             return Err(refuse(

@@ -236,7 +236,7 @@ fn get(
     let manifest = &found.manifest;
     for layer in &manifest.layers {
         if !oci::is_tar_layer(&layer.media_type) {
-            let why = format!("its media type {:?} is no layer that we can unpack", layer.media_type);
+            let why = format!("its media type {:?} is not a layer that fsprov can unpack", layer.media_type);
             return Err(Error::new(Kind::Unsupported, "pull layer", &layer.digest, why));
         }
     }
@@ -256,6 +256,7 @@ fn get(
     blobs.one(&manifest.config, &AtomicBool::new(false))?;
     let config = std::fs::read(blobs.path(&manifest.config.digest)).map_err(|e| Error::io("read", "config", e))?;
     let config = oci::parse_config(&config, manifest.layers.len())?;
+    options.platform.as_ref().map_or(Ok(()), |wanted| config.platform.require(wanted))?;
     put_layout(download.path(), found)?;
     let has = |diff_id: &Digest| store.has_layer(diff_id.id());
     let missing: Vec<&Descriptor> = manifest

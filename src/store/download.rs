@@ -85,15 +85,15 @@ impl Store {
         }
     }
 
-    /// Remove downloads that broke off and that nobody has touched for `age`.
-    pub(super) fn clean_downloads(&self, age: Duration) -> Result<usize> {
+    /// Remove downloads that broke off and that nobody has touched for `age`. Gives how many, and the bytes that they took.
+    pub(super) fn clean_downloads(&self, age: Duration) -> Result<(usize, u64)> {
         let all = self.paths.downloads();
         let entries = match std::fs::read_dir(&all) {
             Ok(entries) => entries,
-            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
             Err(e) => return Err(Error::io("list", show(&all), e)),
         };
-        let mut removed = 0;
+        let (mut removed, mut bytes) = (0, 0);
         for entry in entries {
             let path = entry.map_err(|e| Error::io("list", show(&all), e))?.path();
             let Ok(fd) = open(&path) else { continue };
@@ -102,11 +102,13 @@ impl Store {
                 at.elapsed().is_ok_and(|since| since >= age)
             });
             if is_old && flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() && is_at(&fd, &path) {
+                let size = super::gc::bytes_on_disk(&path).unwrap_or(0);
                 remove_tree(&path)?;
                 removed += 1;
+                bytes += size;
             }
         }
-        Ok(removed)
+        Ok((removed, bytes))
     }
 }
 
@@ -126,13 +128,13 @@ mod tests {
         let store = Store::open(&StatePaths::new(dir.path().to_owned())).unwrap();
         let first = store.download("sha256-0a").unwrap();
         std::fs::write(first.path().join("part"), "half").unwrap();
-        assert_eq!(store.clean_downloads(Duration::ZERO).unwrap(), 0, "it is held");
+        assert_eq!(store.clean_downloads(Duration::ZERO).unwrap().0, 0, "it is held");
         drop(first);
         let again = store.download("sha256-0a").unwrap();
         assert_eq!(std::fs::read(again.path().join("part")).unwrap(), b"half");
         again.done().unwrap();
         drop(store.download("sha256-0b").unwrap());
-        assert_eq!(store.clean_downloads(KEEP).unwrap(), 0, "it is young");
-        assert_eq!(store.clean_downloads(Duration::ZERO).unwrap(), 1);
+        assert_eq!(store.clean_downloads(KEEP).unwrap().0, 0, "it is young");
+        assert_eq!(store.clean_downloads(Duration::ZERO).unwrap().0, 1);
     }
 }

@@ -71,8 +71,10 @@ impl Store {
     /// # Ok::<(), fsprov::Error>(())
     /// ```
     pub fn gc(&self, prune: Prune, uses: Uses<'_>) -> Result<Collected> {
-        let mut done = Collected { staging: staging::clean(&self.paths)?, ..Collected::default() };
-        done.staging += self.clean_downloads(std::time::Duration::ZERO)?;
+        let (imports, of_imports) = staging::clean(&self.paths)?;
+        let (downloads, of_downloads) = self.clean_downloads(std::time::Duration::ZERO)?;
+        let (staging, bytes) = (imports + downloads, of_imports + of_downloads);
+        let mut done = Collected { staging, bytes, ..Collected::default() };
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
         // Whoever writes one holds the store's lock, too.
@@ -196,7 +198,7 @@ fn remove_half_written(dir: &Path) {
 }
 
 /// Blocks of everything below `dir`, each inode once.
-fn bytes_on_disk(dir: &Path) -> Result<u64> {
+pub(super) fn bytes_on_disk(dir: &Path) -> Result<u64> {
     Ok(crate::sys::usage::measure(dir)?.bytes)
 }
 

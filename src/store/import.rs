@@ -61,7 +61,14 @@ impl ImageSource {
         if path.as_os_str() == "-" {
             return Ok(ImageSource::Stdin);
         }
-        let meta = std::fs::metadata(path).map_err(|e| Error::io("find", show(path), e))?;
+        let meta = std::fs::metadata(path).map_err(|e| {
+            let error = Error::io("find", show(path), e);
+            if error.kind() == Kind::NotFound {
+                error.hint("check the path; `fsprov image pull` gets an image from a registry")
+            } else {
+                error
+            }
+        })?;
         Ok(if meta.is_dir() { ImageSource::Directory(path.into()) } else { ImageSource::Archive(path.into()) })
     }
 }
@@ -183,7 +190,7 @@ impl Store {
         match source {
             ImageSource::Downloaded { path, .. } if path.is_dir() => {
                 self.refuse_unsigned(source, false, "a pulled image has no detached signature")?;
-                let why = "it is no OCI layout";
+                let why = "not an OCI layout";
                 let layout = Layout::at(path, &source.to_string())?;
                 let layout = layout.ok_or_else(|| Error::new(Kind::Invalid, "read", source, why))?;
                 self.import_layout(&layout, source, options)
@@ -237,7 +244,7 @@ impl Store {
             }
             tar.finish()?;
             found.ok_or_else(|| {
-                Error::new(Kind::Invalid, "read archive", &name, "it has no manifest: it is no AppC image")
+                Error::new(Kind::Invalid, "read archive", &name, "it has no manifest: not an AppC image")
             })
         })?;
         Ok((ImageId::from_sha512(&digest.into()), Manifest::parse(&bytes, options.strictness)?.manifest))
@@ -412,15 +419,18 @@ fn rename_back(from: &Path, to: &Path) -> Result<()> {
 
 /// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
 pub(super) fn check_name(name: &str) -> Result<()> {
-    let refuse = |why| Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why));
+    let refuse = |why| {
+        Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why)
+            .hint("write a name such as debian or example.com/app:1.0"))
+    };
     if name.is_empty() || name.len() > ImageRef::MAX_NAME_LEN || name.chars().any(|c| c.is_control() || c == ' ') {
         return refuse("a name is 1 to 512 printable characters without spaces");
     }
     if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
-        return refuse("a name has no empty component, no . and no ..");
+        return refuse("a name cannot be a path, or have . or .. between its slashes");
     }
     match ImageRef::parse(name.as_ref())? {
-        ImageRef::Path(_) => refuse("what begins with /, ./ or ../ is a path"),
+        ImageRef::Path(_) => refuse("a name cannot begin with /, ./ or ../"),
         ImageRef::Id(_) => refuse("it is an image id"),
         ImageRef::Name(_) => Ok(()),
     }
@@ -520,7 +530,7 @@ fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &Import
     }
     tar.finish()?;
     let missing = |what| {
-        Error::new(Kind::Invalid, "read archive", name, format!("it has no {what} at its top: it is no AppC image"))
+        Error::new(Kind::Invalid, "read archive", name, format!("it has no {what} at its top: not an AppC image"))
     };
     let manifest = manifest.ok_or_else(|| missing("manifest"))?;
     if !has_root {

@@ -216,7 +216,7 @@ pub(super) fn read_bounded(path: &Path, most: u64) -> Result<Vec<u8>> {
             .open(path)
             .map_err(failed)?;
     if !file.metadata().map_err(failed)?.is_file() {
-        return Err(Error::new(Kind::Invalid, "read", show(path), "it is no regular file"));
+        return Err(Error::new(Kind::Invalid, "read", show(path), "not a regular file"));
     }
     crate::sys::fs::read_bounded("read", show(path), file, most)
 }

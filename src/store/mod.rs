@@ -180,6 +180,11 @@ impl Store {
         }
     }
 
+    /// Remove what imports that were cut short have left.
+    pub fn clear_staging(&self) -> Result<()> {
+        staging::clean(&self.paths).map(|_| ())
+    }
+
     /// Remove one image, whatever names it has.
     ///
     /// ```no_run

@@ -91,7 +91,7 @@ impl Layout {
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::NOCTTY;
         let file = File::from(open_in_root(&self.root, path, flags).map_err(fail)?);
         if !file.metadata().is_ok_and(|meta| meta.is_file()) {
-            return Err(Error::new(Kind::Invalid, "open", show(path), "it is no regular file"));
+            return Err(Error::new(Kind::Invalid, "open", show(path), "not a regular file"));
         }
         Ok(file)
     }
@@ -132,7 +132,7 @@ impl Layout {
         for depth in 0..MAX_INDEX_DEPTH {
             match oci::parse_document(&bytes, announced.as_deref())? {
                 Document::Manifest(_) if depth == 0 => break,
-                Document::Manifest(manifest) => return self.picked(bytes, &manifest, names),
+                Document::Manifest(manifest) => return self.picked(bytes, &manifest, names, options),
                 Document::Index(index) => {
                     let wanted = options.reference.as_deref().filter(|_| depth == 0);
                     let platform = options.platform.clone().unwrap_or_else(oci::Platform::host);
@@ -147,16 +147,23 @@ impl Layout {
             Kind::Invalid,
             "read",
             "index.json",
-            format!("it is no index, or {MAX_INDEX_DEPTH} of them are nested"),
+            format!("not an index, or more than {MAX_INDEX_DEPTH} of them are nested"),
         ))
     }
 
-    fn picked(&self, bytes: Vec<u8>, manifest: &Manifest, names: Vec<String>) -> Result<Picked> {
+    fn picked(
+        &self,
+        bytes: Vec<u8>,
+        manifest: &Manifest,
+        names: Vec<String>,
+        options: &ImportOptions,
+    ) -> Result<Picked> {
         let config_bytes = self.blob(&manifest.config)?;
         let config = oci::parse_config(&config_bytes, manifest.layers.len())?;
+        options.platform.as_ref().map_or(Ok(()), |wanted| config.platform.require(wanted))?;
         let layers = manifest.layers.iter().zip(&config.rootfs.diff_ids).map(|(blob, diff_id)| {
             if !oci::is_tar_layer(&blob.media_type) {
-                let why = format!("its media type {:?} is no layer that we can unpack", blob.media_type);
+                let why = format!("its media type {:?} is not a layer that fsprov can unpack", blob.media_type);
                 return Err(Error::new(Kind::Unsupported, "read layer", &blob.digest, why));
             }
             Ok(Layer { path: blob_path(&blob.digest), blob: Some(blob.clone()), diff_id: diff_id.clone() })
@@ -184,6 +191,7 @@ impl Layout {
         }
         let config_bytes = self.small(Path::new(&image.config))?;
         let config: Config = oci::parse_config(&config_bytes, image.layers.len())?;
+        options.platform.as_ref().map_or(Ok(()), |wanted| config.platform.require(wanted))?;
         let mut layers = Vec::new();
         let mut descriptors = Vec::new();
         for (path, diff_id) in image.layers.iter().zip(&config.rootfs.diff_ids) {
@@ -344,7 +352,7 @@ impl Store {
         if root.is_dir() {
             Ok(())
         } else {
-            Err(Error::new(Kind::Integrity, "use layer", id, "its rootfs is no directory"))
+            Err(Error::new(Kind::Integrity, "use layer", id, "its rootfs is not a directory"))
         }
     }
 }

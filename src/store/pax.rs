@@ -75,7 +75,7 @@ pub(crate) fn parse_records(mut data: &[u8], limits: &Limits) -> Result<Extensio
         let (key, value, rest) = next_record(data).ok_or("a PAX record is malformed")?;
         data = rest;
         let shown = || String::from_utf8_lossy(key).into_owned();
-        let number = || decimal(value).ok_or_else(|| format!("PAX {} is no number", shown()));
+        let number = || decimal(value).ok_or_else(|| format!("PAX {} is not a number", shown()));
         let text = || match value {
             [] => Err(format!("PAX {} is empty", shown())),
             value if value.contains(&0) => Err(format!("PAX {} holds a NUL", shown())),
@@ -87,7 +87,7 @@ pub(crate) fn parse_records(mut data: &[u8], limits: &Limits) -> Result<Extensio
             b"size" => ext.size = Some(number()?),
             b"uid" => ext.uid = Some(number()?),
             b"gid" => ext.gid = Some(number()?),
-            b"mtime" => ext.mtime = Some(parse_time(value).ok_or("PAX mtime is no time")?),
+            b"mtime" => ext.mtime = Some(parse_time(value).ok_or("PAX mtime is not a time")?),
             b"GNU.sparse.major" => ext.sparse_major = Some(number()?),
             b"GNU.sparse.minor" if number()? != 0 => return Err("PAX GNU.sparse.minor is not one we know".into()),
             b"GNU.sparse.name" => ext.sparse_name = text()?,
@@ -155,7 +155,7 @@ impl Pieces {
                 (None, _) => return Ok(()),
                 (Some(Some(offset)), Some(Some(length))) => self.list.push(Piece { offset, length }),
                 _ if value.is_empty() => return Ok(()),
-                _ => return Err("PAX GNU.sparse.map is no list of pairs".into()),
+                _ => return Err("PAX GNU.sparse.map is not a list of pairs".into()),
             }
         }
     }

@@ -261,7 +261,7 @@ impl Placer {
                         Kind::Invalid,
                         "place entry below",
                         subject,
-                        format!("{:?} is no directory there (or a symbolic link)", lossy(&path[..end])),
+                        format!("{:?} is not a directory there, or is a symbolic link", lossy(&path[..end])),
                     ),
                     e => Error::sys("place entry below", subject, e),
                 }

@@ -71,7 +71,7 @@ impl Store {
                 Err(e) if e.kind() == Kind::NotFound => match mesos::find(&self.policy.mesos_stores, image)? {
                     Some(dir) => self.resolve_path(&dir),
                     None if Path::new(&image.to_string()).exists() => {
-                        Err(e.hint(format!("there is a file or directory {image} here, which is written ./{image}")))
+                        Err(e.hint(format!("for the file or directory of this name here, write ./{image}")))
                     }
                     None => Err(e),
                 },
@@ -106,7 +106,10 @@ impl Store {
     fn resolve_path(&self, path: &Path) -> Result<ResolvedImage> {
         const OP: &str = "find image";
         let whole = std::path::absolute(path).map_err(|e| Error::io(OP, show(path), e))?;
-        let at = open_named(&whole).map_err(|e| explain_named(OP, path, e)).and_then(path_of)?;
+        let at = open_named(&whole).map_err(|e| explain_named(OP, path, e)).and_then(path_of).map_err(|e| {
+            let is_missing = e.kind() == Kind::NotFound;
+            if is_missing { e.hint("check the path, or give a name of `fsprov image list`") } else { e }
+        })?;
         if !at.is_dir() {
             return self.resolve_archive(at);
         }
@@ -213,9 +216,6 @@ fn missing(image: &ImageRef) -> Error {
     let digits = text.strip_prefix("sha512-").or_else(|| text.strip_prefix("sha256-"));
     if digits.is_some_and(|digits| digits.len() < MIN_PREFIX_AFTER_ALGORITHM) {
         return error.hint(format!("give at least {MIN_PREFIX_AFTER_ALGORITHM} digits of an id"));
-    }
-    if std::fs::symlink_metadata(&text).is_ok() {
-        return error.hint(format!("for the file or directory here write ./{text}"));
     }
     error.hint(
         "`fsprov image list` shows what it has; `fsprov image pull` gets one from a registry, `fsprov image import` from a file",

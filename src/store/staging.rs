@@ -81,8 +81,8 @@ impl Drop for Staging {
     }
 }
 
-/// Remove what makers left that are no more. Gives how many. What cannot be removed is logged and stays.
-pub(super) fn clean(paths: &StatePaths) -> Result<usize> {
+/// Remove what makers left that are no more. Gives how many, and the bytes that they took. What cannot be removed is logged and stays.
+pub(super) fn clean(paths: &StatePaths) -> Result<(usize, u64)> {
     let staging = paths.staging();
     let held = lock_all(paths)?;
     let mut dead = Vec::new();
@@ -103,17 +103,21 @@ pub(super) fn clean(paths: &StatePaths) -> Result<usize> {
     }
     // Their locks are held now: deleting, which may take long, needs no other.
     drop(held);
-    let mut removed = 0;
+    let (mut removed, mut bytes) = (0, 0);
     for (path, _lock) in &dead {
+        let size = super::gc::bytes_on_disk(path).unwrap_or(0);
         match remove_tree(path) {
-            Ok(_) => removed += 1,
+            Ok(_) => {
+                removed += 1;
+                bytes += size;
+            }
             Err(error) => log::warn!("{error}"),
         }
     }
     if removed > 0 {
         log::info!("removed {removed} half-made images of importers that died");
     }
-    Ok(removed)
+    Ok((removed, bytes))
 }
 
 /// Move a directory of the store away at one stroke, then delete it. What is left of it after a crash is cleaned later.
@@ -169,11 +173,13 @@ mod tests {
         let living = Staging::make(&paths, "import").unwrap();
         let dead = paths.staging().join("boot-import-dead");
         std::fs::create_dir_all(dead.join("rootfs/a")).unwrap();
-        assert_eq!(clean(&paths).unwrap(), 1);
+        std::fs::write(dead.join("rootfs/a/file"), vec![1; 100_000]).unwrap();
+        let (count, bytes) = clean(&paths).unwrap();
+        assert!(count == 1 && bytes >= 100_000, "{count} {bytes}");
         assert!(living.path().is_dir() && !dead.exists());
         let path = living.path().to_owned();
         drop(living);
         assert!(!path.exists());
-        assert_eq!(clean(&paths).unwrap(), 0);
+        assert_eq!(clean(&paths).unwrap(), (0, 0));
     }
 }

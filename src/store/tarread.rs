@@ -323,7 +323,7 @@ impl<R: BufRead> TarReader<R> {
             self.size = size;
             What::File { size, content: None, sha256: None }
         } else if stored != 0 {
-            return Err(self.invalid(format!("{shown:?} is no file and has {stored} bytes of data")));
+            return Err(self.invalid(format!("{shown:?} is not a file, but has {stored} bytes of data")));
         } else {
             what
         };
@@ -398,7 +398,7 @@ impl<R: BufRead> TarReader<R> {
             }
             let number = |bytes: &[u8]| parse_number(bytes).and_then(|n| u64::try_from(n).ok());
             let (Some(offset), Some(length)) = (number(&field.offset), number(&field.numbytes)) else {
-                return Err(self.invalid(format!("the map of the sparse file {shown:?} is no list of numbers")));
+                return Err(self.invalid(format!("the map of the sparse file {shown:?} is not a list of numbers")));
             };
             self.push_piece(pieces, Piece { offset, length }, shown)?;
         }
@@ -416,7 +416,7 @@ impl<R: BufRead> TarReader<R> {
 
     /// GNU sparse format 1.0: decimal lines before the data, padded to a block: the pieces and the bytes they took.
     fn map_in_data(&mut self, stored: u64, shown: &str) -> Result<(Vec<Piece>, u64)> {
-        let bad = || format!("the map of the sparse file {shown:?} is no list of numbers");
+        let bad = || format!("the map of the sparse file {shown:?} is not a list of numbers");
         let mut used = 0;
         let mut numbers: Vec<u64> = Vec::new();
         let mut pieces = Vec::new();

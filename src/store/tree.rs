@@ -57,7 +57,7 @@ impl Tree {
             .map_err(|e| wrong(std::io::Error::from(e).to_string()))?;
         let stat = rustix::fs::fstat(&file).map_err(|e| Error::sys("stat", shown(), e))?;
         if rustix::fs::FileType::from_raw_mode(stat.st_mode) != rustix::fs::FileType::RegularFile {
-            return Err(wrong("it is no regular file on the disk".into()));
+            return Err(wrong("not a regular file on the disk".into()));
         }
         if stat.st_size as u64 != inode.size {
             return Err(wrong(format!("it has {} bytes on the disk, not {}", stat.st_size, inode.size)));

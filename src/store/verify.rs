@@ -308,7 +308,7 @@ fn others(dir: &Path, known: &[&str]) -> Findings {
     // What a writer of meta.json that died left beside it is no damage: the file itself is old or new.
     match strays(dir, |name| known.contains(&name) || super::is_half_written(name)) {
         Ok(names) => {
-            names.into_iter().map(|n| (n.to_string_lossy().into_owned(), "it is no part of an image".into())).collect()
+            names.into_iter().map(|n| (n.to_string_lossy().into_owned(), "not part of an image".into())).collect()
         }
         Err(error) => vec![(".".into(), error.to_string())],
     }
@@ -430,7 +430,7 @@ fn differs(
     let is_directory = want == FileType::Directory;
     let this = (stat.st_dev, stat.st_ino);
     if !is_directory && *inodes.entry(inode.row).or_insert(this) != this {
-        return Some("it is no hard link of what it was one of".into());
+        return Some("no longer a hard link of the same file".into());
     }
     if !is_directory && stat.st_nlink as u64 > u64::from(inode.nlink) {
         return Some(format!("it has {} names, not {}", stat.st_nlink, inode.nlink));

@@ -128,7 +128,7 @@ pub fn parse(text: &[u8]) -> Result<Vec<MountInfo>> {
                     Kind::Invalid,
                     "read mount table line",
                     show(OsStr::from_bytes(line)),
-                    "it has not the fields of proc_pid_mountinfo(5)",
+                    "it lacks fields of proc_pid_mountinfo(5)",
                 )
             })
         })

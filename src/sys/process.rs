@@ -119,8 +119,7 @@ impl Stat {
             Some(libc::ESRCH) => Error::io("read", &path, e).with_kind(Kind::NotFound),
             _ => Error::io("read", &path, e),
         })?;
-        Self::parse(&text)
-            .ok_or_else(|| Error::new(Kind::Invalid, "read", path, "it has not the fields of proc_pid_stat(5)"))
+        Self::parse(&text).ok_or_else(|| Error::new(Kind::Invalid, "read", path, "it lacks fields of proc_pid_stat(5)"))
     }
 
     /// The name, in parentheses, may hold anything: count from its last `)`.

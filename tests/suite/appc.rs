@@ -265,7 +265,7 @@ pub(crate) const SIGNATURES: Case = Case::needing(
             ("stranger@example.com.asc", "the keyring has no key"),
             ("revoked@example.com.asc", "revoked@example.com ("),
             ("expired@example.com.asc", "has expired"),
-            ("app.aci", "it is no OpenPGP signature"),
+            ("app.aci", "not an OpenPGP signature"),
             ("none.asc", "there is no signature"),
         ] {
             import(&archive, &["--signature", signature]).fails(1, &[said]);

@@ -73,7 +73,6 @@ pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on
 
 pub(crate) const USAGE: Case = Case::new("wrong_usage_is_exit_code_2", on::user, |stage: &Stage| {
     let table: &[(&[&str], &str)] = &[
-        (&[], "Usage"),
         (&["mout"], "mount"),
         (&["mount"], "<IMAGE>"),
         (&["mount", "./x"], "<ROOTFS>"),

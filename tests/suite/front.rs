@@ -13,7 +13,7 @@ pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_sa
     let mount = |args: &[&str]| {
         let call = stage.fsprov(["mount", "--id", "one"]).args(args).arg(&image).arg("rootfs");
         // The mode does not depend on the caller's umask.
-        let line = super::umasked(&call, "077");
+        let line = format!("umask 077; exec {}", super::in_shell(&call.command));
         stage.tool("sh", ["-c", &line]).run()
     };
     let said = mount(&["--sandbox", "new/work", "-v", "data:/data"]).ok();
@@ -167,6 +167,138 @@ pub(crate) const SHORT_IDS: Case = Case::new("ids_of_rootfses_may_be_shortened",
     assert_eq!(said.out().lines().count(), 2, "{}", said.describe());
     stage.fsprov(["unmount", "-a", "-l"]).run().ok();
     assert_eq!(stage.fsprov(["list", "-q"]).run().ok().out(), "");
+});
+
+/// An import without root leaves an empty file where the image has a device; the copy must not take it for damage, nor keep it.
+pub(crate) const COPIED_DEVICES: Case = Case::new(
+    "an_image_with_devices_is_copied_without_privilege",
+    |lane: &Lane| on::copy(lane) && lane.enter == Enter::User,
+    |stage: &Stage| {
+        import_with_device(stage);
+        // Closed to others: then the image's devices are not left out from the start.
+        let closed = stage.mkdir("closed");
+        fs::set_permissions(&closed, fs::Permissions::from_mode(0o700)).expect("chmod");
+        for place in ["closed/rootfs", "rootfs"] {
+            let rootfs = stage.mount("devices", place, None::<&str>);
+            assert!(rootfs.join("etc").is_dir(), "{place}");
+            assert!(!rootfs.join("null").exists(), "{place}: an empty file is no device");
+            stage.unmount(place);
+        }
+    },
+);
+
+/// A tar with /null, a character device.
+fn import_with_device(stage: &Stage) {
+    let mut tar = tar::Builder::new(fs::File::create(stage.path("devices.tar")).expect("make the tar"));
+    for (name, kind) in [("etc", tar::EntryType::Directory), ("null", tar::EntryType::Char)] {
+        let mut header = tar::Header::new_gnu();
+        header.set_entry_type(kind);
+        header.set_mode(0o755);
+        header.set_size(0);
+        header.set_uid(0);
+        header.set_gid(0);
+        header.set_device_major(1).expect("major");
+        header.set_device_minor(3).expect("minor");
+        tar.append_data(&mut header, name, std::io::empty()).expect("append");
+    }
+    tar.finish().expect("end of the tar");
+    stage.fsprov(["image", "import", "devices.tar", "--name", "devices"]).run().ok();
+}
+
+pub(crate) const PLATFORM: Case = Case::new("an_image_for_another_platform_is_refused", on::user, |stage: &Stage| {
+    import_with_device(stage);
+    stage.fsprov(["image", "export", "--format", "oci", "devices", "layout"]).run().ok();
+    let host = if cfg!(target_arch = "aarch64") { "linux/arm64" } else { "linux/amd64" };
+    for (platform, code) in [(host, 0), ("linux/s390x", 3), ("windows/amd64", 3)] {
+        let said = stage.fsprov(["image", "import", "layout", "--name", "oci", "--platform", platform]).run();
+        if code == 0 {
+            said.ok()
+        } else {
+            said.fails(code, &[platform, "this image is for linux/", "--platform"])
+        };
+    }
+});
+
+pub(crate) const NO_CONFIG: Case =
+    Case::new("a_configuration_named_and_missing_is_an_error", on::user, |stage: &Stage| {
+        let list = |config: &str| stage.fsprov(["list"]).env("FSPROV_CONFIG", config).run();
+        list("/nope").fails(3, &["/nope", "FSPROV_CONFIG"]);
+        list("").ok();
+        stage.write("config.toml", "");
+        list("config.toml").ok();
+    });
+
+pub(crate) const EXPORT_OUT: Case = Case::new("an_export_to_minus_is_standard_output", on::user, |stage: &Stage| {
+    import_with_device(stage);
+    let said = stage.fsprov(["image", "export", "--format", "tar", "devices", "-"]).run().ok();
+    assert!(!stage.path("-").exists(), "a file of that name was made");
+    let names: Vec<_> = tar::Archive::new(&said.stdout[..])
+        .entries()
+        .expect("a tar")
+        .map(|entry| entry.expect("an entry").path().expect("a path").display().to_string())
+        .collect();
+    assert!(names.iter().any(|name| name.trim_end_matches('/').ends_with("null")), "{names:?}");
+    stage.fsprov(["image", "export", "--format", "oci", "devices", "-"]).run().fails(2, &["directory"]);
+    let said = stage.fsprov(["image", "export", "devices", "out.aci"]).run().ok();
+    assert!(said.out().starts_with("exported devices to out.aci ("), "{}", said.describe());
+});
+
+pub(crate) const LENIENT_ONCE: Case = Case::new("what_is_let_pass_is_told_once", on::user, |stage: &Stage| {
+    stage.mkdir("image/rootfs");
+    let manifest =
+        r#"{"acKind":"ImageManifest","acVersion":"0.8.11","name":"a/b","labels":[{"name":"os","value":"plan10"}]}"#;
+    stage.write("image/manifest", manifest);
+    stage.tool("tar", ["-cf", "bad.aci", "-C", "image", "manifest", "rootfs"]).run().ok();
+    let said = stage.fsprov(["image", "import", "--lenient", "bad.aci"]).run().ok();
+    assert_eq!(said.err().matches("plan10").count(), 1, "{}", said.describe());
+});
+
+/// What importers and downloads left behind counts as what it takes.
+pub(crate) const GC_COUNTS: Case = Case::new("gc_counts_what_it_takes_away", on::user, |stage: &Stage| {
+    stage.fsprov(["image", "list"]).run().ok();
+    stage.mkdir("state/staging/boot-import-dead");
+    stage.write("state/staging/boot-import-dead/big", vec![1; 3 << 20]);
+    let said = stage.fsprov(["image", "gc", "--json"]).run().ok().json();
+    assert_eq!(said["staging"], 1);
+    assert!(said["bytes"].as_u64() >= Some(3 << 20), "{said}");
+    let said = stage.fsprov(["image", "verify"]).run().ok();
+    assert!(said.out().contains("verified 0 images"), "{}", said.describe());
+});
+
+/// Ctrl-C while a rootfs is made: nothing is left, and the same command works again.
+pub(crate) const CTRL_C: Case = Case::new(
+    "ctrl_c_undoes_and_says_so",
+    |lane: &Lane| lane.backend == "copy" || lane.backend == "fuse",
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let command = stage.mount_call(&image, "rootfs", ["--sandbox", "work"]).command;
+        let line = format!("{} & p=$!; sleep 0.5; kill -TERM $p; wait $p", super::in_shell(&command));
+        let call = stage.tool("sh", ["-c", &line]).env("FAILPOINTS", "provision.opened=sleep(5000)");
+        let said = call.run().fails(130, &["interrupted", "nothing of it is left"]);
+        assert!(said.took.as_secs() < 4, "it waited for the work to end: {}", said.describe());
+        assert!(!stage.path("rootfs").exists(), "{}", said.describe());
+        stage.assert_nothing_left("after Ctrl-C");
+        stage.mount(&image, "rootfs", None::<&str>);
+        stage.unmount("rootfs");
+    },
+);
+
+/// The verbs of podman and docker, and no verb at all.
+pub(crate) const OTHER_WORDS: Case = Case::new("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
+    for (words, hint) in [
+        (&["pull", "debian:12"][..], "fsprov image pull"),
+        (&["run", "-it", "debian"], "fsprov mount"),
+        (&["ps"], "fsprov list"),
+        (&["exec", "x", "sh"], "bwrap"),
+        (&["import", "x.tar"], "fsprov image import"),
+        (&["images"], "fsprov image list"),
+        (&["rmi", "x"], "fsprov image rm"),
+    ] {
+        stage.fsprov(words.iter().copied()).run().fails(2, &[words[0], "no such command", hint]);
+    }
+    stage.fsprov(["umount", "-a"]).run().ok();
+    let said = stage.fsprov::<[&str; 0], _>([]).run().ok();
+    assert!(said.out().lines().count() < 12 && said.out().contains("fsprov mount"), "{}", said.describe());
 });
 
 /// A mount point with something in it: a project that would vanish from sight.

@@ -128,10 +128,18 @@ pub(crate) const CASES: &[Case] = &[
     mounted::ATTACKED,
     mounted::CAPPED,
     mounted::MODEL,
+    front::COPIED_DEVICES,
+    front::CTRL_C,
+    front::EXPORT_OUT,
+    front::GC_COUNTS,
     front::HERE,
     front::IMAGE_NAMES,
+    front::LENIENT_ONCE,
     front::NEW_SANDBOX,
+    front::NO_CONFIG,
+    front::OTHER_WORDS,
     front::OVER,
+    front::PLATFORM,
     front::ROOTS_FILES,
     front::SHORT_IDS,
     hardened::CONFINED,
@@ -227,12 +235,10 @@ pub(crate) const CASES: &[Case] = &[
     writers::SET_ID,
 ];
 
-/// The line of sh that makes this call under another umask.
-fn umasked(call: &crate::common::stage::Call<'_>, umask: &str) -> String {
-    let command = &call.command;
+/// A command as a line of sh.
+fn in_shell(command: &std::process::Command) -> String {
     let words = std::iter::once(command.get_program()).chain(command.get_args());
-    let words: Vec<String> = words.map(|word| shell_quote(Path::new(word))).collect();
-    format!("umask {umask}; exec {}", words.join(" "))
+    words.map(|word| shell_quote(Path::new(word))).collect::<Vec<_>>().join(" ")
 }
 
 /// A path as one word of sh.

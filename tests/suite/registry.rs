@@ -542,7 +542,7 @@ fn lies() -> Vec<Lie> {
                 on_manifest(asked).then(|| manifest(|m| m["layers"][0]["mediaType"] = json!("application/wasm"), image))
             }),
             5,
-            "is no layer that we can unpack",
+            "is not a layer that fsprov can unpack",
         ),
         (
             "a digest with a path in it",
@@ -551,7 +551,7 @@ fn lies() -> Vec<Lie> {
                     .then(|| manifest(|m| m["layers"][0]["digest"] = json!("sha256:../../../../etc/passwd"), image))
             }),
             1,
-            "only sha256: and 64 lowercase hex digits are taken",
+            "a digest must be `sha256:` and 64 lowercase hex digits",
         ),
         (
             "layers larger than any disk",

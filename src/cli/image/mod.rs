@@ -1,6 +1,6 @@
 //! `fsprov image`.
 
-mod net;
+pub(super) mod net;
 mod show;
 mod upkeep;
 
@@ -12,6 +12,7 @@ use clap::{Args, Subcommand};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
+use super::interrupt::Undoing;
 use super::{Format, Global, output, settings};
 use crate::error::{Kind, Result};
 use crate::id::{ImageId, ImageRef};
@@ -33,31 +34,31 @@ pub(super) struct Image {
 enum Verb {
     /// Put an image into the store
     Import(Import),
-    /// Get an image from an OCI registry
+    /// Download an image from an OCI registry
     Pull(net::Pull),
-    /// Get an AppC image by its name, and what it depends on
+    /// Download an AppC image by its name, with its dependencies
     Fetch(net::Fetch),
-    /// Show the images in the store
+    /// List the images
     #[command(visible_alias = "ls")]
     List(List),
-    /// Show all about one image
+    /// Show everything about one image
     Show(show::Show),
     /// Give an image another name
     Tag(Tag),
     /// Remove names of images, and images
     #[command(alias = "remove")]
     Rm(Rm),
-    /// Make the index of an image anew from its tree
+    /// Rebuild an image's index from its tree
     Index(upkeep::Index),
-    /// Look at every byte of every image, and name what is damaged
+    /// Check every byte of every image, and report what is damaged
     Verify(upkeep::Verify),
-    /// Remove what is of no use to anybody
+    /// Remove what nothing uses any more
     Gc(upkeep::Gc),
-    /// Show what images take on the disk
+    /// Show how much space images take on disk
     Du(upkeep::Du),
     /// Write an image as an archive or a layout
     Export(upkeep::Export),
-    /// Make one layer of many, as a new image
+    /// Make a new image of one layer from an image of many
     Flatten(upkeep::Flatten),
 }
 
@@ -68,8 +69,8 @@ standard input) or unpacked as a directory; a directory holding `manifest` and `
 --name is needed). The id of an ACI is sha512- and the SHA-512 of the uncompressed tar, that of an OCI image its manifest's digest. An image that is there \
 already is not imported twice.
 
-An image gets the name that you give, or those that it came with. A name that another image has is not taken from it unless you say --replace; \
-`fsprov image show NAME` then tells what it meant before.
+An image gets the name that you give, or the names that it came with. A name that another image has stays with that one unless you say \
+--replace; `fsprov image show NAME` then tells what it meant before.
 
 Examples:
   fsprov image import debian.aci
@@ -80,10 +81,10 @@ Examples:
 struct Import {
     /// The archive or directory
     path: PathBuf,
-    /// The name it gets, in place of its own
+    /// Name it so, in place of its own name
     #[arg(long)]
     name: Option<String>,
-    /// Take the name from the image that has it
+    /// Take the name away from the image that has it now
     #[arg(long)]
     replace: bool,
     /// Refuse the image unless it has this id
@@ -92,16 +93,16 @@ struct Import {
     /// Which image of an OCI layout or docker archive that has several: its name or tag there
     #[arg(long, value_name = "NAME")]
     reference: Option<String>,
-    /// For which platform, of an OCI image made for several [default: this host's]
+    /// The platform to take of an OCI image for several [default: this host's]
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     platform: Option<Platform>,
-    /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
+    /// Accept a manifest that breaks the rules in ways that Apache Mesos accepts, and warn
     #[arg(long)]
     lenient: bool,
     /// The archive's detached OpenPGP signature, if a keyring is configured [default: PATH.asc]
     #[arg(long, value_name = "FILE")]
     signature: Option<PathBuf>,
-    /// Take it without a signature, although a keyring is configured
+    /// Accept it without a signature, even though a keyring is configured
     #[arg(long, conflicts_with = "signature")]
     no_signature: bool,
     #[command(flatten)]
@@ -159,6 +160,8 @@ impl Image {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let settings = settings()?;
         let store = Store::open(&global.paths()?)?.with_policy(settings.policy());
+        let makes = matches!(&self.verb, Verb::Import(_) | Verb::Pull(_) | Verb::Fetch(_) | Verb::Flatten(_));
+        let _undoing = makes.then(|| Undoing::on_signal(global, None)).transpose()?;
         match &self.verb {
             Verb::Import(verb) => verb.run(&store),
             Verb::Pull(verb) => verb.run(&store, &settings),
@@ -224,9 +227,6 @@ impl Import {
 
 /// Say what was imported.
 fn report(done: &Imported, format: Format) -> Result<()> {
-    for warning in &done.warnings {
-        log::warn!("{warning}");
-    }
     if done.on_disk == OnDisk::IndexOnly {
         log::info!("owners, modes or devices that you may not set are kept in the index: the fuse backend shows them");
     }
@@ -235,7 +235,7 @@ fn report(done: &Imported, format: Format) -> Result<()> {
     }
     let how = match done.outcome {
         Outcome::Created => "imported",
-        Outcome::Existing => "already there:",
+        Outcome::Existing => "already in the store:",
     };
     output::line(&format!("{how} {} ({})", done.name, done.id))
 }

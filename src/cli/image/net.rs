@@ -14,16 +14,15 @@ use crate::image::Strictness;
 use crate::image::discovery::Wanted;
 use crate::image::oci::Platform;
 use crate::pull::{self, Options, Part, PartFn, Reference};
-use crate::store::Store;
+use crate::store::{Imported, Store};
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 REF is [HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST], as docker writes it: `debian` is docker.io/library/debian:latest. Logins are those of `podman login` \
-and `docker login`. A registry on this host is spoken to by https, or by http where it knows no https; any other by https, unless the configuration \
-calls it insecure. What is checked: the digest of everything that comes, and of every layer's uncompressed content. Detached signatures are AppC's: \
-a keyring does not speak of pulled images.
+and `docker login`. Registries are reached by https; one on this host also by http, and others if the configuration calls them insecure. The digest \
+of everything that comes is checked, and that of every layer's uncompressed content. A keyring is for AppC images and is not asked about pulled ones.
 
-A pull that broke off goes on where it ended. A tag that was pulled before and means another image now is moved to it.
+A pull that broke off goes on where it ended. Pulling again moves the tag to the image that it means now.
 
 Examples:
   fsprov image pull debian:12
@@ -33,7 +32,7 @@ pub(super) struct Pull {
     /// What to pull
     #[arg(value_name = "REF")]
     reference: Reference,
-    /// For which platform, of an image made for several [default: this host's]
+    /// The platform to take of an image for several [default: this host's]
     #[arg(long, value_name = "OS/ARCH[/VARIANT]")]
     platform: Option<Platform>,
     #[command(flatten)]
@@ -54,7 +53,7 @@ pub(super) struct Fetch {
     /// What to fetch
     #[arg(value_name = "NAME")]
     wanted: Wanted,
-    /// Take a manifest that breaks the rules as those of Apache Mesos do, and warn
+    /// Accept a manifest that breaks the rules in ways that Apache Mesos accepts, and warn
     #[arg(long)]
     lenient: bool,
     #[command(flatten)]
@@ -112,12 +111,21 @@ fn options(settings: &Settings, bars: &Arc<Bars>) -> Options {
 
 impl Pull {
     pub(super) fn run(&self, store: &Store, settings: &Settings) -> Result<()> {
-        let bars = Bars::new();
-        let options = Options { platform: self.platform.clone(), ..options(settings, &bars) };
-        let pulled = pull::pull(store, &self.reference, &options);
-        bars.end();
-        report(&pulled?, self.format)
+        report(&pull(store, settings, &self.reference, self.platform.clone())?, self.format)
     }
+}
+
+/// Pull, with bars.
+pub(in crate::cli) fn pull(
+    store: &Store,
+    settings: &Settings,
+    reference: &Reference,
+    platform: Option<Platform>,
+) -> Result<Imported> {
+    let bars = Bars::new();
+    let pulled = pull::pull(store, reference, &Options { platform, ..options(settings, &bars) });
+    bars.end();
+    pulled
 }
 
 impl Fetch {

@@ -14,8 +14,8 @@ use crate::sys::durable::make_file;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Refused (exit code 5) where the tree on disk does not say all, as after an import without root. A directory that is mounted as an image without \
-an import has no index: it is served as it is.
+Refused (exit code 5) if the tree on disk lacks owners, modes or devices, as it does after an import without root. A directory that is \
+mounted without an import needs no index.
 
 Example:
   fsprov image index example.com/debian")]
@@ -38,7 +38,7 @@ impl Index {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Exit code 1 if anything is damaged and stays so. With --repair, what is damaged is moved out of the way into the state root's `aside` \
+Exit code 1 if anything is left damaged. With --repair, what is damaged is moved out of the way into the state root's `aside` \
 directory, and images that came from a file or directory of this host are imported from there again, if it is still the same.
 
 Example:
@@ -76,10 +76,18 @@ impl Verify {
             output::table(["ID", "PART", "DAMAGE", "REPAIR"], &rows)?;
         }
         let left = found.iter().filter(|d| !d.set_aside).count();
-        if left == 0 {
+        if left == 0 && self.format.json {
             return Ok(());
         }
-        Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} findings, see above"))
+        if left == 0 {
+            let (bytes, _) = store.total_bytes()?;
+            let count = store.ids()?.len();
+            if !found.is_empty() {
+                return Ok(());
+            }
+            return output::line(&format!("verified {count} images, {}: all is well", output::size(bytes)));
+        }
+        Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} parts are damaged, see above"))
             .hint("`fsprov image verify --repair` sets the damaged images aside; then import them again"))
     }
 }
@@ -88,21 +96,21 @@ impl Verify {
 #[command(
     alias = "prune",
     after_help = "\
-Removes layers that no image names and what importers that died left behind; with --unused also every image that no rootfs uses, with
---aside also what `verify --repair` set aside as damaged and no rootfs may be using.
+Removes layers that no image uses and what interrupted imports left behind; with --unused also every image that no rootfs uses, with
+--aside also the damaged images that `verify --repair` set aside.
 
 Examples:
   fsprov image gc
   fsprov image gc --unused --json"
 )]
 pub(super) struct Gc {
-    /// Images that no rootfs uses, too
+    /// Remove images that no rootfs uses, too
     #[arg(long)]
     unused: bool,
-    /// Of those, only what was imported at least so many days ago
+    /// Only those imported at least this many days ago
     #[arg(long, value_name = "DAYS", requires = "unused")]
     older_than: Option<u32>,
-    /// Damaged images that were set aside, too
+    /// Remove damaged images that were set aside, too
     #[arg(long)]
     aside: bool,
     #[command(flatten)]
@@ -138,7 +146,7 @@ impl Gc {
 
 #[derive(Debug, Args)]
 #[command(
-    after_help = "OWN is what removing the image gives back; SHARED lies in layers that other images have too.\n\nExample:\n  fsprov image du"
+    after_help = "OWN is what you get back by removing the image; SHARED is in layers that other images use too.\n\nExample:\n  fsprov image du"
 )]
 pub(super) struct Du {
     #[command(flatten)]
@@ -184,11 +192,13 @@ enum Form {
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-True owners, modes and devices are written whoever imported the image. Neither form is compressed. PATH must not exist.
+True owners, modes and devices are written, also of an image that an ordinary user imported. Nothing is compressed. PATH must not exist; \
+- is standard output.
 Of an OCI image an ACI has the files and the labels, not the command, environment and user; an OCI layout keeps all of them.
 
 Examples:
   fsprov image export example.com/debian debian.aci
+  fsprov image export --format tar example.com/debian - | tar -tv
   fsprov image export --format oci example.com/debian ./debian-layout")]
 pub(super) struct Export {
     /// As what
@@ -196,13 +206,16 @@ pub(super) struct Export {
     format: Form,
     /// Its name, its id, or the beginning of its id
     image: OsString,
-    /// The file or directory to make
+    /// The file or directory to make, or - for standard output
     path: PathBuf,
 }
 
 impl Export {
     pub(super) fn run(&self, store: &Store) -> Result<()> {
         let image = ImageRef::parse(&self.image)?;
+        if self.path == Path::new("-") {
+            return self.to_stdout(store, &image);
+        }
         if std::fs::symlink_metadata(&self.path).is_ok() {
             return Err(
                 Error::new(Kind::Exists, "export to", show(&self.path), "it exists").hint("choose another PATH")
@@ -212,6 +225,21 @@ impl Export {
             Form::Oci => store.export_oci(&image, &self.path),
             Form::Aci => make_file(&self.path, |out| store.export_aci(&image, out)),
             Form::Tar => make_file(&self.path, |out| store.export_tar(&image, out)),
+        }?;
+        let size = output::size(crate::sys::usage::measure(&self.path)?.bytes);
+        output::line(&format!("exported {image} to {} ({size})", show(&self.path)))
+    }
+
+    fn to_stdout(&self, store: &Store, image: &ImageRef) -> Result<()> {
+        let refuse = |why: &'static str| Err(Error::new(Kind::Usage, "export to", "standard output", why));
+        let out = &mut std::io::stdout().lock();
+        if std::io::IsTerminal::is_terminal(out) {
+            return refuse("it is a terminal; redirect it, or give a PATH");
+        }
+        match self.format {
+            Form::Oci => refuse("an OCI layout is a directory; give a PATH, or use --format aci or tar"),
+            Form::Aci => store.export_aci(image, out),
+            Form::Tar => store.export_tar(image, out),
         }
     }
 }

@@ -140,7 +140,7 @@ impl Worker {
 }
 
 fn unexpected(message: &FromWorker) -> Error {
-    Error::new(Kind::Helper, "talk to worker", "", format!("it says {message:?} out of turn"))
+    Error::new(Kind::Helper, "talk to worker", "", format!("unexpected message from the worker: {message:?}"))
 }
 
 pub(super) fn timespec(duration: Duration) -> Timespec {

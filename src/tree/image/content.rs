@@ -230,13 +230,13 @@ impl Content {
             return Err(changed(index, inode, "it is not a regular file any more"));
         }
         if stat.st_size as u64 != inode.size {
-            return Err(changed(index, inode, "it has not the size that the index says"));
+            return Err(changed(index, inode, "its size is not the one in the index"));
         }
         if self.trust == Trust::Digest
             && let Some(want) = index.sha256(inode)?
             && digest(&fd).map_err(|errno| Refusal::Call { path: path_of(index, inode), call: "read", errno })? != want
         {
-            return Err(changed(index, inode, "it has not the SHA-256 that the index says"));
+            return Err(changed(index, inode, "its SHA-256 is not the one in the index"));
         }
         Ok(Opened { fd })
     }

@@ -1,0 +1,40 @@
+//! What somebody reads who does not know the verbs yet: a start for `fsprov` alone, a hint for the words of other tools.
+
+/// `fsprov` by itself.
+pub(super) const START: &str = "\
+fsprov puts a container image's root filesystem in place, with or without root.
+
+  fsprov image pull debian:12                    get an image (`fsprov image import FILE` takes one you have)
+  fsprov mount -v .:/src debian:12 rootfs        mount it at ./rootfs, with this directory at /src
+  bwrap --unshare-all --uid 0 --gid 0 --bind rootfs / --dev /dev --proc /proc sh
+  fsprov unmount rootfs
+
+`fsprov help` lists the commands, `fsprov probe` tells what works on this host.
+";
+
+/// Words of podman, docker, skopeo, and what they are here.
+const ELSEWHERE: &[(&[&str], &str)] = &[
+    (&["pull"], "`fsprov image pull REF` gets an image from a registry"),
+    (&["images"], "`fsprov image list` shows the images"),
+    (&["import", "load"], "`fsprov image import FILE` takes an archive or a directory"),
+    (&["export", "save"], "`fsprov image export IMAGE FILE` writes an image"),
+    (&["rmi"], "`fsprov image rm IMAGE` removes an image"),
+    (&["tag"], "`fsprov image tag IMAGE NAME` gives an image another name"),
+    (&["prune", "gc"], "`fsprov image gc` removes what nothing uses"),
+    (&["ps", "containers"], "`fsprov list` shows what is mounted"),
+    (&["rm", "stop", "kill", "delete"], "`fsprov unmount ROOTFS` takes a rootfs away"),
+    (
+        &["run", "exec", "start", "create", "shell", "enter"],
+        "fsprov mounts and leaves running to others: `fsprov mount IMAGE rootfs`, then \
+         `bwrap --unshare-all --uid 0 --gid 0 --bind rootfs / --dev /dev --proc /proc sh`",
+    ),
+    (&["logs"], "`fsprov stats ROOTFS` shows what a FUSE server does; its log is in `fsprov inspect ROOTFS`"),
+    (&["info", "doctor", "check"], "`fsprov probe` tells what works on this host"),
+    (&["build"], "fsprov builds no images; `fsprov image import` takes those that buildah, docker or mmdebstrap make"),
+    (&["login"], "logins are those of `podman login` and `docker login`"),
+];
+
+/// What is meant by a verb that is not ours.
+pub(super) fn hint(verb: &str) -> Option<&'static str> {
+    ELSEWHERE.iter().find(|(words, _)| words.contains(&verb)).map(|(_, hint)| *hint)
+}
