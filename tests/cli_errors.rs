@@ -12,15 +12,16 @@ fn prepare(dir: &Path) {
     let make = |name: &str| std::fs::create_dir_all(dir.join(name)).expect("make a directory");
     let write = |name: &str, text: &str| std::fs::write(dir.join(name), text).expect("write a file");
     ["tree/etc", "full", "sandbox", "home"].into_iter().for_each(make);
-    [
+    let files = [
         ("tree/etc/f", "file"),
         ("text", "x"),
         ("full/x", "x"),
         ("bad.toml", "rot = 1\n"),
         ("zfs.toml", "backend = \"zfs\"\n"),
-    ]
-    .into_iter()
-    .for_each(|(name, text)| write(name, text));
+    ];
+    for (name, text) in files {
+        write(name, text);
+    }
     std::os::unix::fs::symlink("/etc", dir.join("sandbox/out")).expect("symlink");
     std::os::unix::fs::symlink("nowhere", dir.join("dangling")).expect("symlink");
     let tar = Command::new("tar").args(["-C", "tree", "-cf", "bare.tar", "."]).current_dir(dir).status();

@@ -227,10 +227,10 @@ fn held_back(restraint: Restraint) -> &'static str {
     }
 }
 
-/// How often the bar is drawn anew.
+/// How often the bar is redrawn.
 const BAR_PAUSE: Duration = Duration::from_millis(100);
 
-/// Shows on stderr how far copying has come, as long as it lives. Nothing where stderr is no terminal, or nothing is copied.
+/// Shows on stderr how far copying has come, as long as it lives. Nothing if stderr is not a terminal, or if nothing is copied.
 struct Bar {
     done: Arc<(Mutex<bool>, Condvar)>,
     thread: Option<std::thread::JoinHandle<()>>,

@@ -59,11 +59,11 @@ impl Provisioner {
                     return Ok(Some(making.into_record()));
                 }
                 Ok(false) => {}
-                Err(error) => log::warn!("{error}: mounting anew"),
+                Err(error) => log::warn!("{error}: mounting it from the start"),
             }
         } else {
             if !shelved.is_empty() {
-                log::warn!("{id}: what was kept for it is of another start: mounting anew");
+                log::warn!("{id}: what was kept for it belongs to another start: mounting it from the start");
             }
             drop((claim, shelved));
         }

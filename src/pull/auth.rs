@@ -316,7 +316,7 @@ impl<'a> Session<'a> {
         let login = format!("`podman login {0}` or `docker login {0}` writes one", self.login_host);
         if has_login {
             return Error::new(Kind::Permission, "read", subject, "the registry refuses the login it was given")
-                .hint(format!("{login} anew; a repository that is not there may be refused too"));
+                .hint(format!("{login} again; a registry may also refuse a repository that does not exist"));
         }
         Error::new(Kind::Permission, "read", subject, "the registry wants a login, or has no such repository").hint(
             format!(

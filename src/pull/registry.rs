@@ -41,6 +41,8 @@ struct Found<'a> {
     bytes: Vec<u8>,
     manifest: Manifest,
     digest: Digest,
+    /// What the index that led here says it is for.
+    platform: Option<Platform>,
 }
 
 /// Get an image of a registry into the store.
@@ -148,7 +150,10 @@ fn resolve<'a>(session: Session<'a>, reference: &Reference, options: &Options) -
             document = oci::parse_document(&bytes, Some(said))?;
         }
         match document {
-            Document::Manifest(manifest) => return Ok(Found { session, bytes, manifest, digest }),
+            Document::Manifest(manifest) => {
+                let platform = announced.and_then(|said| said.platform);
+                return Ok(Found { session, bytes, manifest, digest, platform });
+            }
             Document::Index(index) => {
                 let chosen = oci::choose(&index, None, &platform)?;
                 log::info!("for {platform}: {}", chosen.digest);
@@ -256,7 +261,10 @@ fn get(
     blobs.one(&manifest.config, &AtomicBool::new(false))?;
     let config = std::fs::read(blobs.path(&manifest.config.digest)).map_err(|e| Error::io("read", "config", e))?;
     let config = oci::parse_config(&config, manifest.layers.len())?;
-    options.platform.as_ref().map_or(Ok(()), |wanted| config.platform.require(wanted))?;
+    // What an index said of it was chosen by.
+    if let (Some(wanted), None) = (&options.platform, &found.platform) {
+        config.platform.require(wanted)?;
+    }
     put_layout(download.path(), found)?;
     let has = |diff_id: &Digest| store.has_layer(diff_id.id());
     let missing: Vec<&Descriptor> = manifest

@@ -127,17 +127,22 @@ impl Layout {
 
     fn pick_oci(&self, options: &ImportOptions) -> Result<Picked> {
         let mut bytes = self.small(Path::new("index.json"))?;
-        let mut announced = None;
+        let (mut announced, mut is_chosen) = (None, false);
         let mut names: Vec<String> = Vec::new();
         for depth in 0..MAX_INDEX_DEPTH {
             match oci::parse_document(&bytes, announced.as_deref())? {
                 Document::Manifest(_) if depth == 0 => break,
-                Document::Manifest(manifest) => return self.picked(bytes, &manifest, names, options),
+                Document::Manifest(manifest) => {
+                    // What an index said of it was chosen by.
+                    let wanted = options.platform.as_ref().filter(|_| !is_chosen);
+                    return self.picked(bytes, &manifest, names, wanted);
+                }
                 Document::Index(index) => {
                     let wanted = options.reference.as_deref().filter(|_| depth == 0);
                     let platform = options.platform.clone().unwrap_or_else(oci::Platform::host);
                     let chosen = oci::choose(&index, wanted, &platform)?;
                     names.extend(chosen.names().map(str::to_owned));
+                    is_chosen |= chosen.platform.is_some();
                     announced = Some(chosen.media_type.clone());
                     bytes = self.blob(chosen)?;
                 }
@@ -156,11 +161,11 @@ impl Layout {
         bytes: Vec<u8>,
         manifest: &Manifest,
         names: Vec<String>,
-        options: &ImportOptions,
+        wanted: Option<&oci::Platform>,
     ) -> Result<Picked> {
         let config_bytes = self.blob(&manifest.config)?;
         let config = oci::parse_config(&config_bytes, manifest.layers.len())?;
-        options.platform.as_ref().map_or(Ok(()), |wanted| config.platform.require(wanted))?;
+        wanted.map_or(Ok(()), |wanted| config.platform.require(wanted))?;
         let layers = manifest.layers.iter().zip(&config.rootfs.diff_ids).map(|(blob, diff_id)| {
             if !oci::is_tar_layer(&blob.media_type) {
                 let why = format!("its media type {:?} is not a layer that fsprov can unpack", blob.media_type);

@@ -309,7 +309,7 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
     stage.fsprov(["image", "import"]).arg(&archive).run().ok();
     let file = stage.path("state/images").join(&id).join("manifest");
     fs::write(&file, "{}").expect("damage the manifest");
-    let found = stage.fsprov(["image", "verify"]).run().fails(1, &["1 findings", "--repair"]);
+    let found = stage.fsprov(["image", "verify"]).run().fails(1, &["1 damaged", "--repair"]);
     assert!(found.out().contains(&id[..19]) && found.out().contains("manifest"), "{}", found.describe());
     // From where it came, if that is still there; else it is set aside.
     fs::rename(&archive, stage.path("away")).expect("rename");

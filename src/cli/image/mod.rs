@@ -245,7 +245,7 @@ fn bar_style() -> ProgressStyle {
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 
-/// indicatif draws on stderr, and nothing where that is no terminal.
+/// indicatif draws on stderr, and only if that is a terminal.
 fn show_on(bar: &ProgressBar) -> ProgressFn {
     let bar = bar.clone();
     Arc::new(move |progress| {

@@ -60,7 +60,7 @@ pub(super) struct Fetch {
     format: Format,
 }
 
-/// Bars on stderr, one a part, and nothing where that is no terminal.
+/// Bars on stderr, one a part, and only if that is a terminal.
 struct Bars {
     all: MultiProgress,
     parts: Mutex<HashMap<String, ProgressBar>>,

@@ -87,7 +87,7 @@ impl Verify {
             }
             return output::line(&format!("verified {count} images, {}: all is well", output::size(bytes)));
         }
-        Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} parts are damaged, see above"))
+        Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} damaged, see above"))
             .hint("`fsprov image verify --repair` sets the damaged images aside; then import them again"))
     }
 }
