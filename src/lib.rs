@@ -17,6 +17,7 @@
 //! | an index, of an image or of any tree | [`store::Store::rebuild_index`], [`index::Builder`] |
 
 pub mod backend;
+mod child;
 pub mod cli;
 pub mod config;
 pub mod daemon;
@@ -40,9 +41,24 @@ pub mod sys;
 pub mod traces;
 pub mod tree;
 pub mod volume;
+mod walls;
 
 pub use cli::main;
 pub use error::{Error, Kind, Result};
+
+/// To be called first in `main`: runs the hidden verbs of this program's other processes, which are FUSE servers and those that read
+/// archives. `None`: these arguments are none of them.
+///
+/// A program that calls it is started again for them, as `fsprov` itself is; for another one `fsprov` is looked for on PATH.
+pub fn dispatch() -> Option<std::process::ExitCode> {
+    let verb = std::env::args_os().nth(1);
+    let verb = verb.as_ref().and_then(|verb| verb.to_str()).unwrap_or_default();
+    let code = daemon::dispatch(verb);
+    if code.is_none() {
+        child::note_that_it_dispatches();
+    }
+    code
+}
 
 /// For unit tests: this host lacks what a test needs. Under FSPROV_TEST_MUST_RUN that is a failure, as it is for the other tests.
 #[cfg(test)]

@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    if let Some(code) = fsprov::daemon::dispatch() {
+    if let Some(code) = fsprov::dispatch() {
         return code;
     }
     fsprov::main(std::env::args_os())

@@ -8,11 +8,10 @@
 //! * `control`: what can be asked of a running server
 //! * `shelf`: what outlives all of them, and lets the next supervisor go on
 //! * `protocol`: what they say to each other, and which descriptors they hand over
-//! * `channel`, `figures`, `log`, `sources`, `startup`: what they share
+//! * `figures`, `log`, `sources`, `startup`: what they share; their channel is `child`'s
 //!
 //! A job reaches the supervisor over a socket, never in its arguments.
 
-mod channel;
 pub mod control;
 mod figures;
 mod log;
@@ -27,7 +26,6 @@ mod walls;
 
 use std::ffi::CStr;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::fuse::mount::Method;
 use crate::plan::Plan;
@@ -56,26 +54,13 @@ const SUPERVISE: &str = "__supervise";
 /// Hidden verb of the worker.
 const WORK: &str = "__worker";
 
-static DISPATCHES: AtomicBool = AtomicBool::new(false);
-
-/// To be called first in `main`: runs the hidden verbs of server processes. `None`: these arguments are none of them.
-///
-/// A program that calls it can serve as well as `fsprov` itself, and [`start`] then starts the server from it.
-pub fn dispatch() -> Option<ExitCode> {
-    let verb = std::env::args_os().nth(1);
-    match verb.as_ref().and_then(|v| v.to_str()) {
-        Some(SUPERVISE) => Some(supervise::main()),
-        Some(WORK) => Some(serve::main()),
-        _ => {
-            DISPATCHES.store(true, Ordering::Relaxed);
-            None
-        }
+/// The server process that this verb means; `None`: it is none of them. See [`crate::dispatch`].
+pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
+    match verb {
+        SUPERVISE => Some(supervise::main()),
+        WORK => Some(serve::main()),
+        _ => None,
     }
-}
-
-/// Does this program call [`dispatch`]?
-fn this_program_serves() -> bool {
-    DISPATCHES.load(Ordering::Relaxed)
 }
 
 /// What the mount table shows as the source of a rootfs's FUSE mount.
@@ -113,5 +98,5 @@ fn hex(bytes: &[u8]) -> String {
 fn unhex(text: &str) -> crate::Result<Vec<u8>> {
     data_encoding::HEXLOWER
         .decode(text.as_bytes())
-        .map_err(|e| crate::Error::new(crate::Kind::Invalid, "read a message of a server process", "", e))
+        .map_err(|e| crate::Error::new(crate::Kind::Invalid, "read a message of another process of fsprov", "", e))
 }

@@ -25,7 +25,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 
 use serde::{Deserialize, Serialize};
 
-use super::channel::{Channel, MAX_FDS};
+use crate::child::channel::{Channel, MAX_FDS};
 use crate::error::{Error, Kind, Result, Told};
 use crate::fuse::mount::{Method, OtherUsers};
 use crate::fuse::session::{InFlight, Resend};

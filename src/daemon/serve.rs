@@ -11,13 +11,14 @@ use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags};
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use super::channel::Channel;
 use super::control::{Listener, Question};
 use super::protocol::{Begin, FromWorker, Job, ToWorker};
 use super::sources::{Sources, read_memory_file};
-use super::startup::{settle, take_stdin, take_stdout};
+use super::startup::settle;
 use super::walls::{self, Walls};
 use super::{REQUEST_LOST, TARGET, figures, hex, unhex};
+use crate::child::channel::Channel;
+use crate::child::{take_stdin, take_stdout};
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, MAX_REQUEST, Operation};
 use crate::fuse::buffers::Buffers;

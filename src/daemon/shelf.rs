@@ -10,10 +10,10 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 
-use super::channel::Channel;
 use super::protocol::{self, Job};
 use super::sources::{Legacy, Sources, read_memory_file};
 use super::{hex, unhex};
+use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
 use crate::fuse::mount::{self, Mounted};
 use crate::plan::Plan;

@@ -7,8 +7,8 @@ use std::path::Path;
 
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use super::channel::{Channel, MAX_FDS};
 use super::protocol::{FromWorker, ToWorker};
+use crate::child::channel::{Channel, MAX_FDS};
 use crate::error::{Error, Kind, Result, show};
 use crate::place::{Place, Places};
 use crate::plan::Plan;

@@ -10,10 +10,10 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::channel::Channel;
 use super::protocol::{self, Course, Job, Report, ToSupervisor};
 use super::sources::memory_file;
-use super::{SUPERVISE, TARGET, names, shelf, sources, this_program_serves};
+use super::{SUPERVISE, TARGET, names, shelf, sources};
+use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::fuse::mount::{self, Method, OtherUsers};
@@ -30,7 +30,7 @@ pub struct Options {
     pub others: OtherUsers,
     /// Threads that answer requests.
     pub threads: usize,
-    /// The program to run as server: one whose `main` calls [`super::dispatch`]. `None`: this one if it does, else `fsprov` on
+    /// The program to run as server: one whose `main` calls [`crate::dispatch`]. `None`: this one if it does, else `fsprov` on
     /// PATH.
     pub program: Option<PathBuf>,
     /// Ask for requests in flight again after a crash?
@@ -181,7 +181,7 @@ impl Link {
         let status = first.wait().map_err(fail)?;
         if !status.success() {
             return Err(Error::new(Kind::Helper, OP, show(&program), format!("it ended with {status}"))
-                .hint("the program must be fsprov, or one that calls fsprov::daemon::dispatch() first"));
+                .hint("the program must be fsprov, or one that calls fsprov::dispatch() first"));
         }
         let text = serde_json::to_vec(job).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
         let job = memory_file("fsprov-job", &text)?;
@@ -274,26 +274,7 @@ pub(super) fn title(plan: &Plan) -> OsString {
 }
 
 fn program(options: &Options) -> Result<PathBuf> {
-    if let Some(program) = &options.program {
-        return Ok(program.clone());
-    }
-    if this_program_serves() {
-        return Ok(PathBuf::from("/proc/self/exe"));
-    }
-    let path = std::env::var_os("PATH").unwrap_or_default();
-    std::env::split_paths(&path)
-        .filter(|dir| dir.is_absolute())
-        .map(|dir| dir.join("fsprov"))
-        .find(|p| rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok() && p.is_file())
-        .ok_or_else(|| {
-            Error::new(
-                Kind::Unsupported,
-                "start server",
-                "",
-                "this program cannot be one and there is no fsprov on PATH",
-            )
-            .hint("install fsprov, name it in Options::program, or call fsprov::daemon::dispatch() first in main")
-        })
+    options.program.clone().map_or_else(|| crate::child::program("start server"), Ok)
 }
 
 /// Processes of a server that still run.

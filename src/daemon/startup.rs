@@ -1,13 +1,11 @@
 //! The first steps of a server process: it belongs to nobody, and holds nothing it was not given.
 
 use std::ffi::CStr;
-use std::fs::File;
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::sync::atomic::AtomicBool;
 
-use super::channel::Channel;
 use super::{SUPERVISOR_NAME, TARGET};
+use crate::child::{channel::Channel, take_stdin};
 use crate::error::{Error, Result};
 use crate::sys::raw;
 
@@ -23,29 +21,6 @@ pub(super) fn detach() -> Result<Channel> {
     raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
     settle(SUPERVISOR_NAME);
     take_stdin().map(Channel::from)
-}
-
-/// The socket that stdin is, and /dev/null in its place.
-pub(super) fn take_stdin() -> Result<OwnedFd> {
-    take_over("stdin", std::io::stdin().as_fd(), |null| rustix::stdio::dup2_stdin(null))
-}
-
-/// The same for stdout.
-pub(super) fn take_stdout() -> Result<OwnedFd> {
-    take_over("stdout", std::io::stdout().as_fd(), |null| rustix::stdio::dup2_stdout(null))
-}
-
-fn take_over(
-    name: &str,
-    socket: BorrowedFd<'_>,
-    replace: impl FnOnce(&File) -> rustix::io::Result<()>,
-) -> Result<OwnedFd> {
-    let fail = |e| Error::io("take over the socket at", name, e);
-    let socket = socket.try_clone_to_owned().map_err(fail)?;
-    let null =
-        File::options().read(true).write(true).open("/dev/null").map_err(|e| Error::io("open", "/dev/null", e))?;
-    replace(&null).map_err(|e| fail(e.into()))?;
-    Ok(socket)
 }
 
 /// First steps of a server process.

@@ -18,13 +18,13 @@ use std::time::{Duration, Instant};
 use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 
-use super::channel::Channel;
 use super::control::{Listener, Question};
 use super::protocol::{self, Begin, Course, FromWorker, Job, Report, ToWorker};
 use super::shelf::{self, Inheritance};
 use super::sources::{Legacy, Sources, memory_file};
 use super::startup::{catch_signals, detach};
 use super::{REQUEST_LOST, TARGET, THREAD_LOST, hex};
+use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, Told, show};
 use crate::fault;
 use crate::fuse::mount;

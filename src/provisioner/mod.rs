@@ -116,7 +116,7 @@ impl Condition {
 /// use fsprov::provisioner::{Provisioner, Request, Selector};
 ///
 /// // A FUSE server is this program again: it must be let through, first of all.
-/// if fsprov::daemon::dispatch().is_some() {
+/// if fsprov::dispatch().is_some() {
 ///     return Ok(());
 /// }
 /// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());

@@ -3,9 +3,9 @@
 use std::os::fd::OwnedFd;
 use std::time::Duration;
 
-use super::super::channel::Channel;
 use super::super::protocol::{Course, Job, Report, ToSupervisor};
 use super::super::sources::read_memory_file;
+use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result};
 
 /// Longest wait for the caller's word to go on: it writes its record in between.

@@ -9,13 +9,13 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
-use super::super::channel::Channel;
 use super::super::control::Listener;
 use super::super::protocol::{Begin, FromWorker, Job, ToWorker};
 use super::super::sources::{Legacy, Sources};
 use super::super::{SUPERVISOR_NAME, TARGET, WORK, WORKER_NAME, hex, names, spawn, unhex};
 use super::live_mount::LiveMount;
 use super::restarts::Death;
+use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
 use crate::fuse::session::InFlight;
 use crate::plan::Plan;

@@ -1,18 +1,12 @@
-//! The filter of system calls (seccomp(2)): a list of what is allowed, of everything else nothing.
+//! The system calls that a worker may make; how the rest is refused is `crate::walls::calls`.
 //!
 //! The list is what the worker's threads were seen to call after the filter stands, over the whole suite (tracepoint
 //! raw_syscalls:sys_enter by thread name), and beside it what the C library calls on its way to an abort, where there is no vDSO, and
-//! after a stop signal. What is not on it says EPERM, except: clone3(2), whose arguments a filter cannot see, and calls made after
-//! this list, say ENOSYS, upon which a C library takes the older way; another architecture's calls and x32's end the process.
+//! after a stop signal.
 
-use std::collections::BTreeMap;
+use seccompiler::{BpfProgram, SeccompCmpArgLen as Length, SeccompCmpOp as Is, SeccompRule};
 
-use seccompiler::{
-    BpfProgram, SeccompAction, SeccompCmpArgLen as Length, SeccompCmpOp as Is, SeccompCondition as Condition,
-    SeccompFilter, SeccompRule, TargetArch, sock_filter,
-};
-
-type Call = libc::c_long;
+use crate::walls::calls::{self, Call, Devices, rule, when};
 
 /// Allowed whatever the arguments, by what needs them.
 const ALLOWED: &[(&str, &[Call])] = &[
@@ -114,10 +108,6 @@ const ALLOWED: &[(&str, &[Call])] = &[
     ("the same where a C library knows the older calls alone", &[libc::SYS_poll, libc::SYS_readlink]),
 ];
 
-/// Calls from here on are newer than the list, whose author knew Linux 6.18. One numbering for all architectures since 424
-/// (scripts/syscall.tbl).
-const FIRST_UNKNOWN: u32 = 470;
-
 /// What pthread_create(3) asks of clone(2): glibc so, musl with a flag that means nothing since Linux 2.6.
 const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_FS
@@ -129,23 +119,6 @@ const THREAD: u64 = (libc::CLONE_VM
     | libc::CLONE_PARENT_SETTID
     | libc::CLONE_CHILD_CLEARTID) as u64;
 
-/// May device nodes be made for callers?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Devices {
-    /// Yes: where the worker has volumes, none can be opened.
-    Closed,
-    /// No: one could be opened by whoever made it.
-    Refused,
-}
-
-fn when(argument: u8, length: Length, is: Is, value: u64) -> Result<Condition, String> {
-    Condition::new(argument, length, is, value).map_err(|e| e.to_string())
-}
-
-fn rule(conditions: Vec<Condition>) -> Result<SeccompRule, String> {
-    SeccompRule::new(conditions).map_err(|e| e.to_string())
-}
-
 /// Allowed with some arguments alone. Each rule is enough by itself.
 fn checked(devices: Devices) -> Result<Vec<(Call, Vec<SeccompRule>)>, String> {
     use Length::{Dword, Qword};
@@ -154,25 +127,14 @@ fn checked(devices: Devices) -> Result<Vec<(Call, Vec<SeccompRule>)>, String> {
         values.iter().map(|&value| rule(vec![equals(argument, value)?])).collect()
     };
     let me = rustix::process::getpid().as_raw_nonzero().get();
-    let not_executable = || rule(vec![when(2, Dword, Is::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
-    let of_type = |kind: u32| when(2, Dword, Is::MaskedEq(u64::from(libc::S_IFMT)), u64::from(kind));
-    let mut nodes: Vec<SeccompRule> = [0, libc::S_IFREG, libc::S_IFIFO, libc::S_IFSOCK]
-        .into_iter()
-        .map(|kind| rule(vec![of_type(kind)?]))
-        .collect::<Result<_, _>>()?;
-    // Overlayfs's whiteout, which no driver answers for.
-    nodes.push(rule(vec![of_type(libc::S_IFCHR)?, when(3, Qword, Is::Eq, 0)?])?);
-    if devices == Devices::Closed {
-        nodes.extend([rule(vec![of_type(libc::S_IFCHR)?])?, rule(vec![of_type(libc::S_IFBLK)?])?]);
-    }
     Ok(vec![
         // A thread of this process, in the same namespaces, and nothing else.
         (libc::SYS_clone, vec![rule(vec![when(0, Qword, Is::MaskedEq(!(libc::CLONE_DETACHED as u64)), THREAD)?])?]),
         // A umask of a thread's own is what a file made for a caller is made under. No namespace.
         (libc::SYS_unshare, vec![rule(vec![when(0, Qword, Is::Eq, libc::CLONE_FS as u64)?])?]),
-        (libc::SYS_mknodat, nodes),
-        (libc::SYS_mmap, vec![not_executable()?]),
-        (libc::SYS_mprotect, vec![not_executable()?]),
+        (libc::SYS_mknodat, calls::nodes(devices)?),
+        (libc::SYS_mmap, vec![calls::not_executable()?]),
+        (libc::SYS_mprotect, vec![calls::not_executable()?]),
         // Giving pages back, and having them there. Not MADV_HWPOISON, with which CAP_SYS_ADMIN takes pages from the machine.
         (libc::SYS_madvise, one_of(2, &MADVICE)?),
         // Its own limits, to be read.
@@ -204,38 +166,7 @@ const PR_GET_AUXV: libc::c_int = 0x4155_5856;
 
 /// The filter, and how many calls it allows.
 pub(super) fn filter(devices: Devices) -> Result<(BpfProgram, usize), String> {
-    let arch = TargetArch::try_from(std::env::consts::ARCH).map_err(|e| e.to_string())?;
-    // An empty chain of conditions: whatever the arguments.
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> =
-        ALLOWED.iter().flat_map(|(_, calls)| *calls).map(|&call| (call, Vec::new())).collect();
-    rules.extend(checked(devices)?);
-    let allowed = rules.len();
-    let refuse = SeccompAction::Errno(libc::EPERM.unsigned_abs());
-    let filter = SeccompFilter::new(rules, refuse, SeccompAction::Allow, arch).map_err(|e| e.to_string())?;
-    let mut program = BpfProgram::try_from(filter).map_err(|e| e.to_string())?;
-    program.splice(AFTER_ARCHITECTURE..AFTER_ARCHITECTURE, before_the_list());
-    Ok((program, allowed))
-}
-
-/// How many instructions the library's check of the architecture has, which ends the process where it is another one.
-const AFTER_ARCHITECTURE: usize = 3;
-/// Numbers with this bit are x32's (__X32_SYSCALL_BIT, asm/unistd.h), on the same architecture as far as a filter is told.
-const X32: u32 = 0x4000_0000;
-
-/// What the library has no words for: one answer for each filter is all it knows.
-fn before_the_list() -> Vec<sock_filter> {
-    let load_number = sock_filter { code: (libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, jt: 0, jf: 0, k: 0 };
-    // Go on to the next instruction, or jump over it.
-    let jump = |test: u32, k: u32| sock_filter { code: (libc::BPF_JMP | test | libc::BPF_K) as u16, jt: 0, jf: 1, k };
-    let give = |k: u32| sock_filter { code: (libc::BPF_RET | libc::BPF_K) as u16, jt: 0, jf: 0, k };
-    let unknown = libc::SECCOMP_RET_ERRNO | libc::ENOSYS.unsigned_abs();
-    let mut program = vec![load_number];
-    if cfg!(target_arch = "x86_64") {
-        program.extend([jump(libc::BPF_JGE, X32), give(libc::SECCOMP_RET_KILL_PROCESS)]);
-    }
-    program.extend([jump(libc::BPF_JEQ, libc::SYS_clone3 as u32), give(unknown)]);
-    program.extend([jump(libc::BPF_JGE, FIRST_UNKNOWN), give(unknown)]);
-    program
+    calls::filter(ALLOWED, checked(devices)?)
 }
 
 #[cfg(test)]

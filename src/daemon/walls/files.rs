@@ -1,61 +1,35 @@
-//! The rule that only what is served can be opened (landlock(7)).
+//! Only what is served can be opened (landlock(7)).
 
+use std::os::fd::AsFd as _;
 use std::path::Path;
 
-use landlock::{
-    ABI, Access as _, AccessFs, AccessNet, CompatLevel, Compatible as _, PathBeneath, Ruleset, RulesetAttr as _,
-    RulesetCreatedAttr as _, RulesetError, RulesetStatus, Scope,
-};
+use landlock::{Access as _, AccessFs, RulesetError};
 
 use super::super::sources::Sources;
-use super::TARGET;
 use crate::plan::Plan;
 use crate::volume::{Access, Form};
-
-/// Before the second version (Linux 5.19) no name can be moved between directories under any rule.
-pub(super) fn is_offered() -> bool {
-    let try_it = Ruleset::default().set_compatibility(CompatLevel::HardRequirement).handle_access(AccessFs::Refer);
-    let offered =
-        crate::fault::point("walls.landlock").map_err(|e| e.to_string()).and(try_it.map_err(|e| e.to_string()));
-    offered.inspect_err(|e| log::debug!(target: TARGET, "no landlock: {e}")).is_ok()
-}
+use crate::walls::files;
 
 /// Only layers and volumes can be opened from now on, volumes for writing where they are `rw`; and of the rest fusectl for reading,
 /// for figures of connections. `false`: this kernel has no landlock that would do.
-///
-/// Descriptors that are open stay good.
 pub(super) fn restrict(plan: &Plan, sources: &Sources) -> Result<bool, RulesetError> {
-    let abi = ABI::V5;
-    let all = AccessFs::from_all(abi);
+    let all = AccessFs::from_all(files::KNOWN);
     let read = AccessFs::ReadFile | AccessFs::ReadDir;
-    let of_file = AccessFs::from_file(abi);
-    let mut rules = Ruleset::default()
-        .handle_access(all)?
-        .handle_access(AccessNet::from_all(abi))?
-        // No signals to processes of ours beside it (Linux 6.12).
-        .scope(Scope::Signal)?
-        .create()?
-        // We say no_new_privs ourselves.
-        .no_new_privs(false);
-    for layer in &sources.layers {
-        rules = rules.add_rule(PathBeneath::new(layer, read))?;
-    }
-    if let Some(index) = &sources.index {
-        rules = rules.add_rule(PathBeneath::new(index, AccessFs::ReadFile))?;
-    }
-    for (volume, source) in plan.volumes.iter().zip(&sources.volumes) {
+    let of_file = AccessFs::from_file(files::KNOWN);
+    let mut allowed: Vec<_> = sources.layers.iter().map(|layer| (layer.as_fd(), read)).collect();
+    allowed.extend(sources.index.iter().map(|index| (index.as_fd(), AccessFs::ReadFile.into())));
+    allowed.extend(plan.volumes.iter().zip(&sources.volumes).map(|(volume, source)| {
         let of_form = if volume.form == Form::Directory { all } else { of_file };
         let access = match volume.access {
             Access::Rw => of_form & !AccessFs::Execute,
             Access::Ro => of_form & read,
         };
-        rules = rules.add_rule(PathBeneath::new(source, access))?;
-    }
+        (source.as_fd(), access)
+    }));
     // Nothing of /proc: descriptors in /proc/self/fd lead to what has a rule, or not.
-    if let Ok(connections) = crate::sys::fs::open_path(Path::new("/sys/fs/fuse")) {
-        rules = rules.add_rule(PathBeneath::new(connections, read))?;
-    }
-    Ok(rules.restrict_self()?.ruleset != RulesetStatus::NotEnforced)
+    let connections = crate::sys::fs::open_path(Path::new("/sys/fs/fuse"));
+    allowed.extend(connections.iter().map(|fd| (fd.as_fd(), read)));
+    files::restrict(allowed)
 }
 
 #[cfg(test)]
@@ -96,8 +70,9 @@ mod tests {
         };
         std::thread::spawn(move || {
             rustix::thread::set_no_new_privs(true).unwrap();
-            if !is_offered() || !restrict(&plan, &sources).unwrap() {
-                return; // this kernel has none
+            if !files::is_offered() || !restrict(&plan, &sources).unwrap() {
+                crate::lacks("landlock");
+                return;
             }
             let refused = |result: std::io::Result<()>, what: &str| {
                 let errno = result.unwrap_err().raw_os_error();

@@ -1,7 +1,7 @@
 //! The walls around the worker: anyone who takes it over by a hostile image or request has what is served, and nothing else to go on
 //! with: no programs, mounts, sockets or other processes.
 //!
-//! * `root`: an empty root of its own, its sources as copies of mounts where no device can be opened
+//! * an empty root of its own, its sources as copies of mounts where no device can be opened (`crate::walls::root`)
 //! * `files`: nothing but what is served can be opened (landlock)
 //! * `calls`: the system calls that answers need, and no others (seccomp)
 //! * here: no new privileges, and of root's capabilities those that answers need
@@ -13,19 +13,27 @@ mod calls;
 #[cfg(feature = "failpoints")]
 mod escapes;
 mod files;
-mod root;
 
-use rustix::thread::{CapabilitySet, capabilities, set_capabilities};
+use rustix::fs::{self, FlockOperation, Mode, OFlags};
+use rustix::thread::CapabilitySet;
 use serde::Serialize;
 
 use super::TARGET;
 use super::sources::Sources;
+use crate::error::{Error, Result};
 use crate::plan::Plan;
+use crate::sys::mountinfo::MountInfo;
 use crate::tree::dir::ActAs;
-use calls::Devices;
+use crate::volume::Access;
+use crate::walls;
+use crate::walls::calls::Devices;
+use crate::walls::root::{self, NewUsers, Wanted};
 #[cfg(feature = "failpoints")]
 pub(super) use escapes::attempt as attempt_escapes;
-use root::NewUsers;
+
+/// What is left of the host in the empty root: the process's own descriptors; and figures of FUSE connections, for kernels that lose
+/// requests (before Linux 6.9).
+const KEPT: [&str; 2] = [root::OWN_DESCRIPTORS, "/sys/fs/fuse/connections"];
 
 /// Capabilities that answers to root's and others' requests need, of those that root has, each with the request.
 ///
@@ -75,14 +83,14 @@ pub(super) struct Walls {
 /// Raise them around this process, all its threads to come among it; it must have one thread. The sources are changed for copies
 /// that are the same to answers.
 pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
-    let landlock = files::is_offered();
+    let landlock = crate::walls::files::is_offered();
     // Asked here: in a user namespace of its own it would have every capability over its user's files.
     let acts_for_callers = rustix::process::geteuid().is_root() || ActAs::detect() == ActAs::Caller;
     // Whose files they are is told by the index, or by the disk. In a user namespace the disk tells of one user alone, so that is
     // entered only where nothing is read from the disk, or nothing else keeps the worker from the host's files.
     let from_the_index = plan.index.is_some() && plan.volumes.is_empty();
     let users = if from_the_index || !landlock { NewUsers::May } else { NewUsers::MayNot };
-    let enclosed = root::enclose(plan, sources, users);
+    let enclosed = enclose(plan, sources, users);
     // Opened between two walls: in the new root, and by a name that landlock refuses.
     super::figures::descriptors();
     // It starts no program. Should someone make it start one, that gains nothing by being setuid.
@@ -93,7 +101,8 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
             log::warn!(target: TARGET, "no landlock: {e}");
             false
         });
-    let capabilities = drop_capabilities(acts_for_callers).unwrap_or_else(|e| {
+    let needed = if acts_for_callers { walls::union(&NEEDED) } else { CapabilitySet::empty() };
+    let capabilities = walls::drop_capabilities(needed).unwrap_or_else(|e| {
         log::warn!(target: TARGET, "drop capabilities: {e}");
         CapabilitySet::all()
     });
@@ -116,29 +125,34 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
     }
 }
 
-/// Keep what answers need: as root, and where the worker acts as its callers; an ordinary user's worker needs none. No program that
-/// is started gets any of the rest, whoever owns it (the bounding set).
-fn drop_capabilities(acts_for_callers: bool) -> rustix::io::Result<CapabilitySet> {
-    let mut sets = capabilities(None)?;
-    let needed = if acts_for_callers {
-        NEEDED.into_iter().fold(CapabilitySet::empty(), CapabilitySet::union)
-    } else {
-        CapabilitySet::empty()
-    };
-    if sets.effective.contains(CapabilitySet::SETPCAP) {
-        for number in 0..u64::BITS {
-            let one = CapabilitySet::from_bits_retain(1 << number);
-            // EINVAL: this kernel has fewer.
-            if !needed.contains(one) && rustix::thread::remove_capability_from_bounding_set(one).is_err() {
-                break;
-            }
-        }
+/// A FUSE or overlay mount of this program.
+fn is_ours(mount: &MountInfo) -> bool {
+    mount.fs_type == crate::fuse::mount::FS_TYPE || mount.source.as_encoded_bytes().starts_with(b"fsprov-")
+}
+
+fn enclose(plan: &Plan, sources: &mut Sources, users: NewUsers) -> root::Enclosed {
+    let image =
+        sources.layers.iter_mut().chain(&mut sources.index).chain(&mut sources.in_use).map(|fd| (fd, Access::Ro));
+    let volumes = sources.volumes.iter_mut().zip(&plan.volumes).map(|(fd, volume)| (fd, volume.access));
+    let mut each: Vec<_> = image.chain(volumes).collect();
+    let wanted = Wanted { users, kept: &KEPT, is_foreign: is_ours, covered: Some(&plan.rootfs) };
+    let enclosed = root::enclose(&mut each, &wanted);
+    if enclosed.copies
+        && let Err(error) = hold_again(sources)
+    {
+        log::warn!(target: TARGET, "{error}");
     }
-    // EINVAL: a kernel before 4.3.
-    let _ = rustix::thread::clear_ambient_capability_set();
-    sets.effective &= needed;
-    sets.permitted &= needed;
-    sets.inheritable = CapabilitySet::empty();
-    set_capabilities(None, sets)?;
-    Ok(sets.effective)
+    enclosed
+}
+
+/// The lock that keeps the image is one of the descriptor that was given. From that a way leads up into the store, so that one went,
+/// and its copy is locked in its place.
+fn hold_again(sources: &mut Sources) -> Result<()> {
+    let Some(in_use) = &mut sources.in_use else { return Ok(()) };
+    let fail = |e| Error::sys("make a root of its own", "the lock on the image", e);
+    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
+    let held = fs::openat(&*in_use, ".", flags, Mode::empty()).map_err(fail)?;
+    fs::flock(&held, FlockOperation::NonBlockingLockShared).map_err(fail)?;
+    *in_use = held;
+    Ok(())
 }

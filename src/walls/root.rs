@@ -1,7 +1,7 @@
-//! A root of its own for the worker: an empty one, and the layers and volumes as copies of their mounts.
+//! A root of its own for a process: an empty one, and what it works on as copies of mounts.
 //!
-//! In the copies no program and no setuid bit counts and no device node can be opened, which is nothing to those who use the rootfs:
-//! their kernel goes by the FUSE mount. What is mounted below a source while the rootfs stands is not seen, as with a bind mount.
+//! In the copies no program and no setuid bit counts and no device node can be opened. What is mounted below a source from now on is not
+//! seen, as with a bind mount.
 //!
 //! Only for the first steps of a process with one thread.
 
@@ -9,14 +9,12 @@ use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, FileType, FlockOperation, Mode, OFlags};
+use rustix::fs::{self, FileType, Mode, OFlags};
 use rustix::io::Errno;
 use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
 use rustix::thread::CapabilitySet;
 
-use super::super::sources::Sources;
 use crate::error::{Error, Result, show};
-use crate::plan::Plan;
 use crate::sys::mount::{self, AttrSet, Depth};
 use crate::sys::mountinfo::{self, MountInfo};
 use crate::sys::raw;
@@ -24,76 +22,86 @@ use crate::volume::Access;
 
 const OP: &str = "make a root of its own";
 
-/// What is left of the host in the empty root, at the same places: this process's descriptors, by which what is O_PATH is opened
-/// again; and figures of FUSE connections, for kernels that lose requests (before Linux 6.9).
-const KEPT: [&str; 2] = ["/proc/self/fd", "/sys/fs/fuse/connections"];
+/// What a root is made for.
+pub(crate) struct Wanted<'a> {
+    /// May it be in a new user namespace, where the process has no rights in this one?
+    pub(crate) users: NewUsers,
+    /// What is left of the host, at the same places. The first must be there.
+    pub(crate) kept: &'a [&'a str],
+    /// Is it a mount that must be held by none of the copies?
+    pub(crate) is_foreign: fn(&MountInfo) -> bool,
+    /// A path that leads elsewhere by now: nothing below it is opened by its name.
+    pub(crate) covered: Option<&'a Path>,
+}
+
+/// Each source with what may be done on it. It becomes its copy.
+pub(crate) type Sources<'a> = [(&'a mut OwnedFd, Access)];
+
+/// This process's descriptors, by which what is O_PATH is opened again.
+pub(crate) const OWN_DESCRIPTORS: &str = "/proc/self/fd";
 
 /// What was achieved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Enclosed {
+pub(crate) struct Enclosed {
     /// The sources are copies where no device can be opened.
-    pub(super) copies: bool,
+    pub(crate) copies: bool,
     /// Nothing else can be named.
-    pub(super) root: bool,
+    pub(crate) root: bool,
 }
 
 /// May the worker go into a user namespace for it, where it has no rights in this one?
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum NewUsers {
+pub(crate) enum NewUsers {
     May,
     /// Owners are to be told as they are: in a user namespace all but the user's own are nobody's (stat(2)).
     MayNot,
 }
 
 /// Go there, as far as this host lets us; what cannot be had is logged, and the sources are good in any case.
-pub(super) fn enclose(plan: &Plan, sources: &mut Sources, users: NewUsers) -> Enclosed {
+pub(crate) fn enclose(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Enclosed {
     let has_rights = rustix::thread::capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
     let result = if has_rights {
-        enclose_root(plan, sources)
-    } else if users == NewUsers::May {
-        enclose_user(plan, sources)
+        enclose_root(sources, wanted)
+    } else if wanted.users == NewUsers::May {
+        enclose_user(sources, wanted)
     } else {
         Ok(NOTHING)
     };
-    let enclosed = result.unwrap_or_else(|error| {
+    result.unwrap_or_else(|error| {
         log::warn!(target: super::TARGET, "{error}");
         NOTHING
-    });
-    if enclosed.copies {
-        told(hold_again(sources));
-    }
-    enclosed
+    })
 }
 
 const NOTHING: Enclosed = Enclosed { copies: false, root: false };
 
-fn enclose_root(plan: &Plan, sources: &mut Sources) -> Result<Enclosed> {
-    let copies = each(plan, sources).map(|(fd, access)| copy(fd, access)).collect::<Result<Vec<_>>>()?;
-    let root = unshare(raw::Users::Same).and_then(|()| leave(&copies));
+fn enclose_root(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
+    let copies = sources.iter().map(|(fd, access)| copy(fd, *access)).collect::<Result<Vec<_>>>()?;
+    let root = unshare(raw::Users::Same).and_then(|()| leave(&copies, wanted));
     // Without a name for what is mounted within them, copies that hold a rootfs would keep it when it is unmounted.
-    let are_usable = root.is_ok() || (copies.iter().all(|c| c.is_closed) && !has_rootfs_within(plan, sources)?);
+    let are_usable = root.is_ok() || (copies.iter().all(|c| c.is_closed) && !has_foreign_within(sources, wanted)?);
     let enclosed = Enclosed { copies: are_usable, root: told(root) };
     if are_usable {
-        replace(plan, sources, copies);
+        replace(sources, copies);
     }
     Ok(enclosed)
 }
 
 /// An ordinary user: in a new user namespace, which has rights over copies of the mounts that are there, and over no descriptor of
 /// the mounts that were. So the sources are opened again, by the names they have, and must be the same files.
-fn enclose_user(plan: &Plan, sources: &mut Sources) -> Result<Enclosed> {
-    if has_rootfs_within(plan, sources)? {
+fn enclose_user(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
+    if has_foreign_within(sources, wanted)? {
         // In a copy it could not be taken away: what was mounted before the namespace was made is locked in it.
         return Err(Error::new(crate::Kind::Unsupported, OP, "", "a rootfs is mounted within a source"));
     }
     let mut again: Vec<(PathBuf, (u64, u64), Access)> = Vec::new();
-    for (fd, access) in each(plan, sources) {
-        let path = crate::sys::fs::path_of(&*fd)?;
-        if path.starts_with(&plan.rootfs) {
+    for (fd, access) in &*sources {
+        let path = crate::sys::fs::path_of(&**fd)?;
+        if wanted.covered.is_some_and(|covered| path.starts_with(covered)) {
             // Its name leads into our own mount by now, where nobody answers.
             return Err(Error::new(crate::Kind::Unsupported, OP, show(&path), "the rootfs lies over it"));
         }
-        again.push((path, identity(fd)?, access));
+        again.push((path, identity(fd)?, *access));
     }
     let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
     unshare(raw::Users::New)?;
@@ -115,8 +123,8 @@ fn enclose_user(plan: &Plan, sources: &mut Sources) -> Result<Enclosed> {
         copy(&found, access)
     });
     let copies = copies.collect::<Result<Vec<_>>>()?;
-    leave(&copies)?;
-    replace(plan, sources, copies);
+    leave(&copies, wanted)?;
+    replace(sources, copies);
     Ok(Enclosed { copies: true, root: true })
 }
 
@@ -126,50 +134,27 @@ fn unshare(users: raw::Users) -> Result<()> {
     raw::unshare_mounts(users).map_err(|e| Error::sys(OP, "unshare", e).hint("landlock is left"))
 }
 
-fn replace(plan: &Plan, sources: &mut Sources, copies: Vec<Copy>) {
-    for ((fd, _), copy) in each(plan, sources).zip(copies) {
-        *fd = copy.fd;
+fn replace(sources: &mut Sources<'_>, copies: Vec<Copy>) {
+    for ((fd, _), copy) in sources.iter_mut().zip(copies) {
+        **fd = copy.fd;
     }
 }
 
-/// Is a rootfs of ours mounted within one of the sources?
-fn has_rootfs_within(plan: &Plan, sources: &mut Sources) -> Result<bool> {
-    let ours: Vec<PathBuf> = mountinfo::read()?.into_iter().filter(is_ours).map(|mount| mount.point).collect();
-    for (fd, _) in each(plan, sources) {
-        let path = crate::sys::fs::path_of(&*fd)?;
-        if ours.iter().any(|point| point.starts_with(&path)) {
+/// Is such a mount within one of the sources?
+fn has_foreign_within(sources: &Sources<'_>, wanted: &Wanted<'_>) -> Result<bool> {
+    let foreign: Vec<PathBuf> =
+        mountinfo::read()?.into_iter().filter(wanted.is_foreign).map(|mount| mount.point).collect();
+    for (fd, _) in sources {
+        let path = crate::sys::fs::path_of(&**fd)?;
+        if foreign.iter().any(|point| point.starts_with(&path)) {
             return Ok(true);
         }
     }
     Ok(false)
 }
 
-/// A FUSE or overlay mount of this program.
-fn is_ours(mount: &MountInfo) -> bool {
-    mount.fs_type == crate::fuse::mount::FS_TYPE || mount.source.as_encoded_bytes().starts_with(b"fsprov-")
-}
-
-/// The lock that keeps the image is one of the descriptor that was given. From that a way leads up into the store, so that one went,
-/// and its copy is locked in its place.
-fn hold_again(sources: &mut Sources) -> Result<()> {
-    let Some(in_use) = &mut sources.in_use else { return Ok(()) };
-    let fail = |e| Error::sys(OP, "the lock on the image", e);
-    let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
-    let held = fs::openat(&*in_use, ".", flags, Mode::empty()).map_err(fail)?;
-    fs::flock(&held, FlockOperation::NonBlockingLockShared).map_err(fail)?;
-    *in_use = held;
-    Ok(())
-}
-
 fn told(result: Result<()>) -> bool {
     result.inspect_err(|error| log::warn!(target: super::TARGET, "{error}")).is_ok()
-}
-
-/// Each source with what may be done on it.
-fn each<'a>(plan: &'a Plan, sources: &'a mut Sources) -> impl Iterator<Item = (&'a mut OwnedFd, Access)> {
-    let image =
-        sources.layers.iter_mut().chain(&mut sources.index).chain(&mut sources.in_use).map(|fd| (fd, Access::Ro));
-    image.chain(sources.volumes.iter_mut().zip(&plan.volumes).map(|(fd, volume)| (fd, volume.access)))
 }
 
 /// A source as a copy of its mount, and of those within it.
@@ -206,7 +191,7 @@ fn identity(fd: &OwnedFd) -> Result<(u64, u64)> {
 const PLACES: &str = "sources";
 
 /// Leave the host's root for an empty one that holds the copies, in a mount namespace that is this process's alone.
-fn leave(copies: &[Copy]) -> Result<()> {
+fn leave(copies: &[Copy], wanted: &Wanted<'_>) -> Result<()> {
     let fail = |call: &'static str| move |e: Errno| Error::sys(OP, call, e);
     mount::make_private(root_now()?)?;
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("fsopen"))?;
@@ -218,14 +203,14 @@ fn leave(copies: &[Copy]) -> Result<()> {
     let proc = crate::sys::fs::open_path(Path::new("/proc")).map_err(fail("open /proc"))?;
     // First: before Linux 6.15 nothing can be attached to what is attached nowhere.
     mount::move_mount_to(&empty, root_now()?).map_err(fail("move_mount"))?;
-    for place in KEPT {
+    for place in wanted.kept {
         match crate::sys::fs::open_path(Path::new(place)) {
             Ok(there) => {
-                let kept = mount::open_tree_clone(&there, Depth::One).map_err(|e| Error::sys(OP, place, e))?;
+                let kept = mount::open_tree_clone(&there, Depth::One).map_err(|e| Error::sys(OP, *place, e))?;
                 attach(&kept, place.trim_start_matches('/'), &empty)?;
             }
-            Err(Errno::NOENT | Errno::ACCESS) if place != KEPT[0] => {}
-            Err(e) => return Err(Error::sys(OP, place, e)),
+            Err(Errno::NOENT | Errno::ACCESS) if wanted.kept.first() != Some(place) => {}
+            Err(e) => return Err(Error::sys(OP, *place, e)),
         }
     }
     for (number, copy) in copies.iter().enumerate() {
@@ -236,11 +221,11 @@ fn leave(copies: &[Copy]) -> Result<()> {
     rustix::process::pivot_root(".", ".").map_err(fail("pivot_root"))?;
     rustix::mount::unmount(".", UnmountFlags::DETACH).map_err(fail("umount2"))?;
     rustix::process::chdir("/").map_err(fail("chdir"))?;
-    close(&proc, copies)
+    close(&proc, copies, wanted.is_foreign)
 }
 
 /// Take away what must not be held, and close the rest: nothing is left of the old root but `proc`, which goes after this.
-fn close(proc: &OwnedFd, copies: &[Copy]) -> Result<()> {
+fn close(proc: &OwnedFd, copies: &[Copy], is_foreign: fn(&MountInfo) -> bool) -> Result<()> {
     let table = fs::openat(proc, "self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut text = Vec::new();
     table
@@ -252,7 +237,7 @@ fn close(proc: &OwnedFd, copies: &[Copy]) -> Result<()> {
         let number = mount.point.strip_prefix(Path::new("/").join(PLACES)).ok().and_then(|rest| rest.iter().next());
         let copy = number.and_then(|number| copies.get(number.to_str()?.parse::<usize>().ok()?));
         let is_within = mount.point.components().count() > 3;
-        if copy.is_some() && is_within && is_ours(&mount) {
+        if copy.is_some() && is_within && is_foreign(&mount) {
             // A rootfs, perhaps this one: held here it would go on after it is unmounted, and so would this process.
             match rustix::mount::unmount(&mount.point, UnmountFlags::DETACH | UnmountFlags::NOFOLLOW) {
                 // With one that it lay in.

@@ -1,4 +1,5 @@
-//! Messages between the processes of a server: JSON with descriptors beside it, over a SOCK_SEQPACKET pair. What they mean is `protocol`'s.
+//! Messages between processes of this program: JSON with descriptors beside it, over a SOCK_SEQPACKET pair. What they mean is the affair of
+//! those who speak.
 
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -17,7 +18,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Kind, Result};
 
 /// Most descriptors in one message: the kernel takes 253 (SCM_MAX_FD, net/scm.h).
-pub(super) const MAX_FDS: usize = 250;
+pub(crate) const MAX_FDS: usize = 250;
 /// Longest message: what a job needs goes through a memory file; statistics are a few KiB. The kernel's default send buffer
 /// is 208 KiB.
 const MAX_MESSAGE: usize = 64 * 1024;
@@ -27,7 +28,7 @@ const SEND_PATIENCE: Duration = Duration::from_secs(2);
 
 /// One end.
 #[derive(Debug)]
-pub(super) struct Channel(OwnedFd);
+pub(crate) struct Channel(OwnedFd);
 
 impl AsFd for Channel {
     fn as_fd(&self) -> BorrowedFd<'_> {
@@ -43,7 +44,7 @@ impl From<OwnedFd> for Channel {
 
 impl Channel {
     /// A channel, and the descriptor of its other end.
-    pub(super) fn pair() -> Result<(Channel, OwnedFd)> {
+    pub(crate) fn pair() -> Result<(Channel, OwnedFd)> {
         let fail = |e| Error::sys("make a socket pair", "", e);
         let (one, other) =
             socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).map_err(fail)?;
@@ -54,8 +55,8 @@ impl Channel {
     }
 
     /// Send one message.
-    pub(super) fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<()> {
-        const OP: &str = "send a message to a server process";
+    pub(crate) fn send<M: Serialize>(&self, message: &M, fds: &[BorrowedFd<'_>]) -> Result<()> {
+        const OP: &str = "send a message to another process of fsprov";
         let bytes = serde_json::to_vec(message).map_err(|e| Error::new(Kind::Io, OP, "", e))?;
         if bytes.len() > MAX_MESSAGE {
             return Err(Error::new(Kind::Limit, OP, "", format!("it is longer than {MAX_MESSAGE} bytes")));
@@ -71,12 +72,12 @@ impl Channel {
     }
 
     /// The next message; waits for it. `None`: the other end is closed.
-    pub(super) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+    pub(crate) fn receive<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
         self.next(RecvFlags::empty())
     }
 
     /// The next message, which must come within this time. `None`: the other end is closed.
-    pub(super) fn receive_within<M: for<'de> Deserialize<'de>>(
+    pub(crate) fn receive_within<M: for<'de> Deserialize<'de>>(
         &self,
         patience: Duration,
     ) -> Result<Option<(M, Vec<OwnedFd>)>> {
@@ -85,26 +86,26 @@ impl Channel {
         match rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left))) {
             Ok(0) => {
                 let why = format!("none came within {} s", patience.as_secs());
-                Err(Error::new(Kind::Helper, "wait for a message of a server process", "", why))
+                Err(Error::new(Kind::Helper, "wait for a message of another process of fsprov", "", why))
             }
             Ok(_) => self.receive(),
-            Err(e) => Err(Error::sys("wait for a message of a server process", "", e)),
+            Err(e) => Err(Error::sys("wait for a message of another process of fsprov", "", e)),
         }
     }
 
     /// The next message that is there. `None`: there is none, or the other end is closed and nothing is left.
-    pub(super) fn receive_now<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
+    pub(crate) fn receive_now<M: for<'de> Deserialize<'de>>(&self) -> Result<Option<(M, Vec<OwnedFd>)>> {
         self.next(RecvFlags::DONTWAIT)
     }
 
     /// Has the other end gone?
-    pub(super) fn is_closed(&self) -> bool {
+    pub(crate) fn is_closed(&self) -> bool {
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
         poll(&mut fds, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })).is_ok() && fds[0].revents().contains(PollFlags::HUP)
     }
 
     fn next<M: for<'de> Deserialize<'de>>(&self, flags: RecvFlags) -> Result<Option<(M, Vec<OwnedFd>)>> {
-        const OP: &str = "read a message of a server process";
+        const OP: &str = "read a message of another process of fsprov";
         let mut bytes = vec![0_u8; MAX_MESSAGE];
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
         let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -139,7 +140,6 @@ impl Channel {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::daemon::protocol::{FromWorker, ToWorker};
 
     #[test]
     fn messages_carry_descriptors_and_the_end_shows() {
@@ -147,15 +147,15 @@ mod tests {
         let other = Channel::from(other);
         let file = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         let many: Vec<_> = std::iter::repeat_n(file.as_fd(), MAX_FDS).collect();
-        one.send(&ToWorker::Sources, &many).unwrap();
-        one.send(&ToWorker::Stats, &[]).unwrap();
-        let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
-        assert!(matches!(message, ToWorker::Sources) && fds.len() == MAX_FDS);
-        let (message, fds) = other.receive::<ToWorker>().unwrap().unwrap();
-        assert!(matches!(message, ToWorker::Stats) && fds.is_empty());
-        assert!(other.receive_now::<ToWorker>().unwrap().is_none());
+        one.send(&"many", &many).unwrap();
+        one.send(&"none", &[]).unwrap();
+        let (message, fds) = other.receive::<String>().unwrap().unwrap();
+        assert!(message == "many" && fds.len() == MAX_FDS);
+        let (message, fds) = other.receive::<String>().unwrap().unwrap();
+        assert!(message == "none" && fds.is_empty());
+        assert!(other.receive_now::<String>().unwrap().is_none());
         drop(one);
-        assert!(other.receive::<ToWorker>().unwrap().is_none());
-        assert!(other.send(&FromWorker::Built, &[]).is_err());
+        assert!(other.receive::<String>().unwrap().is_none());
+        assert!(other.send(&"late", &[]).is_err());
     }
 }
