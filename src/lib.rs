@@ -53,7 +53,7 @@ pub use error::{Error, Kind, Result};
 pub fn dispatch() -> Option<std::process::ExitCode> {
     let verb = std::env::args_os().nth(1);
     let verb = verb.as_ref().and_then(|verb| verb.to_str()).unwrap_or_default();
-    let code = daemon::dispatch(verb);
+    let code = daemon::dispatch(verb).or_else(|| store::dispatch(verb));
     if code.is_none() {
         child::note_that_it_dispatches();
     }

@@ -47,6 +47,9 @@ const MAX_KIB: u64 = 64 << 10;
 const NOBODY: &str = "65534";
 
 fn main() -> std::process::ExitCode {
+    if let Some(code) = fsprov::dispatch() {
+        return code;
+    }
     let args: Vec<std::ffi::OsString> = std::env::args_os().collect();
     if args.get(1).is_some_and(|arg| arg == "--import") {
         return import(Path::new(&args[2]), Path::new(&args[3]));
@@ -68,24 +71,53 @@ fn main() -> std::process::ExitCode {
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
 
-/// Processor time of this process outside the kernel (proc_pid_stat(5): utime, in ticks of 10 ms).
-fn own_milliseconds() -> u64 {
+/// Processor time of this process and those it started, in milliseconds: outside the kernel, and with it (proc_pid_stat(5): utime, stime,
+/// cutime, cstime, in ticks of 10 ms).
+fn milliseconds() -> (u64, u64) {
     let stat = fs::read_to_string("/proc/self/stat").expect("read /proc/self/stat");
     let behind_the_name = stat.rsplit_once(')').expect("a name").1;
-    let ticks: u64 = behind_the_name.split_whitespace().nth(11).expect("utime").parse().expect("a number");
-    ticks * 10
+    let ticks: Vec<u64> =
+        behind_the_name.split_whitespace().skip(11).take(4).map(|field| field.parse().expect("a number")).collect();
+    ((ticks[0] + ticks[2]) * 10, ticks.iter().sum::<u64>() * 10)
 }
 
-/// The importer that is measured: says what came of it and its peak memory.
+/// The peak of a process's memory so far, in KiB.
+fn peak_of(process: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    peak.split_whitespace().next()?.parse().ok()
+}
+
+/// Look at the processes that this one starts, again and again, until `end`; the sum of their peaks, as if all came at one time.
+fn watch_children(end: &std::sync::atomic::AtomicBool) -> u64 {
+    let mut peaks = std::collections::HashMap::new();
+    while !end.load(std::sync::atomic::Ordering::Relaxed) {
+        for task in fs::read_dir("/proc/self/task").expect("list /proc/self/task").flatten() {
+            let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            for child in children.split_whitespace() {
+                if let Some(peak) = peak_of(child) {
+                    peaks.insert(child.to_owned(), peak);
+                }
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    peaks.values().sum()
+}
+
+/// The importer that is measured: says what came of it and its peak memory, with that of the processes that it starts.
 #[allow(clippy::print_stdout, reason = "it speaks to the test that started it")]
 fn import(root: &Path, archive: &Path) -> std::process::ExitCode {
-    let done = Store::open(&StatePaths::new(root.to_owned()))
-        .and_then(|store| store.import(&ImageSource::Archive(archive.to_owned()), &ImportOptions::default()));
-    let status = fs::read_to_string("/proc/self/status").expect("read /proc/self/status");
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).expect("VmHWM");
-    let all = rustix::time::clock_gettime(rustix::time::ClockId::ProcessCPUTime);
-    let all = all.tv_sec * 1000 + all.tv_nsec / 1_000_000;
-    println!("{} {} {all}", peak.split_whitespace().next().expect("a number"), own_milliseconds());
+    let end = std::sync::atomic::AtomicBool::new(false);
+    let (done, children) = std::thread::scope(|scope| {
+        let watcher = scope.spawn(|| watch_children(&end));
+        let done = Store::open(&StatePaths::new(root.to_owned()))
+            .and_then(|store| store.import(&ImageSource::Archive(archive.to_owned()), &ImportOptions::default()));
+        end.store(true, std::sync::atomic::Ordering::Relaxed);
+        (done, watcher.join().expect("the watcher"))
+    });
+    let (own, all) = milliseconds();
+    println!("{} {own} {all}", peak_of("self").expect("VmHWM") + children);
     match done {
         Ok(imported) => println!("ok {}", imported.id),
         Err(error) => println!("err {:?} {error}", error.kind()),

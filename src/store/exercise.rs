@@ -75,7 +75,13 @@ pub fn place(archive: &[u8], dir: &Path, replace: bool) -> Result<Index> {
     let limits = limits();
     let root = std::fs::File::open(dir).map_err(|e| Error::io("open", show(dir), e))?;
     let again = if replace { Again::Replace } else { Again::Refuse };
-    let mut placer = Placer::new(root.into(), limits.clone(), again, super::import::one_layer(&std::env::temp_dir())?);
+    let mut placer = Placer::new(
+        root.into(),
+        limits.clone(),
+        again,
+        super::apart::one_layer(&std::env::temp_dir())?,
+        rustix::process::geteuid().is_root(),
+    );
     let mut tar = TarReader::new(archive, "archive".into(), limits.clone(), EndMarker::Optional);
     while let Some(member) = tar.next()? {
         let path = normalize(&member.path, &limits, true)?;

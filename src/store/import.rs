@@ -9,20 +9,19 @@
 
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{CWD, Mode, RenameFlags, mkdirat, renameat_with};
+use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
 
 use sha2::Sha512;
 
+use super::apart::{self, Place, Task};
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin, sha256_hex};
 use super::names::Held;
 use super::oci::Layout;
-use super::place::{Again, Placed, Placer, normalize};
 use super::signed::{Signature, same_as_signed, watched};
 use super::staging::{self, Staging};
-use super::stream::{self, Archive, ChunkReader, ProgressFn, Sink};
-use super::tarread::{EndMarker, Member, TarReader};
+use super::stream::{Archive, ProgressFn, Sink};
 use super::{Store, tarwrite};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -31,7 +30,7 @@ use crate::image::Strictness;
 use crate::image::appc::{Checked, Manifest};
 use crate::image::oci::Platform;
 use crate::image::signature::Signer;
-use crate::index::{Builder, Index, What, Whiteouts};
+use crate::index::{Builder, Index};
 use crate::paths::image;
 
 /// Where an image comes from.
@@ -143,19 +142,6 @@ pub struct Imported {
     pub warnings: Vec<String>,
 }
 
-/// What one pass over an archive gave.
-enum Unpacked {
-    Appc(Box<Appc>),
-    /// It is an OCI layout or a docker archive, unpacked to be read.
-    Layout(PathBuf),
-}
-
-struct Appc {
-    manifest: Vec<u8>,
-    placed: Placed,
-    index: Builder,
-}
-
 impl Store {
     /// Import an image: an AppC archive or directory, an OCI layout, a docker archive. Importers of one image at the same time
     /// all succeed, and one copy is there.
@@ -234,19 +220,7 @@ impl Store {
     pub(crate) fn peek(path: &PathBuf, options: &ImportOptions) -> Result<(ImageId, Manifest)> {
         let name = show(path);
         let producer = Archive::open(path)?.producer(&options.limits, None);
-        let (bytes, digest) = stream::run::<Sha512, _>(producer, |reader| {
-            let mut tar = TarReader::new(reader, name.clone(), options.limits.clone(), EndMarker::Required);
-            let mut found = None;
-            while let Some(member) = tar.next()? {
-                if matches!(place_of(&normalize(&member.path, &options.limits, false)?), Place::Manifest) {
-                    found = Some(manifest_bytes(&mut tar, &member, &options.limits)?);
-                }
-            }
-            tar.finish()?;
-            found.ok_or_else(|| {
-                Error::new(Kind::Invalid, "read archive", &name, "it has no manifest: not an AppC image")
-            })
-        })?;
+        let (bytes, digest) = apart::peek::<Sha512>(producer, &name, &options.limits)?;
         Ok((ImageId::from_sha512(&digest.into()), Manifest::parse(&bytes, options.strictness)?.manifest))
     }
 
@@ -275,7 +249,7 @@ impl Store {
         let (archive, state) = watched(archive);
         let producer = archive.producer(&options.limits, options.progress.clone());
         // At the very end of the stream, which every import waits for.
-        let checked = move |sink: &mut Sink| {
+        let checked = move |sink: &mut Sink<'_>| {
             producer(sink)?;
             same_as_signed(&name, &state, &signed.raw)
         };
@@ -284,23 +258,24 @@ impl Store {
 
     pub(super) fn import_stream(
         &self,
-        produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
+        produce: impl FnOnce(&mut Sink<'_>) -> Result<()> + Send,
         source: &ImageSource,
         options: &ImportOptions,
         signed_by: Option<Signer>,
     ) -> Result<Imported> {
         let staging = Staging::make(&self.paths, "import")?;
         let name = source.to_string();
-        let (unpacked, digest) =
-            stream::run::<Sha512, _>(produce, |reader| unpack(reader, &name, staging.path(), options))?;
-        let unpacked = match unpacked {
-            Unpacked::Appc(unpacked) => *unpacked,
-            Unpacked::Layout(at) => {
-                let why = "it looks like an OCI layout or docker archive, and lacks index.json and manifest.json";
-                let layout = Layout::at(&at, &name)?.ok_or_else(|| Error::new(Kind::Invalid, "read", &name, why))?;
-                return self.import_layout(&layout, source, options);
-            }
-        };
+        let dir = staging.path().join("image");
+        // Where it depends on others, the image's index is made of theirs and this one.
+        let place = Place { dir: dir.clone(), index: image::OWN_INDEX };
+        let task = Task::Image { name: options.name.clone() };
+        let (unpacked, digest) = apart::unpack::<Sha512>(produce, task, &place, &name, &options.limits)?;
+        if unpacked.is_layout {
+            let at = dir.join(image::ROOTFS);
+            let why = "it looks like an OCI layout or docker archive, and lacks index.json and manifest.json";
+            let layout = Layout::at(&at, &name)?.ok_or_else(|| Error::new(Kind::Invalid, "read", &name, why))?;
+            return self.import_layout(&layout, source, options);
+        }
         let id = ImageId::from_sha512(&digest.into());
         if let Some(expected) = &options.expected_id
             && *expected != id
@@ -331,16 +306,17 @@ impl Store {
             );
         }
         fault::point("store.manifest")?;
-        let dir = staging.path().join("image");
         write_new(&dir.join(image::MANIFEST), &unpacked.manifest)?;
         fault::point("store.index")?;
-        let mut index = unpacked.index;
-        if !manifest.dependencies.is_empty() || !manifest.path_whitelist.is_empty() {
-            let own = dir.join(image::OWN_INDEX);
-            write_index(&own, index)?;
-            index = self.render(&mut meta, &manifest, &Index::open(&own)?, staging.path())?;
+        let (own, whole) = (dir.join(image::OWN_INDEX), dir.join(image::INDEX));
+        let own_index = Index::open(&own)?;
+        if manifest.dependencies.is_empty() && manifest.path_whitelist.is_empty() {
+            renameat_with(CWD, &own, CWD, &whole, RenameFlags::NOREPLACE)
+                .map_err(|e| Error::sys("name", show(&whole), e))?;
+        } else {
+            let index = self.render(&mut meta, &manifest, &own_index, staging.path())?;
+            write_index(&whole, index)?;
         }
-        write_index(&dir.join(image::INDEX), index)?;
         let gone = || Error::new(Kind::Busy, "publish", source, "what it needs was taken away");
         let (outcome, meta) = self.publish(&staging, &dir, meta, &[], &names, options.held)?.ok_or_else(gone)?;
         Ok(Imported {
@@ -436,10 +412,10 @@ pub(super) fn check_name(name: &str) -> Result<()> {
     }
 }
 
-fn create_new(path: &Path) -> Result<std::fs::File> {
+pub(super) fn create_new(path: &Path) -> Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt as _;
     fault::point("store.write_new")?;
-    let file = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(path);
+    let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
     file.map_err(|e| Error::io("write", show(path), e))
 }
 
@@ -451,183 +427,4 @@ pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
 pub(super) fn write_index(path: &Path, index: Builder) -> Result<()> {
     let mut out = std::io::BufWriter::with_capacity(64 << 10, create_new(path)?);
     index.finish_into(&mut out).map_err(|e| e.within("write", show(path)))
-}
-
-/// What an archive turns out to be, by the first name in it that is not its top.
-enum Form {
-    /// Not known yet; the entry for its top, if there was one.
-    Open(Option<Member>),
-    /// `manifest` and `rootfs`.
-    Appc,
-    /// A root filesystem by itself: it gets a manifest.
-    Tree,
-}
-
-/// Place an ACI in `staging/image`, its tree in `staging/image/rootfs`; what turns out to be a layout in `staging/layout`.
-/// A root filesystem by itself is taken where a name is given.
-fn unpack(reader: &mut ChunkReader, name: &str, staging: &Path, options: &ImportOptions) -> Result<Unpacked> {
-    fault::point("store.unpack")?;
-    let limits = &options.limits;
-    let rootfs = staging.join("image").join(image::ROOTFS);
-    for dir in [&staging.join("image"), &rootfs] {
-        mkdirat(CWD, dir, Mode::RWXU).map_err(|e| Error::sys("make", show(dir), e))?;
-    }
-    let root = std::fs::File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
-    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse, one_layer(staging)?);
-    let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Required);
-    let mut manifest = None;
-    let mut has_root = false;
-    let mut form = Form::Open(None);
-    while let Some(mut member) = tar.next()? {
-        let path = normalize(&member.path, limits, false)?;
-        if let Form::Open(top) = &mut form {
-            if super::oci::is_layout_name(&path) {
-                let at = staging.join("layout");
-                unpack_layout(member, path, &mut tar, &at, limits)?;
-                return Ok(Unpacked::Layout(at));
-            }
-            match place_of(&path) {
-                Place::Top if matches!(member.what, What::Directory) => {
-                    *top = Some(member);
-                    continue;
-                }
-                Place::Else => {
-                    manifest = Some(made_manifest(&member, options)?);
-                    has_root = true;
-                    if let Some(top) = top.take() {
-                        placer.place(top, Vec::new(), |_| Ok(Vec::new()), |_| Ok(()))?;
-                    }
-                    form = Form::Tree;
-                }
-                _ => form = Form::Appc,
-            }
-        }
-        let is_tree = matches!(form, Form::Tree);
-        match if is_tree { Place::Root(&path) } else { place_of(&path) } {
-            Place::Top if matches!(member.what, What::Directory) => {}
-            Place::Manifest if matches!(member.what, What::File { .. }) => {
-                let bytes = manifest_bytes(&mut tar, &member, limits)?;
-                if manifest.replace(bytes).is_some() {
-                    return Err(refuse(&member, "the archive has this name twice"));
-                }
-            }
-            Place::Manifest => return Err(refuse(&member, "the manifest must be a regular file")),
-            Place::Root(inside) => {
-                has_root = true;
-                let inside = inside.to_vec();
-                member.path.clear();
-                let target = |raw: &[u8]| {
-                    let path = normalize(raw, limits, false)?;
-                    match if is_tree { Place::Root(&path) } else { place_of(&path) } {
-                        Place::Root(target) if !target.is_empty() => Ok(target.to_vec()),
-                        _ => Err(refuse_path(raw, "a hard link's target lies outside the root filesystem")),
-                    }
-                };
-                placer.place(member, inside, target, |take| tar.body(take))?;
-            }
-            Place::Top | Place::Else => return Err(refuse(&member, NOTHING_ELSE)),
-        }
-    }
-    tar.finish()?;
-    let missing = |what| {
-        Error::new(Kind::Invalid, "read archive", name, format!("it has no {what} at its top: not an AppC image"))
-    };
-    let manifest = manifest.ok_or_else(|| missing("manifest"))?;
-    if !has_root {
-        return Err(missing("rootfs"));
-    }
-    let (placed, index) = placer.finish()?;
-    Ok(Unpacked::Appc(Box::new(Appc { manifest, placed, index })))
-}
-
-/// An index with one layer begun, of which what is too much for memory goes to `dir`.
-pub(super) fn one_layer(dir: &Path) -> Result<Builder> {
-    let mut index = Builder::in_dir(dir);
-    index.begin_layer(Whiteouts::Plain)?;
-    Ok(index)
-}
-
-const NOTHING_ELSE: &str = "an AppC image holds manifest and rootfs at its top, and nothing else";
-
-/// The manifest of a root filesystem that came by itself; `first` is its first entry.
-fn made_manifest(first: &Member, options: &ImportOptions) -> Result<Vec<u8>> {
-    match &options.name {
-        Some(name) => tarwrite::made_manifest(name),
-        None => Err(refuse(first, NOTHING_ELSE).hint("a root filesystem by itself needs a name: --name NAME")),
-    }
-}
-
-/// Place the files of a layout below `at`: they are read from there, since an archive may have them in any order.
-fn unpack_layout(
-    first: Member,
-    path: Vec<u8>,
-    tar: &mut TarReader<&mut ChunkReader>,
-    at: &Path,
-    limits: &Limits,
-) -> Result<()> {
-    mkdirat(CWD, at, Mode::RWXU).map_err(|e| Error::sys("make", show(at), e))?;
-    let root = std::fs::File::open(at).map_err(|e| Error::io("open", show(at), e))?;
-    let mut placer = Placer::new(root.into(), limits.clone(), Again::Refuse, one_layer(at)?);
-    let mut next = Some((first, path));
-    while let Some((mut member, path)) = next.take() {
-        if !matches!(member.what, What::File { .. } | What::Directory | What::Symlink(_)) {
-            return Err(refuse(&member, "a layout has files and directories"));
-        }
-        // The files are ours to read, whatever their modes.
-        (member.mode, member.uid, member.gid) = (0o700, 0, 0);
-        member.xattrs.clear();
-        if !path.is_empty() {
-            placer.place(member, path, |_| Ok(Vec::new()), |take| tar.body(take))?;
-        }
-        if let Some(member) = tar.next()? {
-            let path = normalize(&member.path, limits, false)?;
-            next = Some((member, path));
-        }
-    }
-    tar.finish()
-}
-
-enum Place<'a> {
-    Top,
-    Manifest,
-    /// In the tree, at this path.
-    Root(&'a [u8]),
-    Else,
-}
-
-fn place_of(path: &[u8]) -> Place<'_> {
-    match path {
-        b"" => Place::Top,
-        b"manifest" => Place::Manifest,
-        b"rootfs" => Place::Root(&[]),
-        path => path.strip_prefix(b"rootfs/").map_or(Place::Else, Place::Root),
-    }
-}
-
-fn refuse(member: &Member, why: &'static str) -> Error {
-    refuse_path(&member.path, why)
-}
-
-fn refuse_path(path: &[u8], why: &'static str) -> Error {
-    let shown = String::from_utf8_lossy(&path[..path.len().min(256)]).into_owned();
-    Error::new(Kind::Invalid, "place entry", format!("{shown:?}"), why)
-}
-
-fn manifest_bytes(tar: &mut TarReader<&mut ChunkReader>, member: &Member, limits: &Limits) -> Result<Vec<u8>> {
-    let What::File { size, .. } = member.what else {
-        return Err(refuse(member, "the manifest must be a regular file"));
-    };
-    if size > limits.manifest_bytes {
-        let why = format!("the manifest has {size} bytes: at most {} are taken", limits.manifest_bytes);
-        return Err(Error::new(Kind::Limit, "read", "manifest", why));
-    }
-    let mut bytes = Vec::with_capacity(size as usize);
-    tar.body(|content| {
-        match content {
-            super::tarread::Content::Data(data) => bytes.extend_from_slice(data),
-            super::tarread::Content::Hole(length) => bytes.resize(bytes.len() + length as usize, 0),
-        }
-        Ok(())
-    })?;
-    Ok(bytes)
 }

@@ -10,7 +10,8 @@
 //! that show the disk compare it with the image's index, and [`LayerMeta::whiteouts`] says when they need not.
 
 use std::collections::HashSet;
-use std::ffi::OsStr;
+use std::ffi::{CStr, OsStr};
+use std::io::Write;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
@@ -32,10 +33,11 @@ const MAX_BYTES: u64 = 64 << 20;
 const VERSION: u32 = 1;
 
 /// Has a layer whiteouts?
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum LayerWhiteouts {
     /// None.
+    #[default]
     None,
     /// Some.
     Some,
@@ -89,17 +91,25 @@ impl LayerMeta {
     }
 }
 
+/// What becomes of an opaque directory.
+pub(super) enum Opaque<'a> {
+    /// It gets the attribute that may be set.
+    Set,
+    /// Its path is written down, with a NUL after it, for [`set_trusted_opaque`].
+    Listed(&'a mut dyn Write),
+}
+
 /// Put the whiteouts of a layer on the disk in overlayfs's form. `index` is the layer's, in the making.
-pub(super) fn make_whiteouts(root: &OwnedFd, index: &mut Builder) -> Result<LayerWhiteouts> {
+pub(super) fn make_whiteouts(root: &OwnedFd, index: &mut Builder, mut opaque: Opaque<'_>) -> Result<LayerWhiteouts> {
     let mut found = LayerWhiteouts::None;
     index.each_whiteout(|path| {
         found = LayerWhiteouts::Some;
-        make_whiteout(root, path)
+        make_whiteout(root, path, &mut opaque)
     })?;
     Ok(found)
 }
 
-fn make_whiteout(root: &OwnedFd, path: &[u8]) -> Result<()> {
+fn make_whiteout(root: &OwnedFd, path: &[u8], opaque: &mut Opaque<'_>) -> Result<()> {
     let (parent, name) = match path.iter().rposition(|b| *b == b'/') {
         Some(slash) => (&path[..slash], &path[slash + 1..]),
         None => (&b"."[..], path),
@@ -111,7 +121,7 @@ fn make_whiteout(root: &OwnedFd, path: &[u8]) -> Result<()> {
     let stat = fs::fstat(&dir).map_err(fail)?;
     let file = OsStr::from_bytes(name);
     if name == b".wh..wh..opq" {
-        if !make_opaque(&dir).map_err(fail)? {
+        if !make_opaque(&dir, parent, opaque).map_err(fail)? {
             return Ok(());
         }
     } else if !name.starts_with(b".wh..wh.") {
@@ -122,7 +132,7 @@ fn make_whiteout(root: &OwnedFd, path: &[u8]) -> Result<()> {
             // The layer brings its own: that one is what shows, and of a directory nothing of the lower one in it.
             Err(Errno::EXIST) => match open_beneath(&dir, Path::new(hidden), flags | OFlags::NOFOLLOW) {
                 Ok(own) => {
-                    if !make_opaque(&own).map_err(fail)? {
+                    if !make_opaque(&own, &[parent, b"/", hidden.as_bytes()].concat(), opaque).map_err(fail)? {
                         return Ok(());
                     }
                 }
@@ -143,9 +153,17 @@ fn make_whiteout(root: &OwnedFd, path: &[u8]) -> Result<()> {
     fs::futimens(&dir, &times).map_err(fail)
 }
 
+/// The attribute that root's overlayfs heeds. To set it takes CAP_SYS_ADMIN.
+pub(super) const OPAQUE_TRUSTED: &CStr = c"trusted.overlay.opaque";
+const OPAQUE_USER: &CStr = c"user.overlay.opaque";
+
 /// False: neither attribute can be set here, and the `.wh.` file tells who looks.
-fn make_opaque(dir: &OwnedFd) -> rustix::io::Result<bool> {
-    for name in [c"trusted.overlay.opaque", c"user.overlay.opaque"] {
+fn make_opaque(dir: &OwnedFd, path: &[u8], opaque: &mut Opaque<'_>) -> rustix::io::Result<bool> {
+    if let Opaque::Listed(list) = opaque {
+        let written = list.write_all(path).and_then(|()| list.write_all(&[0]));
+        return written.map(|()| true).map_err(|e| Errno::from_io_error(&e).unwrap_or(Errno::IO));
+    }
+    for name in [OPAQUE_TRUSTED, OPAQUE_USER] {
         match fs::fsetxattr(dir, name, b"y", XattrFlags::empty()) {
             Ok(()) => return Ok(true),
             Err(Errno::PERM | Errno::OPNOTSUPP) => {}
@@ -153,4 +171,11 @@ fn make_opaque(dir: &OwnedFd) -> rustix::io::Result<bool> {
         }
     }
     Ok(false)
+}
+
+/// Make the directory at `path` below `root` opaque, for root's overlayfs.
+pub(super) fn set_trusted_opaque(root: &OwnedFd, path: &[u8]) -> Result<()> {
+    let dir = open_beneath(root, Path::new(OsStr::from_bytes(path)), OFlags::RDONLY | OFlags::DIRECTORY);
+    dir.and_then(|dir| fs::fsetxattr(dir, OPAQUE_TRUSTED, b"y", XattrFlags::empty()))
+        .map_err(|e| Error::sys("make opaque", format!("{:?}", String::from_utf8_lossy(path)), e))
 }

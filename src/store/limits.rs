@@ -1,7 +1,7 @@
 //! How much an archive may ask for. What is refused here is refused before it reaches the disk or our memory.
 
 /// Caps on one import. [`Limits::default`] is for people's images; tests and careful agents go lower.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct Limits {
     /// Entries of one archive, the directories on the way to them counted. A whole Debian desktop has some 500,000 files; an entry
     /// costs about 200 bytes of the disk beside the image until it is imported, and no memory.

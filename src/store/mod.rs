@@ -4,6 +4,7 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
+mod apart;
 mod download;
 #[doc(hidden)]
 pub mod exercise;
@@ -33,6 +34,7 @@ mod verify;
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 
+pub(crate) use apart::dispatch;
 pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};

@@ -7,7 +7,7 @@
 
 use std::fs::File;
 use std::io::Read;
-use std::os::fd::{AsFd as _, OwnedFd};
+use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{CWD, Mode, OFlags, RenameFlags, mkdirat, renameat_with};
@@ -15,21 +15,20 @@ use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
-use super::import::{ImageSource, ImportOptions, Imported, one_layer, write_index, write_new};
+use super::apart::{self, Place, Task};
+use super::import::{ImageSource, ImportOptions, Imported, write_index, write_new};
 use super::layer::LayerMeta;
 use super::limits::Limits;
 use super::meta::{ImageKind, Meta, OnDisk, Origin};
-use super::place::{Again, Placer, normalize};
 use super::signed::watched;
 use super::staging::{self, Staging};
-use super::stream::{self, Archive, ChunkReader};
-use super::tarread::{EndMarker, TarReader};
+use super::stream::{self, Archive};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageId;
 use crate::image::oci::{self, Config, Descriptor, Digest, Document, Manifest, media_type};
 use crate::image::{MAX_MANIFEST_BYTES, parse_json};
-use crate::index::{Builder, Index, What, Whiteouts};
+use crate::index::{Builder, Index, Whiteouts};
 use crate::paths::image;
 use crate::sys::durable::sync_dir;
 use crate::sys::fs::{open_beneath, open_in_root};
@@ -386,19 +385,15 @@ fn unpack_layer(
     progress: Option<stream::ProgressFn>,
 ) -> Result<()> {
     fault::point("store.layer")?;
-    let rootfs = dir.join(image::ROOTFS);
-    for path in [dir, &rootfs] {
-        mkdirat(CWD, path, Mode::RWXU).map_err(|e| Error::sys("make", show(path), e))?;
-    }
     let file = layout.open(&layer.path)?;
     let total = file.metadata().map_err(|e| Error::io("stat", show(&layer.path), e))?.len();
     let name = layer.diff_id.to_string();
     let (archive, state) = watched(Archive { name, input: Box::new(file), total: Some(total) });
-    let root = File::open(&rootfs).map_err(|e| Error::io("open", show(&rootfs), e))?;
-    let ((placed, index), diff_id) = stream::run::<Sha256, _>(archive.producer(limits, progress), |reader| {
-        place_layer(reader, root.into(), dir, &layer.diff_id.to_string(), limits)
-    })?;
-    let got = Digest::from_sha256(&<[u8; 32]>::from(diff_id));
+    let place = Place { dir: dir.to_owned(), index: image::INDEX };
+    let diff_id = layer.diff_id.to_string();
+    let (unpacked, got) =
+        apart::unpack::<Sha256>(archive.producer(limits, progress), Task::Layer, &place, &diff_id, limits)?;
+    let got = Digest::from_sha256(&<[u8; 32]>::from(got));
     if got != layer.diff_id {
         let why = format!("its uncompressed bytes have the digest {got}");
         return Err(Error::new(Kind::Integrity, "check layer", &layer.diff_id, why));
@@ -410,32 +405,5 @@ fn unpack_layer(
         };
         check_blob(&blob.digest, Some(blob.size), &Digest::from_sha256(&sha.finalize().into()), length)?;
     }
-    write_index(&dir.join(image::INDEX), index)?;
-    placed.write(dir)
-}
-
-/// Place a layer below `root`; `dir` is where its index puts what is too much for memory.
-fn place_layer(
-    reader: &mut ChunkReader,
-    root: OwnedFd,
-    dir: &Path,
-    name: &str,
-    limits: &Limits,
-) -> Result<(LayerMeta, Builder)> {
-    let root_again = root.as_fd().try_clone_to_owned().map_err(|e| Error::io("duplicate descriptor", "", e))?;
-    let mut placer = Placer::new(root, limits.clone(), Again::Replace, one_layer(dir)?);
-    // The diff id tells a whole layer from one cut off.
-    let mut tar = TarReader::new(reader, name.to_owned(), limits.clone(), EndMarker::Optional);
-    while let Some(member) = tar.next()? {
-        let path = normalize(&member.path, limits, true)?;
-        if path.is_empty() && !matches!(member.what, What::Directory) {
-            return Err(Error::new(Kind::Invalid, "place entry", "\"/\"", "the root is not a directory"));
-        }
-        let target = |raw: &[u8]| normalize(raw, limits, true);
-        placer.place(member, path, target, |take| tar.body(take))?;
-    }
-    tar.finish()?;
-    let (placed, mut index) = placer.finish()?;
-    let whiteouts = super::layer::make_whiteouts(&root_again, &mut index)?;
-    Ok((LayerMeta::new(&placed, whiteouts), index))
+    LayerMeta::new(&unpacked.placed, unpacked.whiteouts).write(dir)
 }

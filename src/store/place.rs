@@ -34,7 +34,7 @@ pub(crate) enum Again {
 }
 
 /// What was placed.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) struct Placed {
     pub(crate) entries: u64,
     /// Bytes of all files, holes counted.
@@ -69,6 +69,8 @@ pub(crate) struct Placer {
     data_bytes: u64,
     hole_bytes: u64,
     xattr_bytes: u64,
+    /// Not told by the user id: who places for root may have one of its own.
+    as_root: bool,
 }
 
 /// A path of an archive as components joined by one slash: no `.`, `..` or empty one, not absolute unless `strip_root`.
@@ -128,8 +130,9 @@ fn timestamps(mtime: Time) -> Timestamps {
 }
 
 impl Placer {
-    /// `root` is an empty directory of ours, and `index` an empty one: a layer in it is begun, and has no whiteouts.
-    pub(crate) fn new(root: OwnedFd, limits: Limits, again: Again, index: Builder) -> Self {
+    /// `root` is an empty directory of ours, and `index` an empty one: a layer in it is begun, and has no whiteouts. `as_root`: what is placed
+    /// is root's, and owners are set as they are.
+    pub(crate) fn new(root: OwnedFd, limits: Limits, again: Again, index: Builder, as_root: bool) -> Self {
         Placer {
             root,
             open: Vec::new(),
@@ -141,6 +144,7 @@ impl Placer {
             data_bytes: 0,
             hole_bytes: 0,
             xattr_bytes: 0,
+            as_root,
         }
     }
 
@@ -322,7 +326,7 @@ impl Placer {
             opened = fs::openat(self.here(), OsStr::from_bytes(name), OPEN_DIR, Mode::empty()).map_err(&failed)?;
             opened.as_fd()
         };
-        let exact = set_attributes(dir, entry, 0o700).map_err(&failed)?;
+        let exact = set_attributes(dir, entry, 0o700, self.as_root).map_err(&failed)?;
         // The time is set at the end: what is placed in it changes it again.
         self.placed.index_only += u64::from(!exact);
         Ok(())
@@ -375,7 +379,7 @@ impl Placer {
             fs::ftruncate(&file, size).map_err(&failed)?;
         }
         fault::point("store.attributes")?;
-        let exact = set_attributes(file.as_fd(), entry, 0o600).map_err(&failed)?;
+        let exact = set_attributes(file.as_fd(), entry, 0o600, self.as_root).map_err(&failed)?;
         fs::futimens(&file, &timestamps(entry.mtime)).map_err(&failed)?;
         self.placed.index_only += u64::from(!exact);
         Ok(sha.finalize().into())
@@ -496,7 +500,7 @@ fn disk_mode(mode: u16, owned: bool, least: u16) -> u16 {
 }
 
 /// Owner, mode and attributes of an open file or directory of ours. False where some are left to the index.
-fn set_attributes(file: BorrowedFd<'_>, entry: &Entry, least: u16) -> rustix::io::Result<bool> {
+fn set_attributes(file: BorrowedFd<'_>, entry: &Entry, least: u16, as_root: bool) -> rustix::io::Result<bool> {
     let (uid, gid) = (Uid::from_raw(entry.uid), Gid::from_raw(entry.gid));
     let owned = match fs::fchown(file, Some(uid), Some(gid)) {
         Ok(()) => true,
@@ -505,7 +509,7 @@ fn set_attributes(file: BorrowedFd<'_>, entry: &Entry, least: u16) -> rustix::io
         Err(e) => return Err(e),
     };
     // Whose files these are is told by the chown; an ordinary user's own get no setuid bit and stay readable all the same.
-    let owned = owned && (rustix::process::geteuid().is_root());
+    let owned = owned && as_root;
     let bits = disk_mode(entry.mode, owned, least);
     let mut exact = owned && bits == entry.mode;
     fs::fchmod(file, Mode::from_raw_mode(bits.into()))?;

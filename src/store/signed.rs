@@ -8,7 +8,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use sha2::{Digest as _, Sha256};
 
 use super::limits::Limits;
-use super::stream::{Archive, Compression, check_ratio, decoder};
+use super::stream::{self, Archive, Compression, check_ratio};
 use super::{Meta, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::image::signature::{Keyring, MAX_SIGNATURE_BYTES, Signer};
@@ -170,13 +170,9 @@ impl Store {
         let raw = || -> Result<Box<dyn Read>> { Ok(Box::new(watched()?)) };
         // The specification's example signs the tar before it is compressed, rkt's users the file: either says all.
         let plain = || -> Result<Box<dyn Read>> {
-            let mut input = watched()?;
-            let mut first = Vec::new();
-            input.by_ref().take(8).read_to_end(&mut first).map_err(|e| Error::io("read", show(path), e))?;
-            let compression = Compression::of(&first);
+            let input = watched()?;
             let came = input.state.clone();
-            let whole = std::io::BufReader::new(std::io::Cursor::new(first).chain(input));
-            let input = decoder(compression, whole, limits, &show(path))?;
+            let input = stream::plain(input, limits, &show(path))?;
             Ok(Box::new(Bounded { input, came, grown: 0, limits: limits.clone(), name: show(path) }))
         };
         let signer = match ring.check(&bytes, &raw) {
@@ -244,8 +240,8 @@ mod tests {
         let bomb = zstd::encode_all(&vec![0; 8 << 20][..], 1).unwrap();
         let limits = Limits { ratio_floor: 1 << 20, ratio: 100, ..Limits::default() };
         let came = Hashed::default();
-        let input = Hashing { input: &bomb[..], state: came.clone() };
-        let input = decoder(Compression::Zstd, std::io::BufReader::new(input), &limits, "bomb").unwrap();
+        let input = Hashing { input: std::io::Cursor::new(bomb), state: came.clone() };
+        let input = stream::plain(input, &limits, "bomb").unwrap();
         let mut bounded = Bounded { input, came, grown: 0, limits, name: "bomb".into() };
         let error = std::io::copy(&mut bounded, &mut std::io::sink()).unwrap_err();
         assert_eq!(super::super::tarread::from_io("bomb", error).kind(), Kind::Limit);

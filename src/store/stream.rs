@@ -1,14 +1,13 @@
-//! The bytes of an archive, uncompressed: a thread reads and decompresses, another hashes, the caller parses and places.
+//! The bytes of an archive, uncompressed: hashed here, and handed to the process that parses and places them.
 //!
-//! What is hashed and what is parsed are the same chunks: the digest covers every byte that was acted on, and those after
+//! What is hashed and what is parsed are the same bytes: the digest covers every one that was acted on, and those after
 //! the end marker too.
 
 use std::fs::File;
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Read, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use sha2::digest::Output;
 use sha2::{Digest, Sha512};
@@ -18,10 +17,7 @@ use super::tarread::from_io;
 use crate::error::{Error, Kind, Result};
 
 /// Bytes handed over at once: big enough that handing over costs nothing beside hashing.
-const CHUNK: usize = 256 << 10;
-/// Chunks on the way to each taker: with both, the memory of a stream is bounded by 4 MiB.
-const DEPTH: usize = 8;
-
+pub(super) const CHUNK: usize = 256 << 10;
 /// How far an import has come: bytes read of the source, and how many there are where that is known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Progress {
@@ -35,7 +31,7 @@ pub struct Progress {
 pub type ProgressFn = Arc<dyn Fn(Progress) + Send + Sync>;
 
 /// What the bytes are hidden in. Told by the first bytes, never by a file's name.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub(crate) enum Compression {
     None,
     Gzip,
@@ -60,31 +56,49 @@ impl Compression {
     }
 }
 
-type Chunk = Arc<Vec<u8>>;
-
-/// Where the chunks go.
-pub(crate) struct Sink {
-    parse: SyncSender<Result<Chunk>>,
-    hash: SyncSender<Chunk>,
+/// Where the bytes go.
+pub(crate) struct Sink<'a> {
+    hash: &'a mut dyn FnMut(&[u8]),
+    to: Option<File>,
     pending: Vec<u8>,
     produced: u64,
+    /// Not all of it was taken: what the digest is of then, nobody knows.
+    is_cut: bool,
+    /// Told how many bytes were produced, now and then.
+    on_way: &'a dyn Fn(u64),
+    next_word: u64,
 }
 
-impl Sink {
+/// How many bytes come between two words of how many there were.
+const WORD_EVERY: u64 = 32 << 20;
+
+impl Sink<'_> {
     /// False: nobody takes them any more.
-    fn send(&mut self, chunk: Vec<u8>) -> bool {
-        self.produced += chunk.len() as u64;
-        let chunk = Arc::new(chunk);
-        self.parse.send(Ok(chunk.clone())).is_ok() && self.hash.send(chunk).is_ok()
+    fn send(&mut self, data: &[u8]) -> bool {
+        self.produced += data.len() as u64;
+        if self.produced >= self.next_word {
+            self.next_word = self.produced + WORD_EVERY;
+            (self.on_way)(self.produced);
+        }
+        // First: who takes them works meanwhile.
+        self.is_cut |= self.to.as_mut().is_some_and(|to| to.write_all(data).is_err());
+        if self.is_cut {
+            return false;
+        }
+        (self.hash)(data);
+        true
     }
 
     fn flush(&mut self) -> bool {
-        let pending = std::mem::take(&mut self.pending);
-        pending.is_empty() || self.send(pending)
+        let mut pending = std::mem::take(&mut self.pending);
+        let is_taken = pending.is_empty() || self.send(&pending);
+        pending.clear();
+        self.pending = pending;
+        is_taken
     }
 }
 
-impl std::io::Write for Sink {
+impl Write for Sink<'_> {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
         let count = data.len().min(CHUNK - self.pending.len());
         self.pending.extend_from_slice(&data[..count]);
@@ -99,82 +113,24 @@ impl std::io::Write for Sink {
     }
 }
 
-/// The taker's end.
-pub(crate) struct ChunkReader {
-    chunks: Receiver<Result<Chunk>>,
-    current: Chunk,
-    at: usize,
-}
-
-impl BufRead for ChunkReader {
-    fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
-        while self.at == self.current.len() {
-            match self.chunks.recv() {
-                Ok(Ok(chunk)) => {
-                    self.current = chunk;
-                    self.at = 0;
-                }
-                Ok(Err(error)) => return Err(std::io::Error::other(error)),
-                Err(_) => break,
-            }
-        }
-        Ok(&self.current[self.at..])
+/// Run `produce`, whose bytes go to `to`, too; gives their digest, if `to` took every one of them: else one who takes a part could have
+/// the digest of a smaller part.
+pub(crate) fn pump<D: Digest>(
+    produce: impl FnOnce(&mut Sink<'_>) -> Result<()>,
+    to: Option<File>,
+    on_way: &dyn Fn(u64),
+) -> Result<Output<D>> {
+    let mut sha = D::new();
+    let mut hash = |data: &[u8]| sha.update(data);
+    let mut sink =
+        Sink { hash: &mut hash, to, pending: Vec::new(), produced: 0, is_cut: false, on_way, next_word: WORD_EVERY };
+    produce(&mut sink)?;
+    sink.flush();
+    if sink.is_cut {
+        let why = "who unpacks it stopped before its end";
+        return Err(Error::new(Kind::Helper, "read archive", "", why));
     }
-
-    fn consume(&mut self, count: usize) {
-        self.at += count;
-    }
-}
-
-impl Read for ChunkReader {
-    fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
-        let data = self.fill_buf()?;
-        let count = data.len().min(out.len());
-        out[..count].copy_from_slice(&data[..count]);
-        self.consume(count);
-        Ok(count)
-    }
-}
-
-/// Run `produce` beside `take`; gives what `take` gives, and the digest of all that was produced.
-pub(crate) fn run<D: Digest, T>(
-    produce: impl FnOnce(&mut Sink) -> Result<()> + Send,
-    take: impl FnOnce(&mut ChunkReader) -> Result<T>,
-) -> Result<(T, Output<D>)>
-where
-    Output<D>: Send,
-{
-    let (parse, chunks) = sync_channel(DEPTH);
-    let (hash, to_hash) = sync_channel::<Chunk>(DEPTH);
-    std::thread::scope(|scope| {
-        let hasher = std::thread::Builder::new()
-            .name("hash".into())
-            .spawn_scoped(scope, move || {
-                let mut sha = D::new();
-                while let Ok(chunk) = to_hash.recv() {
-                    sha.update(&*chunk);
-                }
-                sha.finalize()
-            })
-            .map_err(|e| Error::io("start thread", "hash", e))?;
-        std::thread::Builder::new()
-            .name("read".into())
-            .spawn_scoped(scope, move || {
-                let mut sink = Sink { parse, hash, pending: Vec::new(), produced: 0 };
-                match produce(&mut sink) {
-                    Ok(()) => drop(sink.flush()),
-                    // Nobody there to tell: the taker has failed and has its own error.
-                    Err(error) => drop(sink.parse.send(Err(error))),
-                }
-            })
-            .map_err(|e| Error::io("start thread", "read", e))?;
-        let mut reader = ChunkReader { chunks, current: Arc::default(), at: 0 };
-        let taken = take(&mut reader);
-        // The producer stops at its next chunk, the hasher after it.
-        drop(reader);
-        let digest = hasher.join().map_err(|_| Error::new(Kind::Io, "hash", "", "the thread panicked"))?;
-        Ok((taken?, digest))
-    })
+    Ok(sha.finalize())
 }
 
 /// An archive: where its bytes come from and what it is called in messages.
@@ -202,7 +158,7 @@ impl Archive {
         self,
         limits: &Limits,
         progress: Option<ProgressFn>,
-    ) -> impl FnOnce(&mut Sink) -> Result<()> + Send + use<> {
+    ) -> impl FnOnce(&mut Sink<'_>) -> Result<()> + Send + use<> {
         let limits = limits.clone();
         move |sink| decompress(self, &limits, progress.as_ref(), sink)
     }
@@ -221,50 +177,41 @@ impl Read for Counted {
     }
 }
 
-fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, sink: &mut Sink) -> Result<()> {
+fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, sink: &mut Sink<'_>) -> Result<()> {
     let Archive { name, input, total } = archive;
     let read = Arc::new(AtomicU64::new(0));
-    let mut input = Counted { input, read: read.clone() };
-    let mut first = Vec::with_capacity(MAGIC_BYTES);
-    (&mut input).take(MAGIC_BYTES as u64).read_to_end(&mut first).map_err(|e| Error::io("read", &name, e))?;
-    let compression = Compression::of(&first);
-    log::debug!("{name}: {compression:?}");
-    let whole = std::io::BufReader::with_capacity(CHUNK, std::io::Cursor::new(first).chain(input));
-    let mut bytes = decoder(compression, whole, limits, &name)?;
+    let input = Counted { input, read: read.clone() };
+    let mut bytes = plain(input, limits, &name)?;
+    let mut chunk = Vec::with_capacity(CHUNK);
     loop {
-        let mut chunk = Vec::with_capacity(CHUNK);
-        let got = (&mut *bytes).take(CHUNK as u64).read_to_end(&mut chunk);
-        got.map_err(|e| match (compression, e.raw_os_error()) {
-            (Compression::None, _) | (_, Some(_)) => Error::io("read", &name, e),
-            _ if asks_too_much(&e) => Error::new(
-                Kind::Limit,
-                "decompress",
-                format!("{name} ({compression:?})"),
-                format!("it needs more than {} bytes of memory", limits.decoder_bytes),
-            )
-            .hint("[limits] decoder_bytes says how many are taken: 68157440 for `xz -9`, 134217728 for `zstd --long`"),
-            _ => Error::new(Kind::Invalid, "decompress", format!("{name} ({compression:?})"), e),
-        })?;
+        chunk.clear();
+        (&mut *bytes).take(CHUNK as u64).read_to_end(&mut chunk).map_err(|e| from_io(&name, e))?;
         if chunk.is_empty() {
             return Ok(());
         }
         let came = read.load(Ordering::Relaxed);
-        let grown = sink.produced + chunk.len() as u64;
-        check_ratio(limits, &name, came, grown)?;
+        check_ratio(limits, &name, came, sink.produced + chunk.len() as u64)?;
         if let Some(progress) = progress {
             progress(Progress { read: came, total });
         }
-        if !sink.send(chunk) {
+        if !sink.send(&chunk) {
             return Ok(());
         }
     }
 }
 
-/// Do a decoder's words say that it was refused memory?
-fn asks_too_much(error: &std::io::Error) -> bool {
-    let is_xz = matches!(error.get_ref().and_then(|e| e.downcast_ref()), Some(liblzma::stream::Error::MemLimit));
-    // zstd's errors are text.
-    is_xz || error.to_string().contains("too much memory")
+/// The plain bytes of an archive, whatever it is compressed by.
+pub(super) fn plain(mut input: impl Read + Send + 'static, limits: &Limits, name: &str) -> Result<Box<dyn Read>> {
+    let mut first = Vec::with_capacity(MAGIC_BYTES);
+    (&mut input).take(MAGIC_BYTES as u64).read_to_end(&mut first).map_err(|e| Error::io("read", name, e))?;
+    let compression = Compression::of(&first);
+    log::debug!("{name}: {compression:?}");
+    let whole = std::io::Cursor::new(first).chain(input);
+    Ok(if compression == Compression::None {
+        Box::new(whole)
+    } else {
+        Box::new(super::apart::decode(compression, whole, limits, name)?)
+    })
 }
 
 /// Has an archive of `came` bytes grown to more than it may?
@@ -308,23 +255,11 @@ pub(super) fn decoder<'a>(
 
 /// SHA-512 of the uncompressed bytes alone, nothing placed.
 pub(crate) fn digest(archive: Archive, limits: &Limits) -> Result<[u8; 64]> {
-    let name = archive.name.clone();
-    let ((), digest) = run::<Sha512, _>(archive.producer(limits, None), |reader| {
-        loop {
-            let length = reader.fill_buf().map_err(|e| from_io(&name, e))?.len();
-            if length == 0 {
-                return Ok(());
-            }
-            reader.consume(length);
-        }
-    })?;
-    Ok(digest.into())
+    Ok(pump::<Sha512>(archive.producer(limits, None), None, &|_| ())?.into())
 }
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write as _;
-
     use super::*;
 
     fn archive(bytes: Vec<u8>) -> Archive {

@@ -216,7 +216,7 @@ impl DirectoryImage {
     }
 
     /// Write the archive.
-    pub(crate) fn write(self, sink: &mut Sink) -> Result<()> {
+    pub(crate) fn write(self, sink: &mut Sink<'_>) -> Result<()> {
         let root_stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
         let mut walk = Walk {
             sink,
@@ -260,8 +260,8 @@ fn entry_of(stat: &Stat, what: What, xattrs: Vec<Xattr>) -> Entry {
     }
 }
 
-struct Walk<'a> {
-    sink: &'a mut Sink,
+struct Walk<'a, 'b> {
+    sink: &'a mut Sink<'b>,
     at: &'a Path,
     device: u64,
     depth: usize,
@@ -271,7 +271,7 @@ struct Walk<'a> {
     gone: bool,
 }
 
-impl Walk<'_> {
+impl Walk<'_, '_> {
     fn put(&mut self, bytes: &[u8]) {
         self.gone |= self.sink.write_all(bytes).is_err();
     }

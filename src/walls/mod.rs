@@ -1,6 +1,8 @@
 //! What the walls around a process of ours are built of; who stands behind which is said where it is started (`daemon`, `store`).
 
 pub(crate) mod calls;
+#[cfg(feature = "failpoints")]
+pub(crate) mod escapes;
 pub(crate) mod files;
 pub(crate) mod root;
 

@@ -6,6 +6,7 @@ use crate::common::Case;
 
 mod agent;
 mod alone;
+mod apart;
 mod appc;
 mod cli;
 mod clients;
@@ -52,6 +53,12 @@ pub(crate) const CASES: &[Case] = &[
     alone::LEFT_BEHIND,
     alone::STOPPED,
     alone::USED_THERE,
+    apart::BOUNDED,
+    apart::KILLED,
+    apart::LIES,
+    apart::NOT_ORPHANED,
+    apart::TAKEN_OVER,
+    apart::WHO_THEY_ARE,
     appc::CONFIG,
     appc::ESCAPES,
     appc::FETCHES,

@@ -619,7 +619,9 @@ pub(crate) const IMPORT_BREAKS: Case =
         let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
         let import = || stage.fsprov(["image", "import"]).arg(&archive);
         let text = import().env("FSPROV_LOG", "fsprov::fault=trace").run().ok().err();
-        let found = steps_in(&text);
+        let mut found = steps_in(&text);
+        // One wall that cannot be raised does not fail an import: `apart` tries what the others do.
+        found.retain(|step| !step.name.starts_with("walls."));
         assert!(found.len() >= 3, "an import passes {} steps", found.len());
         stage.fsprov(["image", "rm", "example.com/small"]).run().ok();
         for step in &found {

@@ -10,8 +10,6 @@
 //! What cannot be had is logged, and told with the statistics.
 
 mod calls;
-#[cfg(feature = "failpoints")]
-mod escapes;
 mod files;
 
 use rustix::fs::{self, FlockOperation, Mode, OFlags};
@@ -28,8 +26,6 @@ use crate::volume::Access;
 use crate::walls;
 use crate::walls::calls::Devices;
 use crate::walls::root::{self, NewUsers, Wanted};
-#[cfg(feature = "failpoints")]
-pub(super) use escapes::attempt as attempt_escapes;
 
 /// What is left of the host in the empty root: the process's own descriptors; and figures of FUSE connections, for kernels that lose
 /// requests (before Linux 6.9).
@@ -155,4 +151,14 @@ fn hold_again(sources: &mut Sources) -> Result<()> {
     fs::flock(&held, FlockOperation::NonBlockingLockShared).map_err(fail)?;
     *in_use = held;
     Ok(())
+}
+
+/// Play one that was taken over, if the fault point `worker.escapes` says so: answered with the statistics.
+#[cfg(feature = "failpoints")]
+pub(super) fn attempt_escapes() -> Option<Vec<walls::escapes::Attempt>> {
+    let told = || -> Option<String> {
+        fail::fail_point!("worker.escapes", |told| told);
+        None
+    };
+    told().map(|told| walls::escapes::attempt(&told))
 }

@@ -1,5 +1,5 @@
-//! A worker that was taken over, played by itself: what one would try from in here, one after the other. Of test builds alone; asked
-//! for by the fault point `worker.escapes`, answered with the statistics.
+//! A process behind walls that was taken over, played by itself: what one would try from in there, one after the other. Of test builds alone;
+//! a fault point asks for it.
 //!
 //! Nothing here harms a machine where it works: files are opened and no more, signals are 0, structures are null.
 
@@ -7,14 +7,14 @@ use std::ffi::{CStr, CString};
 use std::os::fd::OwnedFd;
 
 use rustix::io::Errno;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::sys::raw;
 
 type Tried = Result<(), Errno>;
 
 /// Where the test's own things are, told by the fault point: `SUPERVISOR:NEIGHBOUR:DIRECTORY`, two pids and a place of the host
-/// with a file `secret`, which is readable by the worker's user.
+/// with a file `secret`, which is readable by the process's user.
 struct Host {
     supervisor: usize,
     neighbour: usize,
@@ -22,29 +22,46 @@ struct Host {
 }
 
 /// One attempt.
-#[derive(Debug, Serialize)]
-pub(in super::super) struct Attempt {
-    what: String,
+#[derive(Debug, Serialize, Deserialize)]
+pub(crate) struct Attempt {
+    pub(crate) what: String,
     /// The errno; none: it worked.
     refused: Option<i32>,
-    escaped: bool,
+    pub(crate) escaped: bool,
 }
 
-/// Try everything, if the fault point says so.
-pub(in super::super) fn attempt() -> Option<Vec<Attempt>> {
-    let told = || -> Option<String> {
-        fail::fail_point!("worker.escapes", |told| told);
-        None
-    };
-    let told = told()?;
-    deadly(&told);
+/// Try everything; `told` is where the test's things are ([`Host`]), or the table whose calls end the process.
+pub(crate) fn attempt(told: &str) -> Vec<Attempt> {
+    deadly(told);
     let mut words = told.splitn(3, ':');
     let mut number = || words.next().and_then(|word| word.parse().ok()).unwrap_or(1);
     let (supervisor, neighbour) = (number(), number());
     let host = Host { supervisor, neighbour, directory: words.next().unwrap_or("/").to_owned() };
     let mut all = files(&host);
     all.extend(calls(&host));
-    Some(all)
+    all
+}
+
+/// What one that has no threads, and makes files for others, would try beside that.
+pub(crate) fn attempt_as_importer(told: &str) -> Vec<Attempt> {
+    let mut all = attempt(told);
+    let secret = text(&format!("{}/secret", told.splitn(3, ':').nth(2).unwrap_or("/")));
+    let (here, times) = (libc::AT_FDCWD as usize, [0_i64; 4]);
+    // By a name of the host: landlock asks for none of these.
+    for (what, number, arguments) in [
+        ("chmod of a file of the host", libc::SYS_fchmodat, [here, at(&secret), 0o666, 0, 0, 0]),
+        ("chown of a file of the host", libc::SYS_fchownat, [here, at(&secret), usize::MAX, usize::MAX, 0, 0]),
+        ("times of a file of the host", libc::SYS_utimensat, [here, at(&secret), times.as_ptr().addr(), 0, 0, 0]),
+        ("attribute of a file of the host", libc::SYS_setxattr, [at(&secret), at(c"user.x"), at(c"y"), 1, 0, 0]),
+        ("unlink a file of the host", libc::SYS_unlinkat, [here, at(&secret), 0, 0, 0, 0]),
+    ] {
+        let refused = call(number, arguments).err().map(Errno::raw_os_error);
+        all.push(Attempt { what: what.to_owned(), refused, escaped: refused.is_none() });
+    }
+    let thread = std::thread::Builder::new().spawn(|| ());
+    let refused = thread.as_ref().err().and_then(std::io::Error::raw_os_error);
+    all.push(Attempt { what: "a thread".to_owned(), refused, escaped: thread.is_ok() });
+    all
 }
 
 /// What ends the process: other architectures' calls.
