@@ -49,7 +49,7 @@ pub struct File {
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Origin {
+pub enum SetBy {
     /// Nobody set it.
     Default,
     /// A file.
@@ -58,12 +58,12 @@ pub enum Origin {
     CommandLine,
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for SetBy {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Origin::Default => f.write_str("default"),
-            Origin::File(path) => f.write_str(&show(path)),
-            Origin::CommandLine => f.write_str("command line or environment"),
+            SetBy::Default => f.write_str("default"),
+            SetBy::File(path) => f.write_str(&show(path)),
+            SetBy::CommandLine => f.write_str("command line or environment"),
         }
     }
 }
@@ -74,7 +74,7 @@ pub struct Setting<T> {
     /// The value.
     pub value: T,
     /// Who set it.
-    pub origin: Origin,
+    pub origin: SetBy,
 }
 
 /// The values in force, but for what a verb's own options say.
@@ -106,10 +106,10 @@ pub struct Settings {
 
 impl<T> Setting<T> {
     fn default(value: T) -> Self {
-        Setting { value, origin: Origin::Default }
+        Setting { value, origin: SetBy::Default }
     }
 
-    fn replace(&mut self, value: Option<T>, origin: &Origin) {
+    fn replace(&mut self, value: Option<T>, origin: &SetBy) {
         if let Some(value) = value {
             *self = Setting { value, origin: origin.clone() };
         }
@@ -141,13 +141,13 @@ impl Settings {
         };
         for path in files {
             if let Some(file) = read_file(path)? {
-                settings.apply(file, &Origin::File(path.clone()));
+                settings.apply(file, &SetBy::File(path.clone()));
             }
         }
         Ok(settings)
     }
 
-    fn apply(&mut self, file: File, origin: &Origin) {
+    fn apply(&mut self, file: File, origin: &SetBy) {
         let File {
             root,
             backend,
@@ -308,10 +308,10 @@ mod tests {
         std::fs::write(&system, "root = \"/s\"\nbackend = \"bind\"\n").unwrap();
         std::fs::write(&user, "backend = \"fuse\"\nvolumes = [\"/a:/b:ro\"]\n").unwrap();
         let settings = Settings::read(&[system.clone(), user.clone(), dir.path().join("none")]).unwrap();
-        assert_eq!(settings.root, Setting { value: Some("/s".into()), origin: Origin::File(system) });
-        assert_eq!(settings.backend, Setting { value: "fuse".into(), origin: Origin::File(user) });
+        assert_eq!(settings.root, Setting { value: Some("/s".into()), origin: SetBy::File(system) });
+        assert_eq!(settings.backend, Setting { value: "fuse".into(), origin: SetBy::File(user) });
         assert_eq!(settings.default_volumes().unwrap().len(), 1);
-        assert_eq!(Settings::read(&[]).unwrap().backend.origin, Origin::Default);
+        assert_eq!(Settings::read(&[]).unwrap().backend.origin, SetBy::Default);
     }
 
     #[test]
@@ -353,7 +353,7 @@ mod tests {
         let settings = Settings::read(&[system.clone(), user.clone()]).unwrap();
         let limits = settings.policy().limits;
         assert_eq!((limits.entries, limits.depth, limits.ratio), (7, 9, Limits::default().ratio));
-        assert_eq!(settings.limits["depth"].origin, Origin::File(system));
+        assert_eq!(settings.limits["depth"].origin, SetBy::File(system));
         assert!(settings.registry["a"].value.insecure);
         assert_eq!(settings.registry["b"].value.mirror.as_deref(), Some("m:5000/cache"));
         // What the example says of a key that is commented out holds too.

@@ -209,29 +209,29 @@ impl Error {
 
 /// An error as another process tells it: nothing of it is lost on the way but the types of its causes.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Told {
+pub struct SentError {
     kind: Kind,
     op: String,
     subject: String,
     cause: String,
     errno: Option<i32>,
     hint: Option<String>,
-    undo: Vec<Told>,
+    undo: Vec<SentError>,
     #[serde(default)]
     items: Vec<String>,
 }
 
-impl From<&Error> for Told {
+impl From<&Error> for SentError {
     fn from(error: &Error) -> Self {
         let inner = &*error.0;
-        Told {
+        SentError {
             kind: inner.kind,
             op: inner.op.to_string(),
             subject: inner.subject.clone(),
             cause: inner.source.to_string(),
             errno: error.errno().map(rustix::io::Errno::raw_os_error),
             hint: inner.hint.as_ref().map(ToString::to_string),
-            undo: inner.undo.iter().map(Told::from).collect(),
+            undo: inner.undo.iter().map(SentError::from).collect(),
             items: inner.items.clone(),
         }
     }
@@ -239,31 +239,31 @@ impl From<&Error> for Told {
 
 /// A cause that came as text, with the errno that was at the bottom of it.
 #[derive(Debug)]
-struct ToldCause {
+struct SentCause {
     text: String,
     errno: Option<std::io::Error>,
 }
 
-impl fmt::Display for ToldCause {
+impl fmt::Display for SentCause {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.text)
     }
 }
 
-impl std::error::Error for ToldCause {
+impl std::error::Error for SentCause {
     fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
         self.errno.as_ref().map(|e| e as _)
     }
 }
 
-impl From<Told> for Error {
-    fn from(told: Told) -> Self {
+impl From<SentError> for Error {
+    fn from(told: SentError) -> Self {
         let errno = told.errno.map(std::io::Error::from_raw_os_error);
         Error(Box::new(Inner {
             kind: told.kind,
             op: told.op.into(),
             subject: told.subject,
-            source: Box::new(ToldCause { text: told.cause, errno }),
+            source: Box::new(SentCause { text: told.cause, errno }),
             hint: told.hint.map(Into::into),
             undo: told.undo.into_iter().map(Error::from).collect(),
             items: told.items,
@@ -338,8 +338,8 @@ mod tests {
             "7",
             "it will not",
         )));
-        let json = serde_json::to_string(&Told::from(&first)).unwrap();
-        let second = Error::from(serde_json::from_str::<Told>(&json).unwrap());
+        let json = serde_json::to_string(&SentError::from(&first)).unwrap();
+        let second = Error::from(serde_json::from_str::<SentError>(&json).unwrap());
         assert_eq!(second.to_string(), first.to_string());
         assert_eq!((second.kind(), second.errno()), (Kind::Permission, Some(rustix::io::Errno::PERM)));
     }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de::Error as _};
 
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Form {
+enum PathText {
     Text(String),
     Bytes { bytes: String },
 }
@@ -17,17 +17,17 @@ enum Form {
 /// Write a path in the form above.
 pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
     match path.to_str() {
-        Some(text) => Form::Text(text.to_owned()),
-        None => Form::Bytes { bytes: data_encoding::HEXLOWER.encode(path.as_os_str().as_bytes()) },
+        Some(text) => PathText::Text(text.to_owned()),
+        None => PathText::Bytes { bytes: data_encoding::HEXLOWER.encode(path.as_os_str().as_bytes()) },
     }
     .serialize(to)
 }
 
 /// Read a path in the form above.
 pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
-    Ok(match Form::deserialize(from)? {
-        Form::Text(text) => PathBuf::from(text),
-        Form::Bytes { bytes } => {
+    Ok(match PathText::deserialize(from)? {
+        PathText::Text(text) => PathBuf::from(text),
+        PathText::Bytes { bytes } => {
             let bytes = data_encoding::HEXLOWER.decode(bytes.as_bytes()).map_err(D::Error::custom)?;
             PathBuf::from(OsString::from_vec(bytes))
         }

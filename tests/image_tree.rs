@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use fsprov::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
 use fsprov::fuse::buffers::Buffers;
-use fsprov::fuse::mount::{self, Method, Mounted, OtherUsers, Request};
+use fsprov::fuse::mount::{self, Method, MountOptions, Mounted, OtherUsers};
 use fsprov::fuse::session::{self, Start};
 use fsprov::host::Host;
 use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
@@ -111,7 +111,7 @@ impl Served {
         let point = point.canonicalize()?;
         let parent = Place::open(point.parent().expect("it has a parent"))?;
         let point = Point::new(parent, "mnt".as_ref())?;
-        let request = Request {
+        let request = MountOptions {
             point: &point,
             source: "fsprov-test",
             read_only: true,

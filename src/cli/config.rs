@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Subcommand};
 
 use super::{Format, Global, output};
-use crate::config::{EXAMPLE, Origin};
+use crate::config::{EXAMPLE, SetBy};
 use crate::error::{Result, show};
 use crate::pull::HostConfig;
 use crate::store::{Limits, Unsigned};
@@ -55,7 +55,7 @@ impl Show {
         let mut settings = super::settings()?;
         if let Some(root) = &global.root {
             settings.root.value = Some(root.clone());
-            settings.root.origin = Origin::CommandLine;
+            settings.root.origin = SetBy::CommandLine;
         }
         if settings.root.value.is_none() {
             settings.root.value = Some(global.paths()?.root().to_owned());
@@ -87,7 +87,7 @@ impl Show {
         for name in Limits::NAMES {
             let (value, origin) = match settings.limits.get(*name) {
                 Some(setting) => (setting.value, &setting.origin),
-                None => (Limits::default().get(name).unwrap_or_default(), &Origin::Default),
+                None => (Limits::default().get(name).unwrap_or_default(), &SetBy::Default),
             };
             rows.push(row(&format!("limits.{name}"), value.to_string(), origin));
         }
@@ -103,6 +103,6 @@ impl Show {
     }
 }
 
-fn row(key: &str, value: String, origin: &Origin) -> [String; 3] {
+fn row(key: &str, value: String, origin: &SetBy) -> [String; 3] {
     [key.to_owned(), value, origin.to_string()]
 }

@@ -17,7 +17,7 @@ use rustix::net::{SocketFlags, accept_with};
 use serde::{Deserialize, Serialize};
 
 use super::{TARGET, names};
-use crate::error::{Error, Kind, Result, Told, show};
+use crate::error::{Error, Kind, Result, SentError, show};
 use crate::plan::Plan;
 
 /// Longest question: a path at most.
@@ -43,7 +43,7 @@ pub enum Question {
 #[serde(rename_all = "lowercase")]
 enum Answer {
     Done(serde_json::Value),
-    Failed(Told),
+    Failed(SentError),
 }
 
 /// Ask the server of a rootfs. [`Kind::NotFound`]: it has none that listens.
@@ -163,7 +163,7 @@ impl Listener {
             Ok(question) => Some(Client { question, stream }),
             Err(error) => {
                 log::warn!(target: TARGET, "{error}");
-                reply(&stream, &Answer::Failed(Told::from(&error)));
+                reply(&stream, &Answer::Failed(SentError::from(&error)));
                 None
             }
         }
@@ -174,7 +174,7 @@ impl Client {
     pub(super) fn answer(&self, answer: Result<serde_json::Value>) {
         let answer = match answer {
             Ok(value) => Answer::Done(value),
-            Err(error) => Answer::Failed(Told::from(&error)),
+            Err(error) => Answer::Failed(SentError::from(&error)),
         };
         reply(&self.stream, &answer);
     }

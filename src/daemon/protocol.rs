@@ -26,7 +26,7 @@ use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use serde::{Deserialize, Serialize};
 
 use crate::child::channel::{Channel, MAX_FDS};
-use crate::error::{Error, Kind, Result, Told};
+use crate::error::{Error, Kind, Result, SentError};
 use crate::fuse::mount::{Method, OtherUsers};
 use crate::fuse::session::{InFlight, Resend};
 use crate::place::{Place, Places, Point};
@@ -95,7 +95,7 @@ pub(super) enum Report {
     /// The rootfs answers. Everything is taken back unless the caller says that it has written this down.
     Ready(Box<Traces>),
     /// It failed, and nothing is left.
-    Failed(Told),
+    Failed(SentError),
 }
 
 /// What the supervisor tells the worker.
@@ -137,7 +137,7 @@ pub(super) enum FromWorker {
     /// Requests are being answered; so many were answered EIO because they would end a thread.
     Serving { reply: String, in_flight: InFlight, poisoned: usize },
     /// It cannot.
-    Failed(Told),
+    Failed(SentError),
     /// Its statistics.
     Stats(serde_json::Value),
     /// Keep this descriptor of a file without a name, by tree and node.

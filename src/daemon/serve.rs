@@ -19,7 +19,7 @@ use super::walls::{self, Walls};
 use super::{REQUEST_LOST, TARGET, figures, hex, unhex};
 use crate::child::channel::Channel;
 use crate::child::{take_stdin, take_stdout};
-use crate::error::{Error, Kind, Result, Told, show};
+use crate::error::{Error, Kind, Result, SentError, show};
 use crate::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, MAX_REQUEST, Operation};
 use crate::fuse::buffers::Buffers;
 use crate::fuse::inflight::Notes;
@@ -29,7 +29,7 @@ use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
-use crate::tree::dir::{Continuity, DirOptions, DirTree, FdPool, Keeper, Shares, groups};
+use crate::tree::dir::{DirOptions, DirTree, FdPool, Handover, Keeper, Shares, groups};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
 use crate::tree::{Node, Tree};
@@ -37,7 +37,7 @@ use crate::volume::Form;
 
 /// The program.
 pub(super) fn main() -> ExitCode {
-    raw::hoard_no_memory();
+    raw::fix_malloc_thresholds();
     settle(super::WORKER_NAME);
     super::log::start("worker");
     poison::end_with_a_lost_thread(super::THREAD_LOST);
@@ -63,7 +63,7 @@ fn work(channel: Channel) -> Result<()> {
     let channel = Arc::new(channel);
     let failed = |error: Error| {
         // The supervisor may be gone; our log has it too.
-        let _ = channel.send(&FromWorker::Failed(Told::from(&error)), &[]);
+        let _ = channel.send(&FromWorker::Failed(SentError::from(&error)), &[]);
         error
     };
     let (adapter, server, notes) = prepare(&channel).map_err(failed)?;
@@ -338,14 +338,14 @@ impl Trees {
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
         let pool = FdPool::with(shares)?;
-        let mut legacy = Inheritance { logs: logs.into_iter(), kept, channel };
+        let mut handover = Handovers { logs: logs.into_iter(), kept, channel };
         let (mut mapped, mut directories) = (None, Vec::new());
-        let mut directory = |root, options, continuity| -> Result<Arc<dyn Tree>> {
-            let tree = Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), continuity)?);
+        let mut directory = |root, options, handover| -> Result<Arc<dyn Tree>> {
+            let tree = Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), handover)?);
             directories.push(Arc::clone(&tree));
             Ok(tree)
         };
-        let of_image = legacy.next(0);
+        let of_image = handover.next(0);
         let image: Arc<dyn Tree> = if let Some(index) = index {
             let tree = Arc::new(image_tree(&job, &index, layers)?);
             tree.keep_open(shares.image);
@@ -360,7 +360,7 @@ impl Trees {
         };
         let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
         for (number, (volume, source)) in (1..).zip(plan.volumes.iter().zip(volumes)) {
-            let continuity = legacy.next(number);
+            let handover = handover.next(number);
             let (tree, form): (Arc<dyn Tree>, _) = if let Some(device) = DeviceTree::of(&source, volume.access) {
                 (Arc::new(device), Form::File)
             } else {
@@ -369,7 +369,7 @@ impl Trees {
                     writeback: plan.live.writeback,
                     ..DirOptions::volume(volume.access)
                 };
-                (directory(source, options, continuity)?, volume.form)
+                (directory(source, options, handover)?, volume.form)
             };
             routed.push((volume.target.clone(), form, volume.access, tree));
         }
@@ -379,19 +379,19 @@ impl Trees {
 }
 
 /// What earlier workers left, tree by tree.
-struct Inheritance<'a> {
+struct Handovers<'a> {
     logs: std::vec::IntoIter<OwnedFd>,
     kept: Vec<((u32, u64), OwnedFd)>,
     channel: &'a Arc<Channel>,
 }
 
-impl Inheritance<'_> {
-    fn next(&mut self, tree: u32) -> Option<Continuity> {
+impl Handovers<'_> {
+    fn next(&mut self, tree: u32) -> Option<Handover> {
         let logs = [self.logs.next()?, self.logs.next()?];
         let (ours, others) = std::mem::take(&mut self.kept).into_iter().partition(|((of, _), _)| *of == tree);
         self.kept = others;
         let kept = Vec::into_iter(ours).map(|((_, node), fd)| (node, fd)).collect();
-        Some(Continuity { logs, kept, keeper: Arc::new(KeptBySupervisor { channel: Arc::clone(self.channel), tree }) })
+        Some(Handover { logs, kept, keeper: Arc::new(KeptBySupervisor { channel: Arc::clone(self.channel), tree }) })
     }
 }
 

@@ -11,7 +11,7 @@ use rustix::fs::{FileType, fstat};
 use serde::{Deserialize, Serialize};
 
 use super::protocol::{self, Job};
-use super::sources::{Legacy, Sources, read_memory_file};
+use super::sources::{HandoverFiles, Sources, read_memory_file};
 use super::{hex, unhex};
 use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
@@ -38,7 +38,7 @@ pub(crate) fn names(plan: &Plan) -> Vec<String> {
     single
         .map(|what| format!("{PREFIX}{what}"))
         .chain(numbered("source", Sources::count(plan)))
-        .chain(numbered("log", Legacy::count(plan)))
+        .chain(numbered("log", HandoverFiles::count(plan)))
         .collect()
 }
 
@@ -133,22 +133,22 @@ pub(super) fn check(plan: &Plan, traces: &Traces, shelved: Vec<Shelved>) -> Resu
 }
 
 /// The supervisor's side: what a dead one had.
-pub(super) struct Inheritance {
+pub(super) struct Unshelved {
     pub(super) sources: Sources,
-    pub(super) legacy: Legacy,
+    pub(super) handover: HandoverFiles,
     pub(super) mounted: Mounted,
     pub(super) init: Vec<u8>,
     pub(super) reply: Vec<u8>,
 }
 
-impl Inheritance {
+impl Unshelved {
     pub(super) fn receive(plan: &Plan, from: &Channel) -> Result<Self> {
         let mut fds = protocol::take(from)?;
         if fds.len() != names(plan).len() {
             let why = format!("{} descriptors came where {} belong", fds.len(), names(plan).len());
             return Err(Error::new(Kind::Invalid, OP, show(&plan.rootfs), why));
         }
-        let logs = fds.split_off(fds.len() - Legacy::count(plan));
+        let logs = fds.split_off(fds.len() - HandoverFiles::count(plan));
         let sources = Sources::sort(plan, fds.split_off(fds.len() - Sources::count(plan)))?;
         let mut single = fds.into_iter();
         let (Some(connection), Some(state)) = (single.next(), single.next()) else {
@@ -156,9 +156,9 @@ impl Inheritance {
         };
         let state = State::read(&state)?;
         let info = state.mount(&connection)?;
-        Ok(Inheritance {
+        Ok(Unshelved {
             sources: Sources { in_use: single.next(), ..sources },
-            legacy: Legacy::of_logs(logs),
+            handover: HandoverFiles::of_logs(logs),
             mounted: Mounted { connection, info, unique: state.unique },
             init: unhex(&state.init)?,
             reply: unhex(&state.reply)?,
@@ -172,12 +172,12 @@ pub(super) fn send_all(
     connection: &OwnedFd,
     state: &OwnedFd,
     sources: &Sources,
-    legacy: &Legacy,
+    handover: &HandoverFiles,
 ) -> Result<()> {
     let mut fds = vec![connection.as_fd(), state.as_fd()];
     fds.extend(sources.in_use.as_ref().map(|fd| fd.as_fd()));
     fds.extend(sources.all());
-    fds.extend(legacy.logs().iter().map(|fd| fd.as_fd()));
+    fds.extend(handover.logs().iter().map(|fd| fd.as_fd()));
     protocol::hand(to, &fds)
 }
 

@@ -39,16 +39,16 @@ impl Sources {
         &self,
         job: &OwnedFd,
         control: Option<BorrowedFd<'_>>,
-        legacy: &Legacy,
+        handover: &HandoverFiles,
         to: &Channel,
     ) -> Result<()> {
-        let (all, logs) = (self.all(), legacy.logs.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>());
-        let counts = ToWorker::Job { sources: all.len(), logs: logs.len(), kept: legacy.kept.len() };
+        let (all, logs) = (self.all(), handover.logs.iter().map(|fd| fd.as_fd()).collect::<Vec<_>>());
+        let counts = ToWorker::Job { sources: all.len(), logs: logs.len(), kept: handover.kept.len() };
         let beside = self.in_use.iter().map(|fd| fd.as_fd()).chain(control);
         to.send(&counts, &std::iter::once(job.as_fd()).chain(beside).collect::<Vec<_>>())?;
         all.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Sources, some))?;
         logs.chunks(MAX_FDS).try_for_each(|some| to.send(&ToWorker::Logs, some))?;
-        let kept: Vec<_> = legacy.kept.iter().map(|(key, fd)| (*key, fd.as_fd())).collect();
+        let kept: Vec<_> = handover.kept.iter().map(|(key, fd)| (*key, fd.as_fd())).collect();
         kept.chunks(MAX_FDS).try_for_each(|some| {
             let (keys, fds): (Vec<_>, Vec<_>) = some.iter().copied().unzip();
             to.send(&ToWorker::Kept(keys), &fds)
@@ -121,7 +121,7 @@ pub(super) fn check_servable(plan: &Plan, places: &Places) -> Result<()> {
 
 /// What workers leave to the next one.
 #[derive(Debug)]
-pub(super) struct Legacy {
+pub(super) struct HandoverFiles {
     /// Two memory files for each tree, the image's, then each volume's; and one for requests in flight.
     logs: Vec<OwnedFd>,
     /// Files without a name that are in use, by tree and node.
@@ -132,13 +132,13 @@ pub(super) struct Legacy {
 /// the worker, and its users get ESTALE then.
 const MAX_KEPT: usize = 4096;
 
-impl Legacy {
+impl HandoverFiles {
     pub(super) fn new(plan: &Plan) -> Result<Self> {
         let logs = (0..Self::count(plan)).map(|_| {
             memfd_create("fsprov-nodes", MemfdFlags::CLOEXEC)
                 .map_err(|e| Error::sys("make memory file", "fsprov-nodes", e))
         });
-        Ok(Legacy { logs: logs.collect::<Result<_>>()?, kept: BTreeMap::new() })
+        Ok(HandoverFiles { logs: logs.collect::<Result<_>>()?, kept: BTreeMap::new() })
     }
 
     /// How many memory files there are.
@@ -148,7 +148,7 @@ impl Legacy {
 
     /// What workers left that a shelf kept: all but files without a name.
     pub(super) fn of_logs(logs: Vec<OwnedFd>) -> Self {
-        Legacy { logs, kept: BTreeMap::new() }
+        HandoverFiles { logs, kept: BTreeMap::new() }
     }
 
     pub(super) fn logs(&self) -> &[OwnedFd] {

@@ -20,12 +20,12 @@ use rustix::io::Errno;
 
 use super::control::{Listener, Question};
 use super::protocol::{self, Begin, Course, FromWorker, Job, Report, ToWorker};
-use super::shelf::{self, Inheritance};
-use super::sources::{Legacy, Sources, memory_file};
+use super::shelf::{self, Unshelved};
+use super::sources::{HandoverFiles, Sources, memory_file};
 use super::startup::{catch_signals, detach};
 use super::{REQUEST_LOST, TARGET, THREAD_LOST, hex};
 use crate::child::channel::Channel;
-use crate::error::{Error, Kind, Result, Told, show};
+use crate::error::{Error, Kind, Result, SentError, show};
 use crate::fault;
 use crate::fuse::mount;
 use crate::fuse::session::InFlight;
@@ -68,7 +68,7 @@ fn run(caller: Caller) -> ExitCode {
         }
         Err(error) => {
             log::error!(target: TARGET, "{error}");
-            caller.tell(&Report::Failed(Told::from(&error))).ok();
+            caller.tell(&Report::Failed(SentError::from(&error))).ok();
             ExitCode::FAILURE
         }
     }
@@ -86,7 +86,7 @@ struct Supervisor {
     job: Job,
     job_file: OwnedFd,
     sources: Sources,
-    legacy: Legacy,
+    handover: HandoverFiles,
     /// The program we run: the worker is the same one, also after the file was replaced.
     program: OwnedFd,
     me: ProcessId,
@@ -110,14 +110,13 @@ impl Supervisor {
         let signals = catch_signals()?;
         let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
             .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
-        let (sources, legacy, start) = if course == Course::Adopt {
-            let Inheritance { sources, legacy, mounted, init, reply } =
-                Inheritance::receive(&job.plan, &caller.channel)?;
-            (sources, legacy, Start::Adopt(LiveMount { mounted, init, reply }))
+        let (sources, handover, start) = if course == Course::Adopt {
+            let Unshelved { sources, handover, mounted, init, reply } = Unshelved::receive(&job.plan, &caller.channel)?;
+            (sources, handover, Start::Adopt(LiveMount { mounted, init, reply }))
         } else {
             let (point, in_use, fds) = protocol::take_places(&caller.channel, &job.plan)?;
             let sources = Sources { in_use, ..Sources::sort(&job.plan, fds)? };
-            (sources, Legacy::new(&job.plan)?, Start::Mount(point))
+            (sources, HandoverFiles::new(&job.plan)?, Start::Mount(point))
         };
         let control = Listener::bind(state_dir, &job.plan.state_dir)
             .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
@@ -127,7 +126,7 @@ impl Supervisor {
 
         let mut worker = Worker::start(&program, &job)?;
         let built = worker
-            .build(&job_file, &sources, control.as_ref(), &legacy)
+            .build(&job_file, &sources, control.as_ref(), &handover)
             .and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
         let live = built.and_then(|()| match start {
             Start::Adopt(live) => live.adopt(&job, &mut worker),
@@ -144,7 +143,7 @@ impl Supervisor {
             job,
             job_file,
             sources,
-            legacy,
+            handover,
             program,
             me,
             signals,
@@ -184,7 +183,7 @@ impl Supervisor {
         let LiveMount { mounted, init, reply } = &self.live;
         let state = shelf::State::new(&self.job, mounted, init, reply)?.to_bytes()?;
         let state = memory_file("fsprov-state", &state)?;
-        shelf::send_all(to, &mounted.connection, &state, &self.sources, &self.legacy)
+        shelf::send_all(to, &mounted.connection, &state, &self.sources, &self.handover)
     }
 
     fn traces(&self) -> Traces {
@@ -256,7 +255,7 @@ impl Supervisor {
                     match worker.channel.receive_now() {
                         Ok(None) => break,
                         Ok(Some((message, fds))) => {
-                            if let Some(other) = self.legacy.hear(message, fds) {
+                            if let Some(other) = self.handover.hear(message, fds) {
                                 log::warn!(target: TARGET, "worker {} says {other:?} unasked", worker.id);
                             }
                         }
@@ -332,7 +331,7 @@ impl Supervisor {
 
     fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
-        let begun = worker.build(&self.job_file, &self.sources, self.control.as_ref(), &self.legacy).and_then(|()| {
+        let begun = worker.build(&self.job_file, &self.sources, self.control.as_ref(), &self.handover).and_then(|()| {
             let start =
                 Begin::Again { reply: hex(&self.live.reply), resend: self.job.resend, with_care: self.with_care };
             worker.begin(&self.live, start)
@@ -394,7 +393,7 @@ impl Supervisor {
             }
             match worker.channel.receive_now()? {
                 Some((FromWorker::Stats(value), _)) => break value,
-                Some((message, fds)) => drop(self.legacy.hear(message, fds)),
+                Some((message, fds)) => drop(self.handover.hear(message, fds)),
                 None => {}
             }
         };
@@ -404,7 +403,7 @@ impl Supervisor {
             "supervisor_pid": self.me.pid,
             "supervisor_memory": super::figures::memory(),
             "restarts": self.restarts.total(),
-            "nameless_files_kept": self.legacy.kept(),
+            "nameless_files_kept": self.handover.kept(),
         }))
     }
 
@@ -419,7 +418,7 @@ impl Supervisor {
         if let Some(mut old) = self.worker.take() {
             old.kill();
             while let Some((message, fds)) = old.channel.receive_now()? {
-                self.legacy.hear(message, fds);
+                self.handover.hear(message, fds);
             }
         }
         let old_program = std::mem::replace(&mut self.program, new);

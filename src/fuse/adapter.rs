@@ -22,7 +22,7 @@ use super::buffers::{Buffers, NO_NODE};
 use super::inflight::Notes;
 use super::pace::Pace;
 use crate::fault;
-use crate::tree::again::{self, Asked};
+use crate::tree::resend::{self, CurrentRequest};
 use crate::tree::{
     Attr, Caching, Caller, Change, DirItem, Entry, Errno, Fit, Handle, ListMode, Lookup, New, Opened, SetTime,
     Timespec, Tree, Writer,
@@ -265,8 +265,8 @@ impl FuseAdapter {
         }
         self.counters.in_progress.fetch_add(1, Ordering::Relaxed);
         IS_ANSWERING.set(true);
-        let asked = Asked { unique: unique & !UNIQUE_RESEND, is_resent: unique & UNIQUE_RESEND != 0 };
-        if catch_unwind(AssertUnwindSafe(|| again::answering(asked, || work(&*self.tree)))).is_err() {
+        let asked = CurrentRequest { unique: unique & !UNIQUE_RESEND, is_resent: unique & UNIQUE_RESEND != 0 };
+        if catch_unwind(AssertUnwindSafe(|| resend::answering(asked, || work(&*self.tree)))).is_err() {
             self.counters.panics.fetch_add(1, Ordering::Relaxed);
             log::error!(target: TARGET, "{}: the handler panicked; answered EIO", operation.name());
         }

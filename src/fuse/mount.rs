@@ -83,7 +83,7 @@ pub enum OtherUsers {
 
 /// What to mount.
 #[derive(Clone, Debug)]
-pub struct Request<'a> {
+pub struct MountOptions<'a> {
     /// Where.
     pub point: &'a Point,
     /// What the mount table shows as the source.
@@ -110,11 +110,11 @@ pub struct Mounted {
 }
 
 /// Mount. On an error nothing is mounted.
-pub fn mount(method: &Method, request: &Request<'_>) -> Result<Mounted> {
+pub fn mount(method: &Method, request: &MountOptions<'_>) -> Result<Mounted> {
     let point = request.point;
     let connection = match method {
         Method::Kernel { initial_user_namespace: true } => mount_here(request)?,
-        Method::Kernel { .. } => mount_here(&Request { nosuid: true, nodev: true, ..request.clone() })?,
+        Method::Kernel { .. } => mount_here(&MountOptions { nosuid: true, nodev: true, ..request.clone() })?,
         // It follows the path, as the user who may only mount where that user may write: what it mounted on is compared.
         Method::Helper(program) => fusermount::mount(program, point.path(), &helper_options(request))?,
     };
@@ -135,7 +135,7 @@ pub fn mount(method: &Method, request: &Request<'_>) -> Result<Mounted> {
 }
 
 /// The mount that was just made: what is seen at the mount point now, which still is where it was.
-fn find_mounted(request: &Request<'_>) -> Result<(MountInfo, Option<u64>)> {
+fn find_mounted(request: &MountOptions<'_>) -> Result<(MountInfo, Option<u64>)> {
     const OP: &str = "mount FUSE on";
     let point = request.point;
     let seen = point.seen().map_err(|e| Error::sys(OP, show(point.path()), e))?;
@@ -155,7 +155,7 @@ pub fn is_ours(info: &MountInfo, source: &str) -> bool {
     info.fs_type == FS_TYPE && info.source == source
 }
 
-fn helper_options(request: &Request<'_>) -> String {
+fn helper_options(request: &MountOptions<'_>) -> String {
     let mut options =
         format!("fsname={},subtype={SUBTYPE},nosuid,nodev,max_read={MAX_READ}", fusermount::escape(request.source));
     if request.read_only {
@@ -167,7 +167,7 @@ fn helper_options(request: &Request<'_>) -> String {
     options
 }
 
-fn mount_here(request: &Request<'_>) -> Result<OwnedFd> {
+fn mount_here(request: &MountOptions<'_>) -> Result<OwnedFd> {
     const OP: &str = "mount FUSE on";
     let name = || show(request.point.path());
     let open = || {
@@ -195,7 +195,7 @@ fn mount_here(request: &Request<'_>) -> Result<OwnedFd> {
 }
 
 /// The options that both ways of mounting take, as name and value; a flag has none.
-fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static str, Option<String>)> {
+fn kernel_options(request: &MountOptions<'_>, connection: &OwnedFd) -> Vec<(&'static str, Option<String>)> {
     let mut options = vec![
         ("fd", Some(connection.as_raw_fd().to_string())),
         ("rootmode", Some(format!("{:o}", libc::S_IFDIR))),
@@ -215,7 +215,7 @@ fn kernel_options(request: &Request<'_>, connection: &OwnedFd) -> Vec<(&'static 
 
 /// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
 /// that was opened.
-fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
+fn attach_new(request: &MountOptions<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
     let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     mount::fsconfig_set_string(&context, "source", request.source)?;
     mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;
@@ -237,7 +237,7 @@ fn attach_new(request: &Request<'_>, connection: &OwnedFd, target: &Place) -> ru
     move_mount_to(&detached, target)
 }
 
-fn attach_classic(request: &Request<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
+fn attach_classic(request: &MountOptions<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
     let options: Vec<String> = kernel_options(request, connection)
         .into_iter()
         .map(|(name, value)| value.map_or_else(|| name.to_owned(), |v| format!("{name}={v}")))
@@ -382,7 +382,7 @@ mod tests {
     #[test]
     fn options_for_the_helper() {
         let point = point();
-        let mut request = Request {
+        let mut request = MountOptions {
             point: &point,
             source: "a,b\\c",
             read_only: false,
@@ -401,7 +401,8 @@ mod tests {
         let device = OwnedFd::from(std::fs::File::open("/dev/null").unwrap());
         for others in [OtherUsers::Usual, OtherUsers::Allowed, OtherUsers::Refused] {
             let point = point();
-            let request = Request { point: &point, source: "s", read_only: true, others, nosuid: false, nodev: false };
+            let request =
+                MountOptions { point: &point, source: "s", read_only: true, others, nosuid: false, nodev: false };
             let names: Vec<_> = kernel_options(&request, &device).into_iter().map(|o| o.0).collect();
             assert_eq!(names.contains(&"default_permissions"), names.contains(&"allow_other"));
             assert_eq!(names.contains(&"allow_other"), others != OtherUsers::Refused);

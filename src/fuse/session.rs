@@ -311,7 +311,7 @@ mod tests {
     #[test]
     fn the_first_server_answers_init_and_the_next_one_asks_for_what_was_lost() {
         // As in a server: the allocator takes large buffers anew from the kernel.
-        raw::hoard_no_memory();
+        raw::fix_malloc_thresholds();
         let (kernel, server) = connection();
         let init = init_request(0xffff | INIT_EXT);
         let first = start_empty(&server, &init, Start::First).unwrap();

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
 
-use super::now::Keeper;
+use super::now::NamespaceKeeper;
 use super::{Now, Provisioner, Record, Selector, State, fill, lock, record};
 use crate::backend::{self, Detach};
 use crate::error::{Error, Kind, Result, show};
@@ -86,10 +86,10 @@ impl Provisioner {
 pub(super) fn refuse_elsewhere(record: &Record, now: &Now) -> Result<()> {
     let (kept, way) = match now.elsewhere(record)? {
         None => return Ok(()),
-        Some(Keeper::Process(pid)) => {
+        Some(NamespaceKeeper::Process(pid)) => {
             (format!("where process {pid} runs"), format!("nsenter --preserve-credentials -U -m -t {pid}"))
         }
-        Some(Keeper::File(file)) => {
+        Some(NamespaceKeeper::File(file)) => {
             (format!("which the file {} keeps", show(&file)), format!("nsenter --mount={}", show(&file)))
         }
     };

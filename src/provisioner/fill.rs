@@ -158,7 +158,7 @@ fn fill_one(image: &Arc<dyn Tree>, plan: &Plan, number: usize, parent: &Place, n
         fault::point("fill.begin")?;
         // Nobody else can enter it: whoever owns the directory that it lies in can only move it as a whole.
         let stage = make_private(parent, &stage_name).map_err(fail)?;
-        let mut copy = Copy {
+        let mut copy = Filler {
             tree: image,
             powers: volume.powers,
             links: HashMap::new(),
@@ -264,7 +264,7 @@ struct LeftOut {
     devices: u64,
 }
 
-struct Copy<'a> {
+struct Filler<'a> {
     tree: &'a Arc<dyn Tree>,
     powers: Powers,
     /// First path of each inode with several names, below the top.
@@ -283,7 +283,7 @@ struct Item {
     attr: Attr,
 }
 
-impl Copy<'_> {
+impl Filler<'_> {
     fn tell(&self, target: &ContainerPath) {
         if self.partial > 0 {
             log::info!(target: TARGET, "volume {target}: {} files keep not all of their owners and attributes: this user may not set them", self.partial);

@@ -18,12 +18,12 @@ pub struct Now {
     mount_namespace: Namespace,
     mounts: OnceCell<Table>,
     /// Mount namespaces that were looked for, and by what each is kept.
-    others: RefCell<HashMap<Namespace, Option<Keeper>>>,
+    others: RefCell<HashMap<Namespace, Option<NamespaceKeeper>>>,
 }
 
 /// By what a mount namespace is kept.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Keeper {
+pub enum NamespaceKeeper {
     /// This process is in it.
     Process(i32),
     /// This file stands for it (a bind mount of /proc/PID/ns/mnt): setns(2) leads into it.
@@ -68,18 +68,20 @@ impl Now {
     ///
     /// A namespace ends with its last process, and every mount in it with the namespace (mount_namespaces(7)). Servers of ours keep
     /// one and are nobody: with them alone in it no rootfs there can be reached any more.
-    pub fn elsewhere(&self, record: &Record) -> Result<Option<Keeper>> {
+    pub fn elsewhere(&self, record: &Record) -> Result<Option<NamespaceKeeper>> {
         if !self.is_of_this_boot(record) || record.mount_namespace == self.mount_namespace {
             return Ok(None);
         }
         if let Some(found) = self.others.borrow().get(&record.mount_namespace) {
             return Ok(found.clone());
         }
-        let mut found =
-            process::in_mount_namespace(record.mount_namespace, |pid| !daemon::is_server(pid))?.map(Keeper::Process);
+        let mut found = process::in_mount_namespace(record.mount_namespace, |pid| !daemon::is_server(pid))?
+            .map(NamespaceKeeper::Process);
         if found.is_none() {
-            found =
-                self.mounts()?.file_of_namespace(record.mount_namespace.1).map(|file| Keeper::File(file.to_owned()));
+            found = self
+                .mounts()?
+                .file_of_namespace(record.mount_namespace.1)
+                .map(|file| NamespaceKeeper::File(file.to_owned()));
         }
         self.others.borrow_mut().insert(record.mount_namespace, found.clone());
         Ok(found)

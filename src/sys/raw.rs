@@ -239,7 +239,7 @@ pub fn drop_resident(map: &memmap2::Mmap) -> std::io::Result<()> {
 
 /// Fixes what mallopt(3) calls M_MMAP_THRESHOLD and M_TRIM_THRESHOLD at their first values, 128 KiB. Left alone they grow with
 /// what was freed, to 32 and 64 MiB, and so much is then kept at the end of each arena for good.
-pub fn hoard_no_memory() {
+pub fn fix_malloc_thresholds() {
     // SAFETY: both take a number.
     #[cfg(target_env = "gnu")]
     unsafe {

@@ -36,7 +36,7 @@ pub fn remove_tree_at(parent: impl AsFd, name: &OsStr, path: &Path) -> Result<bo
     let parent = parent.as_fd();
     let name = std::ffi::CString::new(name.as_encoded_bytes())
         .map_err(|e| Error::new(Kind::Usage, "delete", show(path), e))?;
-    match entry(parent, &name, &Place { top: None, depth_left: MAX_DEPTH, moved: &Cell::new(0) }) {
+    match entry(parent, &name, &Position { top: None, depth_left: MAX_DEPTH, moved: &Cell::new(0) }) {
         Ok(()) => Ok(true),
         Err(Errno::NOENT) => Ok(false),
         Err(Errno::XDEV) => Err(Error::new(Kind::Busy, "delete", show(path), "something is mounted below it")
@@ -60,7 +60,7 @@ fn mount_of(at: impl AsFd, name: &CStr) -> rustix::io::Result<u64> {
 }
 
 /// Where in the tree something is deleted.
-struct Place<'a> {
+struct Position<'a> {
     /// The top directory of the tree; `None`: this is it.
     top: Option<&'a OwnedFd>,
     depth_left: usize,
@@ -69,7 +69,7 @@ struct Place<'a> {
 }
 
 /// A directory too deep for our descriptors goes to the top of the tree, which is read again until it is empty.
-fn move_up(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
+fn move_up(parent: BorrowedFd<'_>, name: &CStr, place: &Position<'_>) -> rustix::io::Result<()> {
     let top = place.top.ok_or(Errno::NAMETOOLONG)?;
     loop {
         place.moved.set(place.moved.get() + 1);
@@ -86,7 +86,7 @@ fn move_up(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io
     }
 }
 
-fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io::Result<()> {
+fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Position<'_>) -> rustix::io::Result<()> {
     match unlinkat(parent, name, AtFlags::empty()) {
         // Linux says EISDIR for a directory; POSIX says EPERM, which here may be a directory too.
         Err(Errno::ISDIR | Errno::PERM) => {}
@@ -106,7 +106,7 @@ fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Place<'_>) -> rustix::io::
         }
         other => other?,
     };
-    let below = Place { top: Some(place.top.unwrap_or(&dir)), depth_left: place.depth_left - 1, moved: place.moved };
+    let below = Position { top: Some(place.top.unwrap_or(&dir)), depth_left: place.depth_left - 1, moved: place.moved };
     match children(&dir, &below) {
         Err(Errno::ACCESS) => {
             fchmod(&dir, Mode::RWXU)?;
@@ -125,7 +125,7 @@ fn open_up(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<()> {
     rustix::fs::chmod(link, Mode::RWXU)
 }
 
-fn children(dir: &OwnedFd, place: &Place<'_>) -> rustix::io::Result<()> {
+fn children(dir: &OwnedFd, place: &Position<'_>) -> rustix::io::Result<()> {
     let mut buffer = Vec::with_capacity(32 << 10);
     loop {
         // A new pass after each full read: deleting while reading may skip entries on some file systems.

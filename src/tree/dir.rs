@@ -7,7 +7,7 @@
 //! * `fds`: descriptors and their bounds
 //! * `found`: what statx tells
 //! * `nodes`: the node table (private to the tree; its guards are never held across a system call that could wait)
-//! * `outlive`: what the next server process needs to go on
+//! * `handover`: what the next server process needs to go on
 //! * `identity`: acting as the caller; `groups`: the groups that the caller is in
 //! * `reach`: from a node to a descriptor
 //! * `names`: lookup, and what makes and removes names
@@ -22,11 +22,11 @@ mod fds;
 mod files;
 mod found;
 pub mod groups;
+mod handover;
 mod identity;
 mod list;
 mod names;
 mod nodes;
-mod outlive;
 mod reach;
 
 use std::ffi::OsStr;
@@ -45,8 +45,8 @@ use crate::plan::Ownership;
 use crate::volume::Access;
 
 pub use fds::{FdPool, Shares};
+pub use handover::{Handover, Keeper};
 pub use identity::ActAs;
-pub use outlive::{Continuity, Keeper};
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
@@ -114,7 +114,7 @@ pub struct DirTree {
     nodes: nodes::NodeTable,
     handles: files::Handles,
     readers: list::Readers,
-    outlive: Option<Arc<outlive::Outlive>>,
+    handover: Option<Arc<handover::HandoverLog>>,
 }
 
 impl Drop for DirTree {
@@ -138,7 +138,7 @@ impl DirTree {
         root: OwnedFd,
         options: DirOptions,
         pool: Arc<FdPool>,
-        continuity: Option<Continuity>,
+        handover: Option<Handover>,
     ) -> crate::Result<Self> {
         const OP: &str = "serve directory";
         let name = || crate::sys::fs::path_of(&root).map_or_else(|_| "?".to_owned(), crate::error::show);
@@ -153,12 +153,12 @@ impl DirTree {
             .hint("use --backend bind for a socket, FIFO or device"));
         }
         let number = pool.register();
-        let (nodes, handles, outlive) = match continuity {
+        let (nodes, handles, handover) = match handover {
             None => (nodes::NodeTable::new(&found), files::Handles::default(), None),
-            Some(continuity) => {
-                let (outlive, inherited, kept) = outlive::Outlive::take_over(continuity);
-                let outlive = Arc::new(outlive);
-                let nodes = nodes::NodeTable::inherit(&found, &inherited, Arc::clone(&outlive));
+            Some(handover) => {
+                let (handover, inherited, kept) = handover::HandoverLog::take_over(handover);
+                let handover = Arc::new(handover);
+                let nodes = nodes::NodeTable::inherit(&found, &inherited, Arc::clone(&handover));
                 let handles = files::Handles::inherit(&inherited);
                 for (key, fd) in kept {
                     match (pool.hold(fd), key & files::HANDLE_KEY) {
@@ -168,13 +168,13 @@ impl DirTree {
                             match handles.restore(handle, fd) {
                                 Some(node) => nodes.add_handle(node, handle),
                                 // Closed, and the word to let it go was lost with the process.
-                                None => outlive.release(key),
+                                None => handover.release(key),
                             }
                         }
                         (Err(e), _) => log::warn!(target: "fsprov::tree::dir", "hold a file again: {e}"),
                     }
                 }
-                (nodes, handles, Some(outlive))
+                (nodes, handles, Some(handover))
             }
         };
         Ok(DirTree {
@@ -184,7 +184,7 @@ impl DirTree {
             nodes,
             handles,
             readers: list::Readers::default(),
-            outlive,
+            handover,
             options,
             pool,
             number,
@@ -210,10 +210,10 @@ impl DirTree {
 
     /// This request is about to change something. `Some`: an earlier server began to carry it out; what it wrote down, as far
     /// as it did.
-    fn intend(&self, intent: impl FnOnce() -> outlive::Intent) -> Option<outlive::Intent> {
-        match &self.outlive {
-            Some(outlive) => outlive.intend(intent),
-            None => super::again::is_resent().then(outlive::Intent::default),
+    fn intend(&self, intent: impl FnOnce() -> handover::Intent) -> Option<handover::Intent> {
+        match &self.handover {
+            Some(handover) => handover.intend(intent),
+            None => super::resend::is_resent().then(handover::Intent::default),
         }
     }
 
@@ -252,8 +252,8 @@ impl Tree for DirTree {
     fn forget(&self, node: Node, count: u64) {
         if self.nodes.forget(node, count) {
             self.pool.remove(self.number, node);
-            if let Some(outlive) = &self.outlive {
-                outlive.release(node);
+            if let Some(handover) = &self.handover {
+                handover.release(node);
             }
             self.nodes.tidy();
         }

@@ -7,10 +7,10 @@
 //! programs see. The root of every tree is [`ROOT`]. Ids stay below 2^56: the route table puts the tree's number above.
 //! Errors are errnos, since that is what the kernel takes.
 
-pub mod again;
 pub mod device;
 pub mod dir;
 pub mod image;
+pub mod resend;
 pub mod route;
 
 use std::ffi::OsStr;

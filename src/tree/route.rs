@@ -35,7 +35,7 @@ const TYPE_BITS: u32 = 0o170_000;
 const DIRECTORY: u32 = 0o040_000;
 
 /// A tree's number, the tree, and a node in it.
-type Place<'a> = (u64, &'a Arc<dyn Tree>, Node);
+type TreeNode<'a> = (u64, &'a Arc<dyn Tree>, Node);
 
 /// Why a name is routed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -105,7 +105,7 @@ impl RouteTree {
     }
 
     /// The tree that a node belongs to, and the node there. None: it was made up.
-    fn tree(&self, node: Node) -> Result<Option<Place<'_>>> {
+    fn tree(&self, node: Node) -> Result<Option<TreeNode<'_>>> {
         match node >> TREE_SHIFT {
             MADE_UP => Ok(None),
             number => {
@@ -116,7 +116,7 @@ impl RouteTree {
     }
 
     /// The same for what a made-up directory does not do.
-    fn real(&self, node: Node) -> Result<Place<'_>> {
+    fn real(&self, node: Node) -> Result<TreeNode<'_>> {
         self.tree(node)?.ok_or(Errno::ROFS)
     }
 
@@ -174,7 +174,7 @@ impl RouteTree {
     fn refuse_ancestor(
         &self,
         caller: &Caller,
-        (number, tree, parent): Place<'_>,
+        (number, tree, parent): TreeNode<'_>,
         name: &OsStr,
         errno: Errno,
     ) -> Result<()> {

@@ -180,7 +180,7 @@ impl Du {
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-enum Form {
+enum ExportFormat {
     /// An AppC image
     #[default]
     Aci,
@@ -203,7 +203,7 @@ Examples:
 pub(super) struct Export {
     /// As what
     #[arg(long, value_enum, default_value_t)]
-    format: Form,
+    format: ExportFormat,
     /// Its name, its id, or the beginning of its id
     image: OsString,
     /// The file or directory to make, or - for standard output
@@ -222,9 +222,9 @@ impl Export {
             );
         }
         match self.format {
-            Form::Oci => store.export_oci(&image, &self.path),
-            Form::Aci => make_file(&self.path, |out| store.export_aci(&image, out)),
-            Form::Tar => make_file(&self.path, |out| store.export_tar(&image, out)),
+            ExportFormat::Oci => store.export_oci(&image, &self.path),
+            ExportFormat::Aci => make_file(&self.path, |out| store.export_aci(&image, out)),
+            ExportFormat::Tar => make_file(&self.path, |out| store.export_tar(&image, out)),
         }?;
         let size = output::size(crate::sys::usage::measure(&self.path)?.bytes);
         output::line(&format!("exported {image} to {} ({size})", show(&self.path)))
@@ -237,9 +237,9 @@ impl Export {
             return refuse("it is a terminal; redirect it, or give a PATH");
         }
         match self.format {
-            Form::Oci => refuse("an OCI layout is a directory; give a PATH, or use --format aci or tar"),
-            Form::Aci => store.export_aci(image, out),
-            Form::Tar => store.export_tar(image, out),
+            ExportFormat::Oci => refuse("an OCI layout is a directory; give a PATH, or use --format aci or tar"),
+            ExportFormat::Aci => store.export_aci(image, out),
+            ExportFormat::Tar => store.export_tar(image, out),
         }
     }
 }

@@ -7,7 +7,7 @@ use super::super::{TARGET, has_mounts_for_volumes, hex};
 use super::worker::Worker;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
-use crate::fuse::mount::{self, Method, Mounted, Request};
+use crate::fuse::mount::{self, Method, MountOptions, Mounted};
 use crate::fuse::session;
 use crate::place::Point;
 use crate::sys::mount::Unmount;
@@ -29,7 +29,7 @@ impl LiveMount {
         fault::point("server.mount")?;
         let source = job.source();
         let held_back = has_mounts_for_volumes(&job.plan, &job.method);
-        let request = Request {
+        let options = MountOptions {
             point,
             source: &source,
             read_only: job.is_read_only(),
@@ -37,7 +37,7 @@ impl LiveMount {
             nosuid: held_back || job.plan.restraint.nosuid(),
             nodev: held_back || job.plan.restraint.nodev(),
         };
-        let mounted = mount::mount(&job.method, &request)?;
+        let mounted = mount::mount(&job.method, &options)?;
         let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
         let mut live = LiveMount { mounted, init: Vec::new(), reply: Vec::new() };
         let begun = begun.and_then(|init| {

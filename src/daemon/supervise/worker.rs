@@ -11,7 +11,7 @@ use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
 use super::super::control::Listener;
 use super::super::protocol::{Begin, FromWorker, Job, ToWorker};
-use super::super::sources::{Legacy, Sources};
+use super::super::sources::{HandoverFiles, Sources};
 use super::super::{SUPERVISOR_NAME, TARGET, WORK, WORKER_NAME, hex, names, spawn, unhex};
 use super::live_mount::LiveMount;
 use super::restarts::Death;
@@ -73,9 +73,9 @@ impl Worker {
         job_file: &OwnedFd,
         sources: &Sources,
         control: Option<&Listener>,
-        legacy: &Legacy,
+        handover: &HandoverFiles,
     ) -> Result<()> {
-        sources.send(job_file, control.map(Listener::as_fd), legacy, &self.channel)?;
+        sources.send(job_file, control.map(Listener::as_fd), handover, &self.channel)?;
         match self.expect("build its trees")? {
             FromWorker::Built => Ok(()),
             other => Err(unexpected(&other)),

@@ -37,7 +37,7 @@ pub(super) use unpack::{Place, Task, one_layer, peek, unpack};
 
 use super::limits::Limits;
 use crate::child::{self, channel::Channel};
-use crate::error::{Error, Kind, Result, Told};
+use crate::error::{Error, Kind, Result, SentError};
 use crate::fault;
 use walls::Stand;
 
@@ -69,7 +69,7 @@ struct Envelope {
 enum Report {
     Decoded,
     Unpacked(unpack::Unpacked),
-    Failed(Told),
+    Failed(SentError),
 }
 
 /// The report, with what tests and logs want to know.
@@ -89,7 +89,7 @@ enum End {
     /// It got all.
     Whole,
     /// Reading or decoding failed.
-    Cut(Told),
+    Cut(SentError),
 }
 
 /// Seconds of processor time that one of them may take before anything has come, and bytes for which it gets one more. A decoder or unpacker that
@@ -252,7 +252,7 @@ enum Walls {
 fn main() -> ExitCode {
     // Before Linux 5.9 what the caller left open without close-on-exec stays open.
     let _ = crate::sys::raw::close_from(3);
-    crate::sys::raw::hoard_no_memory();
+    crate::sys::raw::fix_malloc_thresholds();
     #[cfg(feature = "failpoints")]
     let _scenario = {
         let filter = std::env::var("FSPROV_LOG").unwrap_or_default();
@@ -297,7 +297,7 @@ fn serve(channel: &Channel, walls: Walls) {
         }
     };
     let done = if walls == Walls::Raise { told_of_panics(work) } else { work() };
-    let report = done.unwrap_or_else(|error| Report::Failed(Told::from(&error)));
+    let report = done.unwrap_or_else(|error| Report::Failed(SentError::from(&error)));
     let passed = if walls == Walls::Raise { fault::passed() } else { Vec::new() };
     let answer = Answer {
         report,

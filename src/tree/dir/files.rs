@@ -12,8 +12,8 @@ use rustix::io::ReadWriteFlags;
 
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
+use super::handover::{HandleNote, Inherited, Intent};
 use super::list::Stream;
-use super::outlive::{HandleNote, Inherited, Intent};
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result, Writer};
 use crate::sys::raw;
 use crate::tree::Caching;
@@ -277,16 +277,16 @@ impl DirTree {
         let handle = self.handles.add(open);
         self.nodes.add_handle(node, handle);
         self.note_handle(handle, note);
-        if let (Some(outlive), Some(only)) = (&self.outlive, only) {
+        if let (Some(handover), Some(only)) = (&self.handover, only) {
             // The next server could not open it so: it gets this descriptor.
-            outlive.keep(HANDLE_KEY | handle, only.fd().as_fd());
+            handover.keep(HANDLE_KEY | handle, only.fd().as_fd());
         }
         Ok(Opened { handle, cache: Caching::Fresh, closes_silently })
     }
 
     pub(super) fn note_handle(&self, handle: Handle, note: HandleNote) {
-        if let Some(outlive) = &self.outlive {
-            outlive.open(handle, note);
+        if let Some(handover) = &self.handover {
+            handover.open(handle, note);
         }
     }
 
@@ -295,9 +295,9 @@ impl DirTree {
         self.handles.inherited.remove(&handle);
         let open = self.handles.map.remove(&handle);
         drop(open); // closed here, outside the map
-        if let Some(outlive) = &self.outlive {
-            outlive.close(handle);
-            outlive.release(HANDLE_KEY | handle);
+        if let Some(handover) = &self.handover {
+            handover.close(handle);
+            handover.release(HANDLE_KEY | handle);
             self.nodes.tidy();
         }
     }

@@ -15,7 +15,7 @@ const MAX_GROUPS: usize = 65_536;
 const PATIENCE: Duration = Duration::from_secs(2);
 
 /// Who is asked. `Some(None)`: nobody any more.
-static ASKED: OnceLock<Mutex<Option<File>>> = OnceLock::new();
+static CURRENT: OnceLock<Mutex<Option<File>>> = OnceLock::new();
 
 /// A socket to [`answer`] at, and one to [`ask_at`].
 pub fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
@@ -28,7 +28,7 @@ pub fn pair() -> std::io::Result<(UnixStream, OwnedFd)> {
 /// From now on, ask at this socket.
 pub fn ask_at(socket: OwnedFd) {
     // As a file: read(2) and write(2), which a worker may call, where a socket has calls of its own.
-    let _ = ASKED.set(Mutex::new(Some(File::from(socket))));
+    let _ = CURRENT.set(Mutex::new(Some(File::from(socket))));
 }
 
 /// Answer until the other end is closed. What is told is what /proc/TID/status tells everybody.
@@ -49,7 +49,7 @@ pub(super) fn of_thread(thread: u32) -> Option<Vec<Gid>> {
     if thread == 0 {
         return None;
     }
-    let groups = match ASKED.get() {
+    let groups = match CURRENT.get() {
         None => read(thread),
         Some(asked) => {
             let mut asked = asked.lock().unwrap_or_else(PoisonError::into_inner);

@@ -13,7 +13,7 @@ use rustix::fs::{self, FileType, Mode, OFlags, RawDir, SeekFrom};
 
 use super::files::Open;
 use super::found::{self, DIRECTORY};
-use super::outlive::HandleNote;
+use super::handover::HandleNote;
 use super::{Attr, Caller, DirItem, DirTree, Entry, Errno, Fit, Handle, ListMode, Node, Opened, Result};
 use crate::tree::{Caching, ROOT, Timespec};
 

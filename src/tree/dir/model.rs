@@ -203,10 +203,10 @@ impl Held {
         let clone = |fd: &OwnedFd| fd.try_clone().unwrap();
         let kept = self.keeper.0.lock().unwrap().iter().map(|(node, fd)| (*node, clone(fd))).collect();
         let logs = [clone(&self.logs[0]), clone(&self.logs[1])];
-        let continuity = Continuity { logs, kept, keeper: Arc::clone(&self.keeper) as Arc<dyn Keeper> };
+        let handover = Handover { logs, kept, keeper: Arc::clone(&self.keeper) as Arc<dyn Keeper> };
         let root = crate::sys::fs::open_path(dir.path()).unwrap();
         let options = DirOptions { act_as: ActAs::Server, ..DirOptions::volume(Access::Rw) };
-        DirTree::open_again(root, options, FdPool::new().unwrap(), Some(continuity)).unwrap()
+        DirTree::open_again(root, options, FdPool::new().unwrap(), Some(handover)).unwrap()
     }
 }
 

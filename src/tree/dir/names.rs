@@ -12,8 +12,8 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags};
 
 use super::fds::{Held, fd_name, open_place};
 use super::found::{self, DIRECTORY, Found, Identity, REGULAR, TYPE_BITS};
+use super::handover::Intent;
 use super::identity::with_umask;
-use super::outlive::Intent;
 use super::{Caller, DirTree, Entry, Errno, Lookup, New, Node, Opened, Result};
 use crate::tree::ROOT;
 
@@ -301,17 +301,17 @@ impl DirTree {
         let pin = open_place(dir, name, OFlags::empty()).and_then(|fd| self.pool.hold(fd));
         // Without a pin the name still goes; only what holds the file without having it open gets ESTALE.
         let pin = pin.inspect_err(|e| log::debug!(target: "fsprov::tree::dir", "pin a removed file: {e}")).ok();
-        if let (Some(outlive), Some(pin)) = (&self.outlive, &pin) {
+        if let (Some(handover), Some(pin)) = (&self.handover, &pin) {
             // Before the name goes: afterwards a kill would lose the file.
-            outlive.keep(node, pin.fd().as_fd());
+            handover.keep(node, pin.fd().as_fd());
         }
         Ok(Some((node, pin.map(Arc::new))))
     }
 
     /// What would have lost its last name did not.
     fn still_named(&self, known: Option<&(Node, Option<Arc<Held>>)>) {
-        if let (Some(outlive), Some((node, Some(_)))) = (&self.outlive, known) {
-            outlive.release(*node);
+        if let (Some(handover), Some((node, Some(_)))) = (&self.handover, known) {
+            handover.release(*node);
         }
     }
 

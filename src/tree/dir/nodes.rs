@@ -9,7 +9,7 @@
 //! ```
 //!
 //! Guards of the map are never held across a system call that could wait: what such a call needs is copied out first. What
-//! the next process must know is written to the log under the guard ([`super::outlive`]), in the order in which it happened.
+//! the next process must know is written to the log under the guard ([`super::handover`]), in the order in which it happened.
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, RwLock};
@@ -19,7 +19,7 @@ use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
 use super::found::{Found, Identity, mix};
-use super::outlive::{Inherited, Outlive};
+use super::handover::{HandoverLog, Inherited};
 use crate::sys::raw;
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
 
@@ -87,7 +87,7 @@ pub(super) struct NodeTable {
     count: AtomicUsize,
     /// Most there were since memory was last given back.
     peak: AtomicUsize,
-    outlive: Option<Arc<Outlive>>,
+    handover: Option<Arc<HandoverLog>>,
 }
 
 /// [`MAX_NODES`], or fewer, for tests alone and not in the help.
@@ -104,7 +104,7 @@ impl NodeTable {
             most: most_nodes(std::env::var("FSPROV_FUSE_MAX_NODES").ok().as_deref()),
             count: AtomicUsize::new(0),
             peak: AtomicUsize::new(0),
-            outlive: None,
+            handover: None,
         };
         // The kernel's reference to the root is not counted: it has no lookup and gets no forget.
         table.map.insert(ROOT, State::new(root.identity, root.kind(), Vec::new()));
@@ -113,7 +113,7 @@ impl NodeTable {
     }
 
     /// A table that goes on with what an earlier process left, and writes down what the next one needs.
-    pub(super) fn inherit(root: &Found, inherited: &Inherited, outlive: Arc<Outlive>) -> Self {
+    pub(super) fn inherit(root: &Found, inherited: &Inherited, handover: Arc<HandoverLog>) -> Self {
         let mut table = Self::new(root);
         table.devices.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner).extend(&inherited.devices);
         for note in inherited.nodes.values() {
@@ -126,7 +126,7 @@ impl NodeTable {
         if let Some(mut root) = table.map.get_mut(&ROOT) {
             root.shows_set_id = !inherited.nodes.is_empty() || !inherited.handles.is_empty();
         }
-        table.outlive = Some(outlive);
+        table.handover = Some(handover);
         table
     }
 
@@ -138,14 +138,14 @@ impl NodeTable {
     }
 
     fn write_down(&self, node: Node, state: &State) {
-        if let Some(outlive) = &self.outlive {
-            outlive.node(node, state.identity, state.kind, &state.aliases);
+        if let Some(handover) = &self.handover {
+            handover.node(node, state.identity, state.kind, &state.aliases);
         }
     }
 
     /// Shorten the log if it is mostly old records. Takes as long as there are nodes, and no guard for longer than one.
     pub(super) fn tidy(&self) {
-        let Some(copying) = self.outlive.as_deref().and_then(Outlive::start_copying) else { return };
+        let Some(copying) = self.handover.as_deref().and_then(HandoverLog::start_copying) else { return };
         for state in self.map.iter().filter(|s| *s.key() != ROOT) {
             copying.node(*state.key(), state.identity, state.kind, &state.aliases);
         }
@@ -206,8 +206,8 @@ impl NodeTable {
             return Err(Errno::NFILE);
         }
         list.push(dev);
-        if let Some(outlive) = &self.outlive {
-            outlive.device(dev);
+        if let Some(handover) = &self.handover {
+            handover.device(dev);
         }
         Ok(list.len() as u64 - 1)
     }
@@ -276,8 +276,8 @@ impl NodeTable {
         if state.references > 0 {
             return false;
         }
-        if let Some(outlive) = &self.outlive {
-            outlive.forget(node);
+        if let Some(handover) = &self.handover {
+            handover.forget(node);
         }
         let state = at.remove();
         drop(state); // the pin, and with it its descriptor

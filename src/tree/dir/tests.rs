@@ -616,8 +616,8 @@ fn descriptors_do_not_grow_with_the_walk() {
 
 #[test]
 fn an_append_sent_again_is_done_once_through_a_handle_that_cannot_read() {
-    use crate::tree::again::{Asked, answering};
-    let resent = |is_resent| Asked { unique: 8, is_resent };
+    use crate::tree::resend::{CurrentRequest, answering};
+    let resent = |is_resent| CurrentRequest { unique: 8, is_resent };
     let s = scratch();
     s.write("log", "one\n");
     let node = s.node("log");
@@ -675,7 +675,7 @@ fn a_directory_that_may_be_read_but_not_searched_shows_its_names() {
 /// Each change is carried out by one server, which is killed before it answers; the next one is sent the same request again.
 #[test]
 fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
-    use crate::tree::again::{Asked, answering};
+    use crate::tree::resend::{CurrentRequest, answering};
     type Ask<'a> = &'a dyn Fn(&DirTree, Node, Node) -> std::result::Result<(), Errno>;
     let name = OsStr::new;
     let exchange = |t: &DirTree| t.rename(&ME, (ROOT, name("a")), (ROOT, name("b")), libc::RENAME_EXCHANGE);
@@ -715,10 +715,10 @@ fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
             let handle = first.open(&ME, a, libc::O_WRONLY | libc::O_APPEND).unwrap().handle;
             for death in 0..deaths {
                 let tree = held.serve(&dir);
-                answering(Asked { unique: 40, is_resent: death > 0 }, || ask(&tree, a, handle)).unwrap();
+                answering(CurrentRequest { unique: 40, is_resent: death > 0 }, || ask(&tree, a, handle)).unwrap();
             }
             let last = held.serve(&dir);
-            let answer = answering(Asked { unique: 40, is_resent: true }, || ask(&last, a, handle));
+            let answer = answering(CurrentRequest { unique: 40, is_resent: true }, || ask(&last, a, handle));
             assert_eq!(answer, Ok(()), "{what}, {deaths} deaths");
             let mut shown: Vec<_> = std::fs::read_dir(dir.path())
                 .unwrap()
@@ -735,7 +735,7 @@ fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
                 assert!(last.getattr(node, None).is_ok(), "{what}, {deaths} deaths");
             }
             // The next request is another one: what is there is in its way.
-            let next = answering(Asked { unique: 42, is_resent: false }, || ask(&last, a, handle));
+            let next = answering(CurrentRequest { unique: 42, is_resent: false }, || ask(&last, a, handle));
             let again = match what {
                 "exchange" | "append" => Ok(()),
                 "mkdir" | "create" | "link" => Err(Errno::EXIST),
@@ -743,7 +743,7 @@ fn a_change_that_is_sent_again_is_done_once_and_gives_its_first_answer() {
             };
             assert_eq!(next, again, "{what}, {deaths} deaths");
             // Resent, but never begun by a server: the true answer too.
-            let never = answering(Asked { unique: 44, is_resent: true }, || ask(&last, a, handle));
+            let never = answering(CurrentRequest { unique: 44, is_resent: true }, || ask(&last, a, handle));
             assert_eq!(never, again, "{what}, {deaths} deaths");
         }
     }

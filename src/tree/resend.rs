@@ -14,7 +14,7 @@ use std::cell::Cell;
 
 /// The request that a thread answers.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Asked {
+pub struct CurrentRequest {
     /// Its number, the same each time it is sent, and never another request's on this connection. 0: none.
     pub unique: u64,
     /// An earlier server may have carried it out.
@@ -22,23 +22,23 @@ pub struct Asked {
 }
 
 thread_local! {
-    static ASKED: Cell<Asked> = const { Cell::new(Asked { unique: 0, is_resent: false }) };
+    static CURRENT: Cell<CurrentRequest> = const { Cell::new(CurrentRequest { unique: 0, is_resent: false }) };
 }
 
 /// Is the request that this thread answers one that an earlier server may have carried out?
 pub fn is_resent() -> bool {
-    ASKED.get().is_resent
+    CURRENT.get().is_resent
 }
 
 /// The number of the request that this thread answers; 0: none.
 pub fn unique() -> u64 {
-    ASKED.get().unique
+    CURRENT.get().unique
 }
 
 /// Answer a request.
-pub fn answering<T>(asked: Asked, work: impl FnOnce() -> T) -> T {
+pub fn answering<T>(asked: CurrentRequest, work: impl FnOnce() -> T) -> T {
     // Set, not restored: the next request on this thread sets its own, and a panic ends with this one.
-    ASKED.set(asked);
+    CURRENT.set(asked);
     work()
 }
 
@@ -48,7 +48,7 @@ mod tests {
 
     #[test]
     fn each_request_has_its_own() {
-        let resent = |is_resent| Asked { unique: 8, is_resent };
+        let resent = |is_resent| CurrentRequest { unique: 8, is_resent };
         assert!(!is_resent());
         assert!(answering(resent(true), is_resent));
         assert_eq!(answering(resent(false), || (is_resent(), unique())), (false, 8));

@@ -2,7 +2,7 @@
 //! kernel knows with their names, the files and directories it has open, descriptors of files that have no name any more, and
 //! what the requests in flight are about to change.
 //!
-//! A log in two memory files that somebody else holds ([`Continuity`]). Each record is whole or not there. A node's record replaces
+//! A log in two memory files that somebody else holds ([`Handover`]). Each record is whole or not there. A node's record replaces
 //! its earlier ones; when the log is mostly old records, the live ones are copied to the other file while both are written to, and
 //! the files change places. Writing to a memory file waits for nothing, so it is done under the node table's guards, which is
 //! what keeps a node's records in order. Its end is mapped, because most requests write one or more records: what is in the mapping
@@ -23,7 +23,7 @@ use rustix::fs::{FallocateFlags, fallocate};
 use super::found::Identity;
 use super::nodes::Alias;
 use crate::sys::raw;
-use crate::tree::again;
+use crate::tree::resend;
 use crate::tree::{Handle, Node};
 
 const TARGET: &str = "fsprov::tree::dir";
@@ -39,7 +39,7 @@ const USUAL_RECORD: usize = 128;
 const MAX_RECORD: usize = 8192;
 
 /// Where a tree finds what an earlier process left, and leaves its own.
-pub struct Continuity {
+pub struct Handover {
     /// Two memory files, empty for the first process. Whoever wrote to them before is dead.
     pub logs: [OwnedFd; 2],
     /// Descriptors that an earlier process gave away ([`Keeper`]), by node.
@@ -48,9 +48,9 @@ pub struct Continuity {
     pub keeper: Arc<dyn Keeper>,
 }
 
-impl std::fmt::Debug for Continuity {
+impl std::fmt::Debug for Handover {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Continuity").field("logs", &self.logs).field("kept", &self.kept.len()).finish_non_exhaustive()
+        f.debug_struct("Handover").field("logs", &self.logs).field("kept", &self.kept.len()).finish_non_exhaustive()
     }
 }
 
@@ -105,7 +105,7 @@ pub(super) struct Inherited {
 }
 
 /// The log of one tree, and what it keeps elsewhere.
-pub(super) struct Outlive {
+pub(super) struct HandoverLog {
     log: Mutex<Log>,
     keeper: Arc<dyn Keeper>,
     kept: Mutex<HashSet<Node>>,
@@ -115,9 +115,9 @@ pub(super) struct Outlive {
     is_long: AtomicBool,
 }
 
-impl std::fmt::Debug for Outlive {
+impl std::fmt::Debug for HandoverLog {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Outlive").field("kept", &self.kept_count).finish_non_exhaustive()
+        f.debug_struct("HandoverLog").field("kept", &self.kept_count).finish_non_exhaustive()
     }
 }
 
@@ -149,10 +149,10 @@ enum Kind {
     Intent = 8,
 }
 
-impl Outlive {
+impl HandoverLog {
     /// Take over. Damage at the end of a log is a record that was being written at the kill.
-    pub(super) fn take_over(continuity: Continuity) -> (Self, Inherited, Vec<(Node, OwnedFd)>) {
-        let Continuity { logs, kept, keeper } = continuity;
+    pub(super) fn take_over(handover: Handover) -> (Self, Inherited, Vec<(Node, OwnedFd)>) {
+        let Handover { logs, kept, keeper } = handover;
         let files = logs.map(File::from);
         let read = files.each_ref().map(Replay::of);
         // Both are complete where the process was killed between finishing one and emptying the other.
@@ -175,14 +175,14 @@ impl Outlive {
             broken: false,
         };
         let nodes = kept.iter().map(|(node, _)| *node).collect::<HashSet<_>>();
-        let outlive = Outlive {
+        let handover = HandoverLog {
             kept_count: AtomicUsize::new(nodes.len()),
             log: Mutex::new(log),
             keeper,
             kept: Mutex::new(nodes),
             is_long: AtomicBool::new(false),
         };
-        (outlive, chosen.inherited, kept)
+        (handover, chosen.inherited, kept)
     }
 
     fn log(&self) -> MutexGuard<'_, Log> {
@@ -226,7 +226,7 @@ impl Outlive {
     /// This thread's request is about to change something: write down what. Gives what an earlier process wrote down for the
     /// same request; that stays, until this thread comes with its next one and so has answered this one.
     pub(super) fn intend(&self, intent: impl FnOnce() -> Intent) -> Option<Intent> {
-        let unique = again::unique();
+        let unique = resend::unique();
         if unique == 0 {
             return None;
         }
@@ -270,26 +270,26 @@ impl Outlive {
             return None;
         }
         log.start_copying();
-        Some(Copying { outlive: self })
+        Some(Copying { handover: self })
     }
 }
 
 /// The log's live records on their way to the other file.
 pub(super) struct Copying<'a> {
-    outlive: &'a Outlive,
+    handover: &'a HandoverLog,
 }
 
 impl Copying<'_> {
     /// One live node; under its guard.
     pub(super) fn node(&self, node: Node, identity: Identity, kind: u32, aliases: &[Alias]) {
-        let mut log = self.outlive.log();
+        let mut log = self.handover.log();
         let other = 1 - log.current;
         log.append_to(other, &node_record(node, identity, kind, aliases));
     }
 
     /// That were all.
     pub(super) fn finish(self) {
-        let mut log = self.outlive.log();
+        let mut log = self.handover.log();
         let (old, new) = (log.current, 1 - log.current);
         log.append_to(new, &Record::new(Kind::Complete));
         log.copying = false;

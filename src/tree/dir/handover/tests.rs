@@ -29,11 +29,11 @@ impl Files {
             to.into()
         }))
     }
-    fn take_over(&self) -> (Outlive, Inherited) {
+    fn take_over(&self) -> (HandoverLog, Inherited) {
         let logs = [self.0[0].try_clone().unwrap(), self.0[1].try_clone().unwrap()];
-        let (outlive, inherited, _) =
-            Outlive::take_over(Continuity { logs, kept: Vec::new(), keeper: Arc::new(Nobody) });
-        (outlive, inherited)
+        let (handover, inherited, _) =
+            HandoverLog::take_over(Handover { logs, kept: Vec::new(), keeper: Arc::new(Nobody) });
+        (handover, inherited)
     }
 }
 
@@ -123,12 +123,13 @@ fn copying_keeps_what_lives_and_a_copy_cut_short_does_not_count() {
 
 #[test]
 fn an_intent_stands_until_its_thread_comes_with_the_next_one() {
-    use crate::tree::again::{Asked, answering};
+    use crate::tree::resend::{CurrentRequest, answering};
     let files = Files::new();
     let (log, _) = files.take_over();
     let intent = Intent { first: Some(identity(5)), second: None, size: Some(9) };
-    let intend =
-        |log: &Outlive, unique, intent| answering(Asked { unique, is_resent: false }, || log.intend(|| intent));
+    let intend = |log: &HandoverLog, unique, intent| {
+        answering(CurrentRequest { unique, is_resent: false }, || log.intend(|| intent))
+    };
     assert_eq!(intend(&log, 10, intent), None);
     drop(log);
     let (log, inherited) = files.take_over();
