@@ -10,8 +10,9 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
-use fsprov::fuse::adapter::{AdapterOptions, Counters, FuseAdapter, Operation};
+use fsprov::fuse::adapter::{AdapterOptions, FuseAdapter};
 use fsprov::fuse::buffers::Buffers;
+use fsprov::fuse::counters::{Counters, Operation};
 use fsprov::fuse::mount::{self, Method, MountOptions, Mounted, OtherUsers};
 use fsprov::fuse::session::{self, Start};
 use fsprov::host::Host;

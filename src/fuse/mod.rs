@@ -2,7 +2,11 @@
 //! the store.
 
 pub mod adapter;
+mod answer;
 pub mod buffers;
+mod convert;
+pub mod counters;
+mod filesystem;
 mod fusermount;
 pub mod inflight;
 pub mod mount;
