@@ -30,9 +30,9 @@ const WALK: usize = 200_000;
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
-Each backend that works here puts the image in place in a temporary directory; it is walked and read, three times over, \
-and compared with a kernel bind mount (where that needs privilege you lack: with the image's own directory, which is as \
-fast). `copy` is left out: it takes as long as copying the image, and is then as fast as the directory.
+Each backend that works here mounts the image in a temporary directory; the tree is walked and read three times, and the medians \
+are compared with a kernel bind mount (if you may not make one: with the image's own directory, which is as fast). x1.0 means as fast \
+as that, x2.0 twice as long. `copy` is left out: it takes as long as copying the image, and is then as fast as the directory.
 
 Example:
   fsprov bench ./some/rootfs")]
@@ -114,7 +114,7 @@ impl Bench {
         for round in 0..ROUNDS {
             for kind in subjects.clone() {
                 if signals.came() {
-                    return Err(Error::new(Kind::Io, "measure", show(&self.image), "ended by a signal"));
+                    return Err(Error::new(Kind::Io, "measure", show(&self.image), "interrupted"));
                 }
                 let (mut placed, record, mounted) = match put(&provisioner, &image, stage.path(), kind) {
                     Ok(put) => put,
@@ -153,7 +153,7 @@ impl Bench {
                 show(&self.image),
                 "no backend works here for this image",
             )
-            .hint("fsprov probe says what each lacks"));
+            .hint("`fsprov probe` tells what each needs"));
         };
         let report = Report {
             image: show(&self.image),
@@ -343,6 +343,17 @@ fn tell(report: &Report) -> Result<()> {
         .collect();
     let heading = ["BACKEND", "MOUNT", "FIRST WALK", "AGAIN", "SMALL FILES", "AGAIN", "LARGE FILE"];
     output::table(heading, &rows)?;
+    output::line("")?;
+    output::line("x1.0 means: as fast as the first row; x2.0 takes twice as long. Shorter bars are faster.")?;
+    for (name, pick) in MEASURED {
+        output::line(name)?;
+        let longest = report.rows.iter().map(|row| pick(&row.times)).fold(0.0, f64::max);
+        for row in &report.rows {
+            let seconds = pick(&row.times);
+            output::line(&format!("  {:9} {} {}", row.subject, drawn(seconds, longest), milliseconds(seconds)))?;
+        }
+    }
+    output::line("")?;
     for missing in &report.missing {
         output::line(&format!("{}: no: {}", missing.backend, missing.reason))?;
         if !missing.remedy.is_empty() {
@@ -358,6 +369,24 @@ fn tell(report: &Report) -> Result<()> {
         output::line(&meaning(&fuse.times, &base, report.indexed))?;
     }
     Ok(())
+}
+
+/// What is drawn, and its name.
+const MEASURED: [(&str, fn(&Times) -> f64); 5] = [
+    ("first walk of the tree", |t| t.first_walk_s),
+    ("the same again", |t| t.second_walk_s),
+    ("reading small files", |t| t.small_files_s),
+    ("the same again", |t| t.small_files_again_s),
+    ("reading a large file", |t| t.large_file_s),
+];
+/// Cells of the longest bar: with name and figure it fits 80 columns.
+const BAR_CELLS: usize = 50;
+
+/// A bar in the terminal, by eighths of a cell.
+fn drawn(value: f64, longest: f64) -> String {
+    const PARTS: [&str; 8] = ["", "\u{258f}", "\u{258e}", "\u{258d}", "\u{258c}", "\u{258b}", "\u{258a}", "\u{2589}"];
+    let eighths = if longest > 0.0 { (value / longest * (BAR_CELLS * 8) as f64).round() as usize } else { 0 };
+    format!("{}{}", "\u{2588}".repeat(eighths / 8), PARTS[eighths % 8])
 }
 
 /// Slower than this is worth a word: below, measurements of one run differ by as much.
@@ -399,6 +428,14 @@ mod tests {
             small_files_again_s: value,
             large_file_s: value,
         }
+    }
+
+    #[test]
+    fn bars_are_as_long_as_what_they_show() {
+        assert_eq!(drawn(2.0, 2.0), "\u{2588}".repeat(BAR_CELLS));
+        assert_eq!(drawn(1.0, 2.0), "\u{2588}".repeat(BAR_CELLS / 2));
+        assert_eq!(drawn(1.0, 400.0), "\u{258f}");
+        assert_eq!((drawn(0.0, 1.0), drawn(0.0, 0.0)), (String::new(), String::new()));
     }
 
     #[test]

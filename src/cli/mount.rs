@@ -252,7 +252,9 @@ impl Bar {
                         bar.set_length(total.max(bytes));
                     }
                     bar.set_position(bytes);
-                    bar.set_message(format!("{} files", meter.files.load(Ordering::Relaxed)));
+                    let files = meter.files.load(Ordering::Relaxed);
+                    let phase = if total > 0 && bytes >= total { ", writing them to disk" } else { "" };
+                    bar.set_message(format!("{files} files{phase}"));
                 }
             }
             bar.finish_and_clear();

@@ -11,6 +11,7 @@ use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, openat, rena
 use super::layer::LayerMeta;
 use super::meta::{OnDisk, sha256_hex};
 use super::pax::is_xattr_taken;
+use super::stream::Progress;
 use super::tree::{Tree, damaged};
 use super::{ImageKind, ImageSource, ImportOptions, Meta, Signature, Store, Uses, ids_below, staging};
 use crate::error::{Error, Kind, Result, show};
@@ -69,6 +70,17 @@ impl Store {
     /// # Ok::<(), fsprov::Error>(())
     /// ```
     pub fn verify(&self, repair: Repair) -> Result<Vec<Damage>> {
+        self.verify_told(repair, &|_| {})
+    }
+
+    /// The same, and `told` after each layer and image how many bytes are done.
+    pub fn verify_told(&self, repair: Repair, told: &dyn Fn(Progress)) -> Result<Vec<Damage>> {
+        let (total, _) = self.total_bytes()?;
+        let mut done = 0;
+        let mut tell = |path: &Path| {
+            done += super::gc::bytes_on_disk(path).unwrap_or(0);
+            told(Progress { read: done, total: Some(total.max(done)) });
+        };
         let mut all: Vec<(Option<ImageId>, PathBuf, Findings)> = Vec::new();
         let mut bad_layers = HashSet::new();
         let mut origins = Vec::new();
@@ -82,6 +94,7 @@ impl Store {
             if !found.is_empty() {
                 bad_layers.insert(id.clone());
             }
+            tell(&self.paths.layer(&id));
             all.push((Some(id.clone()), self.paths.layer(&id), found));
         }
         for id in self.ids()? {
@@ -95,6 +108,7 @@ impl Store {
             {
                 origins.push(meta);
             }
+            tell(&self.paths.image(&id));
             all.push((Some(id.clone()), self.paths.image(&id), found));
         }
         for (dir, name) in [(self.paths.images(), "images"), (self.paths.layers(), "layers")] {

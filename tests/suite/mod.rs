@@ -178,6 +178,7 @@ pub(crate) const CASES: &[Case] = &[
     registry::LIES,
     registry::LOGINS,
     registry::PLATFORMS,
+    registry::PULLED_TO_MOUNT,
     registry::RESUMES,
     registry::TLS,
     setuid::EVERY_VOLUME,

@@ -190,7 +190,7 @@ impl<'a> AsUser<'a> {
     #[track_caller]
     fn seen(&self, image: &str) -> Picture {
         let rootfs = self.dir.join("rootfs");
-        self.call("fsprov").args(["mount", "--backend", "fuse", image]).arg(&rootfs).run().ok();
+        self.call("fsprov").args(["mount", "--backend", "fuse", "--uid-map", "none", image]).arg(&rootfs).run().ok();
         let said = self.call("tests").env(PICTURE, &rootfs).run().ok().out();
         self.call("fsprov").arg("unmount").arg(&rootfs).run().ok();
         from_lines(&said)
@@ -716,6 +716,30 @@ pub(crate) const PLATFORMS: Case = Case::new("the_platform_chooses_and_a_tag_mov
     stage.fsprov(["image", "pull", &by_digest]).run().ok();
     assert_eq!(stage.fsprov(["image", "show", "--json", &by_digest]).run().ok().json()["id"], id(&images[0].1));
 });
+
+/// From nothing to a rootfs in one command.
+pub(crate) const PULLED_TO_MOUNT: Case =
+    Case::new("mount_pulls_what_the_store_lacks", on::once_each, |stage: &Stage| {
+        let image = Image::small("pulled");
+        let asked = std::sync::Arc::new(AtomicUsize::new(0));
+        let (answers, count) = (image.clone(), asked.clone());
+        let server = Server::start(move |asked: &Asked| {
+            count.fetch_add(1, Ordering::Relaxed);
+            answers.answer(asked)
+        });
+        let name = reference(&server);
+        stage.mkdir("project");
+        stage.fsprov(["mount", &name, "rootfs"]).run().fails(3, &["no image of this name"]);
+        assert_eq!(asked.load(Ordering::Relaxed), 0, "nobody asked for it to be pulled");
+        let mount = || stage.fsprov(["mount", "--pull", &name, "rootfs"]).run().ok();
+        mount();
+        stage.fsprov(["unmount", "./rootfs"]).run().ok();
+        let so_far = asked.load(Ordering::Relaxed);
+        assert!(so_far > 0, "it was pulled");
+        mount();
+        stage.fsprov(["unmount", "./rootfs"]).run().ok();
+        assert_eq!(asked.load(Ordering::Relaxed), so_far, "what is there is not asked for");
+    });
 
 pub(crate) const LOGINS: Case = Case::new(
     "logins_are_found_and_sent_to_nobody_else",

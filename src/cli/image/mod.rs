@@ -203,7 +203,7 @@ impl<'a> ImportReport<'a> {
 
 impl Import {
     fn run(&self, store: &Store) -> Result<()> {
-        let bar = ProgressBar::no_length().with_style(bar_style());
+        let bar = bar("importing");
         let options = ImportOptions {
             name: self.name.clone(),
             held: if self.replace { Held::Replace } else { Held::Refuse },
@@ -240,8 +240,13 @@ fn report(done: &Imported, format: Format) -> Result<()> {
     output::line(&format!("{how} {} ({})", done.name, done.id))
 }
 
+/// A bar for the bytes of what `doing` says.
+fn bar(doing: &'static str) -> ProgressBar {
+    ProgressBar::no_length().with_style(bar_style()).with_prefix(doing)
+}
+
 fn bar_style() -> ProgressStyle {
-    ProgressStyle::with_template("{spinner} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
+    ProgressStyle::with_template("{prefix} {wide_bar} {bytes}/{total_bytes} {bytes_per_sec} {eta}")
         .unwrap_or_else(|_| ProgressStyle::default_bar())
 }
 

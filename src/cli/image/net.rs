@@ -7,7 +7,7 @@ use clap::Args;
 use indicatif::{MultiProgress, ProgressBar, ProgressStyle};
 
 use super::super::{Format, output};
-use super::{ImportReport, bar_style, report, show_on};
+use super::{ImportReport, bar, bar_style, report, show_on};
 use crate::config::Settings;
 use crate::error::Result;
 use crate::image::Strictness;
@@ -104,7 +104,7 @@ fn options(settings: &Settings, bars: &Arc<Bars>) -> Options {
         auth_file: settings.auth_file.value.clone(),
         discovery_prefixes: settings.discovery_prefixes.value.clone(),
         parts: Some(bars.show()),
-        progress: Some(show_on(&bars.all.add(ProgressBar::no_length().with_style(bar_style())))),
+        progress: Some(show_on(&bars.all.add(bar("unpacking")))),
         ..Options::default()
     }
 }

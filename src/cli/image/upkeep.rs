@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use clap::{Args, ValueEnum};
 use serde::Serialize;
 
-use super::{Format, image_uses, output};
+use super::{Format, bar, image_uses, output, show_on};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::store::{Held, Prune, Repair, Store};
@@ -53,7 +53,10 @@ pub(super) struct Verify {
 
 impl Verify {
     pub(super) fn run(&self, store: &Store) -> Result<()> {
-        let found = store.verify(if self.repair { Repair::Reimport } else { Repair::No })?;
+        let bar = bar("verifying");
+        let told = show_on(&bar);
+        let found = store.verify_told(if self.repair { Repair::Reimport } else { Repair::No }, &*told)?;
+        bar.finish_and_clear();
         if self.format.json {
             output::json(&found)?;
         } else {
@@ -221,11 +224,14 @@ impl Export {
                 Error::new(Kind::Exists, "export to", show(&self.path), "it exists").hint("choose another PATH")
             );
         }
+        let bar = bar("exporting");
+        bar.set_length(store.show(&image)?.0.bytes);
         match self.format {
             ExportFormat::Oci => store.export_oci(&image, &self.path),
-            ExportFormat::Aci => make_file(&self.path, |out| store.export_aci(&image, out)),
-            ExportFormat::Tar => make_file(&self.path, |out| store.export_tar(&image, out)),
+            ExportFormat::Aci => make_file(&self.path, |out| store.export_aci(&image, &mut bar.wrap_write(out))),
+            ExportFormat::Tar => make_file(&self.path, |out| store.export_tar(&image, &mut bar.wrap_write(out))),
         }?;
+        bar.finish_and_clear();
         let size = output::size(crate::sys::usage::measure(&self.path)?.bytes);
         output::line(&format!("exported {image} to {} ({size})", show(&self.path)))
     }
