@@ -268,7 +268,7 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
         damaged[0] ^= 1;
         fs::write(&file, damaged).expect("damage");
         stage.fsprov(["image", "index", "example.com/small"]).run().fails(1, &["etc/hosts", "--repair"]);
-        assert!(stage.fsprov(["image", "verify"]).run().fails(1, &["2 findings"]).out().contains("etc/hosts"));
+        assert!(stage.fsprov(["image", "verify"]).run().fails(1, &["2 damaged"]).out().contains("etc/hosts"));
         fs::write(&file, whole).expect("mend");
         File::options().write(true).open(&file).and_then(|f| f.set_modified(time)).expect("set its time");
         stage.fsprov(["image", "verify"]).run().ok();
