@@ -58,10 +58,11 @@ impl Buffers {
     /// The handler of such a write. Its answer goes before: to the socket, which is gone afterwards.
     pub(super) fn handle(&self, data: &[u8], reply: ReplyWrite) {
         reply.written(BYTES.len() as u32);
-        // An error is an old kernel's, before Linux 5.14: it cannot send requests again either.
+        self.met.wait();
+        self.met.wait();
+        // Now, before the first read, and not earlier: the mount need not wait for it. An error is an old kernel's, before Linux 5.14: it
+        // cannot send requests again either.
         let _ = raw::populate_around(data, HEADERS, self.bytes);
-        self.met.wait();
-        self.met.wait();
     }
 }
 
