@@ -371,8 +371,10 @@ fn tell(report: &Report) -> Result<()> {
     Ok(())
 }
 
+type Pick = fn(&Times) -> f64;
+
 /// What is drawn, and its name.
-const MEASURED: [(&str, fn(&Times) -> f64); 5] = [
+const MEASURED: [(&str, Pick); 5] = [
     ("first walk of the tree", |t| t.first_walk_s),
     ("the same again", |t| t.second_walk_s),
     ("reading small files", |t| t.small_files_s),
@@ -380,12 +382,12 @@ const MEASURED: [(&str, fn(&Times) -> f64); 5] = [
     ("reading a large file", |t| t.large_file_s),
 ];
 /// Cells of the longest bar: with name and figure it fits 80 columns.
-const BAR_CELLS: usize = 50;
+const BAR_CELLS: u16 = 50;
 
 /// A bar in the terminal, by eighths of a cell.
 fn drawn(value: f64, longest: f64) -> String {
     const PARTS: [&str; 8] = ["", "\u{258f}", "\u{258e}", "\u{258d}", "\u{258c}", "\u{258b}", "\u{258a}", "\u{2589}"];
-    let eighths = if longest > 0.0 { (value / longest * (BAR_CELLS * 8) as f64).round() as usize } else { 0 };
+    let eighths = if longest > 0.0 { (value / longest * f64::from(BAR_CELLS * 8)).round() as usize } else { 0 };
     format!("{}{}", "\u{2588}".repeat(eighths / 8), PARTS[eighths % 8])
 }
 
@@ -432,8 +434,8 @@ mod tests {
 
     #[test]
     fn bars_are_as_long_as_what_they_show() {
-        assert_eq!(drawn(2.0, 2.0), "\u{2588}".repeat(BAR_CELLS));
-        assert_eq!(drawn(1.0, 2.0), "\u{2588}".repeat(BAR_CELLS / 2));
+        assert_eq!(drawn(2.0, 2.0), "\u{2588}".repeat(50));
+        assert_eq!(drawn(1.0, 2.0), "\u{2588}".repeat(25));
         assert_eq!(drawn(1.0, 400.0), "\u{258f}");
         assert_eq!((drawn(0.0, 1.0), drawn(0.0, 0.0)), (String::new(), String::new()));
     }
