@@ -6,7 +6,7 @@
 //! * `root`, `user`: only root, or only an ordinary user, runs it;
 //! * `not-run="why"`: this test cannot run it. It is listed with its reason.
 //!
-//! A comment `<!-- run ... -->` is run and not counted: what the reader is taken to have already. A block of `toml` must be a configuration
+//! A comment `<!-- run COMMANDS -->` is run and not counted: what the reader is taken to have already. A block of `toml` must be a configuration
 //! that fsprov takes. A document also fails when a link leads to no file or heading of ours, or when a block says no language.
 //!
 //! `cargo test --test documents -- NAME`; see tests/common/harness.rs for FSPROV_TEST_MUST_RUN and FSPROV_TEST_KEEP.
@@ -265,7 +265,7 @@ fn read(text: &str) -> Document {
                 }
             }
             Event::Start(Tag::HtmlBlock) => {
-                let comment = text[range].trim().strip_prefix("<!-- run\n").and_then(|rest| rest.strip_suffix("-->"));
+                let comment = text[range].trim().strip_prefix("<!-- run").and_then(|rest| rest.strip_suffix("-->"));
                 document.blocks.extend(comment.map(|text| Block { line, text: text.into(), how: Use::SetUp }));
             }
             _ => {}
