@@ -4,7 +4,7 @@
 use std::hint::black_box;
 
 use criterion::{BatchSize, BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
-use fsprov::index::{Builder, Index, Whiteouts};
+use fsprov::internals::index::{Builder, Index, Whiteouts};
 
 mod support;
 

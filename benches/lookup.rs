@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use fsprov::index::read::Form;
+use fsprov::internals::index::read::Form;
 
 mod support;
 

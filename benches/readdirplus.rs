@@ -4,9 +4,9 @@
 use std::hint::black_box;
 
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use fsprov::plan::Ownership;
-use fsprov::tree::image::{ImageTree, Trust};
-use fsprov::tree::{Caller, Fit, ListMode, Lookup, Node, ROOT, Tree as _};
+use fsprov::internals::plan::Ownership;
+use fsprov::internals::tree::image::{ImageTree, Trust};
+use fsprov::internals::tree::{Caller, Fit, ListMode, Lookup, Node, ROOT, Tree as _};
 
 mod support;
 

@@ -5,10 +5,10 @@ use std::hint::black_box;
 use std::sync::Arc;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use fsprov::plan::Ownership;
-use fsprov::tree::image::{ImageTree, Trust};
-use fsprov::tree::route::RouteTree;
-use fsprov::tree::{Caller, Lookup, Node, ROOT, Tree};
+use fsprov::internals::plan::Ownership;
+use fsprov::internals::tree::image::{ImageTree, Trust};
+use fsprov::internals::tree::route::RouteTree;
+use fsprov::internals::tree::{Caller, Lookup, Node, ROOT, Tree};
 use fsprov::volume::{Access, ContainerPath, Form};
 
 mod support;

@@ -29,6 +29,7 @@ pub const EXAMPLE: &str = include_str!("config_example.toml");
 /// One file's keys.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
+#[non_exhaustive]
 pub struct File {
     root: Option<PathBuf>,
     backend: Option<String>,
@@ -49,6 +50,7 @@ pub struct File {
 /// Where a value came from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum SetBy {
     /// Nobody set it.
     Default,
@@ -79,6 +81,7 @@ pub struct Setting<T> {
 
 /// The values in force, but for what a verb's own options say.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[non_exhaustive]
 pub struct Settings {
     /// The state root; `None`: the built-in default.
     pub root: Setting<Option<PathBuf>>,
@@ -180,7 +183,7 @@ impl Settings {
     ///
     /// ```no_run
     /// let settings = fsprov::config::Settings::read(&["/etc/fsprov/config.toml".into()])?;
-    /// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
     /// let store = fsprov::store::Store::open(&paths)?.with_policy(settings.policy());
     /// # Ok::<(), fsprov::Error>(())
     /// ```

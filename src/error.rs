@@ -13,6 +13,7 @@ pub type Result<T> = std::result::Result<T, Error>;
 /// What sort of failure it was. Decides the exit code ([`Kind::exit_code`]).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Kind {
     /// The request itself is wrong: an argument, a volume, a combination of options.
     Usage,
@@ -294,7 +295,7 @@ impl std::error::Error for Error {
 }
 
 /// A path as text for messages: quoted only where it holds something that would not show, control bytes escaped.
-pub fn show(path: impl AsRef<Path>) -> String {
+pub(crate) fn show(path: impl AsRef<Path>) -> String {
     let path = path.as_ref();
     match path.to_str() {
         Some(text) if !text.is_empty() && !text.chars().any(|c| c.is_control() || c == '"') => text.to_owned(),

@@ -155,6 +155,7 @@ impl fmt::Display for ContainerId {
 
 /// What the user wrote for IMAGE: a path when it begins with `/`, `./` or `../` (or is `.` or `..`), else something in the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ImageRef {
     /// A directory that is a root filesystem, a directory holding `manifest` and `rootfs`, or an archive.
     Path(PathBuf),

@@ -1,50 +1,105 @@
 //! Puts a container image's root filesystem in place: read-only, at a path you name, in milliseconds, with or without root.
 //!
-//! Arrows point one way: `cli -> provisioner -> {store, backend} -> {index, tree, sys} -> error`, and
-//! `daemon -> fuse -> tree -> {index, sys}`. Store and backend never see each other: the provisioner hands a
-//! [`plan::Plan`] from one to the other.
+//! Import an image into a store, mount it, take it away:
 //!
-//! What the program does, the library does:
+//! ```no_run
+//! use fsprov::{Provisioner, Request, StatePaths, Store};
+//! use fsprov::id::ImageRef;
+//! use fsprov::provisioner::{Detach, Selector};
+//! use fsprov::store::{ImageSource, ImportOptions};
+//! use fsprov::volume::VolumeSpec;
+//!
+//! fn main() -> fsprov::Result<()> {
+//!     // A program that mounts starts its FUSE servers from itself: this line runs them.
+//!     if fsprov::dispatch().is_some() {
+//!         return Ok(());
+//!     }
+//!     let paths = StatePaths::new("/var/lib/fsprov".into());
+//!     let options = ImportOptions { name: Some("debian".into()), ..ImportOptions::default() };
+//!     Store::open(&paths)?.import(&ImageSource::at("debian.tar".as_ref())?, &options)?;
+//!
+//!     let provisioner = Provisioner::of_host(paths);
+//!     let request = Request::new(ImageRef::parse("debian".as_ref())?, "/mnt/debian").volume(VolumeSpec::parse("./project:/src:rw".as_ref())?);
+//!     let record = provisioner.provision(&request)?;
+//!     // ... use /mnt/debian ...
+//!     provisioner.destroy(&Selector::Id(record.plan.id), Detach::IfIdle)?;
+//!     Ok(())
+//! }
+//! ```
 //!
 //! | task | with |
 //! | --- | --- |
-//! | import an archive, layout or directory | [`store::Store::import`] |
-//! | list, show, find, use | [`store::Store::list`], [`store::Store::show`], [`store::Store::resolve`] |
-//! | provision, destroy, list, recover | [`provisioner::Provisioner`] |
-//! | look for damage, mend it | [`store::Store::verify`] |
-//! | remove, collect, measure | [`store::Store::remove`], [`store::Store::gc`], [`store::Store::usage`] |
-//! | export, flatten | [`store::Store::export_aci`], [`store::Store::export_tar`], [`store::Store::export_oci`], [`store::Store::flatten`] |
-//! | an index, of an image or of any tree | [`store::Store::rebuild_index`], [`index::Builder`] |
+//! | import an archive, layout or directory | [`Store::import`] |
+//! | pull from a registry, fetch an AppC image | [`pull::pull`], [`pull::fetch`] |
+//! | list, show, find, use | [`Store::list`], [`Store::show`], [`Store::resolve`] |
+//! | mount, take away, list, recover | [`Provisioner`] |
+//! | look for damage, mend it | [`Store::verify`] |
+//! | remove, collect, measure | [`Store::remove`], [`Store::gc`], [`Store::usage`] |
+//! | export, flatten | [`Store::export_aci`], [`Store::export_tar`], [`Store::export_oci`], [`Store::flatten`] |
+//! | an index | [`Store::rebuild_index`] |
+//! | read the configuration files | [`config::Settings`] |
+//!
+//! Programs in `examples/` do each. The feature `cli` (on by default) is the `fsprov` program: a library does without it and without what it
+//! needs (`default-features = false`). What is not in these pages is not for use: it changes without notice.
 
-pub mod backend;
+// Which items are used, and which are public for nobody, is asked where the tests' door is open (see `internals`).
+#![cfg_attr(
+    not(feature = "internals"),
+    allow(
+        dead_code,
+        unreachable_pub,
+        unused_imports,
+        clippy::struct_field_names,
+        clippy::unnecessary_wraps,
+        clippy::unused_self
+    )
+)]
+
+mod backend;
 mod child;
-pub mod cli;
+#[cfg(feature = "cli")]
+mod cli;
 pub mod config;
 pub mod daemon;
-pub mod error;
-pub mod fault;
-pub mod fuse;
-pub mod host;
+mod error;
+mod fault;
+mod fuse;
+mod host;
 pub mod id;
-pub mod idmap;
-pub mod image;
-pub mod index;
-pub mod paths;
-pub mod pathtext;
-pub mod place;
-pub mod plan;
-pub mod printable;
+mod idmap;
+mod image;
+mod index;
+mod paths;
+mod pathtext;
+mod place;
+mod plan;
+mod printable;
 pub mod provisioner;
 pub mod pull;
 pub mod store;
-pub mod sys;
-pub mod traces;
-pub mod tree;
+mod sys;
+mod traces;
+mod tree;
 pub mod volume;
 mod walls;
 
+#[cfg(feature = "cli")]
 pub use cli::main;
 pub use error::{Error, Kind, Result};
+pub use paths::StatePaths;
+pub use provisioner::{Provisioner, Request};
+pub use store::Store;
+
+/// What the tests and benchmarks of this crate reach, beyond what is public.
+#[cfg(feature = "internals")]
+#[doc(hidden)]
+#[allow(missing_docs)]
+pub mod internals {
+    macro_rules! open {
+        ($($module:ident)+) => { $(pub mod $module { pub use crate::$module::*; })+ };
+    }
+    open!(backend fault fuse host idmap image index paths place plan sys traces tree);
+}
 
 /// To be called first in `main`: runs the hidden verbs of this program's other processes, which are FUSE servers and those that read
 /// archives. `None`: these arguments are none of them.

@@ -15,7 +15,7 @@ enum PathText {
 }
 
 /// Write a path in the form above.
-pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+pub(crate) fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
     match path.to_str() {
         Some(text) => PathText::Text(text.to_owned()),
         None => PathText::Bytes { bytes: data_encoding::HEXLOWER.encode(path.as_os_str().as_bytes()) },
@@ -24,7 +24,7 @@ pub fn serialize<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
 }
 
 /// Read a path in the form above.
-pub fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
+pub(crate) fn deserialize<'de, D: Deserializer<'de>>(from: D) -> Result<PathBuf, D::Error> {
     Ok(match PathText::deserialize(from)? {
         PathText::Text(text) => PathBuf::from(text),
         PathText::Bytes { bytes } => {

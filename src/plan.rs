@@ -9,8 +9,10 @@ use crate::id::ContainerId;
 use crate::volume::Volume;
 
 /// The ways to make a rootfs out of layers.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[cfg_attr(feature = "cli", derive(clap::ValueEnum))]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum BackendKind {
     /// Kernel bind mount of one layer, read-only.
     Bind,
@@ -55,7 +57,7 @@ pub struct IdRange {
 /// How ownership in the image is presented. Empty lists: as it is.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Ownership {
-    /// User ids; an id outside every range is presented as [`OVERFLOW_ID`].
+    /// User ids; an id outside every range is presented as 65534.
     pub uids: Vec<IdRange>,
     /// Group ids, likewise.
     pub gids: Vec<IdRange>,

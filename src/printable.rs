@@ -41,17 +41,17 @@ fn as_rust(out: &mut String, c: char) {
 }
 
 /// One line: whatever is not printable is escaped, line breaks too.
-pub fn line(text: &str) -> Cow<'_, str> {
+pub(crate) fn line(text: &str) -> Cow<'_, str> {
     escape(text, |_| false, as_rust)
 }
 
 /// Text of several lines of our own making: line breaks and tabs stay. What others wrote in it went through [`line()`].
-pub fn block(text: &str) -> Cow<'_, str> {
+pub(crate) fn block(text: &str) -> Cow<'_, str> {
     escape(text, |c| matches!(c, '\n' | '\t'), as_rust)
 }
 
 /// JSON as it was written, with `\u` escapes for what is not printable: who parses it gets the same values.
-pub fn json(text: &str) -> Cow<'_, str> {
+pub(crate) fn json(text: &str) -> Cow<'_, str> {
     // Outside of its strings JSON has none but line breaks.
     escape(
         text,

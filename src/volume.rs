@@ -141,6 +141,7 @@ impl Default for Powers {
 
 /// A volume as the user wrote it: `SRC:DST[:OPTION,...]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct VolumeSpec {
     /// Host path: absolute, or below the sandbox. What was written relative to the current directory begins with `.`, until
     /// [`VolumeSpec::from_directory`] made it absolute.
@@ -157,6 +158,7 @@ pub struct VolumeSpec {
 
 /// What happens to a source that is missing or an empty directory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Fill {
     /// Nothing: a missing relative one is made, empty.
     Never,
@@ -274,6 +276,7 @@ fn split_fields(bytes: &[u8]) -> Vec<Vec<u8>> {
 /// Is the source a directory or a single file?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Form {
     /// A directory: its whole tree appears at the target.
     Directory,

@@ -30,7 +30,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use fsprov::paths::StatePaths;
+use fsprov::internals::paths::StatePaths;
 use fsprov::store::{ImageSource, ImportOptions, Store};
 use libtest_mimic::{Arguments, Failed, Trial};
 
@@ -229,7 +229,7 @@ fn hostile_archives(user: Option<&str>) -> Result<(), Failed> {
         slowest = slowest.max(cpu);
         largest = largest.max((peak, &hostile.name));
         if state.exists() {
-            fsprov::sys::remove::remove_tree(&state).map_err(|e| e.to_string())?;
+            fsprov::internals::sys::remove::remove_tree(&state).map_err(|e| e.to_string())?;
         }
     }
     let sum = format!(

@@ -10,17 +10,17 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::sync::Arc;
 
-use fsprov::fuse::adapter::{AdapterOptions, FuseAdapter};
-use fsprov::fuse::buffers::Buffers;
-use fsprov::fuse::counters::{Counters, Operation};
-use fsprov::fuse::mount::{self, Method, MountOptions, Mounted, OtherUsers};
-use fsprov::fuse::session::{self, Start};
-use fsprov::host::Host;
-use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
-use fsprov::place::{Place, Point};
-use fsprov::plan::Ownership;
-use fsprov::sys::mount::Unmount;
-use fsprov::tree::image::{ImageTree, Trust};
+use fsprov::internals::fuse::adapter::{AdapterOptions, FuseAdapter};
+use fsprov::internals::fuse::buffers::Buffers;
+use fsprov::internals::fuse::counters::{Counters, Operation};
+use fsprov::internals::fuse::mount::{self, Method, MountOptions, Mounted, OtherUsers};
+use fsprov::internals::fuse::session::{self, Start};
+use fsprov::internals::host::Host;
+use fsprov::internals::index::{Builder, Entry, Index, Time, What, Whiteouts};
+use fsprov::internals::place::{Place, Point};
+use fsprov::internals::plan::Ownership;
+use fsprov::internals::sys::mount::Unmount;
+use fsprov::internals::tree::image::{ImageTree, Trust};
 use libtest_mimic::{Arguments, Failed, Trial};
 
 /// Set in the process that runs in a namespace of its own.

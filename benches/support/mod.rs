@@ -1,6 +1,6 @@
 //! Images made up for the benches.
 
-use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
+use fsprov::internals::index::{Builder, Entry, Index, Time, What, Whiteouts};
 
 /// A builder with `directories` directories of `files` files each, named as packages name theirs.
 pub(crate) fn image(directories: u32, files: u32) -> Builder {

@@ -62,6 +62,7 @@ impl From<&Finding> for Support {
 /// How a rootfs fares, from mountinfo and the processes, not from its record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Health {
     /// Mounted and answering.
     Ready,
@@ -75,6 +76,7 @@ pub enum Health {
 
 /// How hard to take a rootfs away.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Detach {
     /// Fail with [`crate::error::Kind::Busy`] while a process uses it.
     IfIdle,

@@ -43,7 +43,7 @@ use crate::provisioner::Provisioner;
     after_help = "Example:\n  fsprov image pull debian:12\n  fsprov mount -v .:/src debian:12 rootfs\n  fsprov unmount rootfs\n\n\
                   Exit codes: 0 done, 1 failed, 2 usage, 3 not found, 4 busy, 5 not possible on this host."
 )]
-pub struct Cli {
+pub(crate) struct Cli {
     #[command(flatten)]
     global: Global,
     #[command(subcommand)]

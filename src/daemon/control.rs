@@ -51,8 +51,8 @@ enum Answer {
 /// ```no_run
 /// use fsprov::daemon::control::{Question, ask};
 /// use fsprov::provisioner::{Provisioner, Selector};
-/// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
-/// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+/// let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
+/// let provisioner = Provisioner::of_host(paths);
 /// let plan = provisioner.inspect(&Selector::parse("web-1".as_ref()))?.record.plan;
 /// let stats = ask(&plan, &Question::Stats)?;
 /// println!("{stats:#}");

@@ -34,9 +34,9 @@ use crate::volume::Form;
 pub(crate) use shelf::{PREFIX as SHELVED_PREFIX, names as shelved};
 pub(crate) use sources::servable;
 pub(crate) use spawn::alive;
-pub use spawn::{Finish, Options, adopt, start};
+pub(crate) use spawn::{Options, adopt, start};
 pub(crate) use supervise::is_server;
-pub use supervise::worker_of;
+pub(crate) use supervise::worker_of;
 
 /// What the kernel calls the processes (/proc/PID/comm).
 const SUPERVISOR_NAME: &CStr = c"fsprov-super";
@@ -64,13 +64,13 @@ pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
 }
 
 /// What the mount table shows as the source of a rootfs's FUSE mount.
-pub fn mount_source(plan: &Plan) -> String {
+pub(crate) fn mount_source(plan: &Plan) -> String {
     format!("fsprov-{}", plan.id)
 }
 
 /// Must the volumes be mounts of their own, because some of them have other flags than the rootfs? Then that is mounted nosuid and
 /// nodev, and whoever mounts the volumes over it takes that away again. What `fusermount3` mounts is one mount with one set of flags.
-pub fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
+pub(crate) fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
     let Method::Kernel { initial_user_namespace } = method else { return false };
     let nosuid = plan.restraint.nosuid() || !initial_user_namespace;
     let nodev = plan.restraint.nodev() || !initial_user_namespace;
@@ -82,13 +82,13 @@ pub fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
 }
 
 /// Names in the directory that a backend keeps for a rootfs ([`Plan::state_dir`]).
-pub mod names {
+pub(crate) mod names {
     /// What the server said.
-    pub const LOG: &str = "server.log";
+    pub(crate) const LOG: &str = "server.log";
     /// Its control socket.
-    pub const CONTROL: &str = "control.sock";
+    pub(crate) const CONTROL: &str = "control.sock";
     /// Which process answers now.
-    pub const WORKER: &str = "worker.json";
+    pub(crate) const WORKER: &str = "worker.json";
 }
 
 fn hex(bytes: &[u8]) -> String {

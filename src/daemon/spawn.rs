@@ -61,11 +61,11 @@ const ENVIRONMENT: [&str; 6] =
     ["PATH", "FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE", "FSPROV_FUSE_MAX_NODES", "FSPROV_FUSE_PACE"];
 
 /// What is left to do once the rootfs answers: it may add to the traces.
-pub type Finish<'a> = &'a mut dyn FnMut(&mut Traces, &mut Journal<'_>) -> Result<()>;
+pub(crate) type Finish<'a> = &'a mut dyn FnMut(&mut Traces, &mut Journal<'_>) -> Result<()>;
 
 /// Start a server for `plan`, of these places, and `finish`. What there is is noted before more is done; when this returns the rootfs answers, and on
 /// an error nothing of it is left.
-pub fn start(
+pub(crate) fn start(
     plan: &Plan,
     places: &Places,
     method: Method,
@@ -94,7 +94,7 @@ pub fn start(
 }
 
 /// Start a supervisor that goes on where a dead one was, with what a [`Shelf`] kept for it. On an error the connection is ended.
-pub fn adopt(
+pub(crate) fn adopt(
     plan: &Plan,
     traces: &Traces,
     shelved: Vec<Shelved>,

@@ -39,7 +39,7 @@ use restarts::{Death, Next, Restarts};
 use worker::{Worker, timespec};
 
 pub(crate) use worker::is_server;
-pub use worker::worker_of;
+pub(crate) use worker::worker_of;
 
 /// How long a worker may take to tell its statistics: a thread of its own does.
 const STATS_PATIENCE: Duration = Duration::from_secs(2);

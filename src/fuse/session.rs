@@ -115,7 +115,7 @@ pub struct Running {
 }
 
 /// Start a session of `filesystem` on `connection`, with as many threads as `buffers` is for. The file system's `write` leaves what is for
-/// [`NO_NODE`](super::buffers::NO_NODE) to them.
+/// `NO_NODE` to them.
 pub fn start<F: Filesystem + Send + 'static>(
     filesystem: F,
     connection: &OwnedFd,

@@ -260,7 +260,7 @@ pub(super) struct SetRow {
 /// Of what entries say a bounded part is held in memory, the rest in files without names ([`Builder::in_dir`]).
 ///
 /// ```
-/// use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts};
+/// use fsprov::internals::index::{Builder, Entry, Index, Time, What, Whiteouts};
 /// let entry = |path: &[u8], what, mode| Entry {
 ///     path: path.to_vec(), what, mode, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new(),
 /// };

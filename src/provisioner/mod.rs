@@ -2,7 +2,7 @@
 //!
 //! | step | file | |
 //! | --- | --- | --- |
-//! | request | [`request`] | what is asked for, parsed; no path followed |
+//! | request | [`Request`] | what is asked for, parsed; no path followed |
 //! | image | `store/resolve` | which layers, which index |
 //! | plan | `planning` | from those and what `look` saw of the paths: data, made without the host |
 //! | backend | `select` | the one asked for, or the first that can serve this plan on this host |
@@ -16,7 +16,7 @@
 //! what the steps share.
 //!
 //! Owns the records. Must not make mounts itself: a plan and its opened places go to a backend, and what the backend leaves in the
-//! system comes back as [`Traces`](crate::traces::Traces) for the record.
+//! system comes back as traces for the record.
 //!
 //! Lock order: the containers directory (short: claim an id and a mount point), then one container's directory (as long as
 //! its rootfs is being changed). The store's shared lock is held from resolving an image until the record that names it is
@@ -36,14 +36,18 @@ mod points;
 mod reach;
 mod record;
 mod recover;
-pub mod request;
+mod request;
 mod resume;
 mod select;
 
 use std::path::Path;
 use std::sync::Arc;
 
+pub use crate::backend::Detach;
+pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Restraint};
+#[doc(hidden)]
 pub use now::Now;
+#[doc(hidden)]
 pub use open::open;
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
@@ -63,6 +67,7 @@ const MIN_PREFIX: usize = 3;
 
 /// A record and how its rootfs fares now.
 #[derive(Clone, Debug, serde::Serialize)]
+#[non_exhaustive]
 pub struct Status {
     /// The record.
     #[serde(flatten)]
@@ -77,6 +82,7 @@ pub struct Status {
 /// How a rootfs fares, as `list` shows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Condition {
     /// Mounted and answering.
     Ready,
@@ -112,32 +118,24 @@ impl Condition {
 /// Provisions and destroys the rootfses of one state root.
 ///
 /// ```no_run
-/// use fsprov::backend::Detach;
+/// use fsprov::provisioner::Detach;
 /// use fsprov::provisioner::{Provisioner, Request, Selector};
 ///
 /// // A FUSE server is this program again: it must be let through, first of all.
 /// if fsprov::dispatch().is_some() {
 ///     return Ok(());
 /// }
-/// let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
-/// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+/// let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
+/// let provisioner = Provisioner::of_host(paths);
 /// // After a crash or reboot: what was mounted is mounted again, what was half-made goes.
 /// for one in provisioner.recover(None)? {
 ///     println!("{one:?}");
 /// }
-/// let record = provisioner.provision(&Request {
-///     image: fsprov::id::ImageRef::parse("example.com/debian".as_ref())?,
-///     rootfs: "/srv/web/rootfs".into(),
-///     cover: Default::default(),
-///     backend: None,
-///     sandbox: Some("/srv/web/work".into()),
-///     volumes: vec![fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?],
-///     id: None,
-///     ownership: None,
-///     changes: Default::default(),
-///     live: Default::default(),
-///     restraint: Default::default(),
-/// })?;
+/// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
+/// let request = Request::new(image, "/srv/web/rootfs")
+///     .sandbox("/srv/web/work")
+///     .volume(fsprov::volume::VolumeSpec::parse("tmp:/tmp:rw".as_ref())?);
+/// let record = provisioner.provision(&request)?;
 /// println!("{} is ready", record.plan.id);
 /// provisioner.destroy(&Selector::Id(record.plan.id), Detach::IfIdle)?;
 /// # Ok::<(), fsprov::Error>(())
@@ -152,14 +150,19 @@ pub struct Provisioner {
 }
 
 impl Provisioner {
+    /// For the rootfses of a state root, on this host, which is asked what it allows.
+    pub fn of_host(paths: StatePaths) -> Self {
+        Self::new(paths, Host::probe())
+    }
+
     /// Work with the records below `paths`, on this host.
-    pub fn new(paths: StatePaths, host: Host) -> Self {
+    pub(crate) fn new(paths: StatePaths, host: Host) -> Self {
         Provisioner { paths, host, meter: None, shelf: None, policy: Policy::default() }
     }
 
     /// Count on `meter` what provisioning copies.
     #[must_use]
-    pub fn metered(mut self, meter: Arc<Meter>) -> Self {
+    pub(crate) fn metered(mut self, meter: Arc<Meter>) -> Self {
         self.meter = Some(meter);
         self
     }
@@ -167,7 +170,7 @@ impl Provisioner {
     /// The same as the one process of a service: what its rootfs needs to outlive all its processes goes to `shelf`, and
     /// [`Provisioner::resume`] goes on with it.
     #[must_use]
-    pub fn on_shelf(self, shelf: Option<Arc<dyn Shelf>>) -> Self {
+    pub(crate) fn on_shelf(self, shelf: Option<Arc<dyn Shelf>>) -> Self {
         Provisioner { shelf, ..self }
     }
 
@@ -178,7 +181,7 @@ impl Provisioner {
     }
 
     /// What this host may do.
-    pub fn host(&self) -> &Host {
+    pub(crate) fn host(&self) -> &Host {
         &self.host
     }
 
@@ -215,8 +218,8 @@ impl Provisioner {
     /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out.
     ///
     /// ```no_run
-    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
-    /// let provisioner = fsprov::provisioner::Provisioner::new(paths, fsprov::host::Host::probe());
+    /// # let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
+    /// let provisioner = fsprov::provisioner::Provisioner::of_host(paths);
     /// for status in provisioner.list()? {
     ///     println!("{} {}: {}", status.record.plan.id, status.record.plan.rootfs.display(), status.health.name());
     /// }
@@ -239,9 +242,9 @@ impl Provisioner {
     /// One rootfs, by its id or its mount point. [`Kind::NotFound`] where there is none.
     ///
     /// ```no_run
-    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// # let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
     /// use fsprov::provisioner::{Provisioner, Selector};
-    /// let provisioner = Provisioner::new(paths, fsprov::host::Host::probe());
+    /// let provisioner = Provisioner::of_host(paths);
     /// let status = provisioner.inspect(&Selector::parse("/mnt/debian".as_ref()))?;
     /// println!("{} volumes", status.record.plan.volumes.len());
     /// # Ok::<(), fsprov::Error>(())

@@ -138,13 +138,6 @@ pub(super) enum Need {
 }
 
 /// Open all that a plan names. Everything must be there, except the place for changes, which is made.
-///
-/// ```no_run
-/// # fn of(plan: &fsprov::plan::Plan) -> fsprov::Result<()> {
-/// let places = fsprov::provisioner::open(plan)?;
-/// println!("{} layers", places.layers.len());
-/// # Ok(()) }
-/// ```
 pub fn open(plan: &Plan) -> Result<Places> {
     open_again(plan, &[], Recorded::default(), Need::Image)
 }

@@ -25,6 +25,7 @@ const VERSION: u32 = 1;
 /// Is the rootfs complete?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum State {
     /// Being made; or what is left of a making that was cut short.
     Pending,
@@ -36,6 +37,7 @@ pub enum State {
 
 /// Which image a rootfs was made from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct ImageNote {
     /// What the user wrote.
     pub reference: String,
@@ -47,6 +49,7 @@ pub struct ImageNote {
 
 /// The note of one provisioned rootfs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Record {
     version: u32,
     /// Which image.

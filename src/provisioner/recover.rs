@@ -14,6 +14,7 @@ use crate::plan::BackendKind;
 
 /// What became of one rootfs.
 #[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Recovered {
     /// Which.
     pub id: ContainerId,
@@ -24,6 +25,7 @@ pub struct Recovered {
 /// What recovery did with one rootfs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum Outcome {
     /// It was in order.
     Kept,

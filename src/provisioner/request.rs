@@ -9,6 +9,7 @@ use crate::volume::VolumeSpec;
 
 /// What a user asks for.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Request {
     /// Which image.
     pub image: ImageRef,
@@ -16,7 +17,7 @@ pub struct Request {
     pub rootfs: PathBuf,
     /// May a directory that is not empty be mounted over?
     pub cover: Cover,
-    /// Which backend; `None`: the first of [`crate::backend::AUTO_ORDER`] that can.
+    /// Which backend; `None`: the first that can, of bind, overlay and fuse.
     pub backend: Option<BackendKind>,
     /// The executor work directory: relative volume sources lie below it. Made (mode 0755) if missing; it stays.
     pub sandbox: Option<PathBuf>,
@@ -36,8 +37,59 @@ pub struct Request {
     pub restraint: Restraint,
 }
 
+impl Request {
+    /// An image at a mount point, and nothing else: the fields say what else may be asked for, and the methods ask for it.
+    pub fn new(image: ImageRef, rootfs: impl Into<PathBuf>) -> Self {
+        Request {
+            image,
+            rootfs: rootfs.into(),
+            cover: Cover::default(),
+            backend: None,
+            sandbox: None,
+            volumes: Vec::new(),
+            id: None,
+            ownership: None,
+            live: Live::default(),
+            changes: Changes::default(),
+            restraint: Restraint::default(),
+        }
+    }
+
+    /// With this volume, too.
+    #[must_use]
+    pub fn volume(mut self, volume: VolumeSpec) -> Self {
+        self.volumes.push(volume);
+        self
+    }
+
+    /// Sources of volumes that are bare names lie below this directory.
+    #[must_use]
+    pub fn sandbox(self, sandbox: impl Into<PathBuf>) -> Self {
+        Request { sandbox: Some(sandbox.into()), ..self }
+    }
+
+    /// By this backend and no other.
+    #[must_use]
+    pub fn backend(self, backend: BackendKind) -> Self {
+        Request { backend: Some(backend), ..self }
+    }
+
+    /// With this id.
+    #[must_use]
+    pub fn id(self, id: ContainerId) -> Self {
+        Request { id: Some(id), ..self }
+    }
+
+    /// Everything may be changed; what was changed ends with the rootfs.
+    #[must_use]
+    pub fn writable(self) -> Self {
+        Request { changes: Changes::Ephemeral, ..self }
+    }
+}
+
 /// What becomes of a mount point with something in it, which the rootfs would hide.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Cover {
     /// It is refused.
     #[default]
@@ -48,6 +100,7 @@ pub enum Cover {
 
 /// What may be changed in a rootfs outside its volumes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Changes {
     /// Nothing, except in a copy.
     #[default]
@@ -58,6 +111,7 @@ pub enum Changes {
 
 /// Which rootfs: by id, or by where it is mounted.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Selector {
     /// By id.
     Id(ContainerId),

@@ -9,6 +9,7 @@ use crate::plan::{BackendKind, Plan};
 
 /// A backend that cannot serve, and why.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Rejected {
     /// Which.
     pub backend: BackendKind,
@@ -20,6 +21,7 @@ pub struct Rejected {
 
 /// The backend chosen, and those tried before it.
 #[derive(Clone, Debug)]
+#[non_exhaustive]
 pub struct Choice {
     /// The one.
     pub backend: BackendKind,

@@ -25,7 +25,7 @@ const CHUNK: usize = 128 << 10;
 /// Find an image by its name, import it, and before it what it depends on and the store has not. The image itself is the last.
 ///
 /// ```no_run
-/// use fsprov::{paths::StatePaths, pull, store::Store};
+/// use fsprov::{StatePaths, Store, pull};
 /// let store = Store::open(&StatePaths::new("/var/lib/fsprov".into()))?;
 /// let images = pull::fetch(&store, &"example.com/app:1.0,os=linux".parse()?, &pull::Options::default())?;
 /// # Ok::<(), fsprov::Error>(())

@@ -48,7 +48,7 @@ struct Found<'a> {
 /// Get an image of a registry into the store.
 ///
 /// ```no_run
-/// use fsprov::{paths::StatePaths, pull, store::Store};
+/// use fsprov::{StatePaths, Store, pull};
 /// let store = Store::open(&StatePaths::new("/var/lib/fsprov".into()))?;
 /// let image = pull::pull(&store, &"registry.example.com/team/app:v1".parse()?, &pull::Options::default())?;
 /// println!("{}", image.id);

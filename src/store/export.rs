@@ -25,11 +25,11 @@ impl Store {
     /// owners, modes and devices whoever imported it. What `out` takes is neither compressed nor brought to the disk.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
     /// // Whole or not there at all:
-    /// fsprov::sys::durable::make_file("debian.aci".as_ref(), |out| store.export_aci(&image, out))?;
-    /// # Ok::<(), fsprov::Error>(())
+    /// store.export_aci(&image, &mut std::fs::File::create("debian.aci")?)?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn export_aci(&self, image: &ImageRef, out: &mut dyn Write) -> Result<()> {
         let (meta, tree, _in_use) = self.tree(image)?;
@@ -39,7 +39,7 @@ impl Store {
     /// Write an image's tree as a tar archive.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
     /// store.export_tar(&image, &mut std::io::stdout().lock())?;
     /// # Ok::<(), fsprov::Error>(())
@@ -52,7 +52,7 @@ impl Store {
     /// Write an image as an OCI layout of one layer to `dir`, which must not exist: it appears when it is complete.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let image = fsprov::id::ImageRef::parse("example.com/debian".as_ref())?;
     /// store.export_oci(&image, "debian-layout".as_ref())?;
     /// # Ok::<(), fsprov::Error>(())
@@ -107,7 +107,7 @@ impl Store {
     /// becomes of it if another image has that name.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let many = fsprov::id::ImageRef::parse("registry.example/app:1".as_ref())?;
     /// let flat = store.flatten(&many, "registry.example/app-flat", fsprov::store::Held::Refuse)?;
     /// println!("{} is one layer", flat.id);

@@ -13,6 +13,7 @@ use crate::id::ImageId;
 
 /// What to collect beside what is of no use to anybody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Prune {
     /// Layers that no image names, and what dead importers left.
     #[default]
@@ -28,6 +29,7 @@ pub enum Prune {
 
 /// What was collected.
 #[derive(Clone, Debug, Default, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Collected {
     /// Images removed.
     pub images: Vec<ImageId>,
@@ -43,6 +45,7 @@ pub struct Collected {
 
 /// What an image takes on the disk.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// The image, or the layer.
     pub id: ImageId,
@@ -58,7 +61,7 @@ impl Store {
     /// Collect garbage; with [`Prune::UnusedImages`] the images that nobody uses, too. An image that cannot be read keeps all layers: what it names is not known.
     ///
     /// ```no_run
-    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// # let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
     /// use fsprov::store::{Prune, Store, Use};
     /// let store = Store::open(&paths)?;
     /// // Asked under the store's lock: what is provisioned meanwhile is in it or waits.
@@ -142,7 +145,7 @@ impl Store {
     /// each.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// for usage in store.usage()? {
     ///     println!("{:?}: {} bytes, and {} shared", usage.names, usage.own_bytes, usage.shared_bytes);
     /// }

@@ -35,6 +35,7 @@ use crate::paths::image;
 
 /// Where an image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum ImageSource {
     /// A file (or FIFO) that is an ACI, an OCI layout, a docker archive, or a root filesystem (then a name must be given): a tar
     /// archive, plain or in gzip, bzip2, xz or zstd; its bytes tell, not its name.
@@ -120,6 +121,7 @@ impl std::fmt::Debug for ImportOptions {
 /// Did an import make the image?
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Outcome {
     /// It did.
     Created,
@@ -129,6 +131,7 @@ pub enum Outcome {
 
 /// An image imported.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Imported {
     /// Its id.
     pub id: ImageId,
@@ -152,7 +155,7 @@ impl Store {
     /// # let (state_root, rootfs) = (dir.path().join("state"), dir.path().join("rootfs"));
     /// std::fs::create_dir_all(rootfs.join("etc"))?;
     /// std::fs::write(rootfs.join("etc/hostname"), "box")?;
-    /// let store = Store::open(&fsprov::paths::StatePaths::new(state_root))?;
+    /// let store = Store::open(&fsprov::StatePaths::new(state_root))?;
     /// let options = ImportOptions { name: Some("example.com/box".into()), ..ImportOptions::default() };
     /// let imported = store.import(&ImageSource::at(&rootfs)?, &options)?;
     /// assert_eq!(imported.outcome, Outcome::Created);

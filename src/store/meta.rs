@@ -20,6 +20,7 @@ const VERSION: u32 = 1;
 /// What an image is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
 pub enum ImageKind {
     /// An AppC image.
     Appc,
@@ -39,6 +40,7 @@ pub enum OnDisk {
 
 /// What an image was imported from.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Origin {
     /// The archive, layout or directory; absolute.
     #[serde(with = "crate::pathtext")]
@@ -62,6 +64,7 @@ impl Origin {
 
 /// What we know about an image beside its manifest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Meta {
     version: u32,
     /// Its id.

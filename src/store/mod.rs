@@ -7,6 +7,8 @@
 mod apart;
 mod download;
 #[doc(hidden)]
+#[cfg(any(test, feature = "internals"))]
+#[doc(hidden)]
 pub mod exercise;
 mod export;
 mod gc;
@@ -127,7 +129,7 @@ impl Store {
     /// ```
     /// # let dir = tempfile::tempdir().unwrap();
     /// # let root = dir.path().to_owned();
-    /// let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new(root))?;
+    /// let store = fsprov::store::Store::open(&fsprov::StatePaths::new(root))?;
     /// for image in store.list()? {
     ///     println!("{} {}", image.id, image.names.join(" "));
     /// }
@@ -190,7 +192,7 @@ impl Store {
     /// Remove one image, whatever names it has.
     ///
     /// ```no_run
-    /// # let paths = fsprov::paths::StatePaths::new("/var/lib/fsprov".into());
+    /// # let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
     /// # let store = fsprov::store::Store::open(&paths)?;
     /// use fsprov::store::Use;
     /// let uses = || {

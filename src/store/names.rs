@@ -16,6 +16,7 @@ use crate::paths::image;
 
 /// What becomes of an import whose name another image holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Held {
     /// It is refused.
     #[default]
@@ -113,7 +114,7 @@ impl Store {
     /// Give an image more names. One that another image holds is taken from it if `held` says so.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let image = fsprov::id::ImageRef::parse("docker.io/library/debian:12".as_ref())?;
     /// store.tag(&image, &["base".to_owned()], fsprov::store::Held::Refuse)?;
     /// # Ok::<(), fsprov::Error>(())

@@ -22,7 +22,7 @@ impl Store {
     /// dependencies or a filter; [`Kind::Integrity`] for a file that is not the one that the old index knows.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// store.rebuild_index(&fsprov::id::ImageRef::parse("example.com/debian".as_ref())?)?;
     /// # Ok::<(), fsprov::Error>(())
     /// ```

@@ -21,6 +21,7 @@ const MIN_PREFIX_AFTER_ALGORITHM: usize = 4;
 
 /// An image found.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct ResolvedImage {
     /// Its id, where it lies in the store.
     pub id: Option<ImageId>,
@@ -50,7 +51,7 @@ impl Store {
     /// Errors: [`Kind::NotFound`]; [`Kind::Usage`] where several images fit, with their names.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let in_use = store.lock_shared()?;
     /// let image = store.resolve(&fsprov::id::ImageRef::parse("example.com/debian".as_ref())?)?;
     /// for layer in &image.layers {

@@ -24,6 +24,7 @@ use crate::sys::fs::open_beneath;
 
 /// What to do about damage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Repair {
     /// Tell.
     #[default]
@@ -36,6 +37,7 @@ pub enum Repair {
 
 /// Something that is not what was imported.
 #[derive(Clone, Debug, PartialEq, Eq, serde::Serialize)]
+#[non_exhaustive]
 pub struct Damage {
     /// The image or layer; None: something lies in the store that is neither.
     pub id: Option<ImageId>,
@@ -63,7 +65,7 @@ impl Store {
     ///
     /// ```no_run
     /// use fsprov::store::{Repair, Store};
-    /// let store = Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// let store = Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// for damage in store.verify(Repair::No)? {
     ///     println!("{:?} {}: {}", damage.id, damage.part, damage.what);
     /// }
@@ -135,7 +137,7 @@ impl Store {
     /// number of deleted images and layers, and the bytes that the disk got back.
     ///
     /// ```no_run
-    /// # let store = fsprov::store::Store::open(&fsprov::paths::StatePaths::new("/var/lib/fsprov".into()))?;
+    /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;
     /// let (count, bytes) = store.remove_set_aside(&|| Ok(Vec::new()))?;
     /// println!("{count} removed, {bytes} bytes");
     /// # Ok::<(), fsprov::Error>(())

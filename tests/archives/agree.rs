@@ -8,7 +8,7 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use fsprov::paths::StatePaths;
+use fsprov::internals::paths::StatePaths;
 use fsprov::store::{ImageSource, ImportOptions, Store};
 use libtest_mimic::Failed;
 
@@ -260,7 +260,7 @@ pub(crate) fn with_gnu_tar() -> Result<(), Failed> {
         }
         entries += theirs.len();
         accepted += 1;
-        fsprov::sys::remove::remove_tree(&want)?;
+        fsprov::internals::sys::remove::remove_tree(&want)?;
         let image = fsprov::id::ImageRef::Id(imported.id);
         store.remove(&image, &|| Ok(Vec::new()))?;
     }

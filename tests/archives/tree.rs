@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use fsprov::id::ImageRef;
-use fsprov::paths::StatePaths;
+use fsprov::internals::paths::StatePaths;
 use fsprov::store::{Damage, Held, ImageSource, ImportOptions, Outcome, Prune, Repair, Store};
 use libtest_mimic::Failed;
 use sha2::{Digest as _, Sha512};
@@ -185,7 +185,7 @@ pub(crate) fn damage_is_found() -> Result<(), Failed> {
         assert!(found.iter().all(|damage| damage.reimported == knows_source), "{name}: {found:?}");
         assert_eq!(store.ids()?.len(), usize::from(knows_source), "{name}");
         assert_eq!(store.verify(Repair::No)?, [], "{name}: mended");
-        fsprov::sys::remove::remove_tree(store.paths().root())?;
+        fsprov::internals::sys::remove::remove_tree(store.paths().root())?;
     }
     // What belongs to no image.
     let store = store(&top.path().join("strays"))?;

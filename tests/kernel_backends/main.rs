@@ -17,11 +17,11 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use fsprov::backend::{self, Backend, Detach, Health, Support};
-use fsprov::host::Host;
-use fsprov::plan::{IdRange, Layer, Ownership, Plan};
-use fsprov::sys::mountinfo;
-use fsprov::traces::{Journal, Traces};
+use fsprov::internals::backend::{self, Backend, Detach, Health, Support};
+use fsprov::internals::host::Host;
+use fsprov::internals::plan::{IdRange, Layer, Ownership, Plan};
+use fsprov::internals::sys::mountinfo;
+use fsprov::internals::traces::{Journal, Traces};
 use fsprov::volume::{Access, ContainerPath, Form, Volume};
 use fsprov::{Error, Kind, Result};
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -132,8 +132,8 @@ impl Place {
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
             scratch: None,
-            live: fsprov::plan::Live::default(),
-            restraint: fsprov::plan::Restraint::default(),
+            live: fsprov::internals::plan::Live::default(),
+            restraint: fsprov::internals::plan::Restraint::default(),
             state_dir: self.path("state"),
         }
     }

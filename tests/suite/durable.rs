@@ -83,7 +83,7 @@ pub(super) fn layered(stage: &Stage, name: &str, layers: &[Vec<u8>], docker: boo
     };
     let diff_ids: Vec<String> = layers.iter().map(|layer| format!("sha256:{}", hex(layer))).collect();
     let config = serde_json::json!({
-        "architecture": fsprov::image::oci::Platform::host().architecture, "os": "linux", "author": name,
+        "architecture": fsprov::internals::image::oci::Platform::host().architecture, "os": "linux", "author": name,
         "rootfs": {"type": "layers", "diff_ids": diff_ids},
     });
     let config = put(&serde_json::to_vec(&config).expect("json"));

@@ -1,6 +1,6 @@
 //! Rollback: every step of provision and destroy fails once, and dies once.
 //!
-//! The steps are found by running with the log of `fsprov::fault`, so that a new step is tested without a line here.
+//! The steps are found by running with the log of `fsprov::internals::fault`, so that a new step is tested without a line here.
 
 use std::collections::BTreeMap;
 use std::time::Duration;

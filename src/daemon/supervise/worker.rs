@@ -157,7 +157,7 @@ fn note_worker(plan: &Plan, worker: ProcessId) -> Result<()> {
 }
 
 /// The process that answers for a rootfs now. `None`: none does, or not that can be seen.
-pub fn worker_of(plan: &Plan, traces: &Traces) -> Option<ProcessId> {
+pub(crate) fn worker_of(plan: &Plan, traces: &Traces) -> Option<ProcessId> {
     // Of another boot there is no process, whatever has its number now.
     traces.supervisor.or(traces.worker)?;
     let written = std::fs::read(plan.state_dir.join(names::WORKER)).ok();

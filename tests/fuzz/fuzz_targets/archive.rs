@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 
-use fsprov::index::{Index, read};
+use fsprov::internals::index::{Index, read};
 use fsprov::store::exercise;
 use libfuzzer_sys::fuzz_target;
 

@@ -4,7 +4,7 @@
 
 use std::sync::LazyLock;
 
-use fsprov::index::{Builder, Entry, Index, Time, What, Whiteouts, Xattr, read};
+use fsprov::internals::index::{Builder, Entry, Index, Time, What, Whiteouts, Xattr, read};
 use libfuzzer_sys::fuzz_target;
 
 mod memory;

@@ -2,8 +2,8 @@
 #![no_main]
 
 use fsprov::id::{ImageId, ImageRef};
-use fsprov::image::oci::{self, Digest, Document, Platform};
-use fsprov::image::{Strictness, appc};
+use fsprov::internals::image::oci::{self, Digest, Document, Platform};
+use fsprov::internals::image::{Strictness, appc};
 use fsprov::store::exercise;
 use libfuzzer_sys::fuzz_target;
 

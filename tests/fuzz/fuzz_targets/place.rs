@@ -67,5 +67,5 @@ fn run(data: &[u8]) {
     }
     assert_eq!(fs::read(TOP.join("victim")).expect("it is there"), b"precious");
     assert_eq!(fs::read_dir(&*TOP).expect("list").count(), 2, "something lies beside the root");
-    fsprov::sys::remove::remove_tree(&dir).expect("remove the root");
+    fsprov::internals::sys::remove::remove_tree(&dir).expect("remove the root");
 }
