@@ -523,7 +523,7 @@ pub(crate) const MESOS: Case = Case::new("a_mesos_store_is_used_in_place", on::e
     // What has no slash is a name of the store, also where a directory is called so.
     stage.mkdir("here");
     let call = stage.mount_call("here", "rootfs", [] as [&str; 0]).env("FSPROV_CONFIG", &config).cwd(stage.path(""));
-    call.run().fails(3, &["the store has no image of this name or id", "written ./here"]);
+    call.run().fails(3, &["the store has no image of this name or id", "write ./here"]);
     let own = stage.fsprov(["image", "list", "--json"]).run().ok().json();
     assert_eq!(own, json!([]), "our own store stays empty");
     // What it would have to put together from several images, or leave out, is refused: not a tree that lacks or shows too much.
