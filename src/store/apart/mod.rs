@@ -297,7 +297,7 @@ fn serve(channel: &Channel, walls: Walls) {
         }
     };
     let done = if walls == Walls::Raise { told_of_panics(work) } else { work() };
-    let report = done.unwrap_or_else(|error| Report::Failed(SentError::from(&error)));
+    let report = done.unwrap_or_else(|error| Report::Failed(short(&error)));
     let passed = if walls == Walls::Raise { fault::passed() } else { Vec::new() };
     let answer = Answer {
         report,
@@ -307,9 +307,24 @@ fn serve(channel: &Channel, walls: Walls) {
         escapes,
     };
     // Nobody may be there any more.
-    let _ = channel.send(&answer, &[]);
-    // What was said and not heard would take the answer with it when this end is closed (unix(7): ECONNRESET).
-    while let Ok(Some(_)) = channel.receive::<End>() {}
+    if channel.send(&answer, &[]).is_ok() {
+        // What was said and not heard would take the answer with it when this end is closed (unix(7): ECONNRESET).
+        while let Ok(Some(_)) = channel.receive::<End>() {}
+    }
+}
+
+/// Most bytes of an error's words that another process is told. Quoted in JSON each may take six, and a message has room for 64 KiB; one that
+/// does not arrive would be waited for.
+const MOST_WORDS: usize = 8 << 10;
+
+/// An error, for another process. One that quotes too much of an archive is cut.
+fn short(error: &Error) -> SentError {
+    let words = error.to_string();
+    if words.len() <= MOST_WORDS {
+        return SentError::from(error);
+    }
+    let end = (0..=MOST_WORDS).rev().find(|at| words.is_char_boundary(*at)).unwrap_or_default();
+    SentError::from(&Error::new(error.kind(), OP, "", format!("{}...", &words[..end])))
 }
 
 /// A panic of `work` as an error with its words.
@@ -364,4 +379,22 @@ fn memory_to_decode(limits: &Limits) -> u64 {
 
 fn borrow(fds: &[OwnedFd]) -> Vec<BorrowedFd<'_>> {
     fds.iter().map(AsFd::as_fd).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// It did not arrive, and each end waited for the other.
+    #[test]
+    fn an_error_that_quotes_a_whole_record_arrives() {
+        let (one, other) = Channel::pair().unwrap();
+        let long = Error::new(Kind::Invalid, "read archive", "\u{1}".repeat(1 << 20), "it has no such key");
+        one.send(&Report::Failed(short(&long)), &[]).unwrap();
+        let (report, _) = Channel::from(other).receive::<Report>().unwrap().unwrap();
+        let Report::Failed(told) = report else { panic!("another report") };
+        assert_eq!(Error::from(told).kind(), Kind::Invalid);
+        let plain = Error::new(Kind::Limit, "read archive", "a.aci", "it is long").hint("cut it");
+        assert_eq!(Error::from(short(&plain)).to_string(), plain.to_string());
+    }
 }

@@ -19,7 +19,7 @@ use super::super::tarread::{Content, EndMarker, Member, TarReader};
 use super::super::{oci, tarwrite};
 use super::{Apart, End, Handed, OP, Order, Report};
 use crate::child::channel::Channel;
-use crate::error::{Error, Kind, Result, SentError, show};
+use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::{Builder, What, Whiteouts};
 use crate::paths::image;
@@ -174,7 +174,7 @@ where
             .name("read".into())
             .spawn_scoped(scope, move || {
                 let produced = stream::pump::<D>(produce, Some(to.into()), &|bytes| apart.allow_time(bytes));
-                let end = produced.as_ref().map_or_else(|error| End::Cut(SentError::from(error)), |_| End::Whole);
+                let end = produced.as_ref().map_or_else(|error| End::Cut(super::short(error)), |_| End::Whole);
                 // It may have failed, and tells itself.
                 let _ = apart.channel.send(&end, &[]);
                 produced
