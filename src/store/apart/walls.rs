@@ -209,10 +209,8 @@ fn become_someone_else(makes: Makes) -> Result<bool> {
         .and_then(|()| rustix::thread::set_thread_res_uid(uid, uid, uid));
     match left {
         Ok(()) => {}
-        // No such ids in this user namespace, or it may not leave its groups.
-        Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) if !crate::sys::process::is_root_of_host()? => {
-            return Ok(false);
-        }
+        // With these capabilities, in a user namespace alone: it has no such ids, or `setgroups` is denied (user_namespaces(7)).
+        Err(rustix::io::Errno::INVAL | rustix::io::Errno::PERM) => return Ok(false),
         Err(e) => return Err(fail("setresuid")(e)),
     }
     // They stayed permitted, and are not in effect any more.
