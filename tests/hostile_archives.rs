@@ -81,22 +81,26 @@ fn milliseconds() -> (u64, u64) {
     ((ticks[0] + ticks[2]) * 10, ticks.iter().sum::<u64>() * 10)
 }
 
-/// The peak of a process's memory so far, in KiB.
-fn peak_of(process: &str) -> Option<u64> {
+/// The peak of a process's memory so far, in KiB, and how much of it are pages of files now (proc_pid_status(5): VmHWM, RssFile).
+fn peak_of(process: &str) -> Option<(u64, u64)> {
     let status = fs::read_to_string(format!("/proc/{process}/status")).ok()?;
-    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
-    peak.split_whitespace().next()?.parse().ok()
+    let field = |name: &str| {
+        let value = status.lines().find_map(|line| line.strip_prefix(name))?;
+        value.split_whitespace().next()?.parse().ok()
+    };
+    Some((field("VmHWM:")?, field("RssFile:")?))
 }
 
-/// Look at the processes that this one starts, again and again, until `end`; the sum of their peaks, as if all came at one time.
+/// Look at the processes that this one starts, again and again, until `end`; the sum of their peaks, as if all came at one time. Without pages
+/// of files: those are the program's own, which they share with this process.
 fn watch_children(end: &std::sync::atomic::AtomicBool) -> u64 {
     let mut peaks = std::collections::HashMap::new();
     while !end.load(std::sync::atomic::Ordering::Relaxed) {
         for task in fs::read_dir("/proc/self/task").expect("list /proc/self/task").flatten() {
             let children = fs::read_to_string(task.path().join("children")).unwrap_or_default();
             for child in children.split_whitespace() {
-                if let Some(peak) = peak_of(child) {
-                    peaks.insert(child.to_owned(), peak);
+                if let Some((peak, of_files)) = peak_of(child) {
+                    peaks.insert(child.to_owned(), peak.saturating_sub(of_files));
                 }
             }
         }
@@ -117,7 +121,7 @@ fn import(root: &Path, archive: &Path) -> std::process::ExitCode {
         (done, watcher.join().expect("the watcher"))
     });
     let (own, all) = milliseconds();
-    println!("{} {own} {all}", peak_of("self").expect("VmHWM") + children);
+    println!("{} {own} {all}", peak_of("self").expect("VmHWM").0 + children);
     match done {
         Ok(imported) => println!("ok {}", imported.id),
         Err(error) => println!("err {:?} {error}", error.kind()),
