@@ -44,7 +44,9 @@ use std::path::Path;
 use std::sync::Arc;
 
 pub use crate::backend::Detach;
-pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Restraint};
+pub use crate::host::Host;
+pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Plan, Restraint};
+pub use crate::traces::Traces;
 #[doc(hidden)]
 pub use now::Now;
 #[doc(hidden)]
@@ -56,7 +58,6 @@ pub use select::{Choice, Rejected};
 
 use crate::backend::{self, Health, Usage};
 use crate::error::{Error, Kind, Result, show};
-use crate::host::Host;
 use crate::id::{ContainerId, ImageId};
 use crate::paths::StatePaths;
 use crate::store::{Policy, Store};

@@ -13,6 +13,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::Arc;
 
+pub use crate::image::discovery::Wanted;
 pub use appc::fetch;
 pub use http::HostConfig;
 pub use reference::Reference;

@@ -50,6 +50,10 @@ pub use signed::{Signature, Unsigned};
 pub use stream::{Progress, ProgressFn};
 pub use verify::{Damage, Repair};
 
+pub use crate::image::Strictness;
+pub use crate::image::oci::Platform;
+pub use crate::image::signature::Signer;
+
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::paths::{StatePaths, image};
