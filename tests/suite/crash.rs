@@ -439,8 +439,10 @@ pub(crate) const NOT_SENT_AGAIN: Case =
         assert_eq!(answer, Err(Some(rustix::io::Errno::IO.raw_os_error())));
         (&open).write_all(b"good").expect("an open file is good");
         assert_eq!(fs::read_to_string(rootfs.join("w/open")).expect("read"), "good");
-        let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
-        assert!(log.contains("1 requests in flight when it died were answered EIO"), "{log}");
+        // Said once the next worker serves, which is after it answered.
+        let log = || fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
+        let says_so = || log().contains("1 requests in flight when it died were answered EIO");
+        assert!(system::eventually(COMING_BACK, says_so), "{}", log());
     });
 
 /// The same where the worker dies between reading a request and writing down that it did, which it does in every round here.
