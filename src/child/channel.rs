@@ -4,7 +4,7 @@
 use std::io::{IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
@@ -66,9 +66,19 @@ impl Channel {
         if !fds.is_empty() && !control.push(SendAncillaryMessage::ScmRights(fds)) {
             return Err(Error::new(Kind::Limit, OP, "", "too many descriptors in one message"));
         }
-        rustix::io::retry_on_intr(|| sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL))
-            .map_err(|e| Error::sys(OP, "", e))?;
-        Ok(())
+        let end = Instant::now() + SEND_PATIENCE;
+        loop {
+            match sendmsg(&self.0, &[IoSlice::new(&bytes)], &mut control, SendFlags::NOSIGNAL) {
+                Ok(_) => return Ok(()),
+                Err(Errno::INTR) => {}
+                // More descriptors of this user are on their way than one process may have open (too_many_unix_fds in net/core/scm.c): until
+                // others have received theirs.
+                Err(Errno::TOOMANYREFS) if Instant::now() < end => {
+                    let _ = poll(&mut [], Some(&Timespec { tv_sec: 0, tv_nsec: 2_000_000 }));
+                }
+                Err(e) => return Err(Error::sys(OP, "", e)),
+            }
+        }
     }
 
     /// The next message; waits for it. `None`: the other end is closed.

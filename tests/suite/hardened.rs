@@ -1,14 +1,19 @@
 //! The hardened worker: what it may not do, that it still answers requests of every kind, and what happens at its limits.
 
 use std::fs::{self, File};
-use std::io::Write as _;
+use std::io::{IoSlice, Write as _};
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use fsprov::internals::fuse::counters::Operation;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, SeekFrom, StatxFlags, XattrFlags};
 use rustix::io::Errno;
+use rustix::net::{
+    AddressFamily, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, SocketFlags, SocketType, sendmsg, socketpair,
+};
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::volumes::{sandbox, volume};
@@ -241,6 +246,19 @@ fn set_limit(soft: u64, hard: u64) {
     setrlimit(Resource::Nofile, Rlimit { current: Some(soft), maximum: Some(hard) }).expect("setrlimit");
 }
 
+/// So many descriptors that were sent and not received.
+fn in_flight(count: usize) -> (OwnedFd, OwnedFd) {
+    let (one, other) =
+        socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).expect("socketpair");
+    let file = File::open("/dev/null").expect("open");
+    let fds = vec![file.as_fd(); count];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(250))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    assert!(control.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(&one, &[IoSlice::new(b"x")], &mut control, SendFlags::empty()).expect("sendmsg");
+    (one, other)
+}
+
 /// Where a server may have very few files open, programs that open many take nothing that lookups of others need.
 pub(crate) const FEW: Case = Case::new("with_few_descriptors_only_opens_are_refused", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
@@ -263,7 +281,14 @@ pub(crate) const FEW: Case = Case::new("with_few_descriptors_only_opens_are_refu
         command.arg(call.command.get_program()).args(call.command.get_args());
         command
     };
+    // Of this user's descriptors more are on their way than that, for half a second.
+    let on_their_way = in_flight(100);
+    let others = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        drop(on_their_way);
+    });
     call.run().ok();
+    others.join().expect("join");
     set_limit(mine.min(1000), mine);
     let rootfs = stage.path("k");
     let w = rootfs.join("w");
