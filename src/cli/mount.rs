@@ -111,10 +111,14 @@ impl Mount {
             self.pull_missing(global, &settings, &request.image)?;
             return service::run(provisioner, &request, shelved, |record| self.report(record));
         }
-        let id = request.id.take().map_or_else(ContainerId::random, Ok)?;
-        let undoing = Undoing::on_signal(global, Some(&id))?;
-        request.id = Some(id);
+        let pulling = Undoing::on_signal(global, None)?;
         self.pull_missing(global, &settings, &request.image)?;
+        let id = request.id.take().map_or_else(ContainerId::random, Ok)?;
+        // A rootfs that has this id is not ours to take back: the request is refused.
+        let is_new = !global.paths()?.container(&id).dir().exists();
+        let undoing = Undoing::on_signal(global, is_new.then_some(&id))?;
+        drop(pulling);
+        request.id = Some(id);
         let meter = Arc::new(Meter::default());
         let _bar = Bar::show(&meter);
         let new_sandbox = self.missing_sandbox();

@@ -3,9 +3,11 @@
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
 
 use crate::common::harness::on;
-use crate::common::{Case, Enter, Lane, Need, Stage};
+use crate::common::{Case, Enter, Lane, Need, Stage, system};
 
 /// The README's first session: the work directory does not exist yet.
 pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_said", on::once_each, |stage: &Stage| {
@@ -280,6 +282,34 @@ pub(crate) const CTRL_C: Case = Case::new(
         stage.assert_nothing_left("after Ctrl-C");
         stage.mount(&image, "rootfs", None::<&str>);
         stage.unmount("rootfs");
+    },
+);
+
+/// What is taken back is what this command made: a rootfs that has the id already stays.
+pub(crate) const CTRL_C_BESIDE: Case = Case::needing(
+    "ctrl_c_leaves_a_rootfs_that_was_there",
+    |lane: &Lane| lane.backend == "copy" || lane.backend == "fuse",
+    &[Need::Failpoints],
+    |stage: &Stage| {
+        let image = stage.small_image();
+        let archive = stage.path("image.aci");
+        stage.fsprov(["image", "import", "--name", "small"]).arg(&image).run().ok();
+        stage.fsprov(["image", "export", "--format", "aci", "small"]).arg(&archive).run().ok();
+        stage.fsprov(["image", "rm", "small"]).run().ok();
+        let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
+        let mut call =
+            stage.mount_call(&archive, "other", ["--id", "one"]).env("FAILPOINTS", "store.unpack=sleep(20000)");
+        let mut second = call.command.stderr(Stdio::null()).spawn().expect("start");
+        let staging = stage.state().join("staging");
+        assert!(system::eventually(Duration::from_secs(30), || {
+            fs::read_dir(&staging).is_ok_and(|mut entries| entries.next().is_some())
+        }));
+        stage.tool("kill", ["-TERM", &second.id().to_string()]).run().ok();
+        assert_eq!(second.wait().expect("wait").code(), Some(130));
+        assert_eq!(super::destroy::health(stage), "ready");
+        assert!(rootfs.join("etc/hosts").exists());
+        stage.unmount("rootfs");
+        stage.assert_nothing_left("after Ctrl-C and unmount");
     },
 );
 

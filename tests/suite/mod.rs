@@ -137,6 +137,7 @@ pub(crate) const CASES: &[Case] = &[
     mounted::MODEL,
     front::COPIED_DEVICES,
     front::CTRL_C,
+    front::CTRL_C_BESIDE,
     front::EXPORT_OUT,
     front::GC_COUNTS,
     front::HERE,
