@@ -102,7 +102,7 @@ pub mod internals {
 }
 
 /// To be called first in `main`: runs the hidden verbs of this program's other processes, which are FUSE servers and those that read
-/// archives. `None`: these arguments are none of them.
+/// archives. `None`: the arguments name no such verb.
 ///
 /// A program that calls it is started again for them, as `fsprov` itself is; for another one `fsprov` is looked for on PATH.
 pub fn dispatch() -> Option<std::process::ExitCode> {

@@ -18,7 +18,7 @@ pub(crate) fn note_that_it_dispatches() {
     DISPATCHES.store(true, Ordering::Relaxed);
 }
 
-/// The program to start: this one, if it calls [`crate::dispatch`], else `fsprov` on PATH. [`Kind::Unsupported`]: there is none.
+/// The program to start: this one, if it calls [`crate::dispatch`], else `fsprov` on PATH. [`Kind::Unsupported`] if neither can be had.
 pub(crate) fn program(op: &'static str) -> Result<PathBuf> {
     if DISPATCHES.load(Ordering::Relaxed) {
         return Ok(PathBuf::from("/proc/self/exe"));

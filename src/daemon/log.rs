@@ -42,7 +42,7 @@ pub(super) fn set_level(level: &str) -> bool {
     parsed.is_ok()
 }
 
-/// What [`set_level`] was given is none.
+/// The error for a text that [`set_level`] does not take.
 pub(super) fn no_level(level: &str) -> Error {
     Error::new(Kind::Usage, "set log level", level, "must be one of off, error, warn, info, debug, trace")
 }

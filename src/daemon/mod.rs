@@ -54,7 +54,7 @@ const SUPERVISE: &str = "__supervise";
 /// Hidden verb of the worker.
 const WORK: &str = "__worker";
 
-/// The server process that this verb means; `None`: it is none of them. See [`crate::dispatch`].
+/// The server process that this verb means; `None`: it means no server. See [`crate::dispatch`].
 pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
     match verb {
         SUPERVISE => Some(supervise::main()),
@@ -69,7 +69,7 @@ pub(crate) fn mount_source(plan: &Plan) -> String {
 }
 
 /// Must the volumes be mounts of their own, because some of them have other flags than the rootfs? Then that is mounted nosuid and
-/// nodev, and whoever mounts the volumes over it takes that away again. What `fusermount3` mounts is one mount with one set of flags.
+/// nodev, until the volumes are mounted over it. What `fusermount3` mounts is one mount with one set of flags.
 pub(crate) fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
     let Method::Kernel { initial_user_namespace } = method else { return false };
     let nosuid = plan.restraint.nosuid() || !initial_user_namespace;

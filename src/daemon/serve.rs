@@ -84,7 +84,7 @@ struct Server {
     counters: Arc<Counters>,
     started: Instant,
     walls: Walls,
-    /// For as long as there is no supervisor that listens.
+    /// Answers questions once the supervisor is gone.
     control: Option<Listener>,
     /// Keeps the image in the store.
     _in_use: Option<OwnedFd>,
