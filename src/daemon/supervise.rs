@@ -106,40 +106,45 @@ impl Supervisor {
     /// Everything up to a rootfs that answers and a caller who knows. On an error nothing is left.
     fn set_up(caller: &Caller) -> Result<Self> {
         let Order { course, job, job_file, state_dir } = caller.order()?;
-        let me = ProcessId::current()?;
-        let signals = catch_signals()?;
         let program = crate::sys::fs::open_path(Path::new("/proc/self/exe"))
             .map_err(|e| Error::sys("open", "/proc/self/exe", e).hint("mount /proc"))?;
-        let (sources, handover, start) = if course == Course::Adopt {
-            let Unshelved { sources, handover, mounted, init, reply } = Unshelved::receive(&job.plan, &caller.channel)?;
-            (sources, handover, Start::Adopt(LiveMount { mounted, init, reply }))
-        } else {
-            let (point, in_use, fds) = protocol::take_places(&caller.channel, &job.plan)?;
-            let sources = Sources { in_use, ..Sources::sort(&job.plan, fds)? };
-            (sources, HandoverFiles::new(&job.plan)?, Start::Mount(point))
-        };
-        let control = Listener::bind(state_dir, &job.plan.state_dir)
-            .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
-            .ok();
-        caller.ask(&Report::Started { supervisor: me })?;
-        fault::point("server.worker")?;
-
+        // First of all: it starts, and raises its walls, while we take what it is to serve and the caller writes down who we are. Nothing that it
+        // does is seen before `begin`.
         let mut worker = Worker::start(&program, &job)?;
-        let built = worker
-            .build(&job_file, &sources, control.as_ref(), &handover)
-            .and_then(|()| caller.ask(&Report::Built { worker: worker.id }));
-        let live = built.and_then(|()| match start {
-            Start::Adopt(live) => live.adopt(&job, &mut worker),
-            Start::Mount(point) => LiveMount::mount(&job, &mut worker, &point),
-        });
-        let live = match live {
-            Ok(live) => live,
+        let prepare = || -> Result<_> {
+            let (me, signals) = (ProcessId::current()?, catch_signals()?);
+            let (sources, handover, start) = if course == Course::Adopt {
+                let Unshelved { sources, handover, mounted, init, reply } =
+                    Unshelved::receive(&job.plan, &caller.channel)?;
+                (sources, handover, Start::Adopt(LiveMount { mounted, init, reply }))
+            } else {
+                let (point, in_use, fds) = protocol::take_places(&caller.channel, &job.plan)?;
+                let sources = Sources { in_use, ..Sources::sort(&job.plan, fds)? };
+                (sources, HandoverFiles::new(&job.plan)?, Start::Mount(point))
+            };
+            let control = Listener::bind(state_dir, &job.plan.state_dir)
+                .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
+                .ok();
+            worker.give(&job_file, &sources, control.as_ref(), &handover)?;
+            caller.ask(&Report::Started { supervisor: me })?;
+            fault::point("server.worker")?;
+            worker.built()?;
+            caller.ask(&Report::Built { worker: worker.id })?;
+            let live = match start {
+                Start::Adopt(live) => live.adopt(&job, &mut worker)?,
+                Start::Mount(point) => LiveMount::mount(&job, &mut worker, &point)?,
+            };
+            Ok((me, signals, sources, handover, control, live))
+        };
+        let (me, signals, sources, handover, control, live) = match prepare() {
+            Ok(prepared) => prepared,
             Err(error) => {
                 worker.kill();
                 return Err(error);
             }
         };
         let supervisor = Supervisor {
+            is_shelved: course != Course::Mount,
             job,
             job_file,
             sources,
@@ -152,27 +157,30 @@ impl Supervisor {
             restarts: Restarts::new(),
             with_care: false,
             control,
-            is_shelved: course != Course::Mount,
         };
-        let known =
-            fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(Box::new(supervisor.traces()))));
+        supervisor.report(caller, course)
+    }
+
+    /// Tell the caller that the rootfs answers; take it back if nobody knows of it.
+    fn report(self, caller: &Caller, course: Course) -> Result<Self> {
+        let known = fault::point("server.ready").and_then(|()| caller.ask(&Report::Ready(Box::new(self.traces()))));
         match known {
             Ok(()) => {
                 if course == Course::MountAndShelve
-                    && let Err(error) = supervisor.hand_over(&caller.channel)
+                    && let Err(error) = self.hand_over(&caller.channel)
                 {
                     log::warn!(target: TARGET, "{error}: this rootfs will not outlive its server");
                 }
                 log::info!(
                     target: TARGET,
                     "{} is served by worker {}",
-                    show(&supervisor.job.plan.rootfs),
-                    supervisor.worker.as_ref().map_or(0, |w| w.id.pid)
+                    show(&self.job.plan.rootfs),
+                    self.worker.as_ref().map_or(0, |w| w.id.pid)
                 );
-                Ok(supervisor)
+                Ok(self)
             }
             Err(error) => {
-                let undo = supervisor.take_down(Unmount::Lazy);
+                let undo = self.take_down(Unmount::Lazy);
                 Err(error.with_undo(undo))
             }
         }
@@ -331,7 +339,8 @@ impl Supervisor {
 
     fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
-        let begun = worker.build(&self.job_file, &self.sources, self.control.as_ref(), &self.handover).and_then(|()| {
+        let given = worker.give(&self.job_file, &self.sources, self.control.as_ref(), &self.handover);
+        let begun = given.and_then(|()| worker.built()).and_then(|()| {
             let start =
                 Begin::Again { reply: hex(&self.live.reply), resend: self.job.resend, with_care: self.with_care };
             worker.begin(&self.live, start)

@@ -67,15 +67,19 @@ impl Worker {
         Ok(worker)
     }
 
-    /// Hand it what it serves, and see its trees built.
-    pub(super) fn build(
-        &mut self,
+    /// Hand it what it serves.
+    pub(super) fn give(
+        &self,
         job_file: &OwnedFd,
         sources: &Sources,
         control: Option<&Listener>,
         handover: &HandoverFiles,
     ) -> Result<()> {
-        sources.send(job_file, control.map(Listener::as_fd), handover, &self.channel)?;
+        sources.send(job_file, control.map(Listener::as_fd), handover, &self.channel)
+    }
+
+    /// See its trees built, of what it was given.
+    pub(super) fn built(&mut self) -> Result<()> {
         match self.expect("build its trees")? {
             FromWorker::Built => Ok(()),
             other => Err(unexpected(&other)),
