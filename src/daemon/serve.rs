@@ -67,12 +67,15 @@ fn work(channel: Channel) -> Result<()> {
         let _ = channel.send(&FromWorker::Failed(SentError::from(&error)), &[]);
         error
     };
-    let (adapter, server, notes) = prepare(&channel).map_err(failed)?;
+    let (adapter, mut server, notes) = prepare(&channel).map_err(failed)?;
     channel.send(&FromWorker::Built, &[])?;
     let session = begin(adapter, &server, notes, &channel).map_err(failed)?;
     std::thread::Builder::new()
         .name("fsprov-control".into())
-        .spawn(move || control(&channel, &server))
+        .spawn(move || {
+            server.walls.close_threads();
+            control(&channel, &server);
+        })
         .map_err(|e| Error::io("start thread", "control", e))?;
     session.wait()
 }

@@ -39,6 +39,9 @@ pub(crate) fn attempt(told: &str) -> Vec<Attempt> {
     let host = Host { supervisor, neighbour, directory: words.next().unwrap_or("/").to_owned() };
     let mut all = files(&host);
     all.extend(calls(&host));
+    let thread = std::thread::Builder::new().spawn(|| ());
+    let refused = thread.as_ref().err().and_then(std::io::Error::raw_os_error);
+    all.push(Attempt { what: "a thread".to_owned(), refused, escaped: thread.is_ok() });
     all
 }
 
@@ -58,9 +61,6 @@ pub(crate) fn attempt_as_importer(told: &str) -> Vec<Attempt> {
         let refused = call(number, arguments).err().map(Errno::raw_os_error);
         all.push(Attempt { what: what.to_owned(), refused, escaped: refused.is_none() });
     }
-    let thread = std::thread::Builder::new().spawn(|| ());
-    let refused = thread.as_ref().err().and_then(std::io::Error::raw_os_error);
-    all.push(Attempt { what: "a thread".to_owned(), refused, escaped: thread.is_ok() });
     all
 }
 

@@ -139,8 +139,9 @@ fn checked(devices: Devices) -> Result<Vec<(Call, Vec<SeccompRule>)>, String> {
         (libc::SYS_madvise, one_of(2, &MADVICE)?),
         // Its own limits, to be read.
         (libc::SYS_prlimit64, vec![rule(vec![equals(0, 0)?, when(2, Qword, Is::Eq, 0)?])?]),
-        // Names of threads; the auxiliary vector that rustix looks at.
-        (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME, PR_GET_AUXV])?),
+        // Names of threads; the auxiliary vector that rustix looks at; what an unprivileged filter wants first.
+        (libc::SYS_prctl, one_of(0, &[libc::PR_SET_NAME, PR_GET_AUXV, libc::PR_SET_NO_NEW_PRIVS])?),
+        calls::closing_threads()?,
         // A descriptor again; is it open (the standard library, in builds with debug assertions).
         (libc::SYS_fcntl, one_of(1, &[libc::F_DUPFD_CLOEXEC, libc::F_GETFD])?),
         // Where INIT is replayed, and requests are tried.

@@ -66,6 +66,8 @@ pub(super) struct Walls {
     seccomp: bool,
     /// How many system calls it allows.
     system_calls: usize,
+    /// No further thread can be started.
+    threads_closed: bool,
     /// The rule that only what is served can be opened.
     landlock: bool,
     /// An empty root of its own.
@@ -114,10 +116,19 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
         no_new_privileges: privileges.is_ok(),
         seccomp: filter.is_ok(),
         system_calls: filter.unwrap_or(0),
+        threads_closed: false,
         landlock: restricted,
         own_root: enclosed.root,
         devices_closed: enclosed.copies,
         capabilities: format!("{:x}", capabilities.bits()),
+    }
+}
+
+impl Walls {
+    /// All threads that the worker will have stand: there shall be no more.
+    pub(super) fn close_threads(&mut self) {
+        let closed = walls::calls::close_threads();
+        self.threads_closed = closed.inspect_err(|e| log::warn!(target: TARGET, "threads can be started: {e}")).is_ok();
     }
 }
 
