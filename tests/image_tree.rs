@@ -120,7 +120,8 @@ impl Served {
             nosuid: false,
             nodev: false,
         };
-        let mounted = mount::mount(&Method::choose(&Host::probe())?, &request)?;
+        let method = Method::choose(&Host::probe())?;
+        let mounted = mount::mount(&method, &request, mount::prepare(&method, &request)?)?;
         let init = session::read_init(&mounted.connection)?;
         adapter.pace().watch(&mounted.connection, 2)?;
         let running = session::start(adapter, &mounted.connection, &init, Start::First, &buffers)?;

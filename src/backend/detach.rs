@@ -11,7 +11,7 @@ use crate::fault;
 use crate::place::Place;
 use crate::plan::Plan;
 use crate::sys::mount::{self, Unmount};
-use crate::sys::mountinfo::{self, Known, MountInfo};
+use crate::sys::mountinfo::{self, MountInfo};
 use crate::sys::process;
 use crate::traces::Traces;
 
@@ -107,9 +107,15 @@ pub(super) fn take_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> 
 
 /// Unmount the volumes of a rootfs whose directory is no longer where it was. `false`: there were no such volumes.
 pub(super) fn take_moved_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
-    // Where ids are used again nothing tells ours from another's.
-    let ids: Vec<_> = traces.parts().filter(|part| part.is_certain()).filter_map(Known::current_id).collect();
+    let (certain, others): (Vec<_>, Vec<_>) = traces.parts().partition(|part| part.is_certain());
     let table = mountinfo::read()?;
+    // Where ids are used again (before Linux 6.8), ours lie in the directory that was filled.
+    let was_filled = |dir: &Path| {
+        traces.copied.as_ref().zip(Place::open(dir).ok()).is_some_and(|(c, dir)| dir.identity().is_same(&c.directory))
+    };
+    let is_ours = |m: &&MountInfo| others.iter().any(|part| part.id == m.id) && m.point.ancestors().any(was_filled);
+    let others = table.iter().filter(is_ours).map(|m| m.id);
+    let ids: Vec<_> = certain.iter().filter_map(|part| part.current_id()).chain(others).collect();
     let ours: Vec<MountInfo> = table.iter().filter(|m| ids.contains(&m.id)).cloned().collect();
     let foreign = |m: &&MountInfo| ids.contains(&m.parent) && !ids.contains(&m.id);
     let foreign: Vec<_> = table.iter().filter(foreign).collect();

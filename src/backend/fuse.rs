@@ -159,11 +159,10 @@ impl Fuse {
         }
         let method = Method::choose(host)?;
         let finish = &mut |traces: &mut Traces, journal: &mut Journal<'_>| {
-            if daemon::has_mounts_for_volumes(plan, &method) {
-                mount_volumes(plan, places, &method, traces)?;
-            } else {
-                traces.note_parts(Vec::new());
+            if !daemon::has_mounts_for_volumes(plan, &method) {
+                return Ok(());
             }
+            mount_volumes(plan, places, &method, traces)?;
             journal.note(traces)
         };
         daemon::start(plan, places, method.clone(), options, journal, finish).map(drop)

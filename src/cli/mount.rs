@@ -111,7 +111,7 @@ impl Mount {
             self.pull_missing(global, &settings, &request.image)?;
             return service::run(provisioner, &request, shelved, |record| self.report(record));
         }
-        let pulling = Undoing::on_signal(global, None)?;
+        let pulling = self.pull.then(|| Undoing::on_signal(global, None)).transpose()?;
         self.pull_missing(global, &settings, &request.image)?;
         let id = request.id.take().map_or_else(ContainerId::random, Ok)?;
         // A rootfs that has this id is not ours to take back: the request is refused.

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::protocol::{self, Course, Job, Report, ToSupervisor};
 use super::sources::memory_file;
-use super::{SUPERVISE, TARGET, names, shelf, sources};
+use super::{SUPERVISE, TARGET, has_mounts_for_volumes, names, shelf, sources};
 use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -80,6 +80,9 @@ pub(crate) fn start(
     let course = if journal.shelf.is_some() { Course::MountAndShelve } else { Course::Mount };
     let mut link = Link::open(&job, course, &places.state, options, |to| protocol::hand_places(to, places))?;
     let mut traces = Traces::default();
+    if !has_mounts_for_volumes(plan, &job.method) {
+        traces.note_parts(Vec::new());
+    }
     match link.follow(&mut traces, journal, finish) {
         Ok(()) => {
             link.shelve(plan, journal.shelf.as_deref());

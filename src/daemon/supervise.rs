@@ -34,7 +34,7 @@ use crate::sys::mount::Unmount;
 use crate::sys::process::ProcessId;
 use crate::traces::Traces;
 use caller::{Caller, Order};
-use live_mount::LiveMount;
+use live_mount::{LiveMount, Prepared};
 use restarts::{Death, Next, Restarts};
 use worker::{Worker, timespec};
 
@@ -125,14 +125,22 @@ impl Supervisor {
             let control = Listener::bind(state_dir, &job.plan.state_dir)
                 .inspect_err(|e| log::warn!(target: TARGET, "{e}: no statistics, no restart"))
                 .ok();
-            worker.give(&job_file, &sources, control.as_ref(), &handover)?;
+            worker.give(&job.plan, &job_file, &sources, control.as_ref(), &handover)?;
             caller.ask(&Report::Started { supervisor: me })?;
             fault::point("server.worker")?;
-            worker.built()?;
-            caller.ask(&Report::Built { worker: worker.id })?;
             let live = match start {
-                Start::Adopt(live) => live.adopt(&job, &mut worker)?,
-                Start::Mount(point) => LiveMount::mount(&job, &mut worker, &point)?,
+                Start::Adopt(live) => {
+                    worker.built()?;
+                    caller.ask(&Report::Built { worker: worker.id })?;
+                    live.adopt(&job, &mut worker)?
+                }
+                Start::Mount(point) => {
+                    let prepared = Prepared::new(&job, &point)?;
+                    worker.built()?;
+                    prepared.begin(&worker)?;
+                    caller.ask(&Report::Built { worker: worker.id })?;
+                    LiveMount::mount(&job, &mut worker, &point, prepared)?
+                }
             };
             Ok((me, signals, sources, handover, control, live))
         };
@@ -339,11 +347,11 @@ impl Supervisor {
 
     fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
-        let given = worker.give(&self.job_file, &self.sources, self.control.as_ref(), &self.handover);
+        let given = worker.give(&self.job.plan, &self.job_file, &self.sources, self.control.as_ref(), &self.handover);
         let begun = given.and_then(|()| worker.built()).and_then(|()| {
             let start =
                 Begin::Again { reply: hex(&self.live.reply), resend: self.job.resend, with_care: self.with_care };
-            worker.begin(&self.live, start)
+            self.live.resume(&mut worker, start)
         });
         match begun {
             Ok((_, in_flight)) => {

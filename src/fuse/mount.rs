@@ -7,15 +7,15 @@ use std::ffi::CString;
 use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
-use rustix::fs::{self, CWD, Mode, OFlags};
+use rustix::fs::{self, AtFlags, CWD, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags};
+use rustix::mount::{self, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MoveMountFlags};
 use serde::{Deserialize, Serialize};
 
 use super::fusermount;
 use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
-use crate::place::{Place, Point};
+use crate::place::Point;
 use crate::sys::mount::{AttrSet, Unmount, move_mount_to};
 use crate::sys::mountinfo::{self, Known, MountInfo};
 use crate::sys::process::Hold;
@@ -109,14 +109,43 @@ pub struct Mounted {
     pub unique: Option<u64>,
 }
 
-/// Mount. On an error nothing is mounted.
-pub fn mount(method: &Method, request: &MountOptions<'_>) -> Result<Mounted> {
+/// A FUSE mount that lies nowhere yet: its connection is good, and it is gone when this is dropped.
+#[derive(Debug)]
+pub struct Detached {
+    /// The connection: an open /dev/fuse.
+    pub connection: OwnedFd,
+    /// Which one it is: the minor number of the file system.
+    pub minor: u32,
+    mount: OwnedFd,
+}
+
+/// Make a mount that [`mount`] attaches. `None`: this kernel, or this user, can only mount at once.
+pub fn prepare(method: &Method, request: &MountOptions<'_>) -> Result<Option<Detached>> {
+    let request = match method {
+        Method::Kernel { initial_user_namespace: true } => request.clone(),
+        Method::Kernel { .. } => MountOptions { nosuid: true, nodev: true, ..request.clone() },
+        Method::Helper(_) => return Ok(None),
+    };
+    let connection = open_device()?;
+    match detached(&request, &connection) {
+        Ok((mount, minor)) => Ok(Some(Detached { connection, minor, mount })),
+        Err(Errno::NOSYS) => Ok(None),
+        Err(e) => Err(explain(&request, e)),
+    }
+}
+
+/// Mount, what was prepared if it could be. On an error nothing is mounted.
+pub fn mount(method: &Method, request: &MountOptions<'_>, prepared: Option<Detached>) -> Result<Mounted> {
     let point = request.point;
-    let connection = match method {
-        Method::Kernel { initial_user_namespace: true } => mount_here(request)?,
-        Method::Kernel { .. } => mount_here(&MountOptions { nosuid: true, nodev: true, ..request.clone() })?,
+    let connection = match (prepared, method) {
+        (Some(Detached { connection, mount, .. }), _) => {
+            move_mount_to(&mount, &point.place).map_err(|e| explain(request, e))?;
+            connection
+        }
+        (None, Method::Kernel { initial_user_namespace: true }) => mount_classic(request)?,
+        (None, Method::Kernel { .. }) => mount_classic(&MountOptions { nosuid: true, nodev: true, ..request.clone() })?,
         // It follows the path, as the user who may only mount where that user may write: what it mounted on is compared.
-        Method::Helper(program) => fusermount::mount(program, point.path(), &helper_options(request))?,
+        (None, Method::Helper(program)) => fusermount::mount(program, point.path(), &helper_options(request))?,
     };
     match find_mounted(request) {
         Ok((info, unique)) => {
@@ -167,31 +196,19 @@ fn helper_options(request: &MountOptions<'_>) -> String {
     options
 }
 
-fn mount_here(request: &MountOptions<'_>) -> Result<OwnedFd> {
-    const OP: &str = "mount FUSE on";
-    let name = || show(request.point.path());
-    let open = || {
-        fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
-            .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))
-    };
-    let mut connection = open()?;
-    let target = &request.point.place;
-    let explain = |e: Errno| match e {
-        Errno::PERM => Error::sys(OP, name(), e).hint(
+fn open_device() -> Result<OwnedFd> {
+    fs::openat(CWD, DEVICE, OFlags::RDWR | OFlags::CLOEXEC, Mode::empty())
+        .map_err(|e| Error::sys("open", DEVICE, e).hint("as root: modprobe fuse; chmod 666 /dev/fuse"))
+}
+
+fn explain(request: &MountOptions<'_>, errno: Errno) -> Error {
+    let error = Error::sys("mount FUSE on", show(request.point.path()), errno);
+    match errno {
+        Errno::PERM => error.hint(
             "this user namespace, or a seccomp filter, does not let FUSE be mounted: leave it and use fusermount3",
         ),
-        e => Error::sys(OP, name(), e),
-    };
-    match attach_new(request, &connection, target) {
-        Err(Errno::NOSYS) => {
-            log::info!(target: TARGET, "this kernel has no fsopen or no move_mount: mounting with mount(2)");
-            // Where move_mount alone is missing, the superblock that fsopen made has died and its connection with it (ENOTCONN).
-            connection = open()?;
-            attach_classic(request, &connection, target).map_err(explain)?;
-        }
-        other => other.map_err(explain)?,
+        _ => error,
     }
-    Ok(connection)
 }
 
 /// The options that both ways of mounting take, as name and value; a flag has none.
@@ -213,9 +230,9 @@ fn kernel_options(request: &MountOptions<'_>, connection: &OwnedFd) -> Vec<(&'st
     options
 }
 
-/// fsopen, fsmount, move_mount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory
-/// that was opened.
-fn attach_new(request: &MountOptions<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
+/// fsopen, fsmount (Linux 5.2): no option can be injected through a name, and the mount goes to the very directory that was opened.
+/// NOSYS also where what is needed later is missing.
+fn detached(request: &MountOptions<'_>, connection: &OwnedFd) -> rustix::io::Result<(OwnedFd, u32)> {
     let context = mount::fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC)?;
     mount::fsconfig_set_string(&context, "source", request.source)?;
     mount::fsconfig_set_string(&context, "subtype", SUBTYPE)?;
@@ -234,10 +251,24 @@ fn attach_new(request: &MountOptions<'_>, connection: &OwnedFd, target: &Place) 
     attributes.set(MountAttrFlags::MOUNT_ATTR_NOSUID, request.nosuid);
     attributes.set(MountAttrFlags::MOUNT_ATTR_NODEV, request.nodev);
     let detached = mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes)?;
-    move_mount_to(&detached, target)
+    // Is there a move_mount? Names nothing, moves nothing.
+    if mount::move_mount(&detached, "", &detached, "", MoveMountFlags::empty()) == Err(Errno::NOSYS) {
+        return Err(Errno::NOSYS);
+    }
+    // Asks no server, which there is none of.
+    let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
+    let minor = fs::statx(&detached, "", flags, StatxFlags::empty())?.stx_dev_minor;
+    Ok((detached, minor))
 }
 
-fn attach_classic(request: &MountOptions<'_>, connection: &OwnedFd, target: &Place) -> rustix::io::Result<()> {
+fn mount_classic(request: &MountOptions<'_>) -> Result<OwnedFd> {
+    log::info!(target: TARGET, "this kernel has no fsopen, no move_mount or no statx: mounting with mount(2)");
+    let connection = open_device()?;
+    attach_classic(request, &connection).map_err(|e| explain(request, e))?;
+    Ok(connection)
+}
+
+fn attach_classic(request: &MountOptions<'_>, connection: &OwnedFd) -> rustix::io::Result<()> {
     let options: Vec<String> = kernel_options(request, connection)
         .into_iter()
         .map(|(name, value)| value.map_or_else(|| name.to_owned(), |v| format!("{name}={v}")))
@@ -248,7 +279,7 @@ fn attach_classic(request: &MountOptions<'_>, connection: &OwnedFd, target: &Pla
     flags.set(MountFlags::NOSUID, request.nosuid);
     flags.set(MountFlags::NODEV, request.nodev);
     // Through /proc/self/fd: the directory that was opened, whatever its name means by now.
-    let target = format!("/proc/self/fd/{}", target.as_fd().as_raw_fd());
+    let target = format!("/proc/self/fd/{}", request.point.place.as_fd().as_raw_fd());
     mount::mount(request.source, target, FS_TYPE, flags, Some(data.as_c_str()))
 }
 
@@ -374,6 +405,7 @@ pub fn abort(minor: u32) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::place::Place;
 
     fn point() -> Point {
         Point::new(Place::open("/".as_ref()).unwrap(), "proc".as_ref()).unwrap()

@@ -105,7 +105,7 @@ pub(crate) fn close_threads() -> Result<(), String> {
 pub(crate) fn closing_threads() -> Result<(Call, Vec<SeccompRule>), String> {
     let is = |argument, value| when(argument, Length::Qword, Is::Eq, value);
     let operation = is(0, libc::SECCOMP_SET_MODE_FILTER.into())?;
-    Ok((libc::SYS_seccomp, vec![rule(vec![operation, is(1, libc::SECCOMP_FILTER_FLAG_TSYNC as u64)?])?]))
+    Ok((libc::SYS_seccomp, vec![rule(vec![operation, is(1, libc::SECCOMP_FILTER_FLAG_TSYNC)?])?]))
 }
 
 /// How many instructions the library's check of the architecture has, which ends the process where it is another one.
@@ -160,7 +160,7 @@ mod tests {
             at += 1;
             match u32::from(one.code) {
                 code if code == libc::BPF_LD | libc::BPF_W | libc::BPF_ABS => {
-                    loaded = [number, arch][one.k as usize / 4]
+                    loaded = [number, arch][one.k as usize / 4];
                 }
                 code if code == libc::BPF_JMP | libc::BPF_JA => at += one.k as usize,
                 code if code == libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K => at += jump(loaded == one.k),

@@ -33,7 +33,7 @@ const WALLS_TAKEN: [(&str, &str); 2] = [("all walls", ""), ("no landlock", ";wal
 pub(crate) const TAKEN_OVER: Case = Case::needing(
     "a_reader_of_archives_that_was_taken_over_gets_nowhere",
     on::once_each,
-    &[Need::Failpoints, Need::Tool("gzip")],
+    &[Need::Failpoints, Need::Tool("gzip"), Need::MountCalls],
     |stage: &Stage| {
         let (archive, id) = compressed(stage);
         let host = stage.mkdir("host");

@@ -248,9 +248,10 @@ pub(crate) const CARGO: Case = Case::needing(
 
 /// Root's mount can be idmapped by others, as systemd-nspawn --private-users-ownership=map and podman's `:idmap` do, where no volume needs
 /// to know who asks.
-pub(crate) const IDMAPPED: Case = Case::new(
+pub(crate) const IDMAPPED: Case = Case::needing(
     "roots_mount_can_be_idmapped",
     |lane| on::fuse(lane) && lane.enter == Enter::Root,
+    &[Need::MountCalls],
     |stage: &Stage| {
         let image = stage.small_image();
         fs::write(image.join("etc/secret"), "of root").expect("write");

@@ -19,7 +19,7 @@ use rustix::process::{Resource, Rlimit, setrlimit};
 use super::volumes::{sandbox, volume};
 use crate::common::harness::on;
 use crate::common::system::eventually;
-use crate::common::{Case, Enter, Need, Stage};
+use crate::common::{Case, Enter, Need, Stage, needs};
 
 fn mounted(stage: &Stage, image: &Path, place: &str, environment: &[(&str, &str)]) -> PathBuf {
     stage.mkdir("sandbox/w");
@@ -152,15 +152,17 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
     } else {
         // No program of any owner gets more.
         assert_eq!(field("CapBnd"), field("CapEff"));
-        assert_eq!(stats["worker"]["walls"]["own_root"].as_bool(), Some(true), "{stats:#}");
-        assert_eq!(stats["worker"]["walls"]["devices_closed"].as_bool(), Some(true), "{stats:#}");
+        let can = Some(needs::has_mount_calls());
+        assert_eq!(stats["worker"]["walls"]["own_root"].as_bool(), can, "{stats:#}");
+        assert_eq!(stats["worker"]["walls"]["devices_closed"].as_bool(), can, "{stats:#}");
         // Its own descriptors, and figures of connections where those are mounted: nothing else has a name.
         let mut seen: Vec<_> = fs::read_dir(format!("/proc/{worker}/root"))
             .expect("its root")
             .map(|e| e.expect("entry").file_name())
             .collect();
         seen.sort();
-        assert!(seen == ["proc", "sources"] || seen == ["proc", "sources", "sys"], "{seen:?}");
+        let is_own = seen == ["proc", "sources"] || seen == ["proc", "sources", "sys"];
+        assert_eq!(Some(is_own), can, "{seen:?}");
     }
     assert_eq!(stats["worker"]["walls"]["no_new_privileges"].as_bool(), Some(true));
     let limits = fs::read_to_string(format!("/proc/{worker}/limits")).expect("its limits");
@@ -413,7 +415,10 @@ pub(crate) const TAKEN_OVER: Case = Case::needing(
             // With neither there is nothing that keeps it from its user's files.
             assert!(landlock || own_root, "{walls}: {stats:#}");
             let tried = stats["worker"]["escapes"].as_array().expect("attempts");
-            let escaped: Vec<_> = tried.iter().filter(|a| a["escaped"] != false).collect();
+            // A device that lies in a volume is the volume's, where no copy of it can be had in which it is closed.
+            let open = stats["worker"]["walls"]["devices_closed"] == false && !needs::has_mount_calls();
+            let meant = |a: &serde_json::Value| open && a["what"] == "open a device node of the volume";
+            let escaped: Vec<_> = tried.iter().filter(|a| a["escaped"] != false && !meant(a)).collect();
             let line = format!(
                 "{}, {walls}: {} tried, {} succeeded; landlock {landlock}, own root {own_root}, {} system calls allowed\n",
                 stage.lane.name,

@@ -7,8 +7,8 @@ use super::super::{TARGET, has_mounts_for_volumes, hex};
 use super::worker::Worker;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
-use crate::fuse::mount::{self, Method, MountOptions, Mounted};
-use crate::fuse::session;
+use crate::fuse::mount::{self, Detached, Method, MountOptions, Mounted};
+use crate::fuse::session::{self, InFlight};
 use crate::place::Point;
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
@@ -23,31 +23,54 @@ pub(super) struct LiveMount {
     pub(super) reply: Vec<u8>,
 }
 
+/// A mount that nobody sees yet. `None`: it can only be made at once.
+pub(super) struct Prepared(Option<(Detached, Vec<u8>)>);
+
+impl Prepared {
+    /// On an error nothing is left.
+    pub(super) fn new(job: &Job, point: &Point) -> Result<Self> {
+        let made = mount::prepare(&job.method, &options(job, &job.source(), point))?;
+        let begun = made.map(|detached| session::read_init(&detached.connection).map(|init| (detached, init)));
+        begun.transpose().map(Prepared)
+    }
+
+    /// The worker may begin: nobody can ask anything until it is mounted.
+    pub(super) fn begin(&self, worker: &Worker) -> Result<()> {
+        let Some((Detached { connection, minor, .. }, init)) = &self.0 else { return Ok(()) };
+        worker.begin(connection, *minor, init, Begin::First)
+    }
+}
+
+fn options<'a>(job: &Job, source: &'a str, point: &'a Point) -> MountOptions<'a> {
+    let held_back = has_mounts_for_volumes(&job.plan, &job.method);
+    MountOptions {
+        point,
+        source,
+        read_only: job.is_read_only(),
+        others: job.others,
+        nosuid: held_back || job.plan.restraint.nosuid(),
+        nodev: held_back || job.plan.restraint.nodev(),
+    }
+}
+
 impl LiveMount {
-    /// Mount, and let the worker begin. On an error nothing is mounted.
-    pub(super) fn mount(job: &Job, worker: &mut Worker, point: &Point) -> Result<Self> {
+    /// Mount, and see the worker serve. On an error nothing is mounted.
+    pub(super) fn mount(job: &Job, worker: &mut Worker, point: &Point, Prepared(prepared): Prepared) -> Result<Self> {
         fault::point("server.mount")?;
-        let source = job.source();
-        let held_back = has_mounts_for_volumes(&job.plan, &job.method);
-        let options = MountOptions {
-            point,
-            source: &source,
-            read_only: job.is_read_only(),
-            others: job.others,
-            nosuid: held_back || job.plan.restraint.nosuid(),
-            nodev: held_back || job.plan.restraint.nodev(),
-        };
-        let mounted = mount::mount(&job.method, &options)?;
-        let begun = fault::point("server.mounted").and_then(|()| session::read_init(&mounted.connection));
-        let mut live = LiveMount { mounted, init: Vec::new(), reply: Vec::new() };
-        let begun = begun.and_then(|init| {
-            live.init = init;
-            worker.begin(&live, Begin::First)
+        let (detached, init) = prepared.unzip();
+        let mounted = mount::mount(&job.method, &options(job, &job.source(), point), detached)?;
+        let begun = fault::point("server.mounted").and_then(|()| match init {
+            Some(init) => Ok(init),
+            None => {
+                let init = session::read_init(&mounted.connection)?;
+                worker.begin(&mounted.connection, mounted.info.dev.1, &init, Begin::First)?;
+                Ok(init)
+            }
         });
-        match begun {
-            Ok((reply, _)) => Ok(LiveMount { reply, ..live }),
+        match begun.and_then(|init| Ok((init, worker.serving()?.0))) {
+            Ok((init, reply)) => Ok(LiveMount { mounted, init, reply }),
             Err(error) => {
-                Err(error.with_undo(mount::unmount(&live.mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
+                Err(error.with_undo(mount::unmount(&mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
             }
         }
     }
@@ -55,9 +78,15 @@ impl LiveMount {
     /// Let the worker begin on a connection that a dead supervisor held. On an error it is as before.
     pub(super) fn adopt(self, job: &Job, worker: &mut Worker) -> Result<Self> {
         let start = Begin::Again { reply: hex(&self.reply), resend: job.resend, with_care: false };
-        let (_, in_flight) = worker.begin(&self, start)?;
+        let (_, in_flight) = self.resume(worker, start)?;
         log::info!(target: TARGET, "{}: adopted, requests in flight: {in_flight:?}", show(&job.plan.rootfs));
         Ok(self)
+    }
+
+    /// Let a worker go on with it.
+    pub(super) fn resume(&self, worker: &mut Worker, start: Begin) -> Result<(Vec<u8>, InFlight)> {
+        worker.begin(&self.mounted.connection, self.info().dev.1, &self.init, start)?;
+        worker.serving()
     }
 
     pub(super) fn info(&self) -> &MountInfo {

@@ -1,6 +1,7 @@
 //! What the supervisor knows of its worker, and says to it.
 
 use std::os::fd::{AsFd as _, AsRawFd as _, OwnedFd};
+use std::os::unix::net::UnixStream;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -13,7 +14,6 @@ use super::super::control::Listener;
 use super::super::protocol::{Begin, FromWorker, Job, ToWorker};
 use super::super::sources::{HandoverFiles, Sources};
 use super::super::{SUPERVISOR_NAME, TARGET, WORK, WORKER_NAME, hex, names, spawn, unhex};
-use super::live_mount::LiveMount;
 use super::restarts::Death;
 use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
@@ -34,6 +34,8 @@ pub(super) struct Worker {
     pub(super) pidfd: OwnedFd,
     pub(super) channel: Channel,
     pub(super) id: ProcessId,
+    /// Where it will ask which groups a caller is in, until somebody answers.
+    groups: Option<UnixStream>,
     pub(super) serving_since: Option<Instant>,
     /// Requests that it answered because they would end a thread.
     pub(super) poisoned: usize,
@@ -51,31 +53,35 @@ impl Worker {
             .stdout(Stdio::from(asking))
             .spawn()
             .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
-        // A thread of its own, which opens nothing but /proc: a request waits for it. It ends with the worker.
-        std::thread::Builder::new()
-            .name("fsprov-groups".into())
-            .spawn(move || groups::answer(answering))
-            .map_err(|e| Error::io("start thread", "groups", e))?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.
         let pidfd = pidfd_open(raw_pid, PidfdFlags::empty()).map_err(|e| Error::sys(OP, pid, e))?;
-        let worker = Worker { child, pidfd, channel, id: ProcessId::of(pid)?, serving_since: None, poisoned: 0 };
-        if let Err(error) = note_worker(&job.plan, worker.id) {
-            log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");
-        }
-        Ok(worker)
+        let id = ProcessId::of(pid)?;
+        Ok(Worker { child, pidfd, channel, id, groups: Some(answering), serving_since: None, poisoned: 0 })
     }
 
     /// Hand it what it serves.
     pub(super) fn give(
-        &self,
+        &mut self,
+        plan: &Plan,
         job_file: &OwnedFd,
         sources: &Sources,
         control: Option<&Listener>,
         handover: &HandoverFiles,
     ) -> Result<()> {
-        sources.send(job_file, control.map(Listener::as_fd), handover, &self.channel)
+        sources.send(job_file, control.map(Listener::as_fd), handover, &self.channel)?;
+        if let Some(answering) = self.groups.take() {
+            // A thread of its own, which opens nothing but /proc: a request waits for it. It ends with the worker.
+            std::thread::Builder::new()
+                .name("fsprov-groups".into())
+                .spawn(move || groups::answer(answering))
+                .map_err(|e| Error::io("start thread", "groups", e))?;
+        }
+        if let Err(error) = note_worker(plan, self.id) {
+            log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");
+        }
+        Ok(())
     }
 
     /// See its trees built, of what it was given.
@@ -105,10 +111,13 @@ impl Worker {
         }
     }
 
-    pub(super) fn begin(&mut self, mount: &LiveMount, start: Begin) -> Result<(Vec<u8>, InFlight)> {
-        let minor = mount.mounted.info.dev.1;
-        let word = ToWorker::Begin { init: hex(&mount.init), start, minor };
-        self.channel.send(&word, &[mount.mounted.connection.as_fd()])?;
+    /// Let it begin to serve this connection, whose INIT this is.
+    pub(super) fn begin(&self, connection: &OwnedFd, minor: u32, init: &[u8], start: Begin) -> Result<()> {
+        self.channel.send(&ToWorker::Begin { init: hex(init), start, minor }, &[connection.as_fd()])
+    }
+
+    /// It has begun: its answer to INIT, and what became of requests in flight.
+    pub(super) fn serving(&mut self) -> Result<(Vec<u8>, InFlight)> {
         match self.expect("begin")? {
             FromWorker::Serving { reply, in_flight, poisoned } => {
                 self.poisoned = poisoned;
