@@ -3,6 +3,8 @@
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
+use rustix::fs::{Mode, OFlags, ResolveFlags};
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Need {
     Root,
@@ -21,6 +23,8 @@ pub(crate) enum Need {
     Loop,
     /// open_tree(2) and its kin (Linux 5.2): the overlay backend refuses without them, which `enosys` tests.
     MountCalls,
+    /// statx(2) (Linux 4.11): the birth time tells two files that had one inode number after the other.
+    Statx,
 }
 
 impl Need {
@@ -54,6 +58,11 @@ impl Need {
                 .map(drop)
                 .map_err(|e| format!("needs loop devices: /dev/loop-control: {e}")),
             Need::MountCalls if !has_mount_calls() => Err("needs open_tree(2): scripts/enosys took it away".into()),
+            Need::Statx => {
+                let flags = rustix::fs::AtFlags::empty();
+                let told = rustix::fs::statx(rustix::fs::CWD, "/", flags, rustix::fs::StatxFlags::BTIME);
+                told.map(drop).map_err(|e| format!("needs statx(2): {e}"))
+            }
             Need::Root | Need::NotRoot | Need::Failpoints | Need::MountCalls => Ok(()),
         }
     }
@@ -81,7 +90,11 @@ pub(crate) fn has_mount_setattr() -> bool {
 
 /// What a program said, but for the warnings by what it goes without the newer calls: on an older kernel, or under `scripts/enosys`.
 pub(crate) fn without_fallbacks(said: &str) -> String {
-    let has_calls = has_mount_calls() && has_mount_setattr();
+    let has_openat2 = !matches!(
+        rustix::fs::openat2(rustix::fs::CWD, "/", OFlags::PATH, Mode::empty(), ResolveFlags::empty()),
+        Err(rustix::io::Errno::NOSYS)
+    );
+    let has_calls = has_mount_calls() && has_mount_setattr() && has_openat2;
     let is_meant = |line: &&str| has_calls || !(line.starts_with("[WARN ") && line.contains("this kernel has no "));
     said.lines().filter(is_meant).map(|line| format!("{line}\n")).collect()
 }
