@@ -189,6 +189,13 @@ pub struct Descriptor {
     pub annotations: Option<std::collections::BTreeMap<String, String>>,
 }
 
+impl Descriptor {
+    /// Of these bytes, and nothing more said of them.
+    pub(crate) fn new(media_type: &str, digest: Digest, size: u64) -> Self {
+        Descriptor { media_type: media_type.into(), digest, size, platform: None, annotations: None }
+    }
+}
+
 /// The annotation of an index's entry that names it.
 pub const REF_NAME: &str = "org.opencontainers.image.ref.name";
 /// containerd's and docker's, with the repository before the tag.

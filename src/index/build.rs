@@ -9,96 +9,14 @@ use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher as _;
 use std::path::Path;
 
-use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
-
-use super::format::{NONE, S_IFBLK, S_IFCHR, S_IFDIR, S_IFIFO, S_IFLNK, S_IFREG, S_IFSOCK};
+use super::entry::{
+    Entry, LayerNumber, Time, WHITEOUT_PREFIX, What, Whiteouts, check_path, components, lossy, refuse, split,
+};
+use super::format::{NONE, S_IFDIR};
 use super::paged::{Heap, Table};
-use super::{MAX_DEPTH, MAX_LAYERS, MAX_NAME, MAX_PATH, MAX_ROWS, MAX_TARGET, MAX_XATTR_BYTES, MAX_XATTR_NAME};
+use super::rows::{FILE, Hidden, IS_DIRECTORY, IS_WHITEOUT, LIVE, NameRow, Node, ROOT_ROW, Row, SetRow};
+use super::{MAX_LAYERS, MAX_PATH, MAX_ROWS};
 use crate::error::{Error, Kind, Result};
-
-/// Position of a layer in the image, 0 at the bottom: names the root directory that a file's content lies below.
-pub type LayerNumber = u16;
-
-/// Seconds and nanoseconds since 1970; times before have negative seconds and nanoseconds that count forward.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Time {
-    /// Whole seconds, rounded down.
-    pub secs: i64,
-    /// 0 to 999,999,999.
-    pub nanos: u32,
-}
-
-/// An extended attribute: full name (`user.x`, `security.capability`) and value.
-#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct Xattr {
-    /// Its name with its namespace, 1 to 255 bytes, no NUL.
-    pub name: Vec<u8>,
-    /// Its value, at most 64 KiB.
-    pub value: Vec<u8>,
-}
-
-/// One entry of a layer, as an archive or a directory has it.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// Path below the root, its components joined by one slash: `usr/bin/env`. Empty for the root itself.
-    /// No leading slash, no `.`, `..` or empty component, no NUL.
-    pub path: Vec<u8>,
-    /// What it is.
-    pub what: What,
-    /// Permission bits with setuid, setgid and sticky (0o7777).
-    pub mode: u16,
-    /// Owner, as the image says.
-    pub uid: u32,
-    /// Group, as the image says.
-    pub gid: u32,
-    /// Last change.
-    pub mtime: Time,
-    /// Extended attributes, in any order, no name twice.
-    pub xattrs: Vec<Xattr>,
-}
-
-/// What an entry is. Device numbers have the kernel's 32-bit encoding
-/// (`(minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)`).
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum What {
-    /// A directory. One that is there already keeps its children and takes the new attributes.
-    Directory,
-    /// A regular file.
-    File {
-        /// Bytes.
-        size: u64,
-        /// Where its bytes lie: path below its layer's root directory. `None`: at the entry's own path.
-        content: Option<Vec<u8>>,
-        /// SHA-256 of its bytes, where known.
-        sha256: Option<[u8; 32]>,
-    },
-    /// A symbolic link with its target, 1 to 4095 bytes, no NUL.
-    Symlink(Vec<u8>),
-    /// One more name of the inode at this path, which is there already (in this layer or below) and no directory. The
-    /// entry's other fields are not looked at: the inode has its own.
-    HardLink(Vec<u8>),
-    /// A FIFO.
-    Fifo,
-    /// A socket.
-    Socket,
-    /// A character device.
-    Char(u32),
-    /// A block device.
-    Block(u32),
-}
-
-/// Are names that begin with `.wh.` whiteouts in this layer?
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Whiteouts {
-    /// No: AppC images, plain directories, the bottom of anything.
-    Plain,
-    /// Yes, as OCI's layer specification has them: `.wh.NAME` hides NAME of the layers below, `.wh..wh..opq` hides
-    /// everything in its directory that comes from below. Neither is an entry of the tree.
-    Oci,
-}
-
-pub(super) type Row = u32;
-pub(super) const ROOT_ROW: Row = 0;
 
 /// Bytes held of each part while an index is put together; the rest goes to a file. Together some 14 MiB, which hold all of an image
 /// of 50,000 files, and of a larger one what an archive in its usual order comes back to.
@@ -110,150 +28,6 @@ const STRINGS_HELD: usize = 1 << 20;
 const DIGESTS_HELD: usize = 256 << 10;
 pub(super) const HIDDEN_HELD: usize = 256 << 10;
 const XATTRS_HELD: usize = 1 << 20;
-
-/// An inode in the making. 64 bytes.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub(super) struct Node {
-    mtime_secs: i64,
-    /// File: its bytes. Symlink: where its target lies in the strings. Device: its number.
-    pub(super) size: u64,
-    /// File: where its content path lies in the strings, if `length` is not 0.
-    pub(super) content: u64,
-    pub(super) uid: u32,
-    pub(super) gid: u32,
-    pub(super) mtime_nanos: u32,
-    /// Row of the xattr set, 0 for none.
-    pub(super) xattrs: u32,
-    /// Directory: the last of its names, from which the others are reached. File: a name that its layer has it by on the disk.
-    pub(super) first: u32,
-    /// Directory: the name that it has.
-    pub(super) home: u32,
-    /// File: position of its digest plus 1, 0 for none.
-    pub(super) digest: u32,
-    /// Its row in the file, once that is being laid out.
-    pub(super) out: u32,
-    pub(super) mode: u16,
-    /// The layer its content lies in.
-    pub(super) layer: LayerNumber,
-    /// Bytes of the content path or target.
-    pub(super) length: u16,
-    /// As in st_mode, shifted by 12.
-    pub(super) kind: u8,
-    is_implied: u8,
-}
-
-impl Node {
-    pub(super) fn is_directory(&self) -> bool {
-        self.kind == DIRECTORY
-    }
-
-    /// Does no entry speak of this directory?
-    pub(super) fn is_implied(&self) -> bool {
-        self.is_implied != 0
-    }
-
-    pub(super) fn mtime(&self) -> Time {
-        Time { secs: self.mtime_secs, nanos: self.mtime_nanos }
-    }
-
-    /// What a directory gets that no entry speaks of: the parents of an entry are made where they are missing, as tar does.
-    pub(super) fn imply(&mut self) {
-        (self.mode, self.uid, self.gid, self.xattrs) = (0o755, 0, 0, 0);
-        (self.mtime_secs, self.mtime_nanos, self.is_implied) = (0, 0, 1);
-    }
-
-    fn new(kind: u32, layer: LayerNumber) -> Self {
-        let mut node = Node {
-            mtime_secs: 0,
-            size: 0,
-            content: 0,
-            uid: 0,
-            gid: 0,
-            mtime_nanos: 0,
-            xattrs: 0,
-            first: NONE,
-            home: NONE,
-            digest: 0,
-            out: NONE,
-            mode: 0,
-            layer,
-            length: 0,
-            kind: (kind >> 12) as u8,
-            is_implied: 0,
-        };
-        node.imply();
-        node
-    }
-}
-
-const DIRECTORY: u8 = (S_IFDIR >> 12) as u8;
-const FILE: u8 = (S_IFREG >> 12) as u8;
-
-/// A name in a directory. Once made it stays, live or not: what it was called is asked for after it was hidden.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub(super) struct NameRow {
-    pub(super) parent: Row,
-    pub(super) inode: Row,
-    /// Another name of the directory, [`NONE`] at the end.
-    pub(super) next: u32,
-    /// Where its bytes lie.
-    pub(super) at: u32,
-    hash: u32,
-    /// The layer that put this name here.
-    pub(super) layer: LayerNumber,
-    pub(super) length: u8,
-    flags: u8,
-}
-
-const LIVE: u8 = 1;
-/// Listed in a whitelist.
-const KEPT: u8 = 2;
-const IS_DIRECTORY: u8 = 4;
-const IS_WHITEOUT: u8 = 8;
-
-impl NameRow {
-    pub(super) fn is_live(&self) -> bool {
-        self.flags & LIVE != 0
-    }
-
-    pub(super) fn is_directory(&self) -> bool {
-        self.flags & IS_DIRECTORY != 0
-    }
-
-    pub(super) fn is_whiteout(&self) -> bool {
-        self.flags & IS_WHITEOUT != 0
-    }
-
-    pub(super) fn kill(&mut self) {
-        self.flags &= !LIVE;
-    }
-
-    /// Note that it is listed. Gives whether it was.
-    pub(super) fn keep(&mut self, keep: bool) -> bool {
-        let was = self.flags & KEPT != 0;
-        self.flags = self.flags & !KEPT | if keep { KEPT } else { 0 };
-        was
-    }
-}
-
-/// A whiteout of the layer at hand: its directory, and the name that it hides (none: all).
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub(super) struct Hidden {
-    pub(super) directory: Row,
-    pub(super) length: u32,
-    pub(super) at: u64,
-}
-
-/// Where an xattr set lies: its count, then for each the lengths of name and value, and their bytes.
-#[derive(Clone, Copy, Debug, FromBytes, IntoBytes, Immutable, KnownLayout)]
-#[repr(C)]
-pub(super) struct SetRow {
-    pub(super) at: u64,
-    pub(super) length: u64,
-}
 
 /// The tree of an image while it is being put together.
 ///
@@ -278,14 +52,14 @@ pub struct Builder {
     pub(super) name_bytes: Heap,
     /// Open addressing: rows of `names` plus 1 by their hash, 0 where there is none. A power of two of them.
     slots: Table<u32>,
-    hasher: RandomState,
+    pub(super) hasher: RandomState,
     /// Symlink targets, content paths, names of whiteouts.
     pub(super) strings: Heap,
     pub(super) digests: Table<[u8; 32]>,
     pub(super) xattr_sets: Table<SetRow>,
     pub(super) xattr_bytes: Heap,
     /// Rows of `xattr_sets` by a hash of the set: equal ones are held once.
-    xattr_rows: HashMap<u64, u32>,
+    pub(super) xattr_rows: HashMap<u64, u32>,
     layers: usize,
     pub(super) whiteouts: Whiteouts,
     /// Whiteouts of the layer at hand. They are applied at its end: they reach what lies below it only, wherever in the
@@ -391,7 +165,7 @@ impl Builder {
             self.set_attributes(ROOT_ROW, entry)?;
             return Ok(Some(ROOT_ROW));
         };
-        if self.whiteouts == Whiteouts::Oci && name.starts_with(merge_prefix()) {
+        if self.whiteouts == Whiteouts::Oci && name.starts_with(WHITEOUT_PREFIX) {
             self.hide(&entry.path, parent, name)?;
             return Ok(None);
         }
@@ -447,7 +221,7 @@ impl Builder {
         let layer = self.layer();
         let hash = self.hash(parent, name);
         let mut flags = LIVE | if is_directory { IS_DIRECTORY } else { 0 };
-        if name.starts_with(merge_prefix()) {
+        if name.starts_with(WHITEOUT_PREFIX) {
             flags |= IS_WHITEOUT;
         }
         let at = match self.slot(parent, name, hash)? {
@@ -729,114 +503,6 @@ impl Builder {
         }
         Ok(())
     }
-
-    fn set_attributes(&mut self, row: Row, entry: &Entry) -> Result<()> {
-        let mut node = self.inodes.get(row)?;
-        self.attribute(&mut node, entry)?;
-        self.inodes.set(row, &node)
-    }
-
-    fn attribute(&mut self, node: &mut Node, entry: &Entry) -> Result<()> {
-        if entry.mtime.nanos > 999_999_999 {
-            return Err(refuse(Kind::Invalid, &entry.path, "its mtime has a billion nanoseconds or more"));
-        }
-        node.xattrs = self.xattr_set(&entry.path, &entry.xattrs)?;
-        (node.mode, node.uid, node.gid) = (entry.mode & 0o7777, entry.uid, entry.gid);
-        (node.mtime_secs, node.mtime_nanos, node.is_implied) = (entry.mtime.secs, entry.mtime.nanos, 0);
-        Ok(())
-    }
-
-    /// An entry as an inode, checked; what it holds is not stored yet.
-    fn node_of(&mut self, entry: &Entry, layer: LayerNumber) -> Result<Node> {
-        let refuse = |kind, why: &'static str| Err(refuse(kind, &entry.path, why));
-        let kind = match &entry.what {
-            What::Directory => S_IFDIR,
-            What::File { size, content, .. } => {
-                if *size > i64::MAX as u64 {
-                    return refuse(Kind::Invalid, "its size is negative");
-                }
-                if let Some(content) = content {
-                    check_path(content)?;
-                    if content.is_empty() {
-                        return refuse(Kind::Invalid, "its content lies at an empty path");
-                    }
-                }
-                S_IFREG
-            }
-            What::Symlink(target) => {
-                if target.is_empty() || target.contains(&0) {
-                    return refuse(Kind::Invalid, "its symlink target is empty or holds a NUL");
-                }
-                if target.len() > MAX_TARGET {
-                    return refuse(Kind::Limit, "its symlink target is longer than 4095 bytes");
-                }
-                S_IFLNK
-            }
-            What::Fifo => S_IFIFO,
-            What::Socket => S_IFSOCK,
-            What::Char(_) => S_IFCHR,
-            What::Block(_) => S_IFBLK,
-            What::HardLink(_) => unreachable!("add_as() took them before"),
-        };
-        let mut node = Node::new(kind, layer);
-        self.attribute(&mut node, entry)?;
-        Ok(node)
-    }
-
-    fn fill(&mut self, node: &mut Node, entry: &Entry) -> Result<()> {
-        match &entry.what {
-            What::File { size, content, sha256 } => {
-                node.size = *size;
-                if let Some(content) = content {
-                    (node.content, node.length) = (self.strings.add(content)?, content.len() as u16);
-                }
-                if let Some(sha256) = sha256 {
-                    node.digest = self.digests.push(sha256)? + 1;
-                }
-            }
-            What::Symlink(target) => (node.size, node.length) = (self.strings.add(target)?, target.len() as u16),
-            What::Char(rdev) | What::Block(rdev) => node.size = (*rdev).into(),
-            What::Directory | What::HardLink(_) | What::Fifo | What::Socket => {}
-        }
-        Ok(())
-    }
-
-    fn xattr_set(&mut self, path: &[u8], xattrs: &[Xattr]) -> Result<u32> {
-        if xattrs.is_empty() {
-            return Ok(0);
-        }
-        let mut set: Vec<&Xattr> = xattrs.iter().collect();
-        set.sort();
-        if set.windows(2).any(|w| w[0].name == w[1].name) {
-            return Err(refuse(Kind::Invalid, path, "it has an extended attribute twice"));
-        }
-        let mut list = 0;
-        let mut bytes = (set.len() as u32).to_le_bytes().to_vec();
-        for xattr in &set {
-            if xattr.name.is_empty() || xattr.name.contains(&0) {
-                return Err(refuse(Kind::Invalid, path, "an extended attribute's name is empty or holds a NUL"));
-            }
-            list += xattr.name.len() + 1;
-            if xattr.name.len() > MAX_XATTR_NAME || xattr.value.len() > MAX_XATTR_BYTES || list > MAX_XATTR_BYTES {
-                return Err(refuse(Kind::Limit, path, "its extended attributes are larger than Linux takes"));
-            }
-            for part in [&xattr.name, &xattr.value] {
-                bytes.extend_from_slice(&(part.len() as u32).to_le_bytes());
-                bytes.extend_from_slice(part);
-            }
-        }
-        let hash = self.hasher.hash_one(&bytes);
-        if let Some(row) = self.xattr_rows.get(&hash) {
-            let have = self.xattr_sets.get(*row)?;
-            if have.length == bytes.len() as u64 && self.xattr_bytes.is(have.at, &bytes)? {
-                return Ok(*row);
-            }
-        }
-        let at = self.xattr_bytes.add(&bytes)?;
-        let row = self.xattr_sets.push(&SetRow { at, length: bytes.len() as u64 })?;
-        self.xattr_rows.insert(hash, row);
-        Ok(row)
-    }
 }
 
 /// See [`Builder::each_directory`].
@@ -847,62 +513,3 @@ pub(crate) enum Step<'a> {
 
 /// Slots of an empty tree: a page.
 const FEWEST_SLOTS: u32 = 4096;
-
-fn merge_prefix() -> &'static [u8] {
-    super::merge::WHITEOUT_PREFIX
-}
-
-/// The names of a checked path, from the root down.
-pub(super) fn components(path: &[u8]) -> impl Iterator<Item = &[u8]> {
-    path.split(|&b| b == b'/').filter(|name| !name.is_empty())
-}
-
-/// A checked path's parent and name; `None` for the root.
-pub(super) fn split(path: &[u8]) -> Option<(&[u8], &[u8])> {
-    if path.is_empty() {
-        return None;
-    }
-    Some(match path.iter().rposition(|&b| b == b'/') {
-        Some(at) => (&path[..at], &path[at + 1..]),
-        None => (&path[..0], path),
-    })
-}
-
-/// Refuse a path that is not one of [`Entry::path`]'s form.
-pub(super) fn check_path(path: &[u8]) -> Result<()> {
-    if path.is_empty() {
-        return Ok(());
-    }
-    if path.len() > MAX_PATH {
-        return Err(refuse(Kind::Limit, path, "its path is longer than 4095 bytes"));
-    }
-    let mut depth = 0;
-    for name in path.split(|&b| b == b'/') {
-        check_name(name).map_err(|why| refuse(Kind::Invalid, path, why))?;
-        depth += 1;
-    }
-    if depth > MAX_DEPTH {
-        return Err(refuse(Kind::Limit, path, "it lies deeper than 2048 directories"));
-    }
-    Ok(())
-}
-
-/// What every name in a directory must be.
-pub(super) fn check_name(name: &[u8]) -> std::result::Result<(), &'static str> {
-    match name {
-        b"" => Err("its path has an empty component"),
-        b"." | b".." => Err("its path has a component . or .."),
-        _ if name.len() > MAX_NAME => Err("its path has a component longer than 255 bytes"),
-        _ if name.contains(&0) || name.contains(&b'/') => Err("a name in its path holds a NUL or a slash"),
-        _ => Ok(()),
-    }
-}
-
-pub(super) fn lossy(bytes: &[u8]) -> std::borrow::Cow<'_, str> {
-    String::from_utf8_lossy(bytes)
-}
-
-pub(super) fn refuse(kind: Kind, path: &[u8], why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Error {
-    use std::os::unix::ffi::OsStrExt as _;
-    Error::new(kind, "index", crate::error::show(std::ffi::OsStr::from_bytes(path)), why)
-}

@@ -1,13 +1,12 @@
 //! What a layer takes away from those below it: whiteouts, opaque directories, and AppC's pathWhitelist.
 
-use super::LayerNumber;
-use super::build::{Builder, HIDDEN_HELD, Hidden, ROOT_ROW, Row, components, refuse};
+use super::build::{Builder, HIDDEN_HELD};
+use super::entry::{LayerNumber, WHITEOUT_PREFIX, components, refuse};
 use super::format::NONE;
 use super::paged::Table;
+use super::rows::{Hidden, Node, ROOT_ROW, Row};
 use crate::error::{Kind, Result};
 
-/// A name that begins so hides another (image-spec, layer.md, "Whiteouts").
-pub(super) const WHITEOUT_PREFIX: &[u8] = b".wh.";
 /// The name that makes its directory opaque.
 const OPAQUE: &[u8] = b".wh..wh..opq";
 /// AUFS keeps its own files below such names (`.wh..wh.plnk`, `.wh..wh.aufs`); old docker layers have them. They hide nothing.
@@ -81,7 +80,7 @@ impl Builder {
             name.kill();
         } else {
             // The layer has entries below a directory that it hides and does not bring itself: the directory is implied.
-            self.inodes.change(name.inode, super::build::Node::imply)?;
+            self.inodes.change(name.inode, Node::imply)?;
             name.layer = layer;
         }
         self.names.set(at, &name)?;

@@ -7,18 +7,22 @@
 //! One time is kept for each inode, its mtime in nanoseconds: atime and ctime are presented as the same. An archive has no
 //! other, and the times of the files in the store are those of the import.
 
+mod attributes;
 pub mod build;
+mod entry;
 pub mod format;
 mod merge;
 mod paged;
 pub mod read;
+mod rows;
 mod scan;
 #[cfg(test)]
 mod tests;
 mod write;
 
+pub use build::Builder;
 pub(crate) use build::Step;
-pub use build::{Builder, Entry, LayerNumber, Time, What, Whiteouts, Xattr};
+pub use entry::{Entry, LayerNumber, Time, What, Whiteouts, Xattr};
 pub use read::{Damaged, Index};
 
 /// Longest path in an index: PATH_MAX of Linux less its NUL (limits.h). Content is opened by path below its layer's root.

@@ -13,7 +13,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use zerocopy::{FromBytes, Immutable, IntoBytes as _, KnownLayout, Unaligned};
 
-use super::build::{Time, check_name};
+use super::entry::{Time, check_name, check_path, components};
 use super::format::{
     BLOCK, Header, IMPLIED, InodeRecord, KNOWN_INCOMPAT, MAGIC, MAX_FILE, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFDIR,
     S_IFIFO, S_IFLNK, S_IFMT, S_IFREG, S_IFSOCK, SECTIONS, Section, VERSION, XattrRecord, XattrSetRecord, header_crc,
@@ -428,7 +428,7 @@ impl Index {
     /// The inode at a path below the root, its components joined by `/`; no symlink is followed.
     pub fn find(&self, path: &[u8]) -> Answer<Option<Inode>> {
         let mut inode = self.inode(0)?;
-        for name in super::build::components(path) {
+        for name in components(path) {
             match self.lookup(&inode, name)? {
                 Some(found) => inode = self.inode(found.row)?,
                 None => return Ok(None),
@@ -462,7 +462,7 @@ impl Index {
         let offset = self.at(Section::Inodes, inode.row, size_of::<InodeRecord>());
         if inode.form == Form::File && inode.count > 0 {
             let path = self.slice(Section::Strings, inode.first, inode.count)?;
-            if super::build::check_path(path).is_err() {
+            if check_path(path).is_err() {
                 return Err(Damaged { offset, why: "a content path that no file may have" });
             }
             out.extend_from_slice(path);

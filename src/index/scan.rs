@@ -6,10 +6,12 @@ use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
-use super::build::{Builder, Entry, Row, Time, What, Xattr, refuse};
+use super::build::Builder;
+use super::entry::{Entry, Time, What, Xattr, refuse};
 use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
 use super::paged::Table;
 use super::read::{Damaged, Form, Index, Inode};
+use super::rows::Row;
 use super::{MAX_DEPTH, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES};
 use crate::error::{Error, Kind, Result};
 

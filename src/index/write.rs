@@ -11,12 +11,13 @@ use zerocopy::little_endian::{U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::MAX_ROWS;
-use super::build::{Builder, NameRow, ROOT_ROW, Row};
+use super::build::Builder;
 use super::format::{
     BLOCK, Header, IMPLIED, InodeRecord, MAGIC, NONE, NameRecord, S_IFBLK, S_IFCHR, S_IFLNK, S_IFREG, SECTIONS,
     Section, Span, VERSION, XattrRecord, XattrSetRecord, header_crc, prefix,
 };
 use super::paged::{Heap, Table};
+use super::rows::{NameRow, ROOT_ROW, Row};
 use crate::error::{Error, Kind, Result, show};
 
 /// What a directory's st_size says: a block of most file systems; programs read nothing into it.

@@ -11,7 +11,8 @@ use std::time::{Duration, Instant};
 use data_encoding::BASE64;
 use serde::Deserialize;
 
-use super::http::{Answer, Client, DOCKER_API, DOCKER_IO, Failure, Url, encode};
+use super::http::{Answer, Client, DOCKER_API, Failure, Url, encode};
+use super::reference::DOCKER_IO;
 use crate::error::{Error, Kind, Result, show};
 
 /// Longest file of logins and answer of a token service read.

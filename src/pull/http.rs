@@ -17,6 +17,7 @@ use ureq::http::{HeaderMap, Request, Uri};
 use ureq::tls::{Certificate, RootCerts, TlsConfig, TlsProvider};
 use ureq::{Agent, Body};
 
+use super::reference::{DOCKER_IO, is_host, is_repository};
 use crate::error::{Error, Kind, Result, show};
 
 /// Until a host must have taken the connection, its TLS included.
@@ -30,9 +31,7 @@ const MAX_REDIRECTS: usize = 5;
 /// Longest file of certificates read.
 const MAX_CA_BYTES: u64 = 4 << 20;
 
-/// Docker's registry as people name it,
-pub(super) const DOCKER_IO: &str = "docker.io";
-/// and the host that answers for it.
+/// The host that answers for [`DOCKER_IO`].
 pub(super) const DOCKER_API: &str = "registry-1.docker.io";
 
 /// How one host is spoken to.
@@ -59,15 +58,15 @@ impl HostConfig {
         let refuse = |what: &str, value: &str, why: &'static str| {
             Err(Error::new(Kind::Usage, format!("read {what}"), format!("{value:?}"), why))
         };
-        if !super::reference::is_host(host) {
+        if !is_host(host) {
             return refuse("registry", host, "it must be HOST or HOST:PORT");
         }
-        if let Some(auth) = self.auth.as_ref().filter(|auth| !super::reference::is_host(auth)) {
+        if let Some(auth) = self.auth.as_ref().filter(|auth| !is_host(auth)) {
             return refuse("auth", auth, "it must be HOST or HOST:PORT");
         }
         let Some(mirror) = &self.mirror else { return Ok(()) };
         let (at, path) = mirror.split_once('/').unwrap_or((mirror, ""));
-        if super::reference::is_host(at) && (path.is_empty() || super::reference::is_repository(path)) {
+        if is_host(at) && (path.is_empty() || is_repository(path)) {
             return Ok(());
         }
         refuse("mirror", mirror, "it must be HOST[:PORT][/PATH]")
@@ -95,7 +94,7 @@ impl Url {
             _ => return Err(refuse("it must be https or http")),
         };
         let host = uri.authority().map(|a| a.as_str().to_owned()).unwrap_or_default();
-        if !super::reference::is_host(&host) {
+        if !is_host(&host) {
             return Err(refuse("its host must be HOST or HOST:PORT"));
         }
         Ok(Url { is_tls, host, path: uri.path_and_query().map_or("/", |p| p.as_str()).to_owned() })

@@ -1,10 +1,11 @@
 //! What names an image in a registry: `[HOST[:PORT]/]REPOSITORY[:TAG][@DIGEST]` (distribution specification, "Pulling manifests";
 //! docker's convention where there is no host: docker.io, and `library/` before a single word).
 
-use super::http::DOCKER_IO as DEFAULT_HOST;
 use crate::error::{Error, Kind, Result};
 use crate::image::oci::Digest;
 
+/// Docker's registry as people name it: the host meant where none is named.
+pub(super) const DOCKER_IO: &str = "docker.io";
 /// The tag meant where neither tag nor digest is named.
 const DEFAULT_TAG: &str = "latest";
 /// Longest repository and tag (distribution specification).
@@ -121,8 +122,8 @@ impl std::str::FromStr for Reference {
         };
         let (host, repository) = match rest.split_once('/') {
             Some((first, after)) if first.contains(['.', ':']) || first == "localhost" => (first, after.to_owned()),
-            Some(_) => (DEFAULT_HOST, rest.to_owned()),
-            None => (DEFAULT_HOST, format!("library/{rest}")),
+            Some(_) => (DOCKER_IO, rest.to_owned()),
+            None => (DOCKER_IO, format!("library/{rest}")),
         };
         if !is_host(host) {
             return Err(refuse(if written.contains("://") {
@@ -140,7 +141,7 @@ impl std::str::FromStr for Reference {
             return Err(refuse("its tag must be letters, digits, _ . and -"));
         }
         Ok(Reference {
-            host: if host == "index.docker.io" { DEFAULT_HOST.into() } else { host.into() },
+            host: if host == "index.docker.io" { DOCKER_IO.into() } else { host.into() },
             repository,
             tag: tag.map(Into::into),
             digest,
