@@ -15,6 +15,7 @@ use rustix::io::Errno;
 use super::Store;
 use crate::error::{Error, Kind, Result, show};
 use crate::sys::remove::remove_tree;
+use crate::sys::usage::bytes_on_disk;
 
 /// How long a broken-off download is kept.
 const KEEP: Duration = Duration::from_secs(7 * 24 * 3600);
@@ -102,7 +103,7 @@ impl Store {
                 at.elapsed().is_ok_and(|since| since >= age)
             });
             if is_old && flock(&fd, FlockOperation::NonBlockingLockExclusive).is_ok() && is_at(&fd, &path) {
-                let size = super::gc::bytes_on_disk(&path).unwrap_or(0);
+                let size = bytes_on_disk(&path).unwrap_or(0);
                 remove_tree(&path)?;
                 removed += 1;
                 bytes += size;

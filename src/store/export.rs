@@ -7,16 +7,16 @@ use std::path::Path;
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
+use super::Store;
 use super::import::{ImageSource, ImportOptions, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
-use super::oci::describe;
+use super::names::Held;
 use super::tree::Tree;
-use super::{Held, Store};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageRef;
 use crate::image::appc::{self, Pair};
-use crate::image::oci::{Config, Digest, Index, Manifest, Platform, REF_NAME, RootFs, media_type};
+use crate::image::oci::{Config, Descriptor, Digest, Index, Manifest, Platform, REF_NAME, RootFs, media_type};
 use crate::image::{MAX_MANIFEST_BYTES, Strictness};
 use crate::paths::image;
 
@@ -87,14 +87,14 @@ impl Store {
             fault::point("store.export_blob")?;
             let digest = Digest::from_sha256(&Sha256::digest(bytes).into());
             std::fs::write(blobs.join(digest.hex()), bytes).map_err(fail)?;
-            Ok::<_, Error>(describe(media, digest, bytes.len() as u64))
+            Ok::<_, Error>(Descriptor::new(media, digest, bytes.len() as u64))
         };
         let config = blob(media_type::CONFIG, &self.oci_config(&meta, &layer_digest)?)?;
         let manifest = Manifest {
             schema_version: 2,
             media_type: Some(media_type::MANIFEST.into()),
             config,
-            layers: vec![describe(media_type::LAYER, layer_digest, layer.bytes)],
+            layers: vec![Descriptor::new(media_type::LAYER, layer_digest, layer.bytes)],
         };
         let mut manifest = blob(media_type::MANIFEST, &json(&manifest)?)?;
         manifest.annotations = meta.names.first().map(|name| [(REF_NAME.to_owned(), name.clone())].into());

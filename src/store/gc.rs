@@ -6,10 +6,12 @@
 use std::collections::HashSet;
 use std::path::Path;
 
+use super::meta::{Meta, now};
 use super::staging::{self, Aside};
-use super::{Meta, Store, Uses, ids_below};
+use super::{Store, Uses, ids_below, lock};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
+use crate::sys::usage::bytes_on_disk;
 
 /// What to collect beside what is of no use to anybody.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -100,11 +102,11 @@ impl Store {
         let newest = match prune {
             Prune::Garbage => None,
             Prune::UnusedImages => Some(i64::MAX),
-            Prune::UnusedOlderThan { seconds } => Some(super::meta::now().saturating_sub_unsigned(seconds)),
+            Prune::UnusedOlderThan { seconds } => Some(now().saturating_sub_unsigned(seconds)),
         };
         if let Some(newest) = newest {
             for meta in &kept {
-                if !used.contains(&meta.id) && super::lock::is_held(&self.paths.image(&meta.id))? {
+                if !used.contains(&meta.id) && lock::is_held(&self.paths.image(&meta.id))? {
                     used.insert(meta.id.clone());
                 }
             }
@@ -198,11 +200,6 @@ fn remove_half_written(dir: &Path) {
             log::warn!("{}", Error::io("remove", show(entry.path()), error));
         }
     }
-}
-
-/// Blocks of everything below `dir`, each inode once.
-pub(super) fn bytes_on_disk(dir: &Path) -> Result<u64> {
-    Ok(crate::sys::usage::measure(dir)?.bytes)
 }
 
 /// Refuse to remove what others stand on.

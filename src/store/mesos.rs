@@ -4,9 +4,8 @@
 
 use std::path::{Path, PathBuf};
 
-use super::Meta;
-use super::meta::{ImageKind, read_bounded};
-use super::resolve::{choose, fitting};
+use super::choose::{choose, fitting};
+use super::meta::{ImageKind, Meta, read_bounded};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::appc::Manifest;

@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest as _, Sha256};
 
-use super::import::{ImageSource, ImportOptions};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::oci::Platform;
@@ -51,15 +50,6 @@ pub struct Origin {
     /// For which platform.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub platform: Option<Platform>,
-}
-
-impl Origin {
-    pub(super) fn of(source: &ImageSource, options: &ImportOptions) -> Option<Self> {
-        let (ImageSource::Archive(path) | ImageSource::Directory(path)) = source else { return None };
-        // A FIFO gives its bytes once.
-        let path = std::fs::canonicalize(path).ok().filter(|path| path.is_file() || path.is_dir())?;
-        Some(Origin { path, reference: options.reference.clone(), platform: options.platform.clone() })
-    }
 }
 
 /// What we know about an image beside its manifest.

@@ -4,13 +4,13 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
-mod apart;
+mod archive;
+mod choose;
 mod download;
+mod export;
 #[doc(hidden)]
 #[cfg(any(test, feature = "internals"))]
-#[doc(hidden)]
-pub mod exercise;
-mod export;
+pub mod fuzz;
 mod gc;
 mod import;
 mod layer;
@@ -19,36 +19,31 @@ mod lock;
 mod mesos;
 mod meta;
 mod names;
-mod oci;
-mod pax;
-mod place;
 mod reindex;
 mod render;
 mod resolve;
 mod signed;
 mod staging;
-mod stream;
-mod tarread;
-mod tarwrite;
 mod tree;
 mod verify;
 
 use std::os::unix::fs::DirBuilderExt as _;
 use std::path::PathBuf;
 
-pub(crate) use apart::dispatch;
+pub use archive::input::{Progress, ProgressFn};
+pub use archive::whiteout::LayerWhiteouts;
 pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
-pub use layer::LayerWhiteouts;
 pub use limits::Limits;
 pub use lock::StoreLock;
 pub use meta::{Before, ImageKind, Meta, OnDisk, Origin};
 pub use names::Held;
 pub use resolve::ResolvedImage;
 pub use signed::{Signature, Unsigned};
-pub use stream::{Progress, ProgressFn};
 pub use verify::{Damage, Repair};
+
+pub(crate) use archive::apart::dispatch;
 
 pub use crate::image::Strictness;
 pub use crate::image::oci::Platform;

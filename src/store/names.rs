@@ -6,9 +6,9 @@
 
 use rustix::fs::{CWD, Mode, OFlags, openat};
 
+use super::Store;
 use super::lock::{self, Hold, StoreLock};
-use super::meta::{Before, ImageKind, now};
-use super::{Meta, Store};
+use super::meta::{Before, ImageKind, Meta, now};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::discovery::Wanted;
@@ -30,6 +30,25 @@ pub enum Held {
 
 /// Changes of one name that are remembered.
 const MAX_BEFORE: usize = 16;
+
+/// A name that people give: as AC identifiers are, and with `:` and `@` as OCI references have them.
+pub(super) fn check_name(name: &str) -> Result<()> {
+    let refuse = |why| {
+        Err(Error::new(Kind::Usage, "name image", format!("{name:?}"), why)
+            .hint("write a name such as debian or example.com/app:1.0"))
+    };
+    if name.is_empty() || name.len() > ImageRef::MAX_NAME_LEN || name.chars().any(|c| c.is_control() || c == ' ') {
+        return refuse("a name is 1 to 512 printable characters without spaces");
+    }
+    if name.split('/').any(|part| matches!(part, "" | "." | "..")) {
+        return refuse("a name cannot be a path, or have . or .. between its slashes");
+    }
+    match ImageRef::parse(name.as_ref())? {
+        ImageRef::Path(_) => refuse("a name cannot begin with /, ./ or ../"),
+        ImageRef::Id(_) => refuse("it is an image id"),
+        ImageRef::Name(_) => Ok(()),
+    }
+}
 
 impl Store {
     /// Held while names are looked at and given.
@@ -120,7 +139,7 @@ impl Store {
     /// # Ok::<(), fsprov::Error>(())
     /// ```
     pub fn tag(&self, image: &ImageRef, names: &[String], held: Held) -> Result<Meta> {
-        names.iter().try_for_each(|name| super::import::check_name(name))?;
+        names.iter().try_for_each(|name| check_name(name))?;
         let id = self.find(image)?.id;
         self.give_names(&id, names, held)
     }

@@ -1,4 +1,4 @@
-//! An index made anew from the tree on disk.
+//! An index built again from the tree on disk.
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
@@ -6,8 +6,9 @@ use std::os::unix::ffi::OsStrExt as _;
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use sha2::{Digest as _, Sha256};
 
-use super::oci::add_layer;
-use super::{Meta, OnDisk, Store};
+use super::Store;
+use super::layer::add_layer;
+use super::meta::{Meta, OnDisk};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::id::ImageRef;

@@ -6,8 +6,8 @@
 
 use std::path::Path;
 
-use super::meta::{ImageKind, Meta, read_bounded};
-use super::{OnDisk, Store};
+use super::Store;
+use super::meta::{ImageKind, Meta, OnDisk, read_bounded};
 use crate::error::{Error, Kind, Result};
 use crate::id::ImageId;
 use crate::image::appc::{Dependency, Manifest};

@@ -7,9 +7,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use sha2::{Digest as _, Sha256};
 
+use super::Store;
+use super::archive::Compression;
+use super::archive::input::{Archive, check_ratio, plain};
 use super::limits::Limits;
-use super::stream::{self, Archive, Compression, check_ratio};
-use super::{Meta, Store};
+use super::meta::{Meta, read_bounded};
 use crate::error::{Error, Kind, Result, show};
 use crate::image::signature::{Keyring, MAX_SIGNATURE_BYTES, Signer};
 
@@ -109,7 +111,7 @@ impl Store {
     /// The name that an AppC image's manifest has, whatever names it was given here.
     fn own_name(&self, meta: &Meta) -> Result<String> {
         let path = self.paths.image(&meta.id).join(crate::paths::image::MANIFEST);
-        let bytes = super::meta::read_bounded(&path, crate::image::MAX_MANIFEST_BYTES as u64)?;
+        let bytes = read_bounded(&path, crate::image::MAX_MANIFEST_BYTES as u64)?;
         Ok(crate::image::appc::Manifest::parse(&bytes, crate::image::Strictness::Lenient)?.manifest.name)
     }
 
@@ -172,7 +174,7 @@ impl Store {
         let plain = || -> Result<Box<dyn Read>> {
             let input = watched()?;
             let came = input.state.clone();
-            let input = stream::plain(input, limits, &show(path))?;
+            let input = plain(input, limits, &show(path))?;
             Ok(Box::new(Bounded { input, came, grown: 0, limits: limits.clone(), name: show(path) }))
         };
         let signer = match ring.check(&bytes, &raw) {
@@ -241,9 +243,9 @@ mod tests {
         let limits = Limits { ratio_floor: 1 << 20, ratio: 100, ..Limits::default() };
         let came = Hashed::default();
         let input = Hashing { input: std::io::Cursor::new(bomb), state: came.clone() };
-        let input = stream::plain(input, &limits, "bomb").unwrap();
+        let input = plain(input, &limits, "bomb").unwrap();
         let mut bounded = Bounded { input, came, grown: 0, limits, name: "bomb".into() };
         let error = std::io::copy(&mut bounded, &mut std::io::sink()).unwrap_err();
-        assert_eq!(super::super::tarread::from_io("bomb", error).kind(), Kind::Limit);
+        assert_eq!(crate::store::archive::read::from_io("bomb", error).kind(), Kind::Limit);
     }
 }

@@ -10,8 +10,10 @@ use rustix::io::Errno;
 use super::lock::{self, Hold};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
+use crate::index::Builder;
 use crate::paths::StatePaths;
 use crate::sys::remove::remove_tree;
+use crate::sys::usage::bytes_on_disk;
 
 const OPEN_DIR: OFlags = OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC);
 
@@ -105,7 +107,7 @@ pub(super) fn clean(paths: &StatePaths) -> Result<(usize, u64)> {
     drop(held);
     let (mut removed, mut bytes) = (0, 0);
     for (path, _lock) in &dead {
-        let size = super::gc::bytes_on_disk(path).unwrap_or(0);
+        let size = bytes_on_disk(path).unwrap_or(0);
         match remove_tree(path) {
             Ok(_) => {
                 removed += 1;
@@ -159,6 +161,23 @@ pub(super) fn move_aside(paths: &StatePaths, path: &Path) -> Result<Aside> {
     }
     fault::point("store.unpublished")?;
     Ok(Aside(staging))
+}
+
+pub(super) fn create_new(path: &Path) -> Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    fault::point("store.write_new")?;
+    let file = std::fs::OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path);
+    file.map_err(|e| Error::io("write", show(path), e))
+}
+
+pub(super) fn write_new(path: &Path, bytes: &[u8]) -> Result<()> {
+    use std::io::Write as _;
+    create_new(path)?.write_all(bytes).map_err(|e| Error::io("write", show(path), e))
+}
+
+pub(super) fn write_index(path: &Path, index: Builder) -> Result<()> {
+    let mut out = std::io::BufWriter::with_capacity(64 << 10, create_new(path)?);
+    index.finish_into(&mut out).map_err(|e| e.within("write", show(path)))
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! The tree of an image in the store as an archive: what export writes and flatten imports.
 //!
 //! Names, owners, modes, devices and links come from the index, so a plain user's store gives what root's does; contents come
-//! from the layers, each checked against its SHA-256 as it passes. The form is that of `tarwrite`: the archive of an image that
+//! from the layers, each checked against its SHA-256 as it passes. The form is that of `archive::write`: the archive of an image that
 //! was imported from a directory is, byte for byte, the one whose SHA-512 is its id.
 
 use std::collections::HashMap;
@@ -14,8 +14,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{CWD, Mode, OFlags, openat};
 use sha2::{Digest as _, Sha256};
 
-use super::tarread::BLOCK;
-use super::tarwrite::{END, header, pad};
+use super::archive::read::BLOCK;
+use super::archive::write::{END, header, pad};
 use crate::error::{Error, Kind, Result, show};
 use crate::index::read::{Form, Inode};
 use crate::index::{Damaged, Entry, Index, What, Xattr};

@@ -8,12 +8,14 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, openat, renameat_with, statat};
 
+use super::archive::input::Progress;
+use super::archive::pax::is_xattr_taken;
+use super::import::{ImageSource, ImportOptions};
 use super::layer::LayerMeta;
-use super::meta::{OnDisk, sha256_hex};
-use super::pax::is_xattr_taken;
-use super::stream::Progress;
+use super::meta::{ImageKind, Meta, OnDisk, sha256_hex};
+use super::signed::Signature;
 use super::tree::{Tree, damaged};
-use super::{ImageKind, ImageSource, ImportOptions, Meta, Signature, Store, Uses, ids_below, staging};
+use super::{Store, Uses, ids_below, staging};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::{Strictness, appc, oci};
@@ -21,6 +23,7 @@ use crate::index::read::{Form, Inode};
 use crate::paths::image;
 use crate::sys::durable::sync_dir;
 use crate::sys::fs::open_beneath;
+use crate::sys::usage::bytes_on_disk;
 
 /// What to do about damage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -80,7 +83,7 @@ impl Store {
         let (total, _) = self.total_bytes()?;
         let mut done = 0;
         let mut tell = |path: &Path| {
-            done += super::gc::bytes_on_disk(path).unwrap_or(0);
+            done += bytes_on_disk(path).unwrap_or(0);
             told(Progress { read: done, total: Some(total.max(done)) });
         };
         let mut all: Vec<(Option<ImageId>, PathBuf, Findings)> = Vec::new();

@@ -48,6 +48,11 @@ pub fn measure(top: &Path) -> Result<Usage> {
     Ok(usage)
 }
 
+/// Bytes that everything at and below `top` takes.
+pub fn bytes_on_disk(top: &Path) -> Result<u64> {
+    Ok(measure(top)?.bytes)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -5,7 +5,7 @@
 use std::sync::LazyLock;
 
 use fsprov::internals::index::{Index, read};
-use fsprov::store::exercise;
+use fsprov::store::fuzz;
 use libfuzzer_sys::fuzz_target;
 
 mod memory;
@@ -36,7 +36,7 @@ pub static GOOD: LazyLock<Vec<u8>> = LazyLock::new(|| {
 });
 
 fn take(bytes: &[u8], data: &[u8]) {
-    let Ok(index) = exercise::read(bytes) else { return };
+    let Ok(index) = fuzz::read(bytes) else { return };
     // An index costs more than the reading: for some of the inputs.
     if data.len() % 8 == 0 {
         let index = Index::from_bytes(index.finish().expect("what was taken can be written")).expect("it is good");
@@ -61,7 +61,7 @@ fn run(data: &[u8]) {
         }
     }
     if how % 4 != 1 {
-        exercise::seal(&mut bytes);
+        fuzz::seal(&mut bytes);
     }
     take(&bytes, data);
 }

@@ -4,7 +4,7 @@
 use fsprov::id::{ImageId, ImageRef};
 use fsprov::internals::image::oci::{self, Digest, Document, Platform};
 use fsprov::internals::image::{Strictness, appc};
-use fsprov::store::exercise;
+use fsprov::store::fuzz;
 use libfuzzer_sys::fuzz_target;
 
 mod memory;
@@ -40,7 +40,7 @@ fn run(data: &[u8]) {
             Err(_) => {}
         },
         4 => drop(oci::parse_config(data, usize::from(*how / 8))),
-        5 => drop(exercise::docker(data)),
+        5 => drop(fuzz::docker(data)),
         6 => {
             let Ok(text) = std::str::from_utf8(data) else { return };
             if let Ok(id) = text.parse::<ImageId>() {
@@ -49,6 +49,6 @@ fn run(data: &[u8]) {
             drop((Digest::try_from(text.to_owned()), ImageRef::parse(text.as_ref()), text.parse::<Platform>()));
             drop((appc::is_ac_identifier(text), text.parse::<fsprov::id::ContainerId>()));
         }
-        _ => drop(exercise::meta(data)),
+        _ => drop(fuzz::meta(data)),
     }
 }

@@ -6,7 +6,7 @@ use std::fs;
 use std::path::PathBuf;
 use std::sync::LazyLock;
 
-use fsprov::store::exercise;
+use fsprov::store::fuzz;
 use libfuzzer_sys::fuzz_target;
 
 mod memory;
@@ -61,7 +61,7 @@ fn run(data: &[u8]) {
     }
     let dir = TOP.join("root");
     fs::create_dir(&dir).expect("make the root");
-    let taken = exercise::place(&tar.end(), &dir, how & 1 == 1);
+    let taken = fuzz::place(&tar.end(), &dir, how & 1 == 1);
     if let Ok(index) = &taken {
         index.verify().expect("it is good");
     }

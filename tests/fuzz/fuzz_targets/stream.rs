@@ -1,7 +1,7 @@
 //! Bytes that call themselves a compressed archive, decompressed and hashed as an import does it.
 #![no_main]
 
-use fsprov::store::exercise;
+use fsprov::store::fuzz;
 use libfuzzer_sys::fuzz_target;
 
 mod memory;
@@ -12,5 +12,5 @@ const MAGIC: [&[u8]; 5] = [b"", b"\x1f\x8b\x08", b"BZh9", b"\xfd7zXZ\0", b"\x28\
 fuzz_target!(|data: &[u8]| {
     let Some((how, data)) = data.split_first() else { return };
     let bytes = [MAGIC[usize::from(*how) % MAGIC.len()], data].concat();
-    memory::bounded(data, || drop(exercise::stream(&bytes)));
+    memory::bounded(data, || drop(fuzz::stream(&bytes)));
 });

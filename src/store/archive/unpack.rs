@@ -17,12 +17,12 @@ use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, Timespec, Timestamp
 use rustix::io::Errno;
 use sha2::{Digest as _, Sha256};
 
-use super::limits::Limits;
 use super::pax::is_xattr_taken;
-use super::tarread::{Content, Member};
+use super::read::{Content, Member};
 use crate::error::{Error, Kind, Result};
 use crate::fault;
 use crate::index::{Builder, Entry, MAX_NAME, MAX_PATH, MAX_TARGET, Step, Time, What};
+use crate::store::limits::Limits;
 
 /// What happens to a second entry of one name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -1,11 +1,13 @@
-//! What the fuzzer and tests drive: the readers of bytes from outside, with small limits.
+//! Entry points for the fuzzer, and for tests: the readers of bytes from outside, with small limits.
 
 use std::path::Path;
 
+use super::archive::apart::one_layer;
+use super::archive::input::{Archive, digest};
+use super::archive::read::{BLOCK, Content, EndMarker, Member, TarReader};
+use super::archive::unpack::{Again, Placer, normalize};
 use super::limits::Limits;
 use super::meta::Meta;
-use super::place::{Again, Placer, normalize};
-use super::tarread::{BLOCK, Content, EndMarker, TarReader};
 use crate::error::{Error, Result, show};
 use crate::index::{Builder, Index, What, Whiteouts};
 
@@ -57,7 +59,7 @@ pub fn read(archive: &[u8]) -> Result<Builder> {
             What::HardLink(target) => *target = normalize(target, &limits, true)?,
             _ => assert_eq!(at, 0, "only files have a body"),
         }
-        let super::tarread::Member { mode, uid, gid, mtime, xattrs, .. } = member;
+        let Member { mode, uid, gid, mtime, xattrs, .. } = member;
         index.add(crate::index::Entry { path, what, mode, uid, gid, mtime, xattrs })?;
     }
     tar.finish()?;
@@ -70,7 +72,7 @@ pub fn stream(archive: &[u8]) -> Result<[u8; 64]> {
     static IGNORED: std::sync::Once = std::sync::Once::new();
     IGNORED.call_once(|| drop(signal_hook::flag::register(signal_hook::consts::SIGPIPE, std::sync::Arc::default())));
     let input = Box::new(std::io::Cursor::new(archive.to_vec()));
-    super::stream::digest(super::stream::Archive { name: "archive".into(), input, total: None }, &limits())
+    digest(Archive { name: "archive".into(), input, total: None }, &limits())
 }
 
 /// Place an archive below `dir`, an empty directory of the caller's, as a layer (`replace`) or as an AppC image's tree is.
@@ -82,7 +84,7 @@ pub fn place(archive: &[u8], dir: &Path, replace: bool) -> Result<Index> {
         root.into(),
         limits.clone(),
         again,
-        super::apart::one_layer(&std::env::temp_dir())?,
+        one_layer(&std::env::temp_dir())?,
         rustix::process::geteuid().is_root(),
     );
     let mut tar = TarReader::new(archive, "archive".into(), limits.clone(), EndMarker::Optional);

@@ -8,21 +8,21 @@
 use std::collections::HashMap;
 use std::ffi::OsStr;
 use std::io::Write;
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
 
-use super::limits::Limits;
 use super::pax::is_xattr_taken;
+use super::read::BLOCK;
 use super::stream::Sink;
-use super::tarread::BLOCK;
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::image::appc::Manifest;
 use crate::index::{Entry, Time, What, Xattr};
 use crate::paths::image;
+use crate::store::limits::Limits;
 use crate::sys::fs::{explain_named, open_named, read_bounded};
 
 /// Largest number of an octal field of 8 and of 12 bytes.
@@ -427,6 +427,5 @@ pub(crate) fn read_xattrs(file: BorrowedFd<'_>) -> rustix::io::Result<Vec<Xattr>
         }
     }
     found.sort_unstable();
-    let _ = file.as_raw_fd();
     Ok(found)
 }

@@ -31,7 +31,7 @@ pub(super) fn play(order: &Order) -> Vec<Attempt> {
 /// An unpacker that says it is done, and has read nothing: `unpacker.lies`.
 pub(super) fn lie(order: &Order) -> Option<Report> {
     let lies = matches!(order, Order::Unpack(_)) && told("unpacker.lies").is_some();
-    lies.then(|| Report::Unpacked(super::unpack::Unpacked::default()))
+    lies.then(|| Report::Unpacked(super::work::Unpacked::default()))
 }
 
 /// What came of it, on the log.

@@ -7,8 +7,8 @@
 //!            lies in the file            is unpacked
 //! ```
 //!
-//! * `decode`: the decoder has a pipe to read from and one to write to, and nothing else; there is none for what is not compressed
-//! * `unpack`: the unpacker has one pipe, and may write below one directory made for it
+//! * `decoder`: the decoder has a pipe to read from and one to write to, and nothing else; there is none for what is not compressed
+//! * `unpacker`, `work`, `aci`: the unpacker has one pipe, and may write below one directory made for it
 //! * `walls`: what the two may do
 //!
 //! A digest is of the very bytes that the unpacker got, and no two streams meet in one unpacker. So it can give its own archive a wrong tree, and
@@ -17,11 +17,13 @@
 //! Both are this program again ([`crate::dispatch`]). In a program that does not call that, where there is no `fsprov` on PATH, they are
 //! threads without walls.
 
-mod decode;
+mod aci;
+mod decoder;
 #[cfg(feature = "failpoints")]
 mod played;
-mod unpack;
+mod unpacker;
 mod walls;
+mod work;
 
 use std::fs::File;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
@@ -32,13 +34,14 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, kill_process, prlimit, waitid};
 use serde::{Deserialize, Serialize};
 
-pub(super) use decode::decode;
-pub(super) use unpack::{Place, Task, one_layer, peek, unpack};
+pub(super) use decoder::decode;
+pub(in crate::store) use unpacker::{Place, peek, unpack};
+pub(in crate::store) use work::{Task, one_layer};
 
-use super::limits::Limits;
 use crate::child::{self, channel::Channel};
 use crate::error::{Error, Kind, Result, SentError};
 use crate::fault;
+use crate::store::limits::Limits;
 use walls::Stand;
 
 const OP: &str = "read archive";
@@ -51,8 +54,8 @@ const ENVIRONMENT: [&str; 3] = ["FSPROV_LOG", "FAILPOINTS", "RUST_BACKTRACE"];
 /// What one of them is to do; descriptors go with it.
 #[derive(Serialize, Deserialize)]
 enum Order {
-    Decode(decode::Job),
-    Unpack(unpack::Job),
+    Decode(decoder::Job),
+    Unpack(work::Job),
 }
 
 /// The order, and what holds for both.
@@ -68,7 +71,7 @@ struct Envelope {
 #[derive(Serialize, Deserialize)]
 enum Report {
     Decoded,
-    Unpacked(unpack::Unpacked),
+    Unpacked(work::Unpacked),
     Failed(SentError),
 }
 
@@ -292,8 +295,8 @@ fn serve(channel: &Channel, walls: Walls) {
             }
         }
         match envelope.order {
-            Order::Decode(job) => decode::work(&job, fds).map(|()| Report::Decoded),
-            Order::Unpack(job) => unpack::work(&job, fds, channel).map(Report::Unpacked),
+            Order::Decode(job) => decoder::work(&job, fds).map(|()| Report::Decoded),
+            Order::Unpack(job) => aci::work(&job, fds, channel).map(Report::Unpacked),
         }
     };
     let done = if walls == Walls::Raise { told_of_panics(work) } else { work() };

@@ -1,8 +1,14 @@
 //! PAX extension records (pax(1), "pax Extended Header"): `LENGTH KEY=VALUE\n`, strictly.
 
-use super::limits::Limits;
-use super::tarread::Piece;
 use crate::index::{MAX_XATTR_BYTES, MAX_XATTR_NAME, Time, Xattr};
+use crate::store::limits::Limits;
+
+/// A run of data of a sparse file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) offset: u64,
+    pub(crate) length: u64,
+}
 
 /// What the records before an entry say of it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

@@ -7,10 +7,11 @@ use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::limits::Limits;
-use super::super::stream::{CHUNK, Compression, decoder};
+use super::super::compression::{Compression, decoder};
+use super::super::stream::CHUNK;
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
+use crate::store::limits::Limits;
 
 /// What a decoder is told. With it go the pipe to read from and the one to write to.
 #[derive(Serialize, Deserialize)]
@@ -27,7 +28,7 @@ const RAISE_EVERY: u64 = 32 << 20;
 const FEED: usize = 64 << 10;
 
 /// The plain bytes of `input`.
-pub(in super::super) fn decode(
+pub(in crate::store) fn decode(
     compression: Compression,
     input: impl Read + Send + 'static,
     limits: &Limits,
@@ -61,7 +62,7 @@ fn feed(mut input: impl Read, to: OwnedFd) -> std::io::Result<()> {
 }
 
 /// Plain bytes, as the decoder gives them.
-pub(in super::super) struct Decoded {
+pub(in crate::store) struct Decoded {
     plain: File,
     apart: Apart,
     feeder: Option<JoinHandle<std::io::Result<()>>>,

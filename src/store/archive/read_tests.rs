@@ -1,4 +1,4 @@
-use super::super::tarwrite::{END, header, pad};
+use super::super::write::{END, header, pad};
 use super::*;
 use crate::index::Entry;
 

@@ -19,7 +19,8 @@ use rustix::thread::{CapabilitySet, Gid, Uid, capabilities, set_capabilities};
 use seccompiler::SeccompRule;
 use serde::{Deserialize, Serialize};
 
-use super::{OP, TARGET, unpack};
+use super::work::Job;
+use super::{OP, TARGET};
 use crate::error::{Error, Kind, Result};
 use crate::sys::raw;
 use crate::volume::Access;
@@ -137,7 +138,7 @@ pub(super) fn raise_around_decoder(memory: u64) -> Result<Stand> {
 }
 
 /// Around the unpacker. Its directories become copies of their mounts.
-pub(super) fn raise_around_unpacker(job: &unpack::Job, fds: &mut [OwnedFd], memory: u64) -> Result<Stand> {
+pub(super) fn raise_around_unpacker(job: &Job, fds: &mut [OwnedFd], memory: u64) -> Result<Stand> {
     /// Beside the directories that lie above one another: its descriptors, and the files that an index is put together in.
     const FILES: u64 = 64;
     // In the order that they are handed over in: the pipe, the manifest, the tree, the place for what is too much.

@@ -7,10 +7,10 @@
 
 use std::io::BufRead;
 
-use super::limits::Limits;
-use super::pax::{Extension, parse_records};
+use super::pax::{Extension, Piece, parse_records};
 use crate::error::{Error, Kind, Result};
 use crate::index::{Time, What, Xattr};
+use crate::store::limits::Limits;
 
 /// For who gave another file.
 const TAKEN: &str = "taken are tar archives: AppC images, OCI layouts, docker archives and root filesystems, plain or packed \
@@ -19,7 +19,7 @@ const TAKEN: &str = "taken are tar archives: AppC images, OCI layouts, docker ar
 /// A tar block.
 pub(crate) const BLOCK: usize = 512;
 
-/// One entry as the archive has it. The path is raw: see `place::normalize`.
+/// One entry as the archive has it. The path is raw: see `unpack::normalize`.
 #[derive(Debug)]
 pub(crate) struct Member {
     pub(crate) path: Vec<u8>,
@@ -29,13 +29,6 @@ pub(crate) struct Member {
     pub(crate) gid: u32,
     pub(crate) mtime: Time,
     pub(crate) xattrs: Vec<Xattr>,
-}
-
-/// A run of data of a sparse file.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Piece {
-    pub(crate) offset: u64,
-    pub(crate) length: u64,
 }
 
 /// What `TarReader::body` hands out.
@@ -572,5 +565,5 @@ fn parse_number(field: &[u8]) -> Option<i64> {
 }
 
 #[cfg(test)]
-#[path = "tarread_tests.rs"]
+#[path = "read_tests.rs"]
 mod tests;

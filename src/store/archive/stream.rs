@@ -1,0 +1,91 @@
+//! The bytes of an archive, uncompressed: hashed here, and handed to the process that parses and places them.
+//!
+//! What is hashed and what is parsed are the same bytes: the digest covers every one that was acted on, and those after
+//! the end marker too.
+
+use std::fs::File;
+use std::io::Write;
+
+use sha2::Digest;
+use sha2::digest::Output;
+
+use crate::error::{Error, Kind, Result};
+
+/// Bytes handed over at once: big enough that handing over costs nothing beside hashing.
+pub(super) const CHUNK: usize = 256 << 10;
+/// Where the bytes go.
+pub(crate) struct Sink<'a> {
+    hash: &'a mut dyn FnMut(&[u8]),
+    to: Option<File>,
+    pending: Vec<u8>,
+    pub(super) produced: u64,
+    /// Not all of it was taken: what the digest is of then, nobody knows.
+    is_cut: bool,
+    /// Told how many bytes were produced, now and then.
+    on_way: &'a dyn Fn(u64),
+    next_word: u64,
+}
+
+/// How many bytes come between two words of how many there were.
+const WORD_EVERY: u64 = 32 << 20;
+
+impl Sink<'_> {
+    /// False: nobody takes them any more.
+    pub(super) fn send(&mut self, data: &[u8]) -> bool {
+        self.produced += data.len() as u64;
+        if self.produced >= self.next_word {
+            self.next_word = self.produced + WORD_EVERY;
+            (self.on_way)(self.produced);
+        }
+        // First: who takes them works meanwhile.
+        self.is_cut |= self.to.as_mut().is_some_and(|to| to.write_all(data).is_err());
+        if self.is_cut {
+            return false;
+        }
+        (self.hash)(data);
+        true
+    }
+
+    fn flush(&mut self) -> bool {
+        let mut pending = std::mem::take(&mut self.pending);
+        let is_taken = pending.is_empty() || self.send(&pending);
+        pending.clear();
+        self.pending = pending;
+        is_taken
+    }
+}
+
+impl Write for Sink<'_> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let count = data.len().min(CHUNK - self.pending.len());
+        self.pending.extend_from_slice(&data[..count]);
+        if self.pending.len() == CHUNK && !Sink::flush(self) {
+            return Err(std::io::ErrorKind::BrokenPipe.into());
+        }
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+/// Run `produce`, whose bytes go to `to`, too; gives their digest, if `to` took every one of them: else one who takes a part could have
+/// the digest of a smaller part.
+pub(crate) fn pump<D: Digest>(
+    produce: impl FnOnce(&mut Sink<'_>) -> Result<()>,
+    to: Option<File>,
+    on_way: &dyn Fn(u64),
+) -> Result<Output<D>> {
+    let mut sha = D::new();
+    let mut hash = |data: &[u8]| sha.update(data);
+    let mut sink =
+        Sink { hash: &mut hash, to, pending: Vec::new(), produced: 0, is_cut: false, on_way, next_word: WORD_EVERY };
+    produce(&mut sink)?;
+    sink.flush();
+    if sink.is_cut {
+        let why = "who unpacks it stopped before its end";
+        return Err(Error::new(Kind::Helper, "read archive", "", why));
+    }
+    Ok(sha.finalize())
+}
