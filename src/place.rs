@@ -96,6 +96,20 @@ impl Place {
         Place::new(open_resolved(path)?, path.to_owned())
     }
 
+    /// The directory that `path` lies in and its name there, to take away what was made. `None`: the directory is gone, or its path leads
+    /// elsewhere by now.
+    pub fn parent_of(path: &Path) -> Option<(Self, &OsStr)> {
+        let (parent, name) = (path.parent()?, path.file_name()?);
+        match Place::open(parent) {
+            Ok(parent) => Some((parent, name)),
+            Err(Errno::NOENT | Errno::NOTDIR) => None,
+            Err(e) => {
+                log::warn!("{}: {e}: what was made in it stays", show(parent));
+                None
+            }
+        }
+    }
+
     /// `name` in this directory, which is not a symlink (ELOOP if it is), nor what is mounted on another one.
     pub fn child(&self, name: &OsStr) -> rustix::io::Result<Self> {
         let fd = fs::openat(&self.fd, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;

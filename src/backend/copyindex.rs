@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec};
 use rustix::io::Errno;
 
-use super::copytree::{MAX_DEPTH, Rules};
+use super::copyrules::{MAX_DEPTH, Rules};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::read::{Form, Inode};

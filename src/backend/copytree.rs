@@ -16,12 +16,12 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use super::copyindex;
+use super::copyrules::{MAX_DEPTH, Rules};
 use super::whiteout::{self, Mark};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::Index;
 use crate::place::Place;
-use crate::plan::{Ownership, Plan};
 use crate::sys::attrs::{self, Fidelity, SetId};
 use crate::sys::fs::open_beneath;
 use crate::sys::remove::remove_tree_at;
@@ -30,8 +30,6 @@ use crate::traces::Meter;
 const OP: &str = "copy";
 const TARGET: &str = "fsprov::copy";
 
-/// Deepest tree copied: two descriptors are held a level, and the usual limit on open files is 1024.
-pub(super) const MAX_DEPTH: usize = 400;
 /// Files waiting to be filled; each holds a descriptor, and a share of a directory's.
 const QUEUE: usize = 64;
 /// Most threads filling files: beyond that one disk gets no faster.
@@ -50,42 +48,6 @@ pub(super) struct Copier<'a> {
     /// Directories made so far, relative to the root, each with its attributes' source.
     dirs: BTreeMap<PathBuf, Model>,
     work: Arc<Shared>,
-}
-
-/// What is made of an image's files.
-#[derive(Clone)]
-pub(super) struct Rules {
-    ownership: Ownership,
-    pub(super) set_id: SetId,
-    /// Are device nodes made?
-    pub(super) devices: bool,
-}
-
-impl Rules {
-    /// A copy lies on the host like any other files: where no mount can hold back setuid programs and devices, they are left out.
-    pub(super) fn of(plan: &Plan) -> Self {
-        Rules {
-            ownership: plan.ownership.clone(),
-            set_id: if plan.restraint.nosuid() { SetId::Dropped } else { SetId::Kept },
-            devices: !plan.restraint.nodev(),
-        }
-    }
-
-    /// Is a file of this kind left out?
-    pub(super) fn leaves_out(&self, kind: FileType) -> bool {
-        !self.devices && (kind.is_char_device() || kind.is_block_device())
-    }
-
-    pub(super) fn presented(&self, mut stat: Stat) -> Stat {
-        let ownership = &self.ownership;
-        if let Some((uid, gid)) = ownership.squash {
-            (stat.st_uid, stat.st_gid) = (uid, gid);
-        } else {
-            stat.st_uid = Ownership::map(&ownership.uids, stat.st_uid);
-            stat.st_gid = Ownership::map(&ownership.gids, stat.st_gid);
-        }
-        stat
-    }
 }
 
 /// Whose attributes a directory gets at the end.

@@ -10,9 +10,9 @@ use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::place::Place;
 use crate::plan::Plan;
+use crate::sys::holders;
 use crate::sys::mount::{self, Unmount};
 use crate::sys::mountinfo::{self, MountInfo};
-use crate::sys::process;
 use crate::traces::Traces;
 
 const UNMOUNT: &str = "unmount";
@@ -152,37 +152,37 @@ pub(super) fn check_foreign(rootfs: &Path, below: &[MountInfo], parts: Option<&[
 }
 
 /// Refuse while `find` names someone: a process that is just ending, or has just been forked, gets a moment.
-pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<process::Holder>>) -> Result<()> {
+pub(super) fn refuse_in_use(rootfs: &Path, find: impl Fn() -> Result<Vec<holders::Holder>>) -> Result<()> {
     let mut holders = Vec::new();
-    for n in 0..process::BUSY_TRIES {
+    for n in 0..holders::BUSY_TRIES {
         if n > 0 {
-            std::thread::sleep(process::BUSY_PAUSE);
+            std::thread::sleep(holders::BUSY_PAUSE);
         }
         holders = find()?;
         if holders.is_empty() {
             return Ok(());
         }
     }
-    let who = process::name_all(&holders);
+    let who = holders::name_all(&holders);
     Err(Error::new(Kind::Busy, UNMOUNT, show(rootfs), format!("it is used by {who}"))
         .hint("end those first, or take it out of sight with --lazy"))
 }
 
 /// All of it or, as far as can be seen beforehand, nothing of it: a rootfs without its volumes is worse than one that is busy.
 fn unmount_idle(rootfs: &Path, tree: &[MountInfo]) -> Result<()> {
-    refuse_in_use(rootfs, || Ok(process::holders(tree)))?;
+    refuse_in_use(rootfs, || Ok(holders::holders(tree)))?;
     tree.iter().rev().try_for_each(unmount_one)
 }
 
 fn unmount_one(mount: &MountInfo) -> Result<()> {
     fault::point("attach.unmount")?;
     let mut tried = mount::unmount_found(mount, Unmount::IfIdle);
-    for _ in 1..process::BUSY_TRIES {
+    for _ in 1..holders::BUSY_TRIES {
         // One that was just forked holds what its parent had open, for a moment.
         if tried != Err(Errno::BUSY) {
             break;
         }
-        std::thread::sleep(process::BUSY_PAUSE);
+        std::thread::sleep(holders::BUSY_PAUSE);
         tried = mount::unmount_found(mount, Unmount::IfIdle);
     }
     tried.map_err(|e| {

@@ -7,6 +7,7 @@ mod attach;
 pub mod bind;
 pub mod copy;
 mod copyindex;
+mod copyrules;
 mod copytree;
 mod detach;
 pub mod fuse;

@@ -16,10 +16,10 @@ use super::fusermount;
 use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
 use crate::place::Point;
+use crate::sys::holders::{self, Hold};
+use crate::sys::mount as sysmount;
 use crate::sys::mount::{AttrSet, Unmount, move_mount_to};
 use crate::sys::mountinfo::{self, Known, MountInfo};
-use crate::sys::process::Hold;
-use crate::sys::{mount as sysmount, process};
 
 const TARGET: &str = "fsprov::fuse";
 const DEVICE: &str = "/dev/fuse";
@@ -318,11 +318,11 @@ pub fn unmount(ours: &MountInfo, how: Unmount, method: Option<&Method>) -> Resul
         other => other.map_err(|e| Error::sys(OP, name(), e)),
     };
     let mut done = once();
-    for _ in 1..process::BUSY_TRIES {
+    for _ in 1..holders::BUSY_TRIES {
         if !matches!(&done, Err(e) if e.kind() == Kind::Busy) {
             break;
         }
-        std::thread::sleep(process::BUSY_PAUSE);
+        std::thread::sleep(holders::BUSY_PAUSE);
         done = once();
     }
     match done {
@@ -342,8 +342,8 @@ fn release_volumes(ours: &MountInfo) -> Result<Unmount> {
     if volumes.is_empty() {
         return Ok(Unmount::IfIdle);
     }
-    let in_use = || process::holders(&tree).into_iter().filter(|h| h.what != Hold::Namespace).collect::<Vec<_>>();
-    if !process::patiently(|| in_use().is_empty()) {
+    let in_use = || holders::holders(&tree).into_iter().filter(|h| h.what != Hold::Namespace).collect::<Vec<_>>();
+    if !holders::patiently(|| in_use().is_empty()) {
         return Err(busy_with(ours, &in_use()));
     }
     let fail = |m: &MountInfo, e| Error::sys("unmount", show(&m.point), e);
@@ -353,7 +353,7 @@ fn release_volumes(ours: &MountInfo) -> Result<Unmount> {
     drop(root);
     for volume in volumes.into_iter().rev() {
         let mut done = Ok(());
-        process::patiently(|| {
+        holders::patiently(|| {
             done = sysmount::unmount_found(volume, Unmount::IfIdle);
             done != Err(Errno::BUSY)
         });
@@ -375,16 +375,16 @@ fn busy(ours: &MountInfo) -> Error {
     if !below.is_empty() {
         return error(format!("something is mounted inside it: {}", below.join(", "))).hint("unmount that first");
     }
-    busy_with(ours, &process::holders(std::slice::from_ref(ours)))
+    busy_with(ours, &holders::holders(std::slice::from_ref(ours)))
 }
 
-fn busy_with(ours: &MountInfo, holders: &[process::Holder]) -> Error {
+fn busy_with(ours: &MountInfo, holders: &[holders::Holder]) -> Error {
     let error = |who: String| Error::new(Kind::Busy, "unmount", show(&ours.point), who);
     if holders.is_empty() {
         return error("it is in use by a process that this user may not look at".into())
             .hint("end that process, or unmount with --lazy");
     }
-    let names = process::name_all(holders);
+    let names = holders::name_all(holders);
     let hint = if names.contains("fsprov-super") {
         "a server of fsprov holds it: unmount the rootfs that is made of it first (`fsprov list`)"
     } else {

@@ -1,7 +1,6 @@
 //! Taking a rootfs away, and those nested in it before it.
 
-use std::ffi::OsStr;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use rustix::fs::{AtFlags, unlinkat};
 use rustix::io::Errno;
@@ -138,7 +137,7 @@ pub(super) fn remove_changes(record: &Record, unwritten: Unwritten) -> Result<()
     const OP: &str = "delete changes in";
     let Some(scratch) = &record.plan.scratch else { return Ok(()) };
     fault::point("destroy.changes")?;
-    let Some((parent, name)) = found_in(&scratch.0) else { return Ok(()) };
+    let Some((parent, name)) = Place::parent_of(&scratch.0) else { return Ok(()) };
     let known = record.places.as_ref().and_then(|places| places.scratch.as_ref());
     let is_ours = match parent.child(name) {
         Ok(there) => known.map_or_else(
@@ -163,7 +162,7 @@ pub(super) fn remove_changes(record: &Record, unwritten: Unwritten) -> Result<()
 /// Remove empty directories, innermost first.
 fn remove_dirs(op: &'static str, dirs: &[PathBuf]) -> Result<()> {
     for dir in dirs.iter().rev() {
-        let Some((parent, name)) = found_in(dir) else { continue };
+        let Some((parent, name)) = Place::parent_of(dir) else { continue };
         match unlinkat(&parent, name, AtFlags::REMOVEDIR) {
             Ok(()) | Err(Errno::NOENT) => {}
             Err(e @ (Errno::NOTEMPTY | Errno::EXIST | Errno::NOTDIR)) => {
@@ -174,17 +173,4 @@ fn remove_dirs(op: &'static str, dirs: &[PathBuf]) -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// The directory that `path` lies in and its name there. `None`: the directory is gone, or its path leads elsewhere by now.
-pub(super) fn found_in(path: &Path) -> Option<(Place, &OsStr)> {
-    let (parent, name) = (path.parent()?, path.file_name()?);
-    match Place::open(parent) {
-        Ok(parent) => Some((parent, name)),
-        Err(Errno::NOENT | Errno::NOTDIR) => None,
-        Err(e) => {
-            log::warn!("{}: {e}: what was made in it stays", show(parent));
-            None
-        }
-    }
 }

@@ -16,7 +16,6 @@ use std::sync::Arc;
 
 use rustix::fs::{self, AtFlags, FileType, Gid, Mode, OFlags, RenameFlags, Timespec, Uid};
 
-use super::destroy::found_in;
 use super::open::{self, Opened, Source};
 use super::planning::Planned;
 use super::record;
@@ -97,7 +96,7 @@ fn stage_name(id: &ContainerId, number: usize) -> OsString {
 /// Take away what a killed process left beside the sources.
 pub(super) fn remove_stages(plan: &Plan) -> Result<()> {
     for (number, volume) in plan.volumes.iter().enumerate() {
-        if let Some((parent, _)) = found_in(&volume.source) {
+        if let Some((parent, _)) = Place::parent_of(&volume.source) {
             let stage = stage_name(&plan.id, number);
             remove_tree_at(&parent, &stage, &parent.path().join(&stage))?;
         }

@@ -11,6 +11,7 @@ use rustix::io::Errno;
 
 use super::{Changes, Request};
 use crate::error::{Error, Kind, Result, show};
+use crate::id::ContainerId;
 use crate::sys::fs::{explain_named, is_empty, open_named, open_within, path_of};
 use crate::volume::{ContainerPath, Fill, Form, VolumeSpec};
 
@@ -43,7 +44,7 @@ pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> 
     let rootfs = mount_point(&request.rootfs)?;
     let sandbox = request.sandbox.as_deref().map(find_sandbox).transpose()?;
     if let (Changes::Ephemeral, Some(sandbox), Some(id)) = (request.changes, &sandbox, &request.id) {
-        refuse_taken(&sandbox.path.join(super::planning::changes_name(id)))?;
+        refuse_taken(&sandbox.path.join(changes_name(id)))?;
     }
     let form = |spec: &VolumeSpec| match spec.fill {
         Fill::Once => form_in_image(&spec.target),
@@ -264,6 +265,11 @@ pub(super) fn parent_resolved(path: &Path) -> Option<PathBuf> {
     let path = std::path::absolute(path).ok()?;
     let parent = std::fs::canonicalize(path.parent()?).ok()?;
     Some(parent.join(path.file_name()?))
+}
+
+/// The name in the sandbox under which a rootfs's own changes are kept.
+pub(super) fn changes_name(id: &ContainerId) -> String {
+    format!(".fsprov-{id}")
 }
 
 #[cfg(test)]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::path::PathBuf;
 
 use super::Request;
-use super::look::Seen;
+use super::look::{Seen, changes_name};
 use super::request::{Changes, Cover};
 use crate::error::Result;
 use crate::id::ContainerId;
@@ -86,11 +86,6 @@ pub(super) fn plan(
     };
     plan.require_layers()?;
     Ok(Planned { plan, sandbox, made, cover: request.cover, sandbox_made, sources, fill })
-}
-
-/// The name in the sandbox under which a rootfs's own changes are kept.
-pub(super) fn changes_name(id: &ContainerId) -> String {
-    format!(".fsprov-{id}")
 }
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 pub mod attrs;
 pub mod durable;
 pub mod fs;
+pub mod holders;
 pub mod mount;
 pub mod mountinfo;
 pub mod overlay;

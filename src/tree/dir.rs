@@ -28,6 +28,7 @@ mod list;
 mod names;
 mod nodes;
 mod reach;
+mod stream;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;

@@ -13,7 +13,7 @@ use rustix::io::ReadWriteFlags;
 use super::fds::{FdPool, Held, Use};
 use super::found::{self, Found, REGULAR};
 use super::handover::{HandleNote, Inherited, Intent};
-use super::list::Stream;
+use super::stream::Stream;
 use super::{Caller, DirTree, Errno, Handle, Node, Opened, Result, Writer};
 use crate::sys::raw;
 use crate::tree::Caching;

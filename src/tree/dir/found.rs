@@ -25,6 +25,13 @@ pub(super) struct Identity {
     pub(super) generation: u32,
 }
 
+/// A name of a node.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Alias {
+    pub(super) parent: Node,
+    pub(super) name: Box<[u8]>,
+}
+
 /// A file found: its identity, the mount it lies on, its attributes with the disk's owner and no node yet.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Found {

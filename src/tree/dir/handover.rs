@@ -20,8 +20,7 @@ use std::thread::ThreadId;
 
 use rustix::fs::{FallocateFlags, fallocate};
 
-use super::found::Identity;
-use super::nodes::Alias;
+use super::found::{Alias, Identity};
 use crate::sys::raw;
 use crate::tree::resend;
 use crate::tree::{Handle, Node};

@@ -18,7 +18,7 @@ use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 
 use super::fds::Held;
-use super::found::{Found, Identity, mix};
+use super::found::{Alias, DIRECTORY, Found, Identity, mix};
 use super::handover::{HandoverLog, Inherited};
 use crate::sys::raw;
 use crate::tree::{Errno, Handle, Node, ROOT, Result, Timespec};
@@ -36,13 +36,6 @@ const SMALL: usize = 128;
 /// Bits of the inode number in a node id.
 const INO_BITS: u32 = 48;
 const INO_MASK: u64 = (1 << INO_BITS) - 1;
-
-/// A name of a node.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Alias {
-    pub(super) parent: Node,
-    pub(super) name: Box<[u8]>,
-}
 
 /// Modification time, change time and size, as they were when the kernel's cache of the content was last known to be right.
 pub(super) type Stamp = (Timespec, Timespec, u64);
@@ -408,7 +401,7 @@ impl State {
             return false;
         }
         let alias = Alias { parent, name: name.into() };
-        if self.kind == super::found::DIRECTORY {
+        if self.kind == DIRECTORY {
             // A directory has one name; an older one is where it was before it was moved.
             self.aliases.clear();
         } else if self.aliases.len() == MAX_ALIASES {
