@@ -17,7 +17,6 @@ use super::super::{SUPERVISOR_NAME, TARGET, WORK, WORKER_NAME, hex, names, spawn
 use super::restarts::Death;
 use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
-use crate::fuse::mount::Mounted;
 use crate::fuse::session::InFlight;
 use crate::plan::Plan;
 use crate::sys::process::ProcessId;
