@@ -59,13 +59,13 @@ impl LiveMount {
         fault::point("server.mount")?;
         let (detached, init) = prepared.unzip();
         let mounted = mount::mount(&job.method, &options(job, &job.source(), point), detached)?;
-        let begun = fault::point("server.mounted").and_then(|()| match init {
-            Some(init) => Ok(init),
-            None => {
+        let begun = fault::point("server.mounted").and_then(|()| {
+            let Some(init) = init else {
                 let init = session::read_init(&mounted.connection)?;
                 worker.begin(&mounted.connection, mounted.info.dev.1, &init, Begin::First)?;
-                Ok(init)
-            }
+                return Ok(init);
+            };
+            Ok(init)
         });
         match begun.and_then(|init| Ok((init, worker.serving()?.0))) {
             Ok((init, reply)) => Ok(LiveMount { mounted, init, reply }),
