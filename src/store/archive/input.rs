@@ -6,10 +6,9 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use sha2::Sha512;
-
 use super::apart;
 use super::compression::{Compression, MAGIC_BYTES};
+use super::digest::Sha512;
 use super::read::from_io;
 use super::stream::{CHUNK, Sink, pump};
 use crate::error::{Error, Kind, Result};
@@ -78,7 +77,6 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
     let mut bytes = plain(input, limits, &name)?;
     let mut chunk = Vec::with_capacity(CHUNK);
     loop {
-        chunk.clear();
         (&mut *bytes).take(CHUNK as u64).read_to_end(&mut chunk).map_err(|e| from_io(&name, e))?;
         if chunk.is_empty() {
             return Ok(());
@@ -88,7 +86,7 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
         if let Some(progress) = progress {
             progress(Progress { read: came, total });
         }
-        if !sink.send(&chunk) {
+        if !sink.send(&mut chunk) {
             return Ok(());
         }
     }

@@ -1,13 +1,14 @@
 //! Archives: read, written, unpacked.
 //!
 //! * `input`, `compression`: an archive where it lies, uncompressed
-//! * `stream`: its bytes, hashed and handed on
+//! * `stream`, `digest`: its bytes, hashed and handed on
 //! * `apart`: the processes that meet them, behind walls
 //! * `read`, `pax`: entries out of bytes; `unpack`, `whiteout`: entries placed below a directory
 //! * `write`: bytes out of a directory
 
 pub(super) mod apart;
 mod compression;
+pub(super) mod digest;
 pub(super) mod input;
 pub(super) mod pax;
 pub(super) mod read;

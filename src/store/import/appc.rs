@@ -6,7 +6,6 @@
 use std::path::PathBuf;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
-use sha2::Sha512;
 
 use super::layout::Layout;
 use super::source::{ImageSource, ImportOptions, Imported, origin};
@@ -19,6 +18,7 @@ use crate::index::Index;
 use crate::paths::image;
 use crate::store::Store;
 use crate::store::archive::apart::{self, Place, Task};
+use crate::store::archive::digest::Sha512;
 use crate::store::archive::input::Archive;
 use crate::store::archive::stream::Sink;
 use crate::store::meta::{ImageKind, Meta, OnDisk, sha256_hex};

@@ -52,7 +52,7 @@ impl Place {
 }
 
 /// Have what `produce` gives unpacked at `place`. Gives what it was, and the digest of all of it.
-pub(in crate::store) fn unpack<D: Digest>(
+pub(in crate::store) fn unpack<D: Digest + Send>(
     produce: impl FnOnce(&mut Sink<'_>) -> Result<()> + Send,
     task: Task,
     place: &Place,
@@ -79,7 +79,7 @@ where
 }
 
 /// The manifest of the AppC image that `produce` gives, and the digest of all of it. Nothing is placed.
-pub(in crate::store) fn peek<D: Digest>(
+pub(in crate::store) fn peek<D: Digest + Send>(
     produce: impl FnOnce(&mut Sink<'_>) -> Result<()> + Send,
     name: &str,
     limits: &Limits,
@@ -92,7 +92,7 @@ where
     run::<D>(produce, job, None).map(|(unpacked, digest)| (unpacked.manifest, digest))
 }
 
-fn run<D: Digest>(
+fn run<D: Digest + Send>(
     produce: impl FnOnce(&mut Sink<'_>) -> Result<()> + Send,
     job: Job,
     parts: Option<&Parts>,
