@@ -13,6 +13,8 @@
 //! ├── aside/                       what verify found damaged and took out of the store
 //! ├── cache/index/<key>            indexes of images that are not in the store
 //! ├── cache/download/<key>/        what is being downloaded, or broke off; its holder has a flock on it
+//! ├── claims/<holder>/<diff id>    layers that somebody outside the store stands on (`crate::store`)
+//! ├── snapshotter/                 containerd's snapshots (`crate::snapshotter::dirs`)
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
 //! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: whoever changes this rootfs
 //!     ├── record.json              the record
@@ -76,6 +78,14 @@ impl StatePaths {
     /// Downloads that are not imported yet.
     pub fn downloads(&self) -> PathBuf {
         self.root.join("cache").join("download")
+    }
+    /// Who claims which layers.
+    pub fn claims(&self) -> PathBuf {
+        self.root.join("claims")
+    }
+    /// The state directory of containerd's snapshotter.
+    pub fn snapshotter(&self) -> PathBuf {
+        self.root.join("snapshotter")
     }
     /// The directory of provisioned rootfses.
     pub fn containers(&self) -> PathBuf {

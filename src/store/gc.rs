@@ -87,7 +87,8 @@ impl Store {
             remove_half_written(&self.paths.image(&id));
         }
         let mut used: HashSet<ImageId> = uses()?.into_iter().map(|one| one.image).collect();
-        let mut needed: HashSet<ImageId> = HashSet::new();
+        let claimed = self.claimed()?;
+        let mut needed: HashSet<ImageId> = claimed.iter().cloned().collect();
         let mut is_whole = true;
         let mut kept = Vec::new();
         for id in self.ids()? {
@@ -106,7 +107,9 @@ impl Store {
         };
         if let Some(newest) = newest {
             for meta in &kept {
-                if !used.contains(&meta.id) && lock::is_held(&self.paths.image(&meta.id))? {
+                if !used.contains(&meta.id)
+                    && (super::is_claimed(meta, &claimed) || lock::is_held(&self.paths.image(&meta.id))?)
+                {
                     used.insert(meta.id.clone());
                 }
             }
@@ -192,7 +195,7 @@ impl Store {
 }
 
 /// Remove what writers that died left beside the files they were to replace.
-fn remove_half_written(dir: &Path) {
+pub(super) fn remove_half_written(dir: &Path) {
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_name().to_str().is_some_and(super::is_half_written)
             && let Err(error) = std::fs::remove_file(entry.path())

@@ -6,6 +6,7 @@
 
 mod archive;
 mod choose;
+mod claims;
 mod download;
 mod export;
 #[doc(hidden)]
@@ -32,6 +33,8 @@ use std::path::PathBuf;
 
 pub use archive::input::{Progress, ProgressFn};
 pub use archive::whiteout::LayerWhiteouts;
+#[cfg_attr(not(feature = "containerd"), allow(unused_imports, reason = "who claims is the snapshotter"))]
+pub(crate) use claims::chain_id;
 pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
@@ -212,6 +215,11 @@ impl Store {
             return Err(Error::new(Kind::Busy, "remove image", image, format!("it is in use by {}", by.join(", ")))
                 .hint("unmount what uses it"));
         }
+        if is_claimed(&meta, &self.claimed()?) {
+            let why = "containerd's snapshots stand on its layers";
+            return Err(Error::new(Kind::Busy, "remove image", image, why)
+                .hint("remove the image from containerd first; its next collection of garbage gives the layers back"));
+        }
         if lock::is_held(&self.paths.image(&meta.id))? {
             return Err(Error::new(
                 Kind::Busy,
@@ -256,6 +264,11 @@ impl Store {
     }
 }
 
+/// Do claims hold all layers that an image has, if it has any?
+fn is_claimed(meta: &Meta, claimed: &std::collections::BTreeSet<ImageId>) -> bool {
+    !meta.layers.is_empty() && meta.layers.iter().all(|layer| claimed.contains(layer))
+}
+
 /// Is it the name of a file that was to replace another, and whose writer died? That other is whole.
 fn is_half_written(name: &str) -> bool {
     name.starts_with(".new-") || name.starts_with(".index-")
@@ -267,6 +280,7 @@ fn ids_below(dir: &PathBuf) -> Result<Vec<ImageId>> {
         let name = entry.map_err(|e| Error::io("list", show(dir), e))?.file_name();
         match name.to_str().and_then(|name| name.parse().ok()) {
             Some(id) => ids.push(id),
+            None if name.to_str().is_some_and(is_half_written) => {}
             None => log::warn!("{} is not of the store", show(dir.join(name))),
         }
     }
