@@ -76,6 +76,8 @@ mod plan;
 mod printable;
 pub mod provisioner;
 pub mod pull;
+#[cfg(feature = "containerd")]
+mod snapshotter;
 pub mod store;
 mod sys;
 mod traces;

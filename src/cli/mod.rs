@@ -17,6 +17,8 @@ mod recover;
 mod restart;
 mod service;
 mod shown;
+#[cfg(feature = "containerd")]
+mod snapshotter;
 mod start;
 mod stats;
 mod unmount;
@@ -84,6 +86,9 @@ enum Verb {
     Bench(bench::Bench),
     /// Manage images
     Image(image::Image),
+    /// Serve containerd, and so Kubernetes and Docker
+    #[cfg(feature = "containerd")]
+    Snapshotter(snapshotter::Snapshotter),
     /// Show the configuration
     Config(config::Config),
     /// Print shell completions
@@ -239,6 +244,8 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Probe(verb) => verb.run(global),
         Verb::Bench(verb) => verb.run(global),
         Verb::Image(verb) => verb.run(global),
+        #[cfg(feature = "containerd")]
+        Verb::Snapshotter(verb) => verb.run(global),
         Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),

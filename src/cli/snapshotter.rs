@@ -1,0 +1,53 @@
+//! `fsprov snapshotter`: containerd's images and containers on this store.
+
+use std::path::PathBuf;
+
+use clap::Args;
+
+use super::Global;
+use crate::error::{Error, Kind, Result};
+use crate::snapshotter::{Socket, serve};
+use crate::store::Store;
+
+#[derive(Debug, Args)]
+#[command(after_help = "\
+containerd finds it as a proxy plugin: docs/kubernetes-and-docker.md has its config.toml. Only root, and the user that it runs as, may use the socket.
+A state directory belongs to one containerd. Containers run on while the snapshotter is stopped.
+
+Example:
+  fsprov snapshotter --socket /run/fsprov/snapshotter.sock")]
+pub(super) struct Snapshotter {
+    /// The socket to listen on [default: the one that systemd passes]
+    #[arg(long, value_name = "PATH")]
+    socket: Option<PathBuf>,
+    /// Where snapshots are kept [default: snapshotter in the state root]
+    #[arg(long, value_name = "DIR")]
+    state: Option<PathBuf>,
+}
+
+impl Snapshotter {
+    pub(super) fn run(&self, global: &Global) -> Result<()> {
+        let passed = crate::sys::raw::passed_fds().map_err(|e| Error::io("take the socket that was passed", "", e))?;
+        let listen: Box<dyn FnOnce() -> Result<Socket>> = match (passed.into_iter().next(), self.socket.clone()) {
+            (Some((_, fd)), _) => Box::new(|| Socket::passed(fd)),
+            (None, Some(path)) => Box::new(move || Socket::make(&path)),
+            (None, None) => {
+                return Err(Error::new(Kind::Usage, "start snapshotter", "", "there is no socket to listen on")
+                    .hint("give one with --socket PATH"));
+            }
+        };
+        let state = match &self.state {
+            Some(state) => {
+                std::path::absolute(state).map_err(|e| Error::io("find state directory", state.display(), e))?
+            }
+            None => global.paths()?.snapshotter(),
+        };
+        let store = Store::open(&global.paths()?)?.with_policy(super::settings()?.policy());
+        let ready = || {
+            if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                log::warn!("tell systemd: {e}");
+            }
+        };
+        serve(&state, store, listen, ready)
+    }
+}

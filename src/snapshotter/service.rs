@@ -1,0 +1,190 @@
+//! The gRPC side: which call is which, by hand. What a call does is [`super::snapshots`]'s.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use tokio_stream::Stream;
+use tonic::body::Body;
+use tonic::codegen::{Service, http};
+use tonic::server::{Grpc, NamedService};
+use tonic::{Code, Request, Response, Status};
+use tonic_prost::ProstCodec;
+
+use super::filter::Filters;
+use super::messages::{Cleanup, Empty, List, Listed};
+use super::record::Kind;
+use super::snapshots::Snapshots;
+use crate::error::{Error, Kind as ErrorKind, Result};
+
+/// Longest request. containerd's are some kilobytes: keys and labels.
+const MAX_REQUEST_BYTES: usize = 1 << 20;
+
+type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
+
+/// The services on one socket.
+#[derive(Clone, Debug)]
+pub(super) struct Services {
+    snapshots: Arc<Snapshots>,
+}
+
+impl Services {
+    pub(super) fn new(snapshots: Snapshots) -> Self {
+        Services { snapshots: Arc::new(snapshots) }
+    }
+}
+
+impl NamedService for Services {
+    const NAME: &'static str = "containerd.services.snapshots.v1.Snapshots";
+}
+
+impl Service<http::Request<Body>> for Services {
+    type Response = http::Response<Body>;
+    type Error = std::convert::Infallible;
+    type Future = Later<std::result::Result<Self::Response, Self::Error>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::result::Result<(), Self::Error>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
+        let services = self.clone();
+        Box::pin(async move { Ok(services.answer(request).await) })
+    }
+}
+
+impl Services {
+    async fn answer(self, request: http::Request<Body>) -> http::Response<Body> {
+        let path = request.uri().path().to_owned();
+        let Some((service, method)) = path.trim_start_matches('/').split_once('/') else {
+            return Status::unimplemented(path).into_http();
+        };
+        let all = self.snapshots;
+        match (service, method) {
+            (Self::NAME, "Prepare") => unary(all, request, |all, asked| all.prepare(asked, Kind::Active)).await,
+            (Self::NAME, "View") => unary(all, request, |all, asked| all.prepare(asked, Kind::View)).await,
+            (Self::NAME, "Mounts") => unary(all, request, |all, asked| all.mounts(&asked)).await,
+            (Self::NAME, "Commit") => unary(all, request, |all, asked| all.commit(asked).map(|()| Empty {})).await,
+            (Self::NAME, "Remove") => unary(all, request, |all, asked| all.remove(&asked).map(|()| Empty {})).await,
+            (Self::NAME, "Stat") => unary(all, request, |all, asked| all.stat(&asked)).await,
+            (Self::NAME, "Update") => unary(all, request, Snapshots::update).await,
+            (Self::NAME, "Usage") => unary(all, request, |all, asked| all.usage(&asked)).await,
+            (Self::NAME, "Cleanup") => unary(all, request, |all, Cleanup {}| all.cleanup().map(|()| Empty {})).await,
+            (Self::NAME, "List") => {
+                let mut grpc =
+                    Grpc::new(ProstCodec::<Listed, List>::default()).max_decoding_message_size(MAX_REQUEST_BYTES);
+                grpc.server_streaming(Lister(all), request).await
+            }
+            _ => Status::unimplemented(path).into_http(),
+        }
+    }
+}
+
+/// One call with one answer, on a thread that may wait for a disk.
+async fn unary<M, R>(
+    all: Arc<Snapshots>,
+    request: http::Request<Body>,
+    work: fn(&Snapshots, M) -> Result<R>,
+) -> http::Response<Body>
+where
+    M: prost::Message + Default + 'static,
+    R: prost::Message + Default + 'static,
+{
+    let mut grpc = Grpc::new(ProstCodec::<R, M>::default()).max_decoding_message_size(MAX_REQUEST_BYTES);
+    grpc.unary(Call { all, work }, request).await
+}
+
+struct Call<M, R> {
+    all: Arc<Snapshots>,
+    work: fn(&Snapshots, M) -> Result<R>,
+}
+
+impl<M: Send + 'static, R: Send + 'static> Service<Request<M>> for Call<M, R> {
+    type Response = Response<R>;
+    type Error = Status;
+    type Future = Later<std::result::Result<Self::Response, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::result::Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<M>) -> Self::Future {
+        let (all, work) = (self.all.clone(), self.work);
+        Box::pin(async move {
+            let done = tokio::task::spawn_blocking(move || work(&all, request.into_inner())).await;
+            match done {
+                Ok(Ok(answer)) => Ok(Response::new(answer)),
+                Ok(Err(error)) => Err(status(&error)),
+                Err(e) => Err(Status::internal(e.to_string())),
+            }
+        })
+    }
+}
+
+/// What an error is to containerd, which goes by the code.
+fn status(error: &Error) -> Status {
+    let code = match error.kind() {
+        ErrorKind::NotFound => Code::NotFound,
+        ErrorKind::Exists => Code::AlreadyExists,
+        ErrorKind::Usage | ErrorKind::Invalid => Code::InvalidArgument,
+        ErrorKind::Busy => Code::FailedPrecondition,
+        ErrorKind::Limit => Code::ResourceExhausted,
+        ErrorKind::Unsupported => Code::Unimplemented,
+        ErrorKind::Permission => Code::PermissionDenied,
+        ErrorKind::Integrity => Code::DataLoss,
+        ErrorKind::Io | ErrorKind::Helper => Code::Internal,
+    };
+    let level = if code == Code::Internal || code == Code::DataLoss { log::Level::Error } else { log::Level::Debug };
+    log::log!(level, "{error}");
+    Status::new(code, error.to_string())
+}
+
+struct Lister(Arc<Snapshots>);
+
+impl Service<Request<List>> for Lister {
+    type Response = Response<Listing>;
+    type Error = Status;
+    type Future = std::future::Ready<std::result::Result<Self::Response, Status>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<std::result::Result<(), Status>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<List>) -> Self::Future {
+        let filters = Filters::parse(&request.into_inner().filters).map_err(|e| status(&e));
+        std::future::ready(
+            filters.map(|filters| Response::new(Listing { all: self.0.clone(), filters, after: None, is_done: false })),
+        )
+    }
+}
+
+/// The answer to List, made as it is read: a reader who stops costs a name.
+struct Listing {
+    all: Arc<Snapshots>,
+    filters: Filters,
+    after: Option<String>,
+    is_done: bool,
+}
+
+impl Stream for Listing {
+    type Item = std::result::Result<Listed, Status>;
+
+    fn poll_next(mut self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.is_done {
+            return Poll::Ready(None);
+        }
+        let (info, after) = self.all.list_after(self.after.as_deref(), &self.filters);
+        self.is_done = after.is_none();
+        self.after = after;
+        match (info.is_empty(), self.is_done) {
+            (true, true) => Poll::Ready(None),
+            // Nothing among those looked at: others have their turn first.
+            (true, false) => {
+                context.waker().wake_by_ref();
+                Poll::Pending
+            }
+            _ => Poll::Ready(Some(Ok(Listed { info }))),
+        }
+    }
+}
