@@ -148,6 +148,10 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     ("image pull debian@sha256:0", 2, ["digest \"sha256:0\"", "must be `sha256:`", "64 lowercase hex digits"]),
     ("image pull localhost:1/a/b", 1, ["localhost:1/a/b", "Connection refused", "is the server running"]),
     ("image fetch Example.com/X", 2, ["\"Example.com/X\"", "lowercase letters", "example.com/app:1.0"]),
+    // The snapshotter.
+    ("snapshotter", 2, ["start snapshotter", "no socket to listen on", "--socket PATH"]),
+    ("snapshotter --socket text", 1, ["make socket text", "something else than a socket", "choose another path"]),
+    ("snapshotter --socket s --state text", 1, ["state directory", "text", "--state"]),
     // Configuration.
     ("FSPROV_CONFIG=/nope list", 3, ["/nope", "No such file", "unset that"]),
     ("FSPROV_CONFIG=bad.toml mount tree r", 2, ["bad.toml", "unknown field `rot`", "expected one of"]),

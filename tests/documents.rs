@@ -55,6 +55,7 @@ documents! {
     benchmarks: "docs/benchmarks.md",
     guide: "docs/guide.md",
     images: "docs/images.md",
+    kubernetes_and_docker: "docs/kubernetes-and-docker.md",
     limits: "docs/limits.md",
     security: "docs/security.md",
     volumes: "docs/volumes.md",

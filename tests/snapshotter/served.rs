@@ -1,0 +1,180 @@
+//! The program, running, with directories of its own.
+
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::client::{Client, Mount};
+
+/// Longest that the program may take to begin or to end.
+const WAIT: Duration = Duration::from_secs(20);
+
+pub(crate) struct Served {
+    dir: tempfile::TempDir,
+    child: Option<Child>,
+}
+
+impl Served {
+    /// One that runs.
+    pub(crate) fn new() -> Self {
+        let mut served = Self::stopped();
+        served.start(&[]);
+        served
+    }
+
+    pub(crate) fn stopped() -> Self {
+        Served { dir: tempfile::tempdir_in("/tmp").expect("a directory"), child: None }
+    }
+
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    pub(crate) fn state(&self) -> PathBuf {
+        self.path("root/snapshotter")
+    }
+
+    pub(crate) fn socket(&self) -> PathBuf {
+        self.path("socket")
+    }
+
+    /// `fsprov` with the state root of this one.
+    pub(crate) fn fsprov(&self) -> Command {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_fsprov"));
+        command.env("FSPROV_ROOT", self.path("root")).env("FSPROV_CONFIG", "").env("LC_ALL", "C");
+        command.env_remove("FAILPOINTS").current_dir(self.dir.path());
+        command
+    }
+
+    pub(crate) fn command(&self) -> Command {
+        let mut command = self.fsprov();
+        command.arg("snapshotter").arg("--socket").arg(self.socket());
+        command
+    }
+
+    pub(crate) fn start(&mut self, env: &[(&str, &str)]) {
+        let log = std::fs::File::options().create(true).append(true).open(self.path("log")).expect("a log");
+        let mut command = self.command();
+        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        self.child = Some(command.spawn().expect("start fsprov"));
+        let until = Instant::now() + WAIT;
+        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+            assert!(Instant::now() < until, "it does not listen: {}", self.log());
+            if let Some(status) = self.child.as_mut().expect("it was started").try_wait().expect("wait") {
+                // One that a fault kills before it listens.
+                assert_eq!(status.signal(), Some(9), "{}", self.log());
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    pub(crate) fn client(&self) -> Client {
+        Client::new(&self.socket())
+    }
+
+    pub(crate) fn log(&self) -> String {
+        std::fs::read_to_string(self.path("log")).unwrap_or_default()
+    }
+
+    pub(crate) fn pid(&self) -> u32 {
+        self.child.as_ref().expect("it was started").id()
+    }
+
+    /// SIGKILL.
+    pub(crate) fn kill(&mut self) {
+        if let Some(mut child) = self.child.take() {
+            let _ = child.kill();
+            let _ = child.wait();
+        }
+    }
+
+    /// It ended by itself, or was killed by a fault; waits for that.
+    pub(crate) fn wait_dead(&mut self) {
+        let until = Instant::now() + WAIT;
+        let child = self.child.as_mut().expect("it was started");
+        while child.try_wait().expect("wait").is_none() {
+            assert!(Instant::now() < until, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        self.child = None;
+    }
+
+    /// SIGTERM; gives the exit code.
+    pub(crate) fn stop(&mut self) -> Option<i32> {
+        let pid = rustix::process::Pid::from_raw(self.pid() as i32).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("send SIGTERM");
+        let until = Instant::now() + WAIT;
+        let child = self.child.as_mut().expect("it was started");
+        loop {
+            if let Some(status) = child.try_wait().expect("wait") {
+                self.child = None;
+                return status.code();
+            }
+            assert!(Instant::now() < until, "it does not end");
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// Mount what a call answered, as containerd does, and give where.
+    pub(crate) fn mount(&self, mounts: &[Mount], name: &str) -> Mounted {
+        let at = self.path(name);
+        std::fs::create_dir_all(&at).expect("make a mount point");
+        let [mount] = mounts else { panic!("one mount was expected: {mounts:?}") };
+        let run = |args: &[&str]| {
+            let said = Command::new("mount").args(args).arg(&at).output().expect("run mount");
+            assert!(said.status.success(), "mount {args:?}: {}", String::from_utf8_lossy(&said.stderr));
+        };
+        let options: Vec<&str> = mount.options.iter().map(String::as_str).collect();
+        if mount.kind == "bind" {
+            assert!(options.contains(&"rbind"), "{options:?}");
+            run(&["--rbind", &mount.source]);
+            if options.contains(&"ro") {
+                run(&["-o", "remount,bind,ro"]);
+            }
+        } else {
+            run(&["-t", &mount.kind, "-o", &options.join(","), &mount.source]);
+        }
+        Mounted(at)
+    }
+
+    /// What is in the directories of the state, by their names.
+    pub(crate) fn entries(&self, dir: &str) -> Vec<String> {
+        let names = std::fs::read_dir(self.state().join(dir)).expect("list").flatten();
+        let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
+        names.sort();
+        names
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        self.kill();
+    }
+}
+
+/// Unmounted when dropped.
+pub(crate) struct Mounted(PathBuf);
+
+impl Mounted {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+    pub(crate) fn read(&self, name: &str) -> String {
+        std::fs::read_to_string(self.path(name)).unwrap_or_else(|e| format!("{e}"))
+    }
+    pub(crate) fn write(&self, name: &str, text: &str) {
+        std::fs::write(self.path(name), text).unwrap_or_else(|e| panic!("write {name}: {e}"));
+    }
+    #[allow(dead_code, reason = "for tests that look at the mount itself")]
+    pub(crate) fn root(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for Mounted {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.0).status();
+    }
+}
