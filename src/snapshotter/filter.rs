@@ -221,7 +221,8 @@ impl Scan<'_> {
             'x' => return self.digits(2, 16).map(|value| bytes.push(value as u8)),
             'u' | 'U' => {
                 let value = self.digits(if escaped == 'u' { 4 } else { 8 }, 16)?;
-                let c = char::from_u32(value).ok_or_else(|| refuse(self.text, "an escape is no character"))?;
+                let c = char::from_u32(value)
+                    .ok_or_else(|| refuse(self.text, "an escape names a character that does not exist"))?;
                 bytes.extend(c.encode_utf8(&mut [0; 4]).bytes());
                 return Ok(());
             }

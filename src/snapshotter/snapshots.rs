@@ -299,7 +299,7 @@ impl Snapshots {
                 if self.commit_layer(layer, &made, &parent, labels, next)?.is_none() {
                     return Err(missing);
                 }
-                log::warn!("the snapshot {name:?} was missing: it was made again of the store's layer");
+                log::warn!("the snapshot {name:?} was missing; it is back, of the store's layer");
             }
             (parent, below) = (name, Some(made));
         }
