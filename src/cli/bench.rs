@@ -7,9 +7,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 use serde::Serialize;
 
-use super::{Format, Global, output};
+use super::{Format, Global, complete, output};
 use crate::backend::{self, Detach, Support};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
@@ -40,7 +41,7 @@ pub(super) struct Bench {
     #[command(flatten)]
     format: Format,
     /// The image, or a directory that is a root filesystem
-    #[arg(default_value = "/usr")]
+    #[arg(default_value = "/usr", add = ArgValueCompleter::new(complete::images_and_paths))]
     image: OsString,
 }
 

@@ -6,11 +6,18 @@ use std::path::{Path, PathBuf};
 use clap::{Args, Command, CommandFactory as _};
 use clap_complete::Shell;
 
-use super::{Cli, output};
+use super::{Cli, complete, output};
 use crate::error::{Error, Kind, Result, show};
 
 #[derive(Debug, Args)]
-#[command(after_help = "Example:\n  fsprov completions bash > ~/.local/share/bash-completion/completions/fsprov")]
+#[command(after_help = "\
+bash, zsh and fish ask fsprov for names of images and rootfses as you type. `scripts/install` puts all three where the shells look.
+
+Examples:
+  source <(fsprov completions bash)
+  fsprov completions bash > ~/.local/share/bash-completion/completions/fsprov
+  fsprov completions zsh > ~/.local/share/zsh/site-functions/_fsprov
+  fsprov completions fish > ~/.config/fish/completions/fsprov.fish")]
 pub(super) struct Completions {
     /// For which shell
     shell: Shell,
@@ -18,6 +25,9 @@ pub(super) struct Completions {
 
 impl Completions {
     pub(super) fn run(&self) -> Result<()> {
+        if let Some(script) = complete::script(self.shell) {
+            return output::text(script);
+        }
         let mut script = Vec::new();
         clap_complete::generate(self.shell, &mut Cli::command(), "fsprov", &mut script);
         output::text(&String::from_utf8_lossy(&script))

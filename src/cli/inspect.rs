@@ -4,9 +4,10 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 
 use super::shown::{Shown, is_unsupervised};
-use super::{Format, Global, output};
+use super::{Format, Global, complete, output};
 use crate::daemon::control::{Question, ask_within};
 use crate::error::{Result, show};
 use crate::plan::BackendKind;
@@ -17,7 +18,7 @@ use crate::volume::Access;
 #[command(after_help = "Examples:\n  fsprov inspect rootfs\n  fsprov inspect --json 3f0c9a61b2d4")]
 pub(super) struct Inspect {
     /// Its mount point, its id, or the beginning of its id
-    #[arg(value_name = "ROOTFS|ID")]
+    #[arg(value_name = "ROOTFS|ID", add = ArgValueCompleter::new(complete::rootfses))]
     which: OsString,
     #[command(flatten)]
     format: Format,

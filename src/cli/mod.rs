@@ -4,6 +4,7 @@
 //! know system calls.
 
 mod bench;
+mod complete;
 mod config;
 mod docs;
 mod image;
@@ -95,6 +96,9 @@ enum Verb {
     Completions(docs::Completions),
     /// Print the manual page
     Man(docs::Man),
+    /// Say what can stand where a word is being typed
+    #[command(hide = true)]
+    Complete(complete::Complete),
     /// Take back what an interrupted command has made
     #[command(hide = true)]
     Undo(interrupt::Undo),
@@ -218,7 +222,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    cli.global.start_log();
+    // A line that is being typed is no place for a log.
+    if !matches!(cli.verb, Verb::Complete(_)) {
+        cli.global.start_log();
+    }
     // An image may have hundreds of layers, each of them open.
     crate::sys::process::raise_open_files();
     match run(&cli) {
@@ -249,6 +256,7 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Config(verb) => verb.run(global),
         Verb::Completions(verb) => verb.run(),
         Verb::Man(verb) => verb.run(),
+        Verb::Complete(verb) => verb.run(),
         Verb::Undo(verb) => verb.run(global),
     }
 }

@@ -6,13 +6,14 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-use clap::{Args, ValueEnum as _};
+use clap::{Args, ValueEnum as _, ValueHint};
+use clap_complete::engine::ArgValueCompleter;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use super::image::net::pull;
 use super::interrupt::Undoing;
 use super::shown::Shown;
-use super::{BackendChoice, Format, Global, output, service, settings};
+use super::{BackendChoice, Format, Global, complete, output, service, settings};
 use crate::config::Settings;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
@@ -45,10 +46,10 @@ pub(super) struct Mount {
     #[arg(long, value_enum, value_name = "BACKEND")]
     backend: Option<BackendChoice>,
     /// The work directory that volumes' sources lie below (made if missing)
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
     sandbox: Option<PathBuf>,
     /// Route DST inside the rootfs to SRC on this host (repeatable)
-    #[arg(short, long = "volume", value_name = volume::GRAMMAR)]
+    #[arg(short, long = "volume", value_name = volume::GRAMMAR, add = ArgValueCompleter::new(complete::volumes))]
     volumes: Vec<OsString>,
     /// Pull IMAGE from its registry if the store does not have it
     #[arg(long)]
@@ -96,8 +97,10 @@ pub(super) struct Mount {
     #[command(flatten)]
     format: Format,
     /// The image
+    #[arg(add = ArgValueCompleter::new(complete::images_and_paths))]
     image: OsString,
     /// Where to mount it (made if missing)
+    #[arg(value_hint = ValueHint::DirPath)]
     rootfs: PathBuf,
 }
 

@@ -1,8 +1,9 @@
 //! `fsprov recover`.
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 
-use super::{Format, Global, output};
+use super::{Format, Global, complete, output};
 use crate::error::{Error, Kind, Result};
 use crate::id::ContainerId;
 use crate::provisioner::{Outcome, Recovered};
@@ -17,7 +18,7 @@ Examples:
   fsprov recover --keep web --keep db --json")]
 pub(super) struct Recover {
     /// Keep this one and destroy those not named (repeatable)
-    #[arg(long, value_name = "ID")]
+    #[arg(long, value_name = "ID", add = ArgValueCompleter::new(complete::ids))]
     keep: Vec<ContainerId>,
     #[command(flatten)]
     format: Format,

@@ -4,8 +4,9 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 
-use super::{Format, Global, output};
+use super::{Format, Global, complete, output};
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Result, show};
 use crate::plan::BackendKind;
@@ -21,7 +22,7 @@ Examples:
   fsprov restart --all")]
 pub(super) struct Restart {
     /// Its mount point, its id, or the beginning of its id
-    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID")]
+    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID", add = ArgValueCompleter::new(complete::rootfses))]
     which: Vec<OsString>,
     /// Every rootfs of the fuse backend
     #[arg(short, long)]

@@ -6,11 +6,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 use serde_json::Value;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::MissedTickBehavior;
 
-use super::{Format, Global, output};
+use super::{Format, Global, complete, output};
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Result, show};
 use crate::plan::Plan;
@@ -21,7 +22,7 @@ use crate::plan::Plan;
 )]
 pub(super) struct Stats {
     /// Its mount point, its id, or the beginning of its id
-    #[arg(value_name = "ROOTFS|ID")]
+    #[arg(value_name = "ROOTFS|ID", add = ArgValueCompleter::new(complete::rootfses))]
     which: OsString,
     /// Repeat every SECONDS, until interrupted
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "1", value_parser = clap::value_parser!(u64).range(1..=86400))]

@@ -3,8 +3,9 @@
 use std::ffi::OsString;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 
-use super::{Global, output};
+use super::{Global, complete, output};
 use crate::backend::Detach;
 use crate::error::{Result, show};
 use crate::provisioner::{Condition, Provisioner, Selector};
@@ -20,7 +21,7 @@ Examples:
   fsprov unmount --all")]
 pub(super) struct Unmount {
     /// Its mount point, its id, or the beginning of its id
-    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID")]
+    #[arg(required_unless_present = "all", conflicts_with = "all", value_name = "ROOTFS|ID", add = ArgValueCompleter::new(complete::rootfses))]
     which: Vec<OsString>,
     /// Every rootfs of this state root that is mounted in this mount namespace
     #[arg(short, long)]

@@ -365,6 +365,12 @@ impl Provisioner {
     }
 }
 
+/// Where each rootfs of a state root is. What cannot be read is left out.
+pub(crate) fn mount_points(paths: &StatePaths) -> Vec<(ContainerId, std::path::PathBuf)> {
+    let records = record::readable(paths).unwrap_or_default();
+    records.into_iter().map(|record| (record.plan.id, record.plan.rootfs)).collect()
+}
+
 /// Images that a record below `paths` names, with the rootfs that uses each. A record that cannot be read is an error: who
 /// asks is about to delete.
 pub fn images_in_use(paths: &StatePaths) -> Result<Vec<(ImageId, ContainerId)>> {

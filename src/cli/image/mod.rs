@@ -9,11 +9,13 @@ use std::path::PathBuf;
 use std::sync::Arc;
 
 use clap::{Args, Subcommand};
+use clap_complete::engine::ArgValueCompleter;
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 
 use super::interrupt::Undoing;
 use super::{Format, Global, output, settings};
+use crate::cli::complete;
 use crate::error::{Kind, Result};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
@@ -125,6 +127,7 @@ struct List {
 #[command(after_help = "Example:\n  fsprov image tag docker.io/library/debian:12 base")]
 struct Tag {
     /// Its name, its id, or the beginning of its id
+    #[arg(add = ArgValueCompleter::new(complete::images))]
     image: OsString,
     /// The names it gets beside those it has
     #[arg(required = true)]
@@ -147,7 +150,7 @@ Examples:
   fsprov image rm $(fsprov image list -q)")]
 struct Rm {
     /// Its name, its id, or the beginning of its id
-    #[arg(required = true)]
+    #[arg(required = true, add = ArgValueCompleter::new(complete::images))]
     image: Vec<OsString>,
     /// Remove the image with all its names, and do not mind if there is none
     #[arg(short, long)]

@@ -3,10 +3,12 @@
 use std::ffi::OsString;
 
 use clap::Args;
+use clap_complete::engine::ArgValueCompleter;
 use serde::Serialize;
 use serde_json::Value;
 
 use super::super::{Format, output};
+use crate::cli::complete;
 use crate::error::Result;
 use crate::id::ImageRef;
 use crate::store::{Meta, OnDisk, Store};
@@ -23,6 +25,7 @@ Example:
   fsprov image show debian")]
 pub(super) struct Show {
     /// Its name, its id, or the beginning of its id
+    #[arg(add = ArgValueCompleter::new(complete::images))]
     image: OsString,
     #[command(flatten)]
     format: Format,

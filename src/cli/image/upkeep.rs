@@ -4,9 +4,11 @@ use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use clap_complete::engine::ArgValueCompleter;
 use serde::Serialize;
 
 use super::{Format, bar, image_uses, output, show_on};
+use crate::cli::complete;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
 use crate::store::{Held, Prune, Repair, Store};
@@ -21,6 +23,7 @@ Example:
   fsprov image index example.com/debian")]
 pub(super) struct Index {
     /// Its name, its id, or the beginning of its id
+    #[arg(add = ArgValueCompleter::new(complete::images))]
     image: OsString,
     #[command(flatten)]
     format: Format,
@@ -208,6 +211,7 @@ pub(super) struct Export {
     #[arg(long, value_enum, default_value_t)]
     format: ExportFormat,
     /// Its name, its id, or the beginning of its id
+    #[arg(add = ArgValueCompleter::new(complete::images))]
     image: OsString,
     /// The file or directory to make, or - for standard output
     path: PathBuf,
@@ -258,6 +262,7 @@ Example:
   fsprov image flatten registry.example/app --name example.com/app-flat")]
 pub(super) struct Flatten {
     /// Its name, its id, or the beginning of its id
+    #[arg(add = ArgValueCompleter::new(complete::images))]
     image: OsString,
     /// The new image's name
     #[arg(long)]
