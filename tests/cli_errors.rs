@@ -105,7 +105,7 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     ("mount nothing r", 3, ["image nothing", "no image of this name or id", "`fsprov image pull`"]),
     ("mount nothing.tar r", 3, ["nothing.tar", "no image of this name or id", "`fsprov image list`"]),
     ("mount bare.tar r", 3, ["bare.tar", "no image of this name or id", "write ./bare.tar"]),
-    ("mount ./text r", 1, ["text", "shorter than any tar archive", "taken are tar archives"]),
+    ("mount ./text r", 1, ["text", "shorter than any tar archive", "fsprov reads tar archives"]),
     ("mount ./nowhere r", 3, ["./nowhere", "No such file", "check the path"]),
     ("mount '' r", 2, ["read image \"\"", "1 to 512 printable", "`fsprov image list`"]),
     ("mount sha512-0c7 r", 3, ["sha512-0c7", "no image of this name or id", "at least 4 digits"]),
@@ -127,7 +127,7 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     ("recover --keep a/b", 2, ["--keep", "a/b", "1 to 128 letters"]),
     // Images.
     ("image import nowhere", 3, ["nowhere", "No such file", "check the path"]),
-    ("image import text --name t", 1, ["import text", "shorter than any tar archive", "taken are tar archives"]),
+    ("image import text --name t", 1, ["import text", "shorter than any tar archive", "fsprov reads tar archives"]),
     ("image import bare.tar", 1, ["bare.tar", "manifest and rootfs at its top", "--name NAME"]),
     ("image import bare.tar --name tree", 1, ["name image tree", "has this name", "--replace"]),
     ("image import tree", 2, ["import tree", "without a manifest", "--name"]),
@@ -155,7 +155,7 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     // Configuration.
     ("FSPROV_CONFIG=/nope list", 3, ["/nope", "No such file", "unset that"]),
     ("FSPROV_CONFIG=bad.toml mount tree r", 2, ["bad.toml", "unknown field `rot`", "expected one of"]),
-    ("FSPROV_CONFIG=zfs.toml mount tree r", 2, ["zfs.toml", "no such backend", "must be auto, bind"]),
+    ("FSPROV_CONFIG=zfs.toml mount tree r", 2, ["zfs.toml", "not a backend", "must be auto, bind"]),
 ];
 
 #[test]

@@ -12,7 +12,7 @@ use rustix::io::Errno;
 use super::copyrules::{MAX_DEPTH, Rules};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
-use crate::index::read::{Form, Inode};
+use crate::index::read::{Inode, InodeKind};
 use crate::index::{Damaged, Index};
 use crate::sys::attrs::{self, Fidelity};
 use crate::sys::remove::remove_tree_at;
@@ -60,7 +60,7 @@ struct Pass<'a> {
 impl Pass<'_> {
     /// Children before their directory: its mode may shut us out, and its times change with what is made in it.
     fn directory(&mut self, inode: &Inode, dir: &OwnedFd, path: &Path, depth_left: usize) -> Result<()> {
-        let Form::Directory { first, count } = inode.form else { return Ok(()) };
+        let InodeKind::Directory { first, count } = inode.kind else { return Ok(()) };
         if depth_left == 0 {
             return Err(Error::new(Kind::Limit, OP, show(path), format!("it is more than {MAX_DEPTH} levels deep")));
         }
@@ -95,7 +95,7 @@ impl Pass<'_> {
         let mut there = fs::statat(dir, name, AtFlags::SYMLINK_NOFOLLOW);
         // Who may not make devices imports an empty file in the place of one.
         let is_stand_in = |stat: &fs::Stat| FileType::from_raw_mode(stat.st_mode).is_file() && stat.st_size == 0;
-        if inode.form == Form::Special && there.as_ref().is_ok_and(is_stand_in) {
+        if inode.kind == InodeKind::Special && there.as_ref().is_ok_and(is_stand_in) {
             fs::unlinkat(dir, name, AtFlags::empty()).map_err(fail)?;
             there = Err(Errno::NOENT);
         }
@@ -105,7 +105,7 @@ impl Pass<'_> {
         let first = self.done.get(&inode.row);
         match there {
             Ok(stat) if FileType::from_raw_mode(stat.st_mode) == kind => {}
-            Err(Errno::NOENT) if inode.form == Form::Special => {
+            Err(Errno::NOENT) if inode.kind == InodeKind::Special => {
                 if let Some(first) = first {
                     let made = crate::sys::fs::open_beneath(self.root, first, OFlags::PATH);
                     if made.is_ok() {

@@ -12,7 +12,7 @@ use rustix::fs::{self, OFlags};
 
 use super::whiteout::{self, HiddenDirs, USER_OPAQUE};
 use crate::error::{Error, Result, show};
-use crate::index::read::{Form, Inode};
+use crate::index::read::{Inode, InodeKind};
 use crate::index::{Damaged, Index};
 use crate::sys::fs::open_beneath;
 
@@ -69,7 +69,7 @@ pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xat
                 (_, None) => true,
                 (Seen::Directory { layers, .. }, Some(found)) => {
                     let inode = index.inode(found.row).map_err(damaged)?;
-                    if matches!(inode.form, Form::Directory { .. }) {
+                    if matches!(inode.kind, InodeKind::Directory { .. }) {
                         let path = if is_root { PathBuf::from(&name) } else { at.path.join(&name) };
                         waiting.push(Merged { path, inode, layers });
                     }

@@ -29,7 +29,7 @@ pub(crate) fn program(op: &'static str) -> Result<PathBuf> {
         .map(|dir| dir.join("fsprov"))
         .find(|p| rustix::fs::access(p, rustix::fs::Access::EXEC_OK).is_ok() && p.is_file())
         .ok_or_else(|| {
-            Error::new(Kind::Unsupported, op, "", "this program cannot be one and there is no fsprov on PATH")
+            Error::new(Kind::Unsupported, op, "", "this program cannot be started as one, and fsprov is not on PATH")
                 .hint("install fsprov, or call fsprov::dispatch() first in main")
         })
 }

@@ -12,7 +12,7 @@ use clap::Args;
 
 use super::{Global, output};
 use crate::backend::Detach;
-use crate::error::Result;
+use crate::error::{Error, Kind, Result};
 use crate::id::ContainerId;
 use crate::provisioner::Selector;
 use crate::store::Store;
@@ -48,6 +48,29 @@ impl Undoing {
 impl Drop for Undoing {
     fn drop(&mut self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// While it lives, SIGINT and SIGTERM stop work that asks at every step, and takes back itself what it made.
+pub(super) struct Stopping(Termination);
+
+impl Stopping {
+    pub(super) fn on_signal() -> Result<Self> {
+        Termination::catch().map(Stopping)
+    }
+
+    /// An error once a signal came.
+    pub(super) fn check(&self) -> Result<()> {
+        if self.0.came() { Err(Error::new(Kind::Io, "go on", "", "interrupted")) } else { Ok(()) }
+    }
+
+    /// The work has ended: this process does too, if that was stopped.
+    pub(super) fn end<T>(self, done: Result<T>) -> Result<T> {
+        if done.is_err() && self.check().is_err() {
+            output::note("fsprov: interrupted; nothing of it is left");
+            std::process::exit(INTERRUPTED);
+        }
+        done
     }
 }
 

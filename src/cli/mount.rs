@@ -137,7 +137,7 @@ impl Mount {
         let backend = match self.backend {
             Some(choice) => choice,
             None => BackendChoice::from_str(&configured.backend.value, false).map_err(|_| {
-                Error::new(Kind::Usage, "read configuration", &configured.backend.origin, "there is no such backend")
+                Error::new(Kind::Usage, "read configuration", &configured.backend.origin, "not a backend")
                     .hint("it must be auto, bind, fuse, overlay or copy")
             })?,
         };

@@ -17,7 +17,7 @@ use super::convert::{
     ABSENT, attr_out, directory_flags, file_flags, give_entry, handle, is_admin, kind_out, listed, set_time,
 };
 use super::counters::Operation;
-use crate::tree::{Attr, Caller, Change, DirItem, Errno, Fit, ListMode, Lookup, New, Tree, Writer};
+use crate::tree::{Attr, Caller, Change, DirItem, Errno, Fit, ListMode, Lookup, New, Result, Tree, Writer};
 
 /// Of requests that do not say whether setuid is to be taken away.
 fn writer(request: &Request) -> Writer {
@@ -26,6 +26,25 @@ fn writer(request: &Request) -> Writer {
 
 fn caller(request: &Request) -> Caller {
     Caller { uid: request.uid(), gid: request.gid(), pid: request.pid() }
+}
+
+/// A page of a directory's names: was any given?
+#[derive(Default)]
+struct Page {
+    given: bool,
+}
+
+impl Page {
+    /// One was offered to a reply that says whether it is full.
+    fn took(&mut self, is_full: bool) -> Fit {
+        self.given |= !is_full;
+        if is_full { Fit::Full } else { Fit::Taken }
+    }
+
+    /// What the page ends with. What was given counts; the error comes with the next page, if it is still one.
+    fn error(self, done: Result<()>) -> Option<Errno> {
+        done.err().filter(|_| !self.given)
+    }
 }
 
 impl Filesystem for FuseAdapter {
@@ -234,19 +253,14 @@ impl Filesystem for FuseAdapter {
 
     fn readdir(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: u64, mut reply: ReplyDirectory) {
         self.request(request, Operation::ReadDir, |tree| {
-            let mut given = false;
+            let mut page = Page::default();
             let mut add = |item: &DirItem<'_>| {
-                if reply.add(INodeNo(item.node), item.cookie, kind_out(item.kind), item.name) {
-                    Fit::Full
-                } else {
-                    given = true;
-                    Fit::Taken
-                }
+                page.took(reply.add(INodeNo(item.node), item.cookie, kind_out(item.kind), item.name))
             };
-            match tree.readdir(&caller(request), node.0, fh.0, offset, ListMode::Names, &mut add) {
-                // What was given counts; the error comes with the next page, if it is still one.
-                Err(e) if !given => reply.error(failed(Operation::ReadDir, node, e)),
-                _ => reply.ok(),
+            let done = tree.readdir(&caller(request), node.0, fh.0, offset, ListMode::Names, &mut add);
+            match page.error(done) {
+                Some(e) => reply.error(failed(Operation::ReadDir, node, e)),
+                None => reply.ok(),
             }
         });
     }
@@ -260,7 +274,7 @@ impl Filesystem for FuseAdapter {
         mut reply: ReplyDirectoryPlus,
     ) {
         self.request(request, Operation::ReadDirPlus, |tree| {
-            let mut given = false;
+            let mut page = Page::default();
             let mut add = |item: &DirItem<'_>| {
                 // `.` and `..` have no entry; the kernel takes their number and type alone and counts no lookup
                 // (fuse_direntplus_link in fs/fuse/readdir.c).
@@ -270,24 +284,19 @@ impl Filesystem for FuseAdapter {
                     Some(entry) => (&entry.attr, entry.entry_ttl.min(entry.attr_ttl), entry.generation),
                     None => (&bare, Duration::ZERO, 0),
                 };
-                let full = reply.add(
+                page.took(reply.add(
                     INodeNo(item.node),
                     item.cookie,
                     item.name,
                     &ttl,
                     &attr_out(attr),
                     Generation(generation),
-                );
-                if full {
-                    Fit::Full
-                } else {
-                    given = true;
-                    Fit::Taken
-                }
+                ))
             };
-            match tree.readdir(&caller(request), node.0, fh.0, offset, ListMode::Plus, &mut add) {
-                Err(e) if !given => reply.error(failed(Operation::ReadDirPlus, node, e)),
-                _ => reply.ok(),
+            let done = tree.readdir(&caller(request), node.0, fh.0, offset, ListMode::Plus, &mut add);
+            match page.error(done) {
+                Some(e) => reply.error(failed(Operation::ReadDirPlus, node, e)),
+                None => reply.ok(),
             }
         });
     }

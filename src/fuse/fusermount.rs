@@ -83,10 +83,8 @@ fn start(program: &Path, args: &[&OsStr], stdin: Stdio) -> Result<Child> {
         .stderr(Stdio::piped())
         .spawn()
         .map_err(|e| match e.kind() {
-            std::io::ErrorKind::NotFound => {
-                Error::new(Kind::Unsupported, "run", show(program), "there is no such program")
-                    .hint("as root: install the package fuse3")
-            }
+            std::io::ErrorKind::NotFound => Error::new(Kind::Unsupported, "run", show(program), "it is not installed")
+                .hint("as root: install the package fuse3"),
             _ => Error::io("run", show(program), e),
         })
 }

@@ -91,7 +91,7 @@ pub struct Name<'a> {
 
 /// What an inode is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum InodeKind {
     /// A directory: its first name and how many.
     Directory {
         /// Position of the first.
@@ -133,7 +133,7 @@ pub struct Inode {
     /// A directory that no entry of its archive speaks of.
     pub is_implied: bool,
     /// What it is.
-    pub form: Form,
+    pub kind: InodeKind,
     digest: u32,
     parent: u32,
     name: u32,
@@ -225,7 +225,7 @@ impl Index {
             return Err(damaged("it has more rows or layers than fit"));
         }
         let root = index.inode(0).map_err(|e| damaged(e.why))?;
-        if !matches!(root.form, Form::Directory { .. }) {
+        if !matches!(root.kind, InodeKind::Directory { .. }) {
             return Err(damaged("its root is not a directory"));
         }
         Ok(index)
@@ -349,26 +349,26 @@ impl Index {
         let damaged = |why| Err(Damaged { offset: self.at(Section::Inodes, row, size_of::<InodeRecord>()), why });
         let mode = r.mode.get();
         let (first, count) = (r.first.get(), r.count.get());
-        let form = match mode & S_IFMT {
+        let kind = match mode & S_IFMT {
             S_IFDIR => {
                 if first.checked_add(count).is_none_or(|end| end > self.name_count()) {
                     return damaged("a directory's names lead out of their section");
                 }
-                Form::Directory { first, count }
+                InodeKind::Directory { first, count }
             }
-            S_IFREG => Form::File,
-            S_IFLNK => Form::Symlink,
-            S_IFIFO | S_IFSOCK | S_IFCHR | S_IFBLK => Form::Special,
+            S_IFREG => InodeKind::File,
+            S_IFLNK => InodeKind::Symlink,
+            S_IFIFO | S_IFSOCK | S_IFCHR | S_IFBLK => InodeKind::Special,
             _ => return damaged("an inode is of no known type"),
         };
         if mode & !(S_IFMT | 0o7777) != 0 || r.mtime_nanos.get() > 999_999_999 || r.size.get() > i64::MAX as u64 {
             return damaged("an inode's mode, time or size is impossible");
         }
         let rdev_or_digest = r.rdev_or_digest.get();
-        let (rdev, digest) = match form {
-            Form::Special => (rdev_or_digest, 0),
-            Form::File => (0, rdev_or_digest),
-            Form::Directory { .. } | Form::Symlink => (0, 0),
+        let (rdev, digest) = match kind {
+            InodeKind::Special => (rdev_or_digest, 0),
+            InodeKind::File => (0, rdev_or_digest),
+            InodeKind::Directory { .. } | InodeKind::Symlink => (0, 0),
         };
         Ok(Inode {
             row,
@@ -382,7 +382,7 @@ impl Index {
             xattrs: r.xattrs.get(),
             layer: r.layer.get(),
             is_implied: r.flags.get() & IMPLIED != 0,
-            form,
+            kind,
             digest,
             parent: r.parent.get(),
             name: r.name.get(),
@@ -391,7 +391,7 @@ impl Index {
         })
     }
 
-    /// The name at a position of the name table. Positions of one directory are `first..first + count` of its [`Form`].
+    /// The name at a position of the name table. Positions of one directory are `first..first + count` of its [`InodeKind`].
     #[inline]
     pub fn name(&self, position: u32) -> Answer<Name<'_>> {
         let r: &NameRecord = self.record(Section::Names, position)?;
@@ -406,7 +406,7 @@ impl Index {
     /// Find a name in a directory: a binary search over its names. `None`: it has no such name, or is not a directory.
     #[inline]
     pub fn lookup(&self, directory: &Inode, name: &[u8]) -> Answer<Option<Name<'_>>> {
-        let Form::Directory { first, count } = directory.form else { return Ok(None) };
+        let InodeKind::Directory { first, count } = directory.kind else { return Ok(None) };
         let wanted = prefix(name);
         let (mut low, mut high) = (first, first + count);
         while low < high {
@@ -444,7 +444,7 @@ impl Index {
 
     /// The target of a symlink; `None` for anything else.
     pub fn target(&self, inode: &Inode) -> Answer<Option<&[u8]>> {
-        if inode.form != Form::Symlink {
+        if inode.kind != InodeKind::Symlink {
             return Ok(None);
         }
         let target = self.slice(Section::Strings, inode.first, inode.count)?;
@@ -460,7 +460,7 @@ impl Index {
     pub fn content_path(&self, inode: &Inode, out: &mut Vec<u8>) -> Answer<()> {
         out.clear();
         let offset = self.at(Section::Inodes, inode.row, size_of::<InodeRecord>());
-        if inode.form == Form::File && inode.count > 0 {
+        if inode.kind == InodeKind::File && inode.count > 0 {
             let path = self.slice(Section::Strings, inode.first, inode.count)?;
             if check_path(path).is_err() {
                 return Err(Damaged { offset, why: "a content path that no file may have" });
@@ -584,19 +584,19 @@ impl Index {
             self.sha256(&inode)?;
             self.content_path(&inode, &mut path)?;
             self.home_path(&inode, &mut path)?;
-            if inode.form == Form::File && u32::from(inode.layer) >= self.layers {
+            if inode.kind == InodeKind::File && u32::from(inode.layer) >= self.layers {
                 return damaged("a file lies in a layer that there is not");
             }
             if row != 0 {
                 let parent = self.inode(inode.parent)?;
-                let Form::Directory { first, count } = parent.form else {
+                let InodeKind::Directory { first, count } = parent.kind else {
                     return damaged("an inode's parent is not a directory");
                 };
                 if !(first..first + count).contains(&inode.name) || self.name(inode.name)?.row != row {
                     return damaged("an inode's first name is not its own");
                 }
             }
-            let Form::Directory { first, count } = inode.form else { continue };
+            let InodeKind::Directory { first, count } = inode.kind else { continue };
             // Breadth first: the directories' names follow one another.
             if first != position {
                 return damaged("the directories' names do not follow one another");
@@ -614,7 +614,7 @@ impl Index {
                 if child.mode & S_IFMT != name.kind {
                     return damaged("a name has another type than its inode");
                 }
-                if matches!(child.form, Form::Directory { .. }) {
+                if matches!(child.kind, InodeKind::Directory { .. }) {
                     subdirectories[row as usize] += 1;
                 }
             }
@@ -622,8 +622,8 @@ impl Index {
         for row in 0..self.inode_count() {
             let inode = self.inode(row)?;
             let found = names[row as usize];
-            let (proper, nlink) = match inode.form {
-                Form::Directory { .. } => (found == u32::from(row != 0), 2 + subdirectories[row as usize]),
+            let (proper, nlink) = match inode.kind {
+                InodeKind::Directory { .. } => (found == u32::from(row != 0), 2 + subdirectories[row as usize]),
                 _ => (found > 0, found),
             };
             if !proper || inode.nlink != nlink {
@@ -678,7 +678,7 @@ pub fn exercise(index: &Index) {
         let _ = (index.target(&inode), index.sha256(&inode), index.xattr_list(&inode), index.xattr(&inode, b"user.n"));
         let _ = (index.content_path(&inode, &mut path), index.home_path(&inode, &mut path));
         let _ = index.lookup(&inode, b"file-3");
-        if let Form::Directory { first, count } = inode.form {
+        if let InodeKind::Directory { first, count } = inode.kind {
             for at in first..first + count.min(1000) {
                 let _ = index.name(at).and_then(|n| index.inode(n.row));
             }

@@ -10,7 +10,7 @@ use super::build::Builder;
 use super::entry::{Entry, Time, What, Xattr, refuse};
 use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
 use super::paged::Table;
-use super::read::{Damaged, Form, Index, Inode};
+use super::read::{Damaged, Index, Inode, InodeKind};
 use super::rows::Row;
 use super::{MAX_DEPTH, MAX_PATH, MAX_TARGET, MAX_XATTR_BYTES};
 use crate::error::{Error, Kind, Result};
@@ -243,7 +243,7 @@ impl Builder {
         let mut next = Some(index.inode(0).map_err(damaged)?);
         while let Some(inode) = next {
             if keep(&path, &inode) {
-                let is_linked = inode.nlink > 1 && !matches!(inode.form, Form::Directory { .. });
+                let is_linked = inode.nlink > 1 && !matches!(inode.kind, InodeKind::Directory { .. });
                 let mut link = None;
                 if is_linked {
                     let seen = match &mut seen {
@@ -267,7 +267,7 @@ impl Builder {
                     seen.set(inode.row, &added.map_or(HIDES, |row| row + 1))?;
                 }
             }
-            if let Form::Directory { first, count } = inode.form {
+            if let InodeKind::Directory { first, count } = inode.kind {
                 if path.len() > MAX_PATH || stack.len() > MAX_DEPTH {
                     return Err(refuse(Kind::Integrity, &path, "a directory in the index lies in itself"));
                 }
@@ -305,15 +305,15 @@ fn entry_of(index: &Index, inode: &Inode, path: &[u8], content: &mut Vec<u8>) ->
         let (name, value) = xattr?;
         xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
     }
-    let what = match inode.form {
-        Form::Directory { .. } => What::Directory,
-        Form::File => {
+    let what = match inode.kind {
+        InodeKind::Directory { .. } => What::Directory,
+        InodeKind::File => {
             index.content_path(inode, content)?;
             let content = (*content != path).then(|| content.clone());
             What::File { size: inode.size, content, sha256: index.sha256(inode)? }
         }
-        Form::Symlink => What::Symlink(index.target(inode)?.unwrap_or_default().to_vec()),
-        Form::Special => match inode.mode & S_IFMT {
+        InodeKind::Symlink => What::Symlink(index.target(inode)?.unwrap_or_default().to_vec()),
+        InodeKind::Special => match inode.mode & S_IFMT {
             S_IFIFO => What::Fifo,
             S_IFSOCK => What::Socket,
             S_IFCHR => What::Char(inode.rdev),

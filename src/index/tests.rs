@@ -3,7 +3,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use proptest::prelude::*;
 
 use super::format::{BLOCK, S_IFDIR, S_IFMT};
-use super::read::Form;
+use super::read::InodeKind;
 use super::*;
 use crate::error::Kind;
 
@@ -29,7 +29,7 @@ fn walk(index: &Index) -> BTreeMap<String, read::Inode> {
     let mut stack = vec![(String::new(), 0)];
     while let Some((path, row)) = stack.pop() {
         let inode = index.inode(row).unwrap();
-        if let Form::Directory { first, count } = inode.form {
+        if let InodeKind::Directory { first, count } = inode.kind {
             for at in first..first + count {
                 let name = index.name(at).unwrap();
                 let text = std::str::from_utf8(name.name).unwrap();

@@ -23,12 +23,12 @@ pub(super) struct Seen {
     /// The sandbox; and the directories of it that are missing, outermost first.
     pub(super) sandbox: Option<(PathBuf, Vec<PathBuf>)>,
     /// For each volume of the request, its source.
-    pub(super) sources: Vec<Source>,
+    pub(super) sources: Vec<SeenSource>,
 }
 
 /// The source of a volume.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) struct Source {
+pub(super) struct SeenSource {
     /// Absolute.
     pub(super) path: PathBuf,
     /// How many names at the end of it are not there yet.
@@ -91,7 +91,7 @@ fn find_sandbox(wanted: &Path) -> Result<Sandbox> {
 }
 
 /// An absolute source exists, or is to be filled and lies in a directory that does.
-fn absolute(spec: &VolumeSpec, form: &dyn Fn(&VolumeSpec) -> Result<Form>) -> Result<Source> {
+fn absolute(spec: &VolumeSpec, form: &dyn Fn(&VolumeSpec) -> Result<Form>) -> Result<SeenSource> {
     match open_named(&spec.source) {
         Ok(found) => there(&found, spec),
         // A dangling symlink is no missing source: it might lead anywhere.
@@ -100,7 +100,7 @@ fn absolute(spec: &VolumeSpec, form: &dyn Fn(&VolumeSpec) -> Result<Form>) -> Re
                 Error::new(Kind::Usage, OP, show(&spec.source), "it is missing and ends with . or ..")
             })?;
             let parent = open_named(spec.source.parent().unwrap_or(Path::new("/"))).map_err(|e| missing(spec, e))?;
-            Ok(Source { path: path_of(&parent)?.join(name), missing: 1, form: form(spec)?, is_empty: false })
+            Ok(SeenSource { path: path_of(&parent)?.join(name), missing: 1, form: form(spec)?, is_empty: false })
         }
         Err(e) => Err(missing(spec, e)),
     }
@@ -119,7 +119,7 @@ fn relative(
     spec: &VolumeSpec,
     sandbox: Option<&Sandbox>,
     form: &dyn Fn(&VolumeSpec) -> Result<Form>,
-) -> Result<Source> {
+) -> Result<SeenSource> {
     const OP: &str = "make volume source";
     let Some(Sandbox { path, there: sandbox, .. }) = sandbox else {
         let source = show(&spec.source);
@@ -129,7 +129,7 @@ fn relative(
     };
     let Some(sandbox) = sandbox else {
         let missing = spec.source.components().count();
-        return Ok(Source { path: path.join(&spec.source), missing, form: form(spec)?, is_empty: false });
+        return Ok(SeenSource { path: path.join(&spec.source), missing, form: form(spec)?, is_empty: false });
     };
     let name = || show(path.join(&spec.source));
     let fail = |e: Errno| match e {
@@ -159,7 +159,12 @@ fn relative(
                 if !rest.as_os_str().is_empty() {
                     path.push(rest);
                 }
-                return Ok(Source { path, missing: 1 + rest.components().count(), form: form(spec)?, is_empty: false });
+                return Ok(SeenSource {
+                    path,
+                    missing: 1 + rest.components().count(),
+                    form: form(spec)?,
+                    is_empty: false,
+                });
             }
             Err(e) => return Err(fail(e)),
         }
@@ -168,7 +173,7 @@ fn relative(
     there(&at, spec)
 }
 
-fn there(found: &OwnedFd, spec: &VolumeSpec) -> Result<Source> {
+fn there(found: &OwnedFd, spec: &VolumeSpec) -> Result<SeenSource> {
     let fail = |e| Error::sys(OP, show(&spec.source), e);
     let form = match FileType::from_raw_mode(fstat(found).map_err(fail)?.st_mode) {
         FileType::Directory => Form::Directory,
@@ -184,7 +189,7 @@ fn there(found: &OwnedFd, spec: &VolumeSpec) -> Result<Source> {
         && openat(found, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
             .and_then(is_empty)
             .map_err(|e| Error::sys("look into volume source", show(&spec.source), e))?;
-    Ok(Source { path: path_of(found)?, missing: 0, form, is_empty })
+    Ok(SeenSource { path: path_of(found)?, missing: 0, form, is_empty })
 }
 
 /// Where the rootfs will be: the absolute path, and the directories to make for it, outermost first.

@@ -96,7 +96,7 @@ mod tests {
     use crate::error::Kind;
     use crate::id::ImageRef;
     use crate::paths::StatePaths;
-    use crate::provisioner::look::Source;
+    use crate::provisioner::look::SeenSource;
     use crate::volume::VolumeSpec;
 
     fn image(layers: &[&str]) -> ResolvedImage {
@@ -128,11 +128,11 @@ mod tests {
     }
 
     /// A source as it was seen: its path, how much of it is missing, what it is.
-    fn source(path: &str, missing: usize, form: Form, is_empty: bool) -> Source {
-        Source { path: path.into(), missing, form, is_empty }
+    fn source(path: &str, missing: usize, form: Form, is_empty: bool) -> SeenSource {
+        SeenSource { path: path.into(), missing, form, is_empty }
     }
 
-    fn planned(volumes: &[&str], sources: &[Source], sandbox: Option<&str>, changes: Changes) -> Result<Planned> {
+    fn planned(volumes: &[&str], sources: &[SeenSource], sandbox: Option<&str>, changes: Changes) -> Result<Planned> {
         let seen = Seen {
             rootfs: ("/m/made/rootfs".into(), vec!["/m/made".into(), "/m/made/rootfs".into()]),
             sandbox: sandbox.map(|path| (path.into(), Vec::new())),
@@ -150,7 +150,7 @@ mod tests {
         // Volumes, their sources as seen, the sandbox; then: sources in the plan by target, what is made, what is filled.
         type Row<'a> = (
             &'a [&'a str],
-            &'a [Source],
+            &'a [SeenSource],
             Option<&'a str>,
             &'a [(&'a str, &'a str, Form)],
             &'a [&'a str],

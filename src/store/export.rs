@@ -8,6 +8,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
+use super::archive::input::Progress;
 use super::import::{ImageSource, ImportOptions, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
 use super::names::Held;
@@ -58,17 +59,22 @@ impl Store {
     /// # Ok::<(), fsprov::Error>(())
     /// ```
     pub fn export_oci(&self, image: &ImageRef, dir: &Path) -> Result<()> {
+        self.export_oci_told(image, dir, &|_| Ok(()))
+    }
+
+    /// The same, and `told` is told how many bytes are written; its error stops the export, and nothing of that is left.
+    pub fn export_oci_told(&self, image: &ImageRef, dir: &Path, told: &dyn Fn(Progress) -> Result<()>) -> Result<()> {
         let fail = |e: std::io::Error| Error::io("write OCI layout", show(dir), e);
         let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
         let beside = tempfile::Builder::new().prefix(".new-").tempdir_in(parent).map_err(fail)?;
         let made = beside.path().join("layout");
-        self.write_layout(image, &made)?;
+        self.write_layout(image, &made, told)?;
         fault::point("store.export_rename")?;
         renameat_with(CWD, &made, CWD, dir, RenameFlags::NOREPLACE)
             .map_err(|e| Error::sys("write OCI layout", show(dir), e))
     }
 
-    fn write_layout(&self, image: &ImageRef, dir: &Path) -> Result<()> {
+    fn write_layout(&self, image: &ImageRef, dir: &Path, told: &dyn Fn(Progress) -> Result<()>) -> Result<()> {
         let (meta, tree, _in_use) = self.tree(image)?;
         let fail = |e: std::io::Error| Error::io("write OCI layout", show(dir), e);
         let blobs = dir.join("blobs/sha256");
@@ -78,6 +84,8 @@ impl Store {
             out: std::io::BufWriter::new(std::fs::File::create(&new_layer).map_err(fail)?),
             sha: Sha256::new(),
             bytes: 0,
+            told,
+            total: meta.bytes,
         };
         tree.write_tar(&mut layer)?;
         layer.flush().map_err(fail)?;
@@ -204,17 +212,21 @@ fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|e| Error::new(Kind::Io, "write", "JSON", e))
 }
 
-struct Hashed<W> {
+struct Hashed<'a, W> {
     out: W,
     sha: Sha256,
     bytes: u64,
+    told: &'a dyn Fn(Progress) -> Result<()>,
+    total: u64,
 }
 
-impl<W: Write> Write for Hashed<W> {
+impl<W: Write> Write for Hashed<'_, W> {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
         let count = self.out.write(data)?;
         self.sha.update(&data[..count]);
         self.bytes += count as u64;
+        let total = Some(self.total.max(self.bytes));
+        (self.told)(Progress { read: self.bytes, total }).map_err(std::io::Error::other)?;
         Ok(count)
     }
 

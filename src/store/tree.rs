@@ -17,7 +17,7 @@ use sha2::{Digest as _, Sha256};
 use super::archive::read::BLOCK;
 use super::archive::write::{END, header, pad};
 use crate::error::{Error, Kind, Result, show};
-use crate::index::read::{Form, Inode};
+use crate::index::read::{Inode, InodeKind};
 use crate::index::{Damaged, Entry, Index, What, Xattr};
 use crate::sys::fs::open_beneath;
 
@@ -115,7 +115,7 @@ impl Tree {
             if path != top {
                 self.one(&path, &inode, &mut links, out)?;
             }
-            let Form::Directory { first, count } = inode.form else { continue };
+            let InodeKind::Directory { first, count } = inode.kind else { continue };
             if path.len() > crate::index::MAX_PATH + top.len() {
                 return Err(Error::new(Kind::Integrity, "read index", "", "a directory lies in itself"));
             }
@@ -130,7 +130,7 @@ impl Tree {
 
     fn one(&self, path: &[u8], inode: &Inode, links: &mut HashMap<u32, Vec<u8>>, out: &mut dyn Write) -> Result<()> {
         crate::fault::point("store.export")?;
-        let is_directory = matches!(inode.form, Form::Directory { .. });
+        let is_directory = matches!(inode.kind, InodeKind::Directory { .. });
         if !is_directory && inode.nlink > 1 {
             if let Some(first) = links.get(&inode.row) {
                 let entry = Entry { xattrs: Vec::new(), ..self.entry(inode, What::HardLink(Vec::new()))? };
@@ -138,22 +138,22 @@ impl Tree {
             }
             links.insert(inode.row, path.to_vec());
         }
-        match inode.form {
-            Form::Directory { .. } => {
+        match inode.kind {
+            InodeKind::Directory { .. } => {
                 put(out, &header(&[path, b"/"].concat(), b"", &self.entry(inode, What::Directory)?))
             }
-            Form::Symlink => {
+            InodeKind::Symlink => {
                 let target = self.index.target(inode).map_err(damaged)?.unwrap_or_default();
                 put(out, &header(path, target, &self.entry(inode, What::Symlink(Vec::new()))?))
             }
-            Form::File => {
+            InodeKind::File => {
                 let what = What::File { size: inode.size, content: None, sha256: None };
                 put(out, &header(path, b"", &self.entry(inode, what)?))?;
                 self.content(inode, |data| put(out, data))?;
                 let padding = inode.size.next_multiple_of(BLOCK as u64) - inode.size;
                 put(out, &[0; BLOCK][..padding as usize])
             }
-            Form::Special => {
+            InodeKind::Special => {
                 let what = match rustix::fs::FileType::from_raw_mode(inode.mode) {
                     rustix::fs::FileType::CharacterDevice => What::Char(inode.rdev),
                     rustix::fs::FileType::BlockDevice => What::Block(inode.rdev),

@@ -1,5 +1,6 @@
 //! Is everything in the store what was imported? Each kind of damage is found and named.
 
+use std::cell::Cell;
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
 use std::os::fd::OwnedFd;
@@ -19,11 +20,10 @@ use super::{Store, Uses, ids_below, staging};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::image::{Strictness, appc, oci};
-use crate::index::read::{Form, Inode};
+use crate::index::read::{Inode, InodeKind};
 use crate::paths::image;
 use crate::sys::durable::sync_dir;
 use crate::sys::fs::open_beneath;
-use crate::sys::usage::bytes_on_disk;
 
 /// What to do about damage.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -59,6 +59,8 @@ pub struct Damage {
 const MAX_FINDINGS: usize = 100;
 
 type Findings = Vec<(String, String)>;
+/// Told of each piece of a file that was read: its bytes.
+type Read<'a> = &'a dyn Fn(u64);
 
 impl Store {
     /// Look at every byte of every image and layer. Gives what is damaged; empty: nothing.
@@ -78,13 +80,22 @@ impl Store {
         self.verify_told(repair, &|_| {})
     }
 
-    /// The same, and `told` after each layer and image how many bytes are done.
+    /// The same, and `told` is told how many bytes of files are checked, as they are.
     pub fn verify_told(&self, repair: Repair, told: &dyn Fn(Progress)) -> Result<Vec<Damage>> {
-        let (total, _) = self.total_bytes()?;
-        let mut done = 0;
-        let mut tell = |path: &Path| {
-            done += bytes_on_disk(path).unwrap_or(0);
-            told(Progress { read: done, total: Some(total.max(done)) });
+        let layer_bytes = |id: &ImageId| LayerMeta::read(&self.paths.layer(id)).map_or(0, |meta| meta.bytes);
+        let image_bytes = |id: &ImageId| self.meta(id).map_or(0, |meta| meta.bytes);
+        let layers: u64 = ids_below(&self.paths.layers())?.iter().map(layer_bytes).sum();
+        let total = layers + self.ids()?.iter().map(image_bytes).sum::<u64>();
+        // Of the parts that are done, and of the one at hand: what of that cannot be read is not waited for.
+        let (done, within) = (Cell::new(0), Cell::new(0));
+        let read = |bytes: u64| {
+            within.set(within.get() + bytes);
+            told(Progress { read: done.get() + within.get(), total: Some(total.max(done.get() + within.get())) });
+        };
+        let end_part = |bytes: u64| {
+            done.set(done.get() + bytes);
+            within.set(0);
+            read(0);
         };
         let mut all: Vec<(Option<ImageId>, PathBuf, Findings)> = Vec::new();
         let mut bad_layers = HashSet::new();
@@ -95,11 +106,11 @@ impl Store {
             if !self.paths.layer(&id).exists() {
                 continue;
             }
-            let found = self.verify_layer(&id);
+            let found = self.verify_layer(&id, &read);
             if !found.is_empty() {
                 bad_layers.insert(id.clone());
             }
-            tell(&self.paths.layer(&id));
+            end_part(layer_bytes(&id));
             all.push((Some(id.clone()), self.paths.layer(&id), found));
         }
         for id in self.ids()? {
@@ -107,13 +118,13 @@ impl Store {
             if !self.paths.image(&id).exists() {
                 continue;
             }
-            let found = self.verify_image(&id, &bad_layers);
+            let found = self.verify_image(&id, &bad_layers, &read);
             if !found.is_empty()
                 && let Ok(meta) = self.meta(&id)
             {
                 origins.push(meta);
             }
-            tell(&self.paths.image(&id));
+            end_part(image_bytes(&id));
             all.push((Some(id.clone()), self.paths.image(&id), found));
         }
         for (dir, name) in [(self.paths.images(), "images"), (self.paths.layers(), "layers")] {
@@ -230,18 +241,19 @@ impl Store {
         Err(Error::new(Kind::Exists, "set aside", show(at), format!("{} is full of others", show(&aside))))
     }
 
-    fn verify_layer(&self, id: &ImageId) -> Findings {
+    fn verify_layer(&self, id: &ImageId, read: Read<'_>) -> Findings {
         let dir = self.paths.layer(id);
         let meta = match LayerMeta::read(&dir) {
             Ok(meta) => meta,
             Err(error) => return vec![(image::META.into(), error.to_string())],
         };
-        let mut found = verify_tree(&dir.join(image::INDEX), &[dir.join(image::ROOTFS)], meta.on_disk, Own::Layer);
+        let mut found =
+            verify_tree(&dir.join(image::INDEX), &[dir.join(image::ROOTFS)], meta.on_disk, Own::Layer, read);
         found.extend(others(&dir, &[image::META, image::INDEX, image::ROOTFS]));
         found
     }
 
-    fn verify_image(&self, id: &ImageId, bad_layers: &HashSet<ImageId>) -> Findings {
+    fn verify_image(&self, id: &ImageId, bad_layers: &HashSet<ImageId>, read: Read<'_>) -> Findings {
         let dir = self.paths.image(id);
         let meta = match self.meta(id) {
             Ok(meta) => meta,
@@ -303,7 +315,7 @@ impl Store {
             ([], []) if !meta.is_filtered => Own::Whole,
             _ => Own::Merged,
         };
-        found.extend(verify_tree(&dir.join(image::INDEX), &layers, meta.on_disk, own));
+        found.extend(verify_tree(&dir.join(image::INDEX), &layers, meta.on_disk, own, read));
         found
     }
 }
@@ -344,7 +356,7 @@ enum Own {
     Merged,
 }
 
-fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own) -> Findings {
+fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own, read: Read<'_>) -> Findings {
     let mut found = Findings::new();
     if let Err(error) = crate::index::Index::open(index).and_then(|index| index.verify()) {
         return vec![(image::INDEX.into(), error.to_string())];
@@ -353,15 +365,22 @@ fn verify_tree(index: &Path, layers: &[PathBuf], on_disk: OnDisk, own: Own) -> F
         Ok(tree) => tree,
         Err(error) => return vec![(image::ROOTFS.into(), error.to_string())],
     };
-    if let Err(error) = check_all(&tree, layers, on_disk, own, &mut found) {
+    if let Err(error) = check_all(&tree, layers, on_disk, own, read, &mut found) {
         found.push((image::ROOTFS.into(), error.to_string()));
     }
     found
 }
 
-fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: &mut Findings) -> Result<()> {
+fn check_all(
+    tree: &Tree,
+    layers: &[PathBuf],
+    on_disk: OnDisk,
+    own: Own,
+    read: Read<'_>,
+    found: &mut Findings,
+) -> Result<()> {
     let mut names: HashSet<Vec<u8>> = HashSet::new();
-    let mut read: HashSet<u32> = HashSet::new();
+    let mut seen: HashSet<u32> = HashSet::new();
     let mut inodes: HashMap<u32, (u64, u64)> = HashMap::new();
     let root = tree.index.inode(0).map_err(damaged)?;
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
@@ -383,9 +402,12 @@ fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: 
         if is_whiteout {
             continue;
         }
-        if inode.form == Form::File
-            && read.insert(inode.row)
-            && let Err(error) = tree.content(&inode, |_| Ok(()))
+        if inode.kind == InodeKind::File
+            && seen.insert(inode.row)
+            && let Err(error) = tree.content(&inode, |data| {
+                read(data.len() as u64);
+                Ok(())
+            })
         {
             found.push((shown(), error.to_string()));
         }
@@ -395,7 +417,7 @@ fn check_all(tree: &Tree, layers: &[PathBuf], on_disk: OnDisk, own: Own, found: 
             }
             names.insert(path.clone());
         }
-        let Form::Directory { first, count } = inode.form else { continue };
+        let InodeKind::Directory { first, count } = inode.kind else { continue };
         for at in first..first + count {
             let name = tree.index.name(at).map_err(damaged)?;
             let child = if path.is_empty() { name.name.to_vec() } else { [&*path, b"/", name.name].concat() };

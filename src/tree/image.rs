@@ -22,7 +22,7 @@ use super::{
     Attr, Caching, Caller, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, Node, Opened, ROOT, Result,
     Statfs, Timespec, Tree, access_read_only,
 };
-use crate::index::read::{Form, Inode, Name};
+use crate::index::read::{Inode, InodeKind, Name};
 use crate::index::{Damaged, Index, MAX_NAME};
 use crate::plan::Ownership;
 
@@ -90,8 +90,8 @@ impl ImageTree {
 
     fn directory(&self, node: Node) -> Result<(Inode, u32, u32)> {
         let inode = self.inode(node)?;
-        match inode.form {
-            Form::Directory { first, count } => Ok((inode, first, count)),
+        match inode.kind {
+            InodeKind::Directory { first, count } => Ok((inode, first, count)),
             _ => Err(Errno::NOTDIR),
         }
     }
@@ -124,10 +124,10 @@ impl ImageTree {
             gid,
             rdev: inode.rdev,
             size: inode.size,
-            blocks: match inode.form {
-                Form::File | Form::Directory { .. } => inode.size.div_ceil(512),
+            blocks: match inode.kind {
+                InodeKind::File | InodeKind::Directory { .. } => inode.size.div_ceil(512),
                 // A symlink's target lies in its inode on most file systems.
-                Form::Symlink | Form::Special => 0,
+                InodeKind::Symlink | InodeKind::Special => 0,
             },
             blksize: BLKSIZE,
             atime: time,
@@ -181,19 +181,19 @@ impl Tree for ImageTree {
         if flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0 {
             return Err(Errno::ROFS);
         }
-        match self.inode(node)?.form {
-            Form::File => Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }),
-            Form::Directory { .. } => Err(Errno::ISDIR),
-            Form::Symlink | Form::Special => Err(Errno::INVAL),
+        match self.inode(node)?.kind {
+            InodeKind::File => Ok(Opened { handle: 0, cache: Caching::Keep, closes_silently: true }),
+            InodeKind::Directory { .. } => Err(Errno::ISDIR),
+            InodeKind::Symlink | InodeKind::Special => Err(Errno::INVAL),
         }
     }
 
     fn read(&self, node: Node, _handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         let inode = self.inode(node)?;
-        match inode.form {
-            Form::File => {}
-            Form::Directory { .. } => return Err(Errno::ISDIR),
-            Form::Symlink | Form::Special => return Err(Errno::INVAL),
+        match inode.kind {
+            InodeKind::File => {}
+            InodeKind::Directory { .. } => return Err(Errno::ISDIR),
+            InodeKind::Symlink | InodeKind::Special => return Err(Errno::INVAL),
         }
         self.content.read(&self.index, &inode, offset, size, out).map_err(|refusal| {
             self.complain(format_args!("{refusal}"));

@@ -35,7 +35,7 @@ pub(crate) struct Wanted<'a> {
 }
 
 /// Each source with what may be done on it. It becomes its copy.
-pub(crate) type Sources<'a> = [(&'a mut OwnedFd, Access)];
+pub(crate) type Directories<'a> = [(&'a mut OwnedFd, Access)];
 
 /// This process's descriptors, by which what is O_PATH is opened again.
 pub(crate) const OWN_DESCRIPTORS: &str = "/proc/self/fd";
@@ -58,7 +58,7 @@ pub(crate) enum NewUsers {
 }
 
 /// Go there, as far as this host lets us; what cannot be had is logged, and the sources are good in any case.
-pub(crate) fn enclose(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Enclosed {
+pub(crate) fn enclose(sources: &mut Directories<'_>, wanted: &Wanted<'_>) -> Enclosed {
     let has_rights = rustix::thread::capabilities(None).is_ok_and(|c| c.effective.contains(CapabilitySet::SYS_ADMIN));
     let result = if has_rights {
         enclose_root(sources, wanted)
@@ -75,7 +75,7 @@ pub(crate) fn enclose(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Enclose
 
 const NOTHING: Enclosed = Enclosed { copies: false, root: false };
 
-fn enclose_root(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
+fn enclose_root(sources: &mut Directories<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
     let copies = sources.iter().map(|(fd, access)| copy(fd, *access)).collect::<Result<Vec<_>>>()?;
     let root = unshare(raw::Users::Same).and_then(|()| leave(&copies, wanted));
     // Without a name for what is mounted within them, copies that hold a rootfs would keep it when it is unmounted.
@@ -89,7 +89,7 @@ fn enclose_root(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Result<Enclos
 
 /// An ordinary user: in a new user namespace, which has rights over copies of the mounts that are there, and over no descriptor of
 /// the mounts that were. So the sources are opened again, by the names they have, and must be the same files.
-fn enclose_user(sources: &mut Sources<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
+fn enclose_user(sources: &mut Directories<'_>, wanted: &Wanted<'_>) -> Result<Enclosed> {
     if has_foreign_within(sources, wanted)? {
         // In a copy it could not be taken away: what was mounted before the namespace was made is locked in it.
         return Err(Error::new(crate::Kind::Unsupported, OP, "", "a rootfs is mounted within a source"));
@@ -134,14 +134,14 @@ fn unshare(users: raw::Users) -> Result<()> {
     raw::unshare_mounts(users).map_err(|e| Error::sys(OP, "unshare", e).hint("landlock is left"))
 }
 
-fn replace(sources: &mut Sources<'_>, copies: Vec<Copy>) {
+fn replace(sources: &mut Directories<'_>, copies: Vec<MountCopy>) {
     for ((fd, _), copy) in sources.iter_mut().zip(copies) {
         **fd = copy.fd;
     }
 }
 
 /// Is such a mount within one of the sources?
-fn has_foreign_within(sources: &Sources<'_>, wanted: &Wanted<'_>) -> Result<bool> {
+fn has_foreign_within(sources: &Directories<'_>, wanted: &Wanted<'_>) -> Result<bool> {
     let foreign: Vec<PathBuf> =
         mountinfo::read()?.into_iter().filter(wanted.is_foreign).map(|mount| mount.point).collect();
     for (fd, _) in sources {
@@ -158,20 +158,20 @@ fn told(result: Result<()>) -> bool {
 }
 
 /// A source as a copy of its mount, and of those within it.
-struct Copy {
+struct MountCopy {
     fd: OwnedFd,
     attrs: AttrSet<'static>,
     /// Its attributes are set. If not (before Linux 5.12), they can be once it has a name.
     is_closed: bool,
 }
 
-fn copy(source: &OwnedFd, access: Access) -> Result<Copy> {
+fn copy(source: &OwnedFd, access: Access) -> Result<MountCopy> {
     let fail = |call: &'static str| move |e| Error::sys(OP, call, e);
     let fd = mount::open_tree_clone(source, Depth::Recursive).map_err(fail("open_tree"))?;
     let attrs = AttrSet { read_only: access == Access::Ro, private: true, ..CLOSED };
     match mount::set_attr_recursive(&fd, &attrs) {
-        Ok(()) => Ok(Copy { fd, attrs, is_closed: true }),
-        Err(Errno::NOSYS) => Ok(Copy { fd, attrs, is_closed: false }),
+        Ok(()) => Ok(MountCopy { fd, attrs, is_closed: true }),
+        Err(Errno::NOSYS) => Ok(MountCopy { fd, attrs, is_closed: false }),
         Err(e) => Err(fail("mount_setattr")(e)),
     }
 }
@@ -191,7 +191,7 @@ fn identity(fd: &OwnedFd) -> Result<(u64, u64)> {
 const PLACES: &str = "sources";
 
 /// Leave the host's root for an empty one that holds the copies, in a mount namespace that is this process's alone.
-fn leave(copies: &[Copy], wanted: &Wanted<'_>) -> Result<()> {
+fn leave(copies: &[MountCopy], wanted: &Wanted<'_>) -> Result<()> {
     let fail = |call: &'static str| move |e: Errno| Error::sys(OP, call, e);
     mount::make_private(root_now()?)?;
     let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("fsopen"))?;
@@ -225,7 +225,7 @@ fn leave(copies: &[Copy], wanted: &Wanted<'_>) -> Result<()> {
 }
 
 /// Take away what must not be held, and close the rest: nothing is left of the old root but `proc`, which goes after this.
-fn close(proc: &OwnedFd, copies: &[Copy], is_foreign: fn(&MountInfo) -> bool) -> Result<()> {
+fn close(proc: &OwnedFd, copies: &[MountCopy], is_foreign: fn(&MountInfo) -> bool) -> Result<()> {
     let table = fs::openat(proc, "self/mountinfo", OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty());
     let mut text = Vec::new();
     table

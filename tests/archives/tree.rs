@@ -55,7 +55,21 @@ pub(crate) fn directory_round_trip() -> Result<(), Failed> {
     let mut three = Vec::new();
     first.export_tar(&ImageRef::Id(flat.id), &mut three)?;
     assert!(one == three, "flattened, it is another tree");
-    assert!(first.verify(Repair::No)?.is_empty());
+    // What is told of the way: from nothing to all, in more steps than there are images.
+    let told = std::cell::RefCell::new(Vec::new());
+    assert!(first.verify_told(Repair::No, &|progress| told.borrow_mut().push(progress))?.is_empty());
+    let told = told.into_inner();
+    assert!(told.is_sorted_by_key(|progress| progress.read) && told.len() > 8, "{told:?}");
+    assert!(told.iter().all(|progress| progress.total == Some(told[told.len() - 1].read)), "{told:?}");
+    // An export that is stopped on its way leaves nothing.
+    let out = top.path().join("out");
+    fs::create_dir(&out)?;
+    let stop = |progress: fsprov::store::Progress| match progress.read {
+        0..20_000 => Ok(()),
+        _ => Err(fsprov::Error::new(fsprov::Kind::Io, "export", "", "stopped")),
+    };
+    assert!(first.export_oci_told(&by_name("example.com/tree"), &out.join("layout"), &stop).is_err());
+    assert_eq!(fs::read_dir(&out)?.count(), 0);
     fs::set_permissions(tree.join("a/b"), fs::Permissions::from_mode(0o700))?;
     Ok(())
 }

@@ -4,9 +4,10 @@ use std::fs;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::process::Stdio;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::common::harness::on;
+use crate::common::stage::Call;
 use crate::common::{Case, Enter, Lane, Need, Stage, needs, system};
 
 /// The README's first session: the work directory does not exist yet.
@@ -268,22 +269,50 @@ pub(crate) const GC_COUNTS: Case = Case::new("gc_counts_what_it_takes_away", on:
 });
 
 /// Ctrl-C while a rootfs is made: nothing is left, and the same command works again.
-pub(crate) const CTRL_C: Case = Case::new(
+pub(crate) const CTRL_C: Case = Case::needing(
     "ctrl_c_undoes_and_says_so",
     |lane: &Lane| lane.backend == "copy" || lane.backend == "fuse",
+    &[Need::Failpoints],
     |stage: &Stage| {
         let image = stage.small_image();
-        let command = stage.mount_call(&image, "rootfs", ["--sandbox", "work"]).command;
-        let line = format!("{} & p=$!; sleep 0.5; kill -TERM $p; wait $p", super::in_shell(&command));
-        let call = stage.tool("sh", ["-c", &line]).env("FAILPOINTS", "provision.opened=sleep(5000)");
-        let said = call.run().fails(130, &["interrupted", "nothing of it is left"]);
-        assert!(said.took.as_secs() < 4, "it waited for the work to end: {}", said.describe());
-        assert!(!stage.path("rootfs").exists(), "{}", said.describe());
+        let call = stage.mount_call(&image, "rootfs", ["--sandbox", "work"]);
+        let said =
+            interrupted(stage, call.env("FAILPOINTS", "provision.opened=sleep(20000)"), || !stage.records().is_empty());
+        assert!(said.contains("interrupted") && said.contains("nothing of it is left"), "{said}");
+        assert!(!stage.path("rootfs").exists(), "{said}");
         stage.assert_nothing_left("after Ctrl-C");
         stage.mount(&image, "rootfs", None::<&str>);
         stage.unmount("rootfs");
     },
 );
+
+/// An export to a directory is taken back, too.
+pub(crate) const CTRL_C_EXPORT: Case =
+    Case::needing("ctrl_c_leaves_nothing_of_an_export", on::user, &[Need::Failpoints], |stage: &Stage| {
+        stage.fsprov(["image", "import", "--name", "small"]).arg(stage.small_image()).run().ok();
+        stage.mkdir("out");
+        let half_made = || {
+            let names = fs::read_dir(stage.path("out")).expect("list").flatten().map(|entry| entry.file_name());
+            names.map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>()
+        };
+        let call = stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]);
+        let said = interrupted(stage, call.env("FAILPOINTS", "store.export=sleep(300)"), || !half_made().is_empty());
+        assert!(said.contains("interrupted; nothing of it is left"), "{said}");
+        assert_eq!(half_made(), [""; 0]);
+        stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]).run().ok();
+        assert_eq!(half_made(), ["layout"]);
+    });
+
+/// Run it, end it by SIGTERM once `is_begun`, and give what it said: it ends with 130.
+fn interrupted(stage: &Stage, mut call: Call<'_>, is_begun: impl Fn() -> bool) -> String {
+    let mut child = call.command.stderr(Stdio::piped()).spawn().expect("start");
+    assert!(system::eventually(Duration::from_secs(30), is_begun), "it was not begun");
+    stage.tool("kill", ["-TERM", &child.id().to_string()]).run().ok();
+    let started = Instant::now();
+    assert_eq!(child.wait().expect("wait").code(), Some(130));
+    assert!(started.elapsed() < Duration::from_secs(10), "it waited for the work to end");
+    std::io::read_to_string(child.stderr.take().expect("a pipe")).expect("read")
+}
 
 /// What is taken back is what this command made: a rootfs that has the id already stays.
 pub(crate) const CTRL_C_BESIDE: Case = Case::needing(

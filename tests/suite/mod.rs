@@ -138,6 +138,7 @@ pub(crate) const CASES: &[Case] = &[
     front::COPIED_DEVICES,
     front::CTRL_C,
     front::CTRL_C_BESIDE,
+    front::CTRL_C_EXPORT,
     front::EXPORT_OUT,
     front::GC_COUNTS,
     front::HERE,

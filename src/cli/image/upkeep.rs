@@ -9,9 +9,10 @@ use serde::Serialize;
 
 use super::{Format, bar, image_uses, output, show_on};
 use crate::cli::complete;
+use crate::cli::interrupt::Stopping;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageRef;
-use crate::store::{Held, Prune, Repair, Store};
+use crate::store::{Held, Progress, Prune, Repair, Store};
 use crate::sys::durable::make_file;
 
 #[derive(Debug, Args)]
@@ -231,13 +232,23 @@ impl Export {
         let bar = bar("exporting");
         bar.set_length(store.show(&image)?.0.bytes);
         match self.format {
-            ExportFormat::Oci => store.export_oci(&image, &self.path),
+            ExportFormat::Oci => self.to_layout(store, &image, &*show_on(&bar)),
             ExportFormat::Aci => make_file(&self.path, |out| store.export_aci(&image, &mut bar.wrap_write(out))),
             ExportFormat::Tar => make_file(&self.path, |out| store.export_tar(&image, &mut bar.wrap_write(out))),
         }?;
         bar.finish_and_clear();
         let size = output::size(crate::sys::usage::measure(&self.path)?.bytes);
         output::line(&format!("exported {image} to {} ({size})", show(&self.path)))
+    }
+
+    /// A directory: one that is half made is taken away again, also when this is interrupted.
+    fn to_layout(&self, store: &Store, image: &ImageRef, show: &dyn Fn(Progress)) -> Result<()> {
+        let stopping = Stopping::on_signal()?;
+        let done = store.export_oci_told(image, &self.path, &|progress| {
+            show(progress);
+            stopping.check()
+        });
+        stopping.end(done)
     }
 
     fn to_stdout(&self, store: &Store, image: &ImageRef) -> Result<()> {

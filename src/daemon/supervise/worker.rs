@@ -19,6 +19,7 @@ use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result, show};
 use crate::fuse::session::InFlight;
 use crate::plan::Plan;
+use crate::sys::durable::{Survives, write_file};
 use crate::sys::process::ProcessId;
 use crate::traces::Traces;
 use crate::tree::dir::groups;
@@ -163,10 +164,8 @@ pub(super) fn timespec(duration: Duration) -> Timespec {
 /// Write down which process answers, before it does: where the supervisor dies, nobody else knows.
 fn note_worker(plan: &Plan, worker: ProcessId) -> Result<()> {
     const OP: &str = "write down the worker in";
-    let fail = |e| Error::io(OP, show(&plan.state_dir), e);
     let text = serde_json::to_vec(&worker).map_err(|e| Error::new(Kind::Io, OP, show(&plan.state_dir), e))?;
-    let (path, new) = (plan.state_dir.join(names::WORKER), plan.state_dir.join(format!("{}.new", names::WORKER)));
-    std::fs::write(&new, text).and_then(|()| std::fs::rename(&new, &path)).map_err(fail)
+    write_file(&plan.state_dir.join(names::WORKER), &text, Survives::Crash)
 }
 
 /// The process that answers for a rootfs now. `None`: none does, or not that can be seen.

@@ -13,8 +13,8 @@ use crate::index::{Time, What, Xattr};
 use crate::store::limits::Limits;
 
 /// For who gave another file.
-const TAKEN: &str = "taken are tar archives: AppC images, OCI layouts, docker archives and root filesystems, plain or packed \
-                     by gzip, bzip2, xz or zstd";
+const TAKEN: &str = "fsprov reads tar archives: AppC images, OCI layouts, docker archives and root filesystems, plain or compressed \
+                     with gzip, bzip2, xz or zstd";
 
 /// A tar block.
 pub(crate) const BLOCK: usize = 512;
@@ -187,7 +187,7 @@ impl<R: BufRead> TarReader<R> {
             }
             let header = tar::Header::from_byte_slice(&block);
             if !Fields(header).checksum_holds() {
-                let error = self.invalid("an entry's checksum does not hold: no tar archive, or a damaged one");
+                let error = self.invalid("an entry's checksum is wrong: not a tar archive, or a damaged one");
                 return Err(if self.position == BLOCK as u64 { error.hint(TAKEN) } else { error });
             }
             let kind = header.as_old().linkflag[0];

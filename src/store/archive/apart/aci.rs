@@ -47,7 +47,7 @@ fn find_manifest(mut tar: Tar<'_, '_>, job: &Job) -> Result<Vec<u8>> {
 type Tar<'a, 'b> = TarReader<&'a mut PipeReader<'b>>;
 
 /// What an archive turns out to be, by the first name in it that is not its top.
-enum Form {
+enum ArchiveKind {
     /// Not known yet; the entry for its top, if there was one.
     Open(Option<Member>),
     /// `manifest` and `rootfs`.
@@ -63,10 +63,10 @@ fn place_image(mut tar: Tar<'_, '_>, job: &Job, name: Option<&str>, tools: Tools
     let mut placer = tools.placer(job, Again::Refuse)?;
     let mut manifest = None;
     let mut has_root = false;
-    let mut form = Form::Open(None);
+    let mut kind = ArchiveKind::Open(None);
     while let Some(mut member) = tar.next()? {
         let path = normalize(&member.path, limits, false)?;
-        if let Form::Open(top) = &mut form {
+        if let ArchiveKind::Open(top) = &mut kind {
             if is_layout_name(&path) {
                 place_layout(member, path, &mut tar, placer, limits)?;
                 return Ok((Unpacked { is_layout: true, ..Unpacked::default() }, Vec::new()));
@@ -82,12 +82,12 @@ fn place_image(mut tar: Tar<'_, '_>, job: &Job, name: Option<&str>, tools: Tools
                     if let Some(top) = top.take() {
                         placer.place(top, Vec::new(), |_| Ok(Vec::new()), |_| Ok(()))?;
                     }
-                    form = Form::Tree;
+                    kind = ArchiveKind::Tree;
                 }
-                _ => form = Form::Appc,
+                _ => kind = ArchiveKind::Appc,
             }
         }
-        let is_tree = matches!(form, Form::Tree);
+        let is_tree = matches!(kind, ArchiveKind::Tree);
         match if is_tree { At::Root(&path) } else { place_of(&path) } {
             At::Top if matches!(member.what, What::Directory) => {}
             At::Manifest if matches!(member.what, What::File { .. }) => {
