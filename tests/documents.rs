@@ -172,7 +172,7 @@ fn run_again() -> Option<ExitCode> {
 
 /// Run every document as one of the two, and sum up.
 fn half(half: Half) -> ExitCode {
-    let code = harness::main(half, CASES);
+    let code = harness::main(half, CASES.iter().collect());
     let notes = harness::notes();
     if !notes.is_empty() {
         let sum = |word: usize| -> usize {

@@ -1,15 +1,17 @@
 //! What the image tree costs its user once it is warm, counted and not timed: requests, memory, descriptors.
 //!
-//! The server runs in this process, on a FUSE mount of its own in a mount namespace of its own (as root `unshare -m`, else
-//! `unshare -Urm`): the program starts itself again inside. What is missing shows as ignored; FSPROV_TEST_MUST_RUN=1 makes it fail.
+//! The server runs in this process, on a FUSE mount in a mount namespace of its own (tests/common/inside.rs).
+
+#[allow(dead_code, unused_imports, clippy::pedantic, reason = "what the suites need of it is more")]
+mod common;
 
 use std::fmt::Write as _;
 use std::os::fd::OwnedFd;
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
+use common::Need;
 use fsprov::internals::fuse::adapter::{AdapterOptions, FuseAdapter};
 use fsprov::internals::fuse::buffers::Buffers;
 use fsprov::internals::fuse::counters::{Counters, Operation};
@@ -21,63 +23,24 @@ use fsprov::internals::place::{Place, Point};
 use fsprov::internals::plan::Ownership;
 use fsprov::internals::sys::mount::Unmount;
 use fsprov::internals::tree::image::{ImageTree, Trust};
-use libtest_mimic::{Arguments, Failed, Trial};
+use libtest_mimic::Failed;
 
-/// Set in the process that runs in a namespace of its own.
-const INSIDE: &str = "FSPROV_TEST_INSIDE";
+macro_rules! tests {
+    ($($name:ident),* $(,)?) => {
+        const TESTS: &[(&str, common::inside::Test)] = &[$((stringify!($name), $name)),*];
+    };
+}
+tests! {
+    a_second_find_sends_no_request,
+    a_cached_file_is_read_without_a_request,
+    a_name_that_is_not_there_is_asked_once,
+    a_hundred_layers_are_served_as_one,
+    a_file_cut_short_is_an_error_and_the_server_lives,
+    a_million_files_leave_little_memory,
+}
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    if std::env::var_os(INSIDE).is_none() && !arguments.list {
-        match ready() {
-            Ok(()) => {
-                let namespaces: &[&str] = if is_root() { &["-m"] } else { &["-U", "-r", "-m"] };
-                let error = Command::new("unshare")
-                    .args(namespaces)
-                    .args(["--propagation", "private"])
-                    .arg(std::env::current_exe().expect("a running program has a path"))
-                    .args(std::env::args_os().skip(1))
-                    .env(INSIDE, "1")
-                    .exec();
-                return fail(&format!("unshare: {error}"));
-            }
-            Err(reason) if std::env::var_os("FSPROV_TEST_MUST_RUN").is_some() => return fail(&reason),
-            Err(reason) => {
-                let trials =
-                    trials().into_iter().map(|t| t.with_kind(reason.clone()).with_ignored_flag(true)).collect();
-                return libtest_mimic::run(&arguments, trials).exit_code();
-            }
-        }
-    }
-    libtest_mimic::run(&arguments, trials()).exit_code()
-}
-
-fn fail(reason: &str) -> ExitCode {
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), format!("image_tree: {reason}\n").as_bytes());
-    ExitCode::FAILURE
-}
-
-fn is_root() -> bool {
-    rustix::process::geteuid().is_root()
-}
-
-fn ready() -> Result<(), String> {
-    let device = std::fs::File::options().read(true).write(true).open("/dev/fuse");
-    device.map_err(|e| format!("needs /dev/fuse: {e}"))?;
-    let namespaces: &[&str] = if is_root() { &["-m"] } else { &["-U", "-r", "-m"] };
-    let tried = Command::new("unshare").args(namespaces).arg("true").stderr(Stdio::null()).status();
-    if tried.is_ok_and(|s| s.success()) { Ok(()) } else { Err("needs namespaces: unshare fails here".into()) }
-}
-
-fn trials() -> Vec<Trial> {
-    vec![
-        Trial::test("a_second_find_sends_no_request", a_second_find_sends_no_request),
-        Trial::test("a_cached_file_is_read_without_a_request", a_cached_file_is_read_without_a_request),
-        Trial::test("a_name_that_is_not_there_is_asked_once", a_name_that_is_not_there_is_asked_once),
-        Trial::test("a_hundred_layers_are_served_as_one", a_hundred_layers_are_served_as_one),
-        Trial::test("a_file_cut_short_is_an_error_and_the_server_lives", a_file_cut_short_is_an_error),
-        Trial::test("a_million_files_leave_little_memory", a_million_files_leave_little_memory),
-    ]
+    common::inside::main(&[Need::DevFuse], || Ok(()), TESTS)
 }
 
 /// A mounted image tree, unmounted when it goes.
@@ -279,7 +242,7 @@ fn a_hundred_layers_are_served_as_one() -> Result<(), Failed> {
     same("own", &found, &want)
 }
 
-fn a_file_cut_short_is_an_error() -> Result<(), Failed> {
+fn a_file_cut_short_is_an_error_and_the_server_lives() -> Result<(), Failed> {
     let served = sample()?;
     let source = served.dir.path().join("0/large");
     let read = |offset: u64| -> std::io::Result<usize> {

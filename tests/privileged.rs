@@ -8,5 +8,5 @@ mod common;
 mod suite;
 
 fn main() -> std::process::ExitCode {
-    common::harness::main(common::lane::Half::Privileged, suite::CASES)
+    common::harness::main(common::lane::Half::Privileged, suite::cases())
 }

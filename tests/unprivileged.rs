@@ -9,5 +9,5 @@ mod common;
 mod suite;
 
 fn main() -> std::process::ExitCode {
-    common::harness::main(common::lane::Half::Unprivileged, suite::CASES)
+    common::harness::main(common::lane::Half::Unprivileged, suite::cases())
 }

@@ -43,6 +43,19 @@ impl Case {
     }
 }
 
+/// A case, and there it is: what it is called, the lanes that it is for, what else it needs if anything, and what it does.
+#[allow(unused_macros, reason = "for tests/documents.rs, which makes its cases of files")]
+macro_rules! case {
+    ($name:expr, $on:expr, $run:expr $(,)?) => {
+        inventory::submit! { crate::common::Case::new($name, $on, $run) }
+    };
+    ($name:expr, $on:expr, $needs:expr, $run:expr $(,)?) => {
+        inventory::submit! { crate::common::Case::needing($name, $on, $needs, $run) }
+    };
+}
+#[allow(unused_imports, reason = "likewise")]
+pub(crate) use case;
+
 /// Selectors for [`Case::on`].
 pub(crate) mod on {
     use crate::common::{Enter, Lane};
@@ -114,9 +127,9 @@ pub(crate) fn notes() -> Vec<String> {
 }
 
 /// `main` of the test programs.
-pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
+pub(crate) fn main(half: Half, cases: Vec<&'static Case>) -> ExitCode {
     if let Some(wanted) = std::env::var_os(CASE) {
-        return run_one(&wanted.to_string_lossy(), cases);
+        return run_one(&wanted.to_string_lossy(), &cases);
     }
     if let Some(dir) = std::env::var_os(PICTURE) {
         let lines = super::walk::to_lines(&super::walk::picture(Path::new(&dir)));
@@ -137,7 +150,7 @@ pub(crate) fn main(half: Half, cases: &'static [Case]) -> ExitCode {
     let only = std::env::var(ONLY).ok();
     let mut trials = Vec::new();
     for lane in LANES.iter().filter(|lane| lane.half == half) {
-        for case in cases.iter().filter(|case| (case.on)(lane)) {
+        for case in cases.iter().copied().filter(|case| (case.on)(lane)) {
             let name = format!("{}::{}", lane.name, case.name);
             if only.as_ref().is_some_and(|only| !only.split(',').any(|wanted| wanted == case.name || wanted == name)) {
                 continue;
@@ -208,7 +221,7 @@ impl Appending {
 }
 
 /// In the child: run one case, look for what it left, take that away.
-fn run_one(wanted: &str, cases: &[Case]) -> ExitCode {
+fn run_one(wanted: &str, cases: &[&Case]) -> ExitCode {
     let found = LANES.iter().zip(std::iter::repeat(cases)).find_map(|(lane, cases)| {
         let name = wanted.strip_prefix(lane.name)?.strip_prefix('/')?;
         Some((*lane, cases.iter().find(|case| case.name == name)?))

@@ -3,6 +3,7 @@
 
 pub(crate) mod harness;
 pub(crate) mod images;
+pub(crate) mod inside;
 pub(crate) mod lane;
 pub(crate) mod needs;
 pub(crate) mod oci;

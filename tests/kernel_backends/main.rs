@@ -1,10 +1,11 @@
 //! The backends that use kernel mounts, driven as a library, each test with directories of its own.
 //!
-//! The whole program runs itself again in a mount namespace (root) or in a user namespace that owns one (anybody else), with a
-//! tmpfs on /tmp: nothing it mounts or makes is ever to be seen outside. Where that is not possible every test shows as
-//! ignored with the reason; with FSPROV_TEST_MUST_RUN=1 that is a failure.
+//! The program runs in a mount namespace of its own (tests/common/inside.rs), with a tmpfs on /tmp.
 
 mod bind;
+#[path = "../common/mod.rs"]
+#[allow(dead_code, unused_imports, clippy::pedantic, reason = "what the suites need of it is more")]
+mod common;
 mod copy;
 mod overlay;
 
@@ -12,7 +13,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _, symlink};
-use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitCode, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -24,50 +24,11 @@ use fsprov::internals::sys::mountinfo;
 use fsprov::internals::traces::{Journal, Traces};
 use fsprov::volume::{Access, ContainerPath, Form, Volume};
 use fsprov::{Error, Kind, Result};
-use libtest_mimic::{Arguments, Failed, Trial};
 use rustix::mount::{MountFlags, MountPropagationFlags};
-
-const INSIDE: &str = "FSPROV_TEST_INSIDE_NAMESPACE";
 
 fn main() -> ExitCode {
     env_logger::init();
-    let args = Arguments::from_args();
-    let reason = match std::env::var(INSIDE) {
-        Ok(_) => prepare_namespace().err(),
-        Err(_) => Some(enter_namespace()),
-    };
-    let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let trials = [bind::TESTS, overlay::TESTS, copy::TESTS]
-        .concat()
-        .into_iter()
-        .map(|(name, test)| match &reason {
-            None => Trial::test(name, move || {
-                test();
-                Ok(())
-            }),
-            Some(why) if must_run => {
-                let why = why.clone();
-                Trial::test(name, move || Err(Failed::from(why)))
-            }
-            Some(why) => Trial::test(format!("{name} ({why})"), || Ok(())).with_ignored_flag(true),
-        })
-        .collect();
-    libtest_mimic::run(&args, trials).exit_code()
-}
-
-/// Becomes this program inside the namespace; returns why that failed.
-fn enter_namespace() -> String {
-    let root = rustix::process::geteuid().is_root();
-    let how: &[&str] = if root { &["-m"] } else { &["-U", "-r", "-m"] };
-    let can = Command::new("unshare").args(how).arg("true").output();
-    match can {
-        Ok(out) if out.status.success() => {}
-        Ok(out) => return String::from_utf8_lossy(&out.stderr).trim().to_owned(),
-        Err(e) => return format!("unshare: {e}"),
-    }
-    let me = std::env::current_exe().expect("own path");
-    let error = Command::new("unshare").args(how).arg(me).args(std::env::args_os().skip(1)).env(INSIDE, "1").exec();
-    format!("exec unshare: {error}")
+    common::inside::main(&[], prepare_namespace, &[bind::TESTS, overlay::TESTS, copy::TESTS].concat())
 }
 
 fn prepare_namespace() -> std::result::Result<(), String> {
@@ -75,11 +36,13 @@ fn prepare_namespace() -> std::result::Result<(), String> {
     rustix::mount::mount("tmpfs", "/tmp", "tmpfs", flags, Some(c"mode=0777")).map_err(|e| format!("tmpfs on /tmp: {e}"))
 }
 
-type Test = fn();
 /// The tests of one file, by name.
 macro_rules! tests {
     ($($name:ident),* $(,)?) => {
-        pub(crate) const TESTS: &[(&str, crate::Test)] = &[$((stringify!($name), $name)),*];
+        pub(crate) const TESTS: &[(&str, crate::common::inside::Test)] = &[$((stringify!($name), || {
+            $name();
+            Ok(())
+        })),*];
     };
 }
 pub(crate) use tests;

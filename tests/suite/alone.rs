@@ -9,8 +9,8 @@ use std::time::Duration;
 
 use super::destroy::{health, only};
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::harness::{case, on};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// How long a server may take to come back, or to go.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -38,36 +38,35 @@ fn lose_supervisor(stage: &Stage) {
     assert!(system::eventually(PATIENCE, || !stage.servers().iter().any(|p| p.pid == supervisor)), "it lives");
 }
 
-/// The record keeps the first worker; which one answers now must be known without a supervisor.
-pub(crate) const LATER_WORKER: Case =
-    Case::new("a_later_worker_without_supervisor_is_alive", on::fuse, |stage: &Stage| {
-        let rootfs = mounted(stage, stage.small_image());
-        let mut open = File::create(rootfs.join("w/f")).expect("make");
-        let first = worker(stage);
-        system::kill(first);
-        assert!(system::eventually(PATIENCE, || worker(stage) != first), "no later worker");
-        open.write_all(b"by the second ").expect("an open file is good");
-        let second = worker(stage);
-        lose_supervisor(stage);
-        open.write_all(b"without supervisor").expect("an open file is good");
-        let shown = only(stage);
-        assert_eq!(
-            (shown["state"].as_str(), shown["worker_pid"].as_i64(), shown["unsupervised"].as_bool()),
-            (Some("ready"), Some(i64::from(second)), Some(true)),
-            "{shown:#}"
-        );
-        // Nobody mounts over what is alive.
-        let recovered = stage.fsprov(["recover", "--json"]).run().ok().json();
-        assert_eq!(recovered[0]["outcome"], "kept", "{recovered:#}");
-        assert_eq!(system::mounts_below(&rootfs).len(), 1);
-        assert_eq!(fs::read_to_string(rootfs.join("w/f")).expect("read"), "by the second without supervisor");
-        drop(open);
-        stage.unmount(&rootfs);
-        stage.assert_nothing_left("after the unmount of a rootfs without supervisor");
-    });
+// The record keeps the first worker; which one answers now must be known without a supervisor.
+case!("a_later_worker_without_supervisor_is_alive", on::fuse, |stage: &Stage| {
+    let rootfs = mounted(stage, stage.small_image());
+    let mut open = File::create(rootfs.join("w/f")).expect("make");
+    let first = worker(stage);
+    system::kill(first);
+    assert!(system::eventually(PATIENCE, || worker(stage) != first), "no later worker");
+    open.write_all(b"by the second ").expect("an open file is good");
+    let second = worker(stage);
+    lose_supervisor(stage);
+    open.write_all(b"without supervisor").expect("an open file is good");
+    let shown = only(stage);
+    assert_eq!(
+        (shown["state"].as_str(), shown["worker_pid"].as_i64(), shown["unsupervised"].as_bool()),
+        (Some("ready"), Some(i64::from(second)), Some(true)),
+        "{shown:#}"
+    );
+    // Nobody mounts over what is alive.
+    let recovered = stage.fsprov(["recover", "--json"]).run().ok().json();
+    assert_eq!(recovered[0]["outcome"], "kept", "{recovered:#}");
+    assert_eq!(system::mounts_below(&rootfs).len(), 1);
+    assert_eq!(fs::read_to_string(rootfs.join("w/f")).expect("read"), "by the second without supervisor");
+    drop(open);
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after the unmount of a rootfs without supervisor");
+});
 
-/// A worker that was stopped answers nobody, and is not dead.
-pub(crate) const STOPPED: Case = Case::new("a_stopped_worker_does_not_answer", on::fuse, |stage: &Stage| {
+// A worker that was stopped answers nobody, and is not dead.
+case!("a_stopped_worker_does_not_answer", on::fuse, |stage: &Stage| {
     let rootfs = mounted(stage, stage.small_image());
     let worker = worker(stage);
     let send = |name: &str| stage.tool("kill", [format!("-{name}"), worker.to_string()]).run().ok();
@@ -102,37 +101,32 @@ fn in_private_namespace(stage: &Stage, script: &str) -> Command {
     call.command
 }
 
-/// Servers keep the mount namespace that they were started in; with them alone in it nobody can reach their rootfs any more.
-pub(crate) const LEFT_BEHIND: Case = Case::needing(
-    "servers_alone_in_a_mount_namespace_can_be_ended",
-    has_namespaces,
-    &[Need::Tool("unshare")],
-    |stage: &Stage| {
-        stage.small_image();
-        for (end, how) in [("unmount", &["unmount", "k"][..]), ("lazily", &["unmount", "--lazy", "k"])] {
-            assert!(in_private_namespace(stage, "\"$@\"").status().expect("run").success());
-            assert_eq!(stage.servers().len(), 2, "they are left behind");
-            assert_eq!(health(stage), "gone", "{end}");
-            stage.fsprov(how.iter().copied()).run().ok();
-            stage.assert_nothing_left(end);
-        }
-        // `recover` mounts it here, where the caller is.
+// Servers keep the mount namespace that they were started in; with them alone in it nobody can reach their rootfs any more.
+case!("servers_alone_in_a_mount_namespace_can_be_ended", has_namespaces, &[Need::Tool("unshare")], |stage: &Stage| {
+    stage.small_image();
+    for (end, how) in [("unmount", &["unmount", "k"][..]), ("lazily", &["unmount", "--lazy", "k"])] {
         assert!(in_private_namespace(stage, "\"$@\"").status().expect("run").success());
-        let before: Vec<_> = stage.servers().iter().map(|p| p.pid).collect();
-        let recovered = stage.fsprov(["recover", "--json"]).run().ok().json();
-        assert_eq!(recovered[0]["outcome"], "healed", "{recovered:#}");
-        assert!(!stage.servers().iter().any(|p| before.contains(&p.pid)), "those of the namespace are ended");
-        assert_eq!(health(stage), "ready");
-        stage.unmount("rootfs");
-        assert!(in_private_namespace(stage, "\"$@\"").status().expect("run").success());
-        let recovered = stage.fsprov(["recover", "--json", "--keep", "other"]).run().ok().json();
-        assert_eq!(recovered[0]["outcome"], "destroyed", "{recovered:#}");
-        stage.assert_nothing_left("after recover without it");
-    },
-);
+        assert_eq!(stage.servers().len(), 2, "they are left behind");
+        assert_eq!(health(stage), "gone", "{end}");
+        stage.fsprov(how.iter().copied()).run().ok();
+        stage.assert_nothing_left(end);
+    }
+    // `recover` mounts it here, where the caller is.
+    assert!(in_private_namespace(stage, "\"$@\"").status().expect("run").success());
+    let before: Vec<_> = stage.servers().iter().map(|p| p.pid).collect();
+    let recovered = stage.fsprov(["recover", "--json"]).run().ok().json();
+    assert_eq!(recovered[0]["outcome"], "healed", "{recovered:#}");
+    assert!(!stage.servers().iter().any(|p| before.contains(&p.pid)), "those of the namespace are ended");
+    assert_eq!(health(stage), "ready");
+    stage.unmount("rootfs");
+    assert!(in_private_namespace(stage, "\"$@\"").status().expect("run").success());
+    let recovered = stage.fsprov(["recover", "--json", "--keep", "other"]).run().ok().json();
+    assert_eq!(recovered[0]["outcome"], "destroyed", "{recovered:#}");
+    stage.assert_nothing_left("after recover without it");
+},);
 
-/// Somebody is in the namespace, or may come back to it: the rootfs is in use there.
-pub(crate) const USED_THERE: Case = Case::needing(
+// Somebody is in the namespace, or may come back to it: the rootfs is in use there.
+case!(
     "a_rootfs_that_is_used_in_its_namespace_stays",
     has_namespaces,
     &[Need::Tool("unshare"), Need::Tool("nsenter")],
@@ -161,34 +155,33 @@ pub(crate) const USED_THERE: Case = Case::needing(
     },
 );
 
-/// Out of sight, without a supervisor, and still in use: the worker keeps the image in the store.
-pub(crate) const IMAGE_HELD: Case =
-    Case::new("a_worker_without_supervisor_holds_its_image", on::fuse, |stage: &Stage| {
-        let image = stage.small_image();
-        fs::write(image.join("usr/share/doc/read"), "from the image").expect("write");
-        stage
-            .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
-            .run()
-            .ok();
-        for restarted in [false, true] {
-            let rootfs = mounted(stage, "small");
-            if restarted {
-                stage.fsprov(["restart", "k"]).run().ok();
-            }
-            lose_supervisor(stage);
-            let mut user = Command::new("sleep")
-                .arg("300")
-                .current_dir(rootfs.join("usr/share/doc"))
-                .stdin(Stdio::null())
-                .spawn()
-                .expect("start a user");
-            stage.fsprov(["unmount", "--lazy", "k"]).run().ok();
-            stage.fsprov(["image", "rm", "small"]).run().fails(4, &["use"]);
-            let read = fs::read_to_string(format!("/proc/{}/cwd/read", user.id()));
-            assert_eq!(read.expect("read"), "from the image", "restarted {restarted}");
-            user.kill().expect("end it");
-            user.wait().expect("end it");
-            assert!(system::survivors(PATIENCE).is_empty(), "the worker ends with the last user");
+// Out of sight, without a supervisor, and still in use: the worker keeps the image in the store.
+case!("a_worker_without_supervisor_holds_its_image", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    fs::write(image.join("usr/share/doc/read"), "from the image").expect("write");
+    stage
+        .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
+        .run()
+        .ok();
+    for restarted in [false, true] {
+        let rootfs = mounted(stage, "small");
+        if restarted {
+            stage.fsprov(["restart", "k"]).run().ok();
         }
-        stage.fsprov(["image", "rm", "small"]).run().ok();
-    });
+        lose_supervisor(stage);
+        let mut user = Command::new("sleep")
+            .arg("300")
+            .current_dir(rootfs.join("usr/share/doc"))
+            .stdin(Stdio::null())
+            .spawn()
+            .expect("start a user");
+        stage.fsprov(["unmount", "--lazy", "k"]).run().ok();
+        stage.fsprov(["image", "rm", "small"]).run().fails(4, &["use"]);
+        let read = fs::read_to_string(format!("/proc/{}/cwd/read", user.id()));
+        assert_eq!(read.expect("read"), "from the image", "restarted {restarted}");
+        user.kill().expect("end it");
+        user.wait().expect("end it");
+        assert!(system::survivors(PATIENCE).is_empty(), "the worker ends with the last user");
+    }
+    stage.fsprov(["image", "rm", "small"]).run().ok();
+});

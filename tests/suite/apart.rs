@@ -8,10 +8,10 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::store::{pack, small_aci_tree};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::stage::Call;
 use crate::common::system::{self, Process, eventually};
-use crate::common::{Case, Enter, Need, Stage};
+use crate::common::{Enter, Need, Stage};
 
 /// An archive that both are needed for, and the id it must get.
 fn compressed(stage: &Stage) -> (PathBuf, String) {
@@ -29,8 +29,8 @@ fn import<'a>(stage: &'a Stage, archive: &Path) -> Call<'a> {
 /// Which walls are taken away, to see that the others do.
 const WALLS_TAKEN: [(&str, &str); 2] = [("all walls", ""), ("no landlock", ";walls.landlock=return")];
 
-/// A decoder and an unpacker that were taken over try what they can think of, and get nowhere; the import is what it would have been.
-pub(crate) const TAKEN_OVER: Case = Case::needing(
+// A decoder and an unpacker that were taken over try what they can think of, and get nowhere; the import is what it would have been.
+case!(
     "a_reader_of_archives_that_was_taken_over_gets_nowhere",
     on::once_each,
     &[Need::Failpoints, Need::Tool("gzip"), Need::MountCalls],
@@ -78,8 +78,8 @@ pub(crate) const TAKEN_OVER: Case = Case::needing(
     },
 );
 
-/// One that takes memory or time without end is ended, and the error says which.
-pub(crate) const BOUNDED: Case = Case::needing(
+// One that takes memory or time without end is ended, and the error says which.
+case!(
     "a_reader_of_archives_takes_no_more_than_it_may",
     on::once_each,
     &[Need::Failpoints, Need::Tool("gzip")],
@@ -101,22 +101,17 @@ pub(crate) const BOUNDED: Case = Case::needing(
     },
 );
 
-/// An unpacker that was taken over by a part of an archive, and says it is done, gives no image the id of what came before that part.
-pub(crate) const LIES: Case = Case::needing(
-    "an_unpacker_that_stops_early_makes_no_image",
-    on::once_each,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let tree = small_aci_tree(stage, "tree");
-        // More than pipes hold.
-        stage.write("tree/rootfs/big", vec![7; 8 << 20]);
-        let archive = pack(stage, &tree, "big.aci");
-        let points = "unpacker.lies=return(at once)";
-        import(stage, &archive).env("FAILPOINTS", points).run().fails(1, &["big.aci", "stopped before its end"]);
-        assert_eq!(stage.fsprov(["image", "list", "--json"]).run().ok().json(), serde_json::json!([]));
-        stage.assert_nothing_left("after an unpacker that lies");
-    },
-);
+// An unpacker that was taken over by a part of an archive, and says it is done, gives no image the id of what came before that part.
+case!("an_unpacker_that_stops_early_makes_no_image", on::once_each, &[Need::Failpoints], |stage: &Stage| {
+    let tree = small_aci_tree(stage, "tree");
+    // More than pipes hold.
+    stage.write("tree/rootfs/big", vec![7; 8 << 20]);
+    let archive = pack(stage, &tree, "big.aci");
+    let points = "unpacker.lies=return(at once)";
+    import(stage, &archive).env("FAILPOINTS", points).run().fails(1, &["big.aci", "stopped before its end"]);
+    assert_eq!(stage.fsprov(["image", "list", "--json"]).run().ok().json(), serde_json::json!([]));
+    stage.assert_nothing_left("after an unpacker that lies");
+},);
 
 fn readers() -> Vec<Process> {
     system::reap();
@@ -137,28 +132,23 @@ fn slow_import(stage: &Stage, archive: &Path) -> (std::process::Child, std::proc
     (child, to)
 }
 
-/// Whoever imports may be killed or interrupted: nobody goes on reading.
-pub(crate) const NOT_ORPHANED: Case = Case::needing(
-    "no_reader_of_archives_outlives_its_import",
-    on::once_each,
-    &[Need::Tool("gzip")],
-    |stage: &Stage| {
-        use rustix::process::{Pid, Signal, kill_process};
-        let (archive, _) = compressed(stage);
-        for signal in [Signal::INT, Signal::TERM, Signal::KILL] {
-            let (mut child, _to) = slow_import(stage, &archive);
-            kill_process(Pid::from_child(&child), signal).expect("kill");
-            child.wait().expect("wait");
-            assert!(eventually(Duration::from_secs(5), || readers().is_empty()), "{signal:?}: {:?}", readers());
-            // What is half made goes with the next.
-            stage.fsprov(["image", "gc"]).run().ok();
-            stage.assert_nothing_left(&format!("after {signal:?}"));
-        }
-    },
-);
+// Whoever imports may be killed or interrupted: nobody goes on reading.
+case!("no_reader_of_archives_outlives_its_import", on::once_each, &[Need::Tool("gzip")], |stage: &Stage| {
+    use rustix::process::{Pid, Signal, kill_process};
+    let (archive, _) = compressed(stage);
+    for signal in [Signal::INT, Signal::TERM, Signal::KILL] {
+        let (mut child, _to) = slow_import(stage, &archive);
+        kill_process(Pid::from_child(&child), signal).expect("kill");
+        child.wait().expect("wait");
+        assert!(eventually(Duration::from_secs(5), || readers().is_empty()), "{signal:?}: {:?}", readers());
+        // What is half made goes with the next.
+        stage.fsprov(["image", "gc"]).run().ok();
+        stage.assert_nothing_left(&format!("after {signal:?}"));
+    }
+},);
 
-/// One that is killed fails the import, and nothing is left.
-pub(crate) const KILLED: Case = Case::needing(
+// One that is killed fails the import, and nothing is left.
+case!(
     "an_import_whose_reader_is_killed_fails_and_leaves_nothing",
     on::once_each,
     &[Need::Tool("gzip")],
@@ -182,8 +172,8 @@ pub(crate) const KILLED: Case = Case::needing(
     },
 );
 
-/// Where root imports, the readers have a user of their own and of root's powers those that placing takes.
-pub(crate) const WHO_THEY_ARE: Case = Case::needing(
+// Where root imports, the readers have a user of their own and of root's powers those that placing takes.
+case!(
     "the_readers_of_archives_are_nobody",
     |lane| on::once_each(lane) && lane.enter == Enter::Root,
     &[Need::Tool("gzip")],

@@ -6,11 +6,11 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::images::{chmod, make_small_tree};
 use crate::common::server::{Answer, Asked, Server};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage};
+use crate::common::{Enter, Lane, Need, Stage};
 
 /// An ACI of a manifest and a file `content`.
 fn aci(manifest: &serde_json::Value, content: &str) -> Vec<u8> {
@@ -75,78 +75,77 @@ fn wares() -> Vec<(&'static str, Vec<u8>)> {
     ]
 }
 
-pub(crate) const FETCHES: Case =
-    Case::new("an_appc_image_is_found_by_its_name_and_is_what_was_asked_for", on::once_each, |stage: &Stage| {
-        let mirror = stage.mkdir("mirror");
-        for (name, bytes) in wares() {
-            let path = mirror.join(name);
-            fs::create_dir_all(path.parent().expect("a parent")).expect("make dir");
-            fs::write(path, bytes).expect("write");
-        }
-        let wares = wares();
-        let server = Server::start(move |asked: &Asked| {
-            let found = wares.iter().find(|(name, _)| asked.path.strip_prefix('/') == Some(*name));
-            found.map_or_else(|| Answer::new(404, ""), |(_, bytes)| Answer::new(200, &bytes[..]))
-        });
-        let path = format!("{}/", mirror.display());
-        // A path, as Mesos's appc_simple_discovery_uri_prefix may be; a file: URL; a web server of this host.
-        for prefix in [path.clone(), format!("file://{path}"), format!("http://{}/", server.address)] {
-            let config_of = |more: &str| {
-                stage.write("config.toml", format!("discovery_prefixes = [\"/nowhere/\", {prefix:?}]\n{more}"))
-            };
-            let config = config_of("");
-            let fetch = |what: &str| stage.fsprov(["image", "fetch", what]).env("FSPROV_CONFIG", &config).run();
-            fetch("example.com/app:1.0").ok();
-            fetch("example.com/latest").ok();
-            fetch("example.com/liar:1.0").fails(1, &["what came calls itself example.com/app"]);
-            fetch("example.com/old:1.0").fails(1, &["what came has the label version=0.9"]);
-            fetch("example.com/app:1.0,channel=beta").fails(1, &["what came has no label channel"]);
-            // What came could be another name's: nothing of it stays.
-            assert_eq!(names(stage), ["example.com/app", "example.com/latest"], "{prefix}");
-            // Dependencies first, and only what is missing.
-            let said =
-                stage.fsprov(["image", "fetch", "--json", "example.com/top:1.0"]).env("FSPROV_CONFIG", &config).run();
-            let said = said.ok().json();
-            let came: Vec<_> = said.as_array().expect("an array").iter().map(|one| one["name"].clone()).collect();
-            assert_eq!(came, [json!("example.com/base"), json!("example.com/middle"), json!("example.com/top")]);
-            server.asked();
-            fetch("example.com/top:1.0").ok();
-            assert!(server.asked().iter().all(|asked| !asked.path.contains("base")), "it is there");
-            fetch("example.com/a")
-                .fails(1, &["it depends on itself: example.com/a -> example.com/b,os=linux -> example.com/a"]);
-            stage.fsprov(["image", "rm", "example.com/top", "example.com/middle", "example.com/base"]).run().ok();
-            fetch("example.com/wrong-id:1.0").fails(1, &["and what depends on it says sha512-00"]);
-            stage.fsprov(["image", "rm", "example.com/app", "example.com/latest"]).run().ok();
-            assert_eq!(names(stage), [""; 0]);
-            // Each of the three has a few KiB: together they are too much.
-            let little = config_of(&format!("\n[limits]\ntotal_bytes = {}\n", 5 * 1024));
-            if prefix.starts_with("http:") {
-                let said = stage.fsprov(["image", "fetch", "example.com/top:1.0"]).env("FSPROV_CONFIG", &little).run();
-                said.fails(1, &["all that is fetched for one image may have"]);
-                stage.fsprov(["image", "gc", "--unused"]).run().ok();
-            }
-            let downloads = fs::read_dir(stage.state().join("cache/download")).map_or(0, Iterator::count);
-            assert_eq!(downloads, 0, "nothing lies about");
-        }
-        let config = config(stage, &format!("discovery_prefixes = [{path:?}, \"http://192.0.2.1/\"]\n"));
-        let nowhere = stage.fsprov(["image", "fetch", "none.invalid/x"]).env("FSPROV_CONFIG", &config).run();
-        nowhere.fails(
-            3,
-            &[
-                "none.invalid/x-latest-linux-",
-                ": not there",
-                "it would go over plain http",
-                "no host none.invalid is known",
-            ],
-        );
-        stage.fsprov(["image", "fetch", "Bad"]).run().fails(2, &["AC identifier"]);
+case!("an_appc_image_is_found_by_its_name_and_is_what_was_asked_for", on::once_each, |stage: &Stage| {
+    let mirror = stage.mkdir("mirror");
+    for (name, bytes) in wares() {
+        let path = mirror.join(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("make dir");
+        fs::write(path, bytes).expect("write");
+    }
+    let wares = wares();
+    let server = Server::start(move |asked: &Asked| {
+        let found = wares.iter().find(|(name, _)| asked.path.strip_prefix('/') == Some(*name));
+        found.map_or_else(|| Answer::new(404, ""), |(_, bytes)| Answer::new(200, &bytes[..]))
     });
+    let path = format!("{}/", mirror.display());
+    // A path, as Mesos's appc_simple_discovery_uri_prefix may be; a file: URL; a web server of this host.
+    for prefix in [path.clone(), format!("file://{path}"), format!("http://{}/", server.address)] {
+        let config_of = |more: &str| {
+            stage.write("config.toml", format!("discovery_prefixes = [\"/nowhere/\", {prefix:?}]\n{more}"))
+        };
+        let config = config_of("");
+        let fetch = |what: &str| stage.fsprov(["image", "fetch", what]).env("FSPROV_CONFIG", &config).run();
+        fetch("example.com/app:1.0").ok();
+        fetch("example.com/latest").ok();
+        fetch("example.com/liar:1.0").fails(1, &["what came calls itself example.com/app"]);
+        fetch("example.com/old:1.0").fails(1, &["what came has the label version=0.9"]);
+        fetch("example.com/app:1.0,channel=beta").fails(1, &["what came has no label channel"]);
+        // What came could be another name's: nothing of it stays.
+        assert_eq!(names(stage), ["example.com/app", "example.com/latest"], "{prefix}");
+        // Dependencies first, and only what is missing.
+        let said =
+            stage.fsprov(["image", "fetch", "--json", "example.com/top:1.0"]).env("FSPROV_CONFIG", &config).run();
+        let said = said.ok().json();
+        let came: Vec<_> = said.as_array().expect("an array").iter().map(|one| one["name"].clone()).collect();
+        assert_eq!(came, [json!("example.com/base"), json!("example.com/middle"), json!("example.com/top")]);
+        server.asked();
+        fetch("example.com/top:1.0").ok();
+        assert!(server.asked().iter().all(|asked| !asked.path.contains("base")), "it is there");
+        fetch("example.com/a")
+            .fails(1, &["it depends on itself: example.com/a -> example.com/b,os=linux -> example.com/a"]);
+        stage.fsprov(["image", "rm", "example.com/top", "example.com/middle", "example.com/base"]).run().ok();
+        fetch("example.com/wrong-id:1.0").fails(1, &["and what depends on it says sha512-00"]);
+        stage.fsprov(["image", "rm", "example.com/app", "example.com/latest"]).run().ok();
+        assert_eq!(names(stage), [""; 0]);
+        // Each of the three has a few KiB: together they are too much.
+        let little = config_of(&format!("\n[limits]\ntotal_bytes = {}\n", 5 * 1024));
+        if prefix.starts_with("http:") {
+            let said = stage.fsprov(["image", "fetch", "example.com/top:1.0"]).env("FSPROV_CONFIG", &little).run();
+            said.fails(1, &["all that is fetched for one image may have"]);
+            stage.fsprov(["image", "gc", "--unused"]).run().ok();
+        }
+        let downloads = fs::read_dir(stage.state().join("cache/download")).map_or(0, Iterator::count);
+        assert_eq!(downloads, 0, "nothing lies about");
+    }
+    let config = config(stage, &format!("discovery_prefixes = [{path:?}, \"http://192.0.2.1/\"]\n"));
+    let nowhere = stage.fsprov(["image", "fetch", "none.invalid/x"]).env("FSPROV_CONFIG", &config).run();
+    nowhere.fails(
+        3,
+        &[
+            "none.invalid/x-latest-linux-",
+            ": not there",
+            "it would go over plain http",
+            "no host none.invalid is known",
+        ],
+    );
+    stage.fsprov(["image", "fetch", "Bad"]).run().fails(2, &["AC identifier"]);
+});
 
 /// An address of this host that nothing else listens at.
 const META_HOST: &str = "127.83.21.5";
 
-/// Discovery by a page's tags asks at port 80 (443 with TLS), which only root may serve.
-pub(crate) const META: Case = Case::new(
+// Discovery by a page's tags asks at port 80 (443 with TLS), which only root may serve.
+case!(
     "an_appc_image_is_found_by_the_tags_of_a_page",
     |lane: &Lane| on::once_each(lane) && lane.enter == Enter::Root,
     |stage: &Stage| {
@@ -194,7 +193,7 @@ fn end_agent(stage: &Stage) {
     crate::common::system::survivors(Duration::from_secs(5));
 }
 
-pub(crate) const SIGNATURES: Case = Case::needing(
+case!(
     "a_keyring_asks_for_a_good_signature",
     on::once_each,
     &[Need::Tool("gpg"), Need::Tool("gpgconf"), Need::Tool("gzip")],
@@ -385,113 +384,109 @@ pub(crate) const SIGNATURES: Case = Case::needing(
     },
 );
 
-/// A name is an entry to trust. With the name `debian` in the store, an archive that calls itself so must not become it.
-pub(crate) const NAMES_HELD: Case =
-    Case::new("an_import_takes_no_name_that_nobody_gave_it", on::once_each, |stage: &Stage| {
-        let name = "example.com/debian";
-        let make = |file: &str, version: &str, content: &str| {
-            stage.write(file, aci(&manifest(name, version, json!([])), content));
-        };
-        make("good.aci", "1", "good");
-        make("evil.aci", "latest", "evil");
-        make("worse.aci", "1", "worse");
-        let import = |args: &[&str]| stage.fsprov(["image", "import", "--json"]).args(args).run();
-        let id_of = |what: &str| stage.fsprov(["image", "show", "--json", what]).run().ok().json();
-        let good = import(&["good.aci"]).ok().json()["id"].clone();
-        let evil = import(&["evil.aci", "--name", "quarantine/x"]).ok().json()["id"].clone();
-        assert_eq!(id_of("quarantine/x")["names"], json!(["quarantine/x"]), "only the name that was given");
-        assert_eq!(id_of(name)["id"], good);
-        // What stands on the name stands on what it means.
-        let on = json!([{"imageName": name}]);
-        stage.write("app.aci", aci(&manifest("example.com/app", "1", on), "app"));
-        import(&["app.aci"]).ok();
-        assert_eq!(id_of("example.com/app")["dependencies"], json!([good]));
-        // Without a name of its own it would take one that is held: it must be asked for.
-        for file in ["evil.aci", "worse.aci"] {
-            import(&[file]).fails(1, &["name image example.com/debian", "has this name", "--replace"]);
-            assert_eq!(id_of(name)["id"], good, "{file}");
-        }
-        let listed = stage.fsprov(["image", "list", "--json"]).run().ok().json();
-        assert_eq!(listed.as_array().map(Vec::len), Some(3), "what was refused is not there");
-        // Mounted by its path, it gets no name.
-        stage.mkdir("mnt");
-        stage.fsprov(["mount", "./worse.aci", "mnt"]).run().ok();
-        stage.fsprov(["unmount", "mnt"]).run().ok();
-        assert_eq!(id_of(name)["id"], good);
-        // Another of the same labels takes its place, and is remembered.
-        let worse = import(&["worse.aci", "--replace"]).ok().json()["id"].clone();
-        let now = id_of(name);
-        assert_eq!((&now["id"], &now["before"][0]["image"], &now["before"][0]["name"]), (&worse, &good, &json!(name)));
-        assert_eq!(id_of(good.as_str().expect("an id"))["names"], json!([]));
-        let shown = stage.fsprov(["image", "show", name]).run().ok().out();
-        assert!(shown.contains(&format!("before          {name} was {}", good.as_str().expect("an id"))), "{shown}");
-        // One of other labels stands beside it, by its version.
-        import(&["evil.aci", "--replace"]).ok();
-        assert_eq!((&id_of(name)["id"], &id_of(&format!("{name}:1"))["id"]), (&evil, &worse));
-        let before = id_of(name)["before"].clone();
-        let chain: Vec<_> = before.as_array().expect("a list").iter().map(|one| one["image"].clone()).collect();
-        assert_eq!(chain, [worse, good], "the whole history");
-    });
+// A name is an entry to trust. With the name `debian` in the store, an archive that calls itself so must not become it.
+case!("an_import_takes_no_name_that_nobody_gave_it", on::once_each, |stage: &Stage| {
+    let name = "example.com/debian";
+    let make = |file: &str, version: &str, content: &str| {
+        stage.write(file, aci(&manifest(name, version, json!([])), content));
+    };
+    make("good.aci", "1", "good");
+    make("evil.aci", "latest", "evil");
+    make("worse.aci", "1", "worse");
+    let import = |args: &[&str]| stage.fsprov(["image", "import", "--json"]).args(args).run();
+    let id_of = |what: &str| stage.fsprov(["image", "show", "--json", what]).run().ok().json();
+    let good = import(&["good.aci"]).ok().json()["id"].clone();
+    let evil = import(&["evil.aci", "--name", "quarantine/x"]).ok().json()["id"].clone();
+    assert_eq!(id_of("quarantine/x")["names"], json!(["quarantine/x"]), "only the name that was given");
+    assert_eq!(id_of(name)["id"], good);
+    // What stands on the name stands on what it means.
+    let on = json!([{"imageName": name}]);
+    stage.write("app.aci", aci(&manifest("example.com/app", "1", on), "app"));
+    import(&["app.aci"]).ok();
+    assert_eq!(id_of("example.com/app")["dependencies"], json!([good]));
+    // Without a name of its own it would take one that is held: it must be asked for.
+    for file in ["evil.aci", "worse.aci"] {
+        import(&[file]).fails(1, &["name image example.com/debian", "has this name", "--replace"]);
+        assert_eq!(id_of(name)["id"], good, "{file}");
+    }
+    let listed = stage.fsprov(["image", "list", "--json"]).run().ok().json();
+    assert_eq!(listed.as_array().map(Vec::len), Some(3), "what was refused is not there");
+    // Mounted by its path, it gets no name.
+    stage.mkdir("mnt");
+    stage.fsprov(["mount", "./worse.aci", "mnt"]).run().ok();
+    stage.fsprov(["unmount", "mnt"]).run().ok();
+    assert_eq!(id_of(name)["id"], good);
+    // Another of the same labels takes its place, and is remembered.
+    let worse = import(&["worse.aci", "--replace"]).ok().json()["id"].clone();
+    let now = id_of(name);
+    assert_eq!((&now["id"], &now["before"][0]["image"], &now["before"][0]["name"]), (&worse, &good, &json!(name)));
+    assert_eq!(id_of(good.as_str().expect("an id"))["names"], json!([]));
+    let shown = stage.fsprov(["image", "show", name]).run().ok().out();
+    assert!(shown.contains(&format!("before          {name} was {}", good.as_str().expect("an id"))), "{shown}");
+    // One of other labels stands beside it, by its version.
+    import(&["evil.aci", "--replace"]).ok();
+    assert_eq!((&id_of(name)["id"], &id_of(&format!("{name}:1"))["id"]), (&evil, &worse));
+    let before = id_of(name)["before"].clone();
+    let chain: Vec<_> = before.as_array().expect("a list").iter().map(|one| one["image"].clone()).collect();
+    assert_eq!(chain, [worse, good], "the whole history");
+});
 
-/// What others wrote reaches a terminal escaped, and JSON exact.
-pub(crate) const ESCAPES: Case =
-    Case::new("what_others_wrote_is_escaped_on_its_way_to_a_terminal", on::once_each, |stage: &Stage| {
-        const EVIL: &str = "a\u{1b}]0;pwned\u{7}\u{1b}[2J\u{9b}31m\u{202e}\n9:9";
-        let image = crate::common::oci::Image::small("content");
-        let mut layer = flate2::read::GzDecoder::new(&image.blobs[&image.layers[0]][..]);
-        let mut tar = Vec::new();
-        std::io::Read::read_to_end(&mut layer, &mut tar).expect("gunzip");
-        let config = json!({"architecture": "amd64", "os": "linux", "variant": EVIL,
+// What others wrote reaches a terminal escaped, and JSON exact.
+case!("what_others_wrote_is_escaped_on_its_way_to_a_terminal", on::once_each, |stage: &Stage| {
+    const EVIL: &str = "a\u{1b}]0;pwned\u{7}\u{1b}[2J\u{9b}31m\u{202e}\n9:9";
+    let image = crate::common::oci::Image::small("content");
+    let mut layer = flate2::read::GzDecoder::new(&image.blobs[&image.layers[0]][..]);
+    let mut tar = Vec::new();
+    std::io::Read::read_to_end(&mut layer, &mut tar).expect("gunzip");
+    let config = json!({"architecture": "amd64", "os": "linux", "variant": EVIL,
             "rootfs": {"type": "layers", "diff_ids": [crate::common::oci::digest(&tar)]}});
-        let docker = json!([{"Config": "c.json", "RepoTags": [EVIL], "Layers": ["l.tar"]}]);
-        let mut archive = tar::Builder::new(Vec::new());
-        for (name, bytes) in [
-            ("manifest.json", docker.to_string().into_bytes()),
-            ("c.json", config.to_string().into_bytes()),
-            ("l.tar", tar),
-        ] {
-            let mut header = tar::Header::new_gnu();
-            header.set_size(bytes.len() as u64);
-            header.set_mode(0o644);
-            archive.append_data(&mut header, name, &bytes[..]).expect("tar");
-        }
-        stage.write("docker.tar", archive.into_inner().expect("tar"));
-        let mut annotated = manifest("example.com/notes", "1", json!([]));
-        annotated["annotations"] = json!([{"name": "note", "value": EVIL}]);
-        stage.write("notes.aci", aci(&annotated, "x"));
-        let is_clean = |what: &str, text: &[u8]| {
-            let text = String::from_utf8_lossy(text);
-            let bad = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
-            assert!(!text.contains(bad) && !text.contains("\n9:9"), "{what}: {text:?}");
-        };
-        let run = |args: &[&str]| {
-            let said = stage.fsprov(["--verbose", "--verbose"]).args(args).run();
-            is_clean(&args.join(" "), &said.stdout);
-            is_clean(&args.join(" "), &said.stderr);
-            said
-        };
-        let id =
-            run(&["image", "import", "--json", "docker.tar"]).ok().json()["id"].as_str().expect("an id").to_owned();
-        run(&["image", "import", "notes.aci"]).ok();
-        let listed = run(&["image", "list", "--json"]).ok().json();
-        let exact =
-            listed.as_array().expect("a list").iter().find(|one| one["id"] == *id).expect("it is there").clone();
-        assert_eq!(exact["names"], json!([EVIL]), "JSON says what it is");
-        assert!(exact["labels"].to_string().contains(&json!(EVIL).to_string()));
-        for verb in
-            [&["image", "list"][..], &["image", "show", &id], &["image", "show", "example.com/notes"], &["image", "du"]]
-        {
-            run(verb).ok();
-        }
-        stage.mkdir("mnt");
-        run(&["mount", &id, "mnt"]).ok();
-        run(&["list"]).ok();
-        run(&["inspect", "mnt"]).ok();
-        run(&["unmount", "mnt"]).ok();
-        run(&["image", "import", "--name", EVIL, "notes.aci"]).fails(2, &[]);
-        run(&["image", "show", EVIL]).fails(2, &["a\\x1b]0;pwned"]);
-        run(&["image", "rm", &id]).ok();
-    });
+    let docker = json!([{"Config": "c.json", "RepoTags": [EVIL], "Layers": ["l.tar"]}]);
+    let mut archive = tar::Builder::new(Vec::new());
+    for (name, bytes) in [
+        ("manifest.json", docker.to_string().into_bytes()),
+        ("c.json", config.to_string().into_bytes()),
+        ("l.tar", tar),
+    ] {
+        let mut header = tar::Header::new_gnu();
+        header.set_size(bytes.len() as u64);
+        header.set_mode(0o644);
+        archive.append_data(&mut header, name, &bytes[..]).expect("tar");
+    }
+    stage.write("docker.tar", archive.into_inner().expect("tar"));
+    let mut annotated = manifest("example.com/notes", "1", json!([]));
+    annotated["annotations"] = json!([{"name": "note", "value": EVIL}]);
+    stage.write("notes.aci", aci(&annotated, "x"));
+    let is_clean = |what: &str, text: &[u8]| {
+        let text = String::from_utf8_lossy(text);
+        let bad = |c: char| (c.is_control() && c != '\n') || c == '\u{202e}';
+        assert!(!text.contains(bad) && !text.contains("\n9:9"), "{what}: {text:?}");
+    };
+    let run = |args: &[&str]| {
+        let said = stage.fsprov(["--verbose", "--verbose"]).args(args).run();
+        is_clean(&args.join(" "), &said.stdout);
+        is_clean(&args.join(" "), &said.stderr);
+        said
+    };
+    let id = run(&["image", "import", "--json", "docker.tar"]).ok().json()["id"].as_str().expect("an id").to_owned();
+    run(&["image", "import", "notes.aci"]).ok();
+    let listed = run(&["image", "list", "--json"]).ok().json();
+    let exact = listed.as_array().expect("a list").iter().find(|one| one["id"] == *id).expect("it is there").clone();
+    assert_eq!(exact["names"], json!([EVIL]), "JSON says what it is");
+    assert!(exact["labels"].to_string().contains(&json!(EVIL).to_string()));
+    for verb in
+        [&["image", "list"][..], &["image", "show", &id], &["image", "show", "example.com/notes"], &["image", "du"]]
+    {
+        run(verb).ok();
+    }
+    stage.mkdir("mnt");
+    run(&["mount", &id, "mnt"]).ok();
+    run(&["list"]).ok();
+    run(&["inspect", "mnt"]).ok();
+    run(&["unmount", "mnt"]).ok();
+    run(&["image", "import", "--name", EVIL, "notes.aci"]).fails(2, &[]);
+    run(&["image", "show", EVIL]).fails(2, &["a\\x1b]0;pwned"]);
+    run(&["image", "rm", &id]).ok();
+});
 
 /// A store as Mesos leaves it, with a manifest as its own tests write it.
 fn mesos_store(stage: &Stage) -> (PathBuf, PathBuf) {
@@ -506,7 +501,7 @@ fn mesos_store(stage: &Stage) -> (PathBuf, PathBuf) {
     (stage.path("mesos"), image)
 }
 
-pub(crate) const MESOS: Case = Case::new("a_mesos_store_is_used_in_place", on::every_backend, |stage: &Stage| {
+case!("a_mesos_store_is_used_in_place", on::every_backend, |stage: &Stage| {
     let (store, image) = mesos_store(stage);
     let before = picture(&store);
     let want = picture(&image.join("rootfs"));
@@ -538,45 +533,44 @@ pub(crate) const MESOS: Case = Case::new("a_mesos_store_is_used_in_place", on::e
     }
 });
 
-pub(crate) const CONFIG: Case =
-    Case::new("the_configuration_says_where_each_value_came_from", on::once_each, |stage: &Stage| {
-        let file = config(stage, "[limits]\nentries = 3\n[registry.\"reg.example.com:5000\"]\ninsecure = true\n");
-        let shown = stage.fsprov(["config", "show"]).env("FSPROV_CONFIG", &file).run().ok().out();
-        let line = |key: &str| shown.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
-        assert!(line("limits.entries ").ends_with("config.toml") && line("limits.entries ").contains(" 3 "), "{shown}");
-        assert!(line("limits.depth").ends_with("default") && line("root ").ends_with("environment"), "{shown}");
-        assert!(line("registry.\"reg.example.com:5000\"").contains("insecure"), "{shown}");
-        let json = stage.fsprov(["config", "show", "--json"]).env("FSPROV_CONFIG", &file).run().ok().json();
-        assert_eq!(json["limits"]["entries"]["value"], json!(3));
-        assert_eq!(json["limits"]["entries"]["origin"]["file"], json!(file));
-        // A limit holds, for what is imported and for what is mounted from an archive.
-        let mut tar = tar::Builder::new(Vec::new());
-        for name in ["manifest", "rootfs/a", "rootfs/b", "rootfs/c", "rootfs/d"] {
-            let text = if name == "manifest" { manifest("a", "1", json!([])).to_string() } else { String::new() };
-            let mut header = tar::Header::new_gnu();
-            header.set_size(text.len() as u64);
-            header.set_mode(0o644);
-            tar.append_data(&mut header, name, text.as_bytes()).expect("tar");
+case!("the_configuration_says_where_each_value_came_from", on::once_each, |stage: &Stage| {
+    let file = config(stage, "[limits]\nentries = 3\n[registry.\"reg.example.com:5000\"]\ninsecure = true\n");
+    let shown = stage.fsprov(["config", "show"]).env("FSPROV_CONFIG", &file).run().ok().out();
+    let line = |key: &str| shown.lines().find(|line| line.starts_with(key)).unwrap_or_default().to_owned();
+    assert!(line("limits.entries ").ends_with("config.toml") && line("limits.entries ").contains(" 3 "), "{shown}");
+    assert!(line("limits.depth").ends_with("default") && line("root ").ends_with("environment"), "{shown}");
+    assert!(line("registry.\"reg.example.com:5000\"").contains("insecure"), "{shown}");
+    let json = stage.fsprov(["config", "show", "--json"]).env("FSPROV_CONFIG", &file).run().ok().json();
+    assert_eq!(json["limits"]["entries"]["value"], json!(3));
+    assert_eq!(json["limits"]["entries"]["origin"]["file"], json!(file));
+    // A limit holds, for what is imported and for what is mounted from an archive.
+    let mut tar = tar::Builder::new(Vec::new());
+    for name in ["manifest", "rootfs/a", "rootfs/b", "rootfs/c", "rootfs/d"] {
+        let text = if name == "manifest" { manifest("a", "1", json!([])).to_string() } else { String::new() };
+        let mut header = tar::Header::new_gnu();
+        header.set_size(text.len() as u64);
+        header.set_mode(0o644);
+        tar.append_data(&mut header, name, text.as_bytes()).expect("tar");
+    }
+    let archive = stage.write("many.aci", tar.into_inner().expect("tar"));
+    stage.fsprov(["image", "import"]).arg(&archive).env("FSPROV_CONFIG", &file).run().fails(1, &["entries"]);
+    stage.fsprov(["mount", "./many.aci", "mnt"]).env("FSPROV_CONFIG", &file).run().fails(1, &["entries"]);
+    // The example is understood as it is, and says what the program says.
+    let example = stage.fsprov(["config", "example"]).run().ok().stdout;
+    let example = stage.write("example.toml", example);
+    let same = |file: &Path| {
+        let shown = stage.fsprov(["config", "show", "--json"]).env("FSPROV_CONFIG", file).run().ok().json();
+        shown["discovery_prefixes"]["value"].clone()
+    };
+    assert_eq!(same(&example), json!(["https://"]));
+    for (text, said) in [
+        ("keyrin = \"/x\"", "keyrin"),
+        ("[limits]\nfoo = 1", "limits.foo is unknown"),
+        ("[registry.a]\nx = 1", "unknown field"),
+    ] {
+        let bad = config(stage, text);
+        for verb in [&["config", "show"][..], &["image", "list"], &["mount", "/", "mnt"]] {
+            stage.fsprov(verb.iter().copied()).env("FSPROV_CONFIG", &bad).run().fails(2, &["config.toml", said]);
         }
-        let archive = stage.write("many.aci", tar.into_inner().expect("tar"));
-        stage.fsprov(["image", "import"]).arg(&archive).env("FSPROV_CONFIG", &file).run().fails(1, &["entries"]);
-        stage.fsprov(["mount", "./many.aci", "mnt"]).env("FSPROV_CONFIG", &file).run().fails(1, &["entries"]);
-        // The example is understood as it is, and says what the program says.
-        let example = stage.fsprov(["config", "example"]).run().ok().stdout;
-        let example = stage.write("example.toml", example);
-        let same = |file: &Path| {
-            let shown = stage.fsprov(["config", "show", "--json"]).env("FSPROV_CONFIG", file).run().ok().json();
-            shown["discovery_prefixes"]["value"].clone()
-        };
-        assert_eq!(same(&example), json!(["https://"]));
-        for (text, said) in [
-            ("keyrin = \"/x\"", "keyrin"),
-            ("[limits]\nfoo = 1", "limits.foo is unknown"),
-            ("[registry.a]\nx = 1", "unknown field"),
-        ] {
-            let bad = config(stage, text);
-            for verb in [&["config", "show"][..], &["image", "list"], &["mount", "/", "mnt"]] {
-                stage.fsprov(verb.iter().copied()).env("FSPROV_CONFIG", &bad).run().fails(2, &["config.toml", said]);
-            }
-        }
-    });
+    }
+});

@@ -7,8 +7,8 @@ use std::os::unix::fs::PermissionsExt as _;
 use serde_json::Value;
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::harness::{case, on};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 const VERBS: &[&[&str]] = &[
     &["mount"],
@@ -31,7 +31,7 @@ const VERBS: &[&[&str]] = &[
     &["man"],
 ];
 
-pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on::user, |stage: &Stage| {
+case!("help_has_an_example_for_every_verb", on::user, |stage: &Stage| {
     for verb in VERBS {
         for flag in ["--help", "-h"] {
             let said = stage.fsprov(verb.iter().copied().chain([flag])).run().ok();
@@ -71,7 +71,7 @@ pub(crate) const HELP: Case = Case::new("help_has_an_example_for_every_verb", on
     assert_eq!(said.trim(), concat!("fsprov ", env!("CARGO_PKG_VERSION")));
 });
 
-pub(crate) const USAGE: Case = Case::new("wrong_usage_is_exit_code_2", on::user, |stage: &Stage| {
+case!("wrong_usage_is_exit_code_2", on::user, |stage: &Stage| {
     let table: &[(&[&str], &str)] = &[
         (&["mout"], "mount"),
         (&["mount"], "<IMAGE>"),
@@ -101,7 +101,7 @@ pub(crate) const USAGE: Case = Case::new("wrong_usage_is_exit_code_2", on::user,
     }
 });
 
-pub(crate) const COMPLETIONS_AND_MAN: Case = Case::new("completions_and_manual_pages", on::user, |stage: &Stage| {
+case!("completions_and_manual_pages", on::user, |stage: &Stage| {
     for shell in ["bash", "zsh", "fish", "elvish", "powershell"] {
         let said = stage.fsprov(["completions", shell]).run().ok();
         // tests/completions.rs types to those that ask.
@@ -119,30 +119,25 @@ pub(crate) const COMPLETIONS_AND_MAN: Case = Case::new("completions_and_manual_p
     }
 });
 
-pub(crate) const PIPES: Case = Case::needing(
-    "a_closed_pipe_is_a_quiet_exit",
-    on::user,
-    &[Need::Tool("bash"), Need::Tool("head")],
-    |stage: &Stage| {
-        let fsprov = super::shell_quote(&crate::common::stage::program());
-        for args in ["completions bash", "man", "probe --json", "--help", "image import --help"] {
-            // The reader is gone before the first byte: `sleep` gives it the time.
-            let line = format!("(sleep 0.2; {fsprov} {args}; echo code=$? >&2) | true");
-            let said = stage.tool("bash", ["-c", &line]).run();
-            assert!(said.err().trim() == "code=0", "{args}: {}", said.describe());
-        }
-        // No stdout at all, and one that is full: no panic; a result that could not be written is a failure.
-        let said = stage.tool("bash", ["-c", &format!("{fsprov} man >/dev/full")]).run();
-        said.fails(1, &["stdout", "No space left on device"]);
-        for closed in [">&-", "2>&-", "<&-", ">&- 2>&- <&-"] {
-            let said = stage.tool("bash", ["-c", &format!("{fsprov} list {closed}")]).run();
-            assert!(said.code().is_some_and(|c| c <= 1), "{closed}: {}", said.describe());
-            assert!(!said.err().contains("panicked"), "{closed}: {}", said.describe());
-        }
-    },
-);
+case!("a_closed_pipe_is_a_quiet_exit", on::user, &[Need::Tool("bash"), Need::Tool("head")], |stage: &Stage| {
+    let fsprov = super::shell_quote(&crate::common::stage::program());
+    for args in ["completions bash", "man", "probe --json", "--help", "image import --help"] {
+        // The reader is gone before the first byte: `sleep` gives it the time.
+        let line = format!("(sleep 0.2; {fsprov} {args}; echo code=$? >&2) | true");
+        let said = stage.tool("bash", ["-c", &line]).run();
+        assert!(said.err().trim() == "code=0", "{args}: {}", said.describe());
+    }
+    // No stdout at all, and one that is full: no panic; a result that could not be written is a failure.
+    let said = stage.tool("bash", ["-c", &format!("{fsprov} man >/dev/full")]).run();
+    said.fails(1, &["stdout", "No space left on device"]);
+    for closed in [">&-", "2>&-", "<&-", ">&- 2>&- <&-"] {
+        let said = stage.tool("bash", ["-c", &format!("{fsprov} list {closed}")]).run();
+        assert!(said.code().is_some_and(|c| c <= 1), "{closed}: {}", said.describe());
+        assert!(!said.err().contains("panicked"), "{closed}: {}", said.describe());
+    }
+},);
 
-pub(crate) const BAD_IMAGES: Case = Case::new("bad_images", on::once_each, |stage: &Stage| {
+case!("bad_images", on::once_each, |stage: &Stage| {
     stage.write("text", "not an archive");
     stage.write("empty", "");
     stage.mkdir("store-like");
@@ -167,7 +162,7 @@ pub(crate) const BAD_IMAGES: Case = Case::new("bad_images", on::once_each, |stag
     stage.fsprov(["inspect", "nothing"]).run().fails(3, &["nothing", "fsprov list"]);
 });
 
-pub(crate) const STATE_ROOT: Case = Case::new("the_state_root_is_where_it_is_told", on::user, |stage: &Stage| {
+case!("the_state_root_is_where_it_is_told", on::user, |stage: &Stage| {
     let image = stage.small_image();
     let mount =
         |name: &str| ["mount".into(), "--backend".into(), "fuse".into(), image.clone().into_os_string(), name.into()];
@@ -277,7 +272,7 @@ const SERVER: &str = "
     .worker_pid number
 ";
 
-pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::read_only, |stage: &Stage| {
+case!("json_keeps_its_shape", on::read_only, |stage: &Stage| {
     let image = stage.small_image();
     let mut args = vec!["--json".into()];
     args.extend(sandbox(stage));
@@ -325,42 +320,38 @@ pub(crate) const JSON_SHAPES: Case = Case::new("json_keeps_its_shape", on::read_
     assert_eq!(stage.fsprov(["list"]).run().ok().out(), "");
 });
 
-pub(crate) const PROBE: Case = Case::new(
-    "probe_says_yes_or_why_not",
-    |_: &Lane| true,
-    |stage: &Stage| {
-        let said = stage.fsprov(["probe", "--json"]).run().ok().json();
-        let backends = said["backends"].as_array().expect("an array of backends");
-        let find = |name: &str| {
-            backends.iter().find(|b| b["backend"] == name).unwrap_or_else(|| panic!("{name} is missing: {said:#}"))
-        };
-        for backend in backends {
-            let works = backend["works"].as_bool().expect("works is yes or no");
-            let reason = backend["reason"].as_str().unwrap_or_default();
-            assert_eq!(works, reason.is_empty(), "a reason exactly where it does not work: {backend:#}");
+case!("probe_says_yes_or_why_not", |_: &Lane| true, |stage: &Stage| {
+    let said = stage.fsprov(["probe", "--json"]).run().ok().json();
+    let backends = said["backends"].as_array().expect("an array of backends");
+    let find = |name: &str| {
+        backends.iter().find(|b| b["backend"] == name).unwrap_or_else(|| panic!("{name} is missing: {said:#}"))
+    };
+    for backend in backends {
+        let works = backend["works"].as_bool().expect("works is yes or no");
+        let reason = backend["reason"].as_str().unwrap_or_default();
+        assert_eq!(works, reason.is_empty(), "a reason exactly where it does not work: {backend:#}");
+    }
+    // What this lane is for must be what the probe finds.
+    if !stage.lane.backend.is_empty() {
+        assert_eq!(find(stage.lane.backend)["works"], true, "{said:#}");
+    }
+    match stage.lane.enter {
+        Enter::Root | Enter::Userns => assert_eq!(said["auto"], "bind"),
+        Enter::User => {
+            let bind = find("bind");
+            assert_eq!(bind["works"], false);
+            assert!(bind["remedy"].as_str().is_some_and(|r| r.contains("unshare")), "{bind:#}");
         }
-        // What this lane is for must be what the probe finds.
-        if !stage.lane.backend.is_empty() {
-            assert_eq!(find(stage.lane.backend)["works"], true, "{said:#}");
-        }
-        match stage.lane.enter {
-            Enter::Root | Enter::Userns => assert_eq!(said["auto"], "bind"),
-            Enter::User => {
-                let bind = find("bind");
-                assert_eq!(bind["works"], false);
-                assert!(bind["remedy"].as_str().is_some_and(|r| r.contains("unshare")), "{bind:#}");
-            }
-        }
-        let text = stage.fsprov(["probe"]).run().ok().out();
-        for backend in backends {
-            let name = backend["backend"].as_str().expect("a name");
-            assert!(text.lines().any(|l| l.starts_with(name)), "{name}: {text}");
-        }
-    },
-);
+    }
+    let text = stage.fsprov(["probe"]).run().ok().out();
+    for backend in backends {
+        let name = backend["backend"].as_str().expect("a name");
+        assert!(text.lines().any(|l| l.starts_with(name)), "{name}: {text}");
+    }
+},);
 
-/// What this host or this user cannot do: exit code 5, with the reason and the remedy.
-pub(crate) const NO_PRIVILEGE: Case = Case::needing(
+// What this host or this user cannot do: exit code 5, with the reason and the remedy.
+case!(
     "what_is_not_possible_here_is_exit_code_5",
     on::user,
     &[Need::DevFuse, Need::Tool("fusermount3"), Need::UserNamespaces],
@@ -402,8 +393,8 @@ pub(crate) const NO_PRIVILEGE: Case = Case::needing(
     },
 );
 
-/// A machine without the package fuse3, as its ordinary user finds it. Root masks the program in the case's own namespace.
-pub(crate) const NO_FUSERMOUNT: Case = Case::needing(
+// A machine without the package fuse3, as its ordinary user finds it. Root masks the program in the case's own namespace.
+case!(
     "without_fusermount3_the_remedy_names_its_package",
     |lane: &Lane| lane.backend.is_empty() && lane.enter == Enter::Root,
     &[Need::DevFuse, Need::Tool("fusermount3"), Need::TestUser],
@@ -438,52 +429,47 @@ pub(crate) const NO_FUSERMOUNT: Case = Case::needing(
     },
 );
 
-/// Where a switch of this host keeps user namespaces from its users, the advice is not to make one but to set the switch.
-pub(crate) const SWITCHED_OFF: Case =
-    Case::needing("a_refusal_names_the_switch", on::user, &[Need::UserNamespaces], |stage: &Stage| {
-        let image = stage.small_image();
-        // The limit is each user namespace's own. This one does not own its mount namespace.
-        let off = |args: &[&str]| {
-            let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\"";
-            let call = stage.tool("unshare", ["-Ur", "sh", "-c", script, "sh"]).arg(crate::common::stage::program());
-            call.args(args.iter().copied())
-        };
-        let switch = "sysctl -w user.max_user_namespaces=";
-        for backend in ["bind", "overlay"] {
-            off(&["mount", "--backend", backend]).arg(&image).arg("rootfs").run().fails(5, &[switch, "--backend fuse"]);
-        }
-        let probe = off(&["probe", "--json"]).run().ok().json();
-        let remedy = probe["host"]["user_namespaces"]["no"]["remedy"].as_str().unwrap_or_default();
-        assert!(remedy.contains(switch), "{probe:#}");
-        stage.assert_nothing_left("after refusals");
-    });
+// Where a switch of this host keeps user namespaces from its users, the advice is not to make one but to set the switch.
+case!("a_refusal_names_the_switch", on::user, &[Need::UserNamespaces], |stage: &Stage| {
+    let image = stage.small_image();
+    // The limit is each user namespace's own. This one does not own its mount namespace.
+    let off = |args: &[&str]| {
+        let script = "echo 0 >/proc/sys/user/max_user_namespaces && exec \"$@\"";
+        let call = stage.tool("unshare", ["-Ur", "sh", "-c", script, "sh"]).arg(crate::common::stage::program());
+        call.args(args.iter().copied())
+    };
+    let switch = "sysctl -w user.max_user_namespaces=";
+    for backend in ["bind", "overlay"] {
+        off(&["mount", "--backend", backend]).arg(&image).arg("rootfs").run().fails(5, &[switch, "--backend fuse"]);
+    }
+    let probe = off(&["probe", "--json"]).run().ok().json();
+    let remedy = probe["host"]["user_namespaces"]["no"]["remedy"].as_str().unwrap_or_default();
+    assert!(remedy.contains(switch), "{probe:#}");
+    stage.assert_nothing_left("after refusals");
+});
 
-/// `auto` takes the cheapest that can serve this request, and tells with --verbose why not another.
-pub(crate) const AUTO: Case = Case::new(
-    "auto_picks_the_first_that_can",
-    |_: &Lane| true,
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let rootfs = stage.path("rootfs");
-        let mut args: Vec<std::ffi::OsString> = vec!["--verbose".into(), "mount".into(), "--json".into()];
-        args.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
-        let said = stage.fsprov(args).run().ok();
-        let backend = said.json()["backend"].clone();
-        if stage.lane.enter == Enter::User {
-            assert_eq!(backend, "fuse");
-            assert!(said.err().contains("bind"), "why not bind: {}", said.describe());
-        } else {
-            assert_eq!(backend, "bind");
-        }
-        stage.unmount(&rootfs);
-        // A mount point that the image lacks: not bind, which cannot make it.
-        let [v, text] = volume(stage.mkdir("vol"), "/opt/new", "rw");
-        let args =
-            [OsStr::new("mount"), "--json".as_ref(), v.as_ref(), text.as_ref(), image.as_os_str(), rootfs.as_os_str()];
-        let said = stage.fsprov(args).run().ok();
-        assert_ne!(said.json()["backend"], "bind");
-        fs::write(rootfs.join("opt/new/x"), "x").expect("write to the volume");
-        assert!(stage.path("vol/x").exists());
-        stage.unmount(&rootfs);
-    },
-);
+// `auto` takes the cheapest that can serve this request, and tells with --verbose why not another.
+case!("auto_picks_the_first_that_can", |_: &Lane| true, |stage: &Stage| {
+    let image = stage.small_image();
+    let rootfs = stage.path("rootfs");
+    let mut args: Vec<std::ffi::OsString> = vec!["--verbose".into(), "mount".into(), "--json".into()];
+    args.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
+    let said = stage.fsprov(args).run().ok();
+    let backend = said.json()["backend"].clone();
+    if stage.lane.enter == Enter::User {
+        assert_eq!(backend, "fuse");
+        assert!(said.err().contains("bind"), "why not bind: {}", said.describe());
+    } else {
+        assert_eq!(backend, "bind");
+    }
+    stage.unmount(&rootfs);
+    // A mount point that the image lacks: not bind, which cannot make it.
+    let [v, text] = volume(stage.mkdir("vol"), "/opt/new", "rw");
+    let args =
+        [OsStr::new("mount"), "--json".as_ref(), v.as_ref(), text.as_ref(), image.as_os_str(), rootfs.as_os_str()];
+    let said = stage.fsprov(args).run().ok();
+    assert_ne!(said.json()["backend"], "bind");
+    fs::write(rootfs.join("opt/new/x"), "x").expect("write to the volume");
+    assert!(stage.path("vol/x").exists());
+    stage.unmount(&rootfs);
+},);

@@ -5,9 +5,9 @@ use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::run::Outcome;
-use crate::common::{Case, Enter, Need, Stage, images, needs};
+use crate::common::{Enter, Need, Stage, images, needs};
 
 const NAME: &str = "example.com/debian-minbase";
 
@@ -62,27 +62,26 @@ fn use_debian(stage: &Stage, run: impl Fn(&Path, &str) -> Outcome) {
     stage.fsprov(["image", "rm", NAME]).run().ok();
 }
 
-pub(crate) const BWRAP: Case =
-    Case::needing("debian_in_bubblewrap", on::volumes, &[Need::Minbase, Need::Tool("bwrap")], |stage: &Stage| {
-        use_debian(stage, |rootfs, command| {
-            let bind = rootfs.as_os_str();
-            // No --tmpfs /tmp: that is the volume. The rest of the line is facts/clients.md's.
-            stage
-                .tool("bwrap", ["--unshare-all", "--uid", "0", "--gid", "0", "--bind"])
-                .arg(bind)
-                .arg("/")
-                .arg("--dev")
-                .arg("/dev")
-                .arg("--proc")
-                .arg("/proc")
-                .arg("sh")
-                .arg("-c")
-                .arg(command)
-                .run()
-        });
+case!("debian_in_bubblewrap", on::volumes, &[Need::Minbase, Need::Tool("bwrap")], |stage: &Stage| {
+    use_debian(stage, |rootfs, command| {
+        let bind = rootfs.as_os_str();
+        // No --tmpfs /tmp: that is the volume. The rest of the line is facts/clients.md's.
+        stage
+            .tool("bwrap", ["--unshare-all", "--uid", "0", "--gid", "0", "--bind"])
+            .arg(bind)
+            .arg("/")
+            .arg("--dev")
+            .arg("/dev")
+            .arg("--proc")
+            .arg("/proc")
+            .arg("sh")
+            .arg("-c")
+            .arg(command)
+            .run()
     });
+});
 
-pub(crate) const CHROOT: Case = Case::needing("debian_in_chroot", on::volumes, &[Need::Minbase], |stage: &Stage| {
+case!("debian_in_chroot", on::volumes, &[Need::Minbase], |stage: &Stage| {
     use_debian(stage, |rootfs, command| {
         let how: &[&str] = if stage.lane.enter == Enter::User { &["-r", "chroot"] } else { &["-m", "chroot"] };
         stage.tool("unshare", how).arg(rootfs).args(["sh", "-c", command]).run()
@@ -96,8 +95,8 @@ fn on_a_volume(stage: &Stage) -> std::path::PathBuf {
     stage.mount(&image, "rootfs", volume(&backing, "/data", "rw")).join("data")
 }
 
-/// Debian's package manager installs a package in a container of an ordinary user: nothing but the volumes can be written.
-pub(crate) const APT: Case = Case::needing(
+// Debian's package manager installs a package in a container of an ordinary user: nothing but the volumes can be written.
+case!(
     "apt_get_installs_onto_filled_volumes",
     |lane| lane.name == "fuse-user",
     &[Need::Minbase, Need::Tool("bwrap")],
@@ -137,56 +136,50 @@ pub(crate) const APT: Case = Case::needing(
     },
 );
 
-/// Two writers and a reader at once, with a rollback journal and with a write-ahead log, whose index is a shared mapping.
-pub(crate) const SQLITE: Case =
-    Case::needing("sqlite_on_a_volume_stays_whole", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
-        const ROWS: usize = 100;
-        let dir = on_a_volume(stage);
-        for mode in ["delete", "wal"] {
-            let base = dir.join(format!("{mode}.db"));
-            let sql = |text: &str| stage.tool("sqlite3", ["-batch", "-bail"]).arg(&base).arg(text).run().ok().out();
-            let made = sql(&format!("pragma journal_mode={mode}; create table t(who, n, filler);"));
-            assert_eq!(made.trim(), mode);
-            let inserts = |who: &str| -> String {
-                let each = |n| format!("insert into t values('{who}', {n}, hex(randomblob(400)));\n");
-                format!(".timeout 60000\n{}", (0..ROWS).map(each).collect::<String>())
-            };
-            std::thread::scope(|scope| {
-                let writers: Vec<_> = ["one", "two"]
-                    .map(|who| (stage.write(format!("{mode}-{who}.sql"), inserts(who)), base.clone()))
-                    .into_iter()
-                    .map(|(script, base)| {
-                        scope.spawn(move || {
-                            let mut command = std::process::Command::new("sqlite3");
-                            command.args(["-batch", "-bail"]).arg(base).arg(format!(".read {}", script.display()));
-                            command.output().expect("run sqlite3")
-                        })
+// Two writers and a reader at once, with a rollback journal and with a write-ahead log, whose index is a shared mapping.
+case!("sqlite_on_a_volume_stays_whole", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+    const ROWS: usize = 100;
+    let dir = on_a_volume(stage);
+    for mode in ["delete", "wal"] {
+        let base = dir.join(format!("{mode}.db"));
+        let sql = |text: &str| stage.tool("sqlite3", ["-batch", "-bail"]).arg(&base).arg(text).run().ok().out();
+        let made = sql(&format!("pragma journal_mode={mode}; create table t(who, n, filler);"));
+        assert_eq!(made.trim(), mode);
+        let inserts = |who: &str| -> String {
+            let each = |n| format!("insert into t values('{who}', {n}, hex(randomblob(400)));\n");
+            format!(".timeout 60000\n{}", (0..ROWS).map(each).collect::<String>())
+        };
+        std::thread::scope(|scope| {
+            let writers: Vec<_> = ["one", "two"]
+                .map(|who| (stage.write(format!("{mode}-{who}.sql"), inserts(who)), base.clone()))
+                .into_iter()
+                .map(|(script, base)| {
+                    scope.spawn(move || {
+                        let mut command = std::process::Command::new("sqlite3");
+                        command.args(["-batch", "-bail"]).arg(base).arg(format!(".read {}", script.display()));
+                        command.output().expect("run sqlite3")
                     })
-                    .collect();
-                for writer in writers {
-                    let output = writer.join().expect("writer");
-                    assert!(output.status.success(), "{mode}: {output:?}");
-                }
-            });
-            let counted = sql(
-                "select who, count(*), count(distinct n) from t group by who order by who; pragma integrity_check;",
-            );
-            assert_eq!(counted, format!("one|{ROWS}|{ROWS}\ntwo|{ROWS}|{ROWS}\nok\n"), "{mode}");
-        }
-        // The host opens the same database.
-        let host = stage.path("vol/wal.db");
-        let check = stage.tool("sqlite3", ["-batch"]).arg(host).arg("pragma integrity_check; select count(*) from t;");
-        assert_eq!(check.run().ok().out(), format!("ok\n{}\n", 2 * ROWS));
-    });
+                })
+                .collect();
+            for writer in writers {
+                let output = writer.join().expect("writer");
+                assert!(output.status.success(), "{mode}: {output:?}");
+            }
+        });
+        let counted =
+            sql("select who, count(*), count(distinct n) from t group by who order by who; pragma integrity_check;");
+        assert_eq!(counted, format!("one|{ROWS}|{ROWS}\ntwo|{ROWS}|{ROWS}\nok\n"), "{mode}");
+    }
+    // The host opens the same database.
+    let host = stage.path("vol/wal.db");
+    let check = stage.tool("sqlite3", ["-batch"]).arg(host).arg("pragma integrity_check; select count(*) from t;");
+    assert_eq!(check.run().ok().out(), format!("ok\n{}\n", 2 * ROWS));
+});
 
-/// Clone, check, change, merge, pack, check again.
-pub(crate) const GIT: Case = Case::needing(
-    "git_on_a_volume_stays_whole",
-    on::fuse,
-    &[Need::Tool("git")],
-    |stage: &Stage| {
-        let dir = on_a_volume(stage);
-        let script = r#"
+// Clone, check, change, merge, pack, check again.
+case!("git_on_a_volume_stays_whole", on::fuse, &[Need::Tool("git")], |stage: &Stage| {
+    let dir = on_a_volume(stage);
+    let script = r#"
             set -e
             export GIT_AUTHOR_NAME=t GIT_AUTHOR_EMAIL=t@example.com GIT_COMMITTER_NAME=t GIT_COMMITTER_EMAIL=t@example.com
             git init -q -b main origin; cd origin
@@ -202,53 +195,47 @@ pub(crate) const GIT: Case = Case::needing(
             git worktree add -q ../tree side 2>/dev/null || git worktree add -q -b side ../tree origin/side
             test -z "$(git -C ../tree status --porcelain)"; tail -1 ../tree/a/a/1
         "#;
-        let said = stage.tool("sh", ["-c", script, "sh"]).arg(&dir).run().ok();
-        assert_eq!(said.out(), "side\n");
-        // Seen from the host it is the same repository.
-        let status = stage.tool("git", ["-C"]).arg(stage.path("vol/clone")).args(["fsck", "--full"]).run();
-        status.ok();
-    },
-);
+    let said = stage.tool("sh", ["-c", script, "sh"]).arg(&dir).run().ok();
+    assert_eq!(said.out(), "side\n");
+    // Seen from the host it is the same repository.
+    let status = stage.tool("git", ["-C"]).arg(stage.path("vol/clone")).args(["fsck", "--full"]).run();
+    status.ok();
+},);
 
-/// A build script that runs, a library, a program that runs as soon as it is linked, a change and what follows from it.
-pub(crate) const CARGO: Case = Case::needing(
-    "cargo_builds_on_a_volume",
-    on::fuse,
-    &[Need::Tool("cc")],
-    |stage: &Stage| {
-        let dir = on_a_volume(stage);
-        let package = dir.join("hello");
-        let write = |name: &str, text: &str| {
-            let path = package.join(name);
-            fs::create_dir_all(path.parent().expect("it has one")).expect("mkdir");
-            fs::write(path, text).expect("write");
-        };
-        write(
-            "Cargo.toml",
-            "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[dependencies]\nword = { path = \"word\" }\n[workspace]\n",
-        );
-        write("build.rs", "fn main() { println!(\"cargo:rustc-env=BUILT=built\"); }");
-        write("src/main.rs", "fn main() { println!(\"{} {}\", word::WORD, env!(\"BUILT\")); }\n#[test]\nfn it() {}");
-        write("word/Cargo.toml", "[package]\nname = \"word\"\nversion = \"0.1.0\"\nedition = \"2021\"\n");
-        write("word/src/lib.rs", "pub const WORD: &str = \"one\";");
-        let bin = images::toolchain().join("bin");
-        let cargo = |args: &[&str]| {
-            let call = stage.tool(&bin.join("cargo").to_string_lossy(), args.iter().copied()).cwd(&package);
-            let call = call.env("RUSTC", bin.join("rustc")).env("CARGO_HOME", stage.path("home/cargo"));
-            call.env("CARGO_BUILD_JOBS", "2").run()
-        };
-        assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "one built\n");
-        assert!(!cargo(&["build", "--offline"]).ok().err().contains("Compiling"), "nothing changed, nothing to build");
-        write("word/src/lib.rs", "pub const WORD: &str = \"two, and longer\";");
-        assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "two, and longer built\n");
-        cargo(&["clean", "--offline"]).ok();
-        assert!(!package.join("target/debug").exists());
-    },
-);
+// A build script that runs, a library, a program that runs as soon as it is linked, a change and what follows from it.
+case!("cargo_builds_on_a_volume", on::fuse, &[Need::Tool("cc")], |stage: &Stage| {
+    let dir = on_a_volume(stage);
+    let package = dir.join("hello");
+    let write = |name: &str, text: &str| {
+        let path = package.join(name);
+        fs::create_dir_all(path.parent().expect("it has one")).expect("mkdir");
+        fs::write(path, text).expect("write");
+    };
+    write(
+        "Cargo.toml",
+        "[package]\nname = \"hello\"\nversion = \"0.1.0\"\nedition = \"2021\"\n[dependencies]\nword = { path = \"word\" }\n[workspace]\n",
+    );
+    write("build.rs", "fn main() { println!(\"cargo:rustc-env=BUILT=built\"); }");
+    write("src/main.rs", "fn main() { println!(\"{} {}\", word::WORD, env!(\"BUILT\")); }\n#[test]\nfn it() {}");
+    write("word/Cargo.toml", "[package]\nname = \"word\"\nversion = \"0.1.0\"\nedition = \"2021\"\n");
+    write("word/src/lib.rs", "pub const WORD: &str = \"one\";");
+    let bin = images::toolchain().join("bin");
+    let cargo = |args: &[&str]| {
+        let call = stage.tool(&bin.join("cargo").to_string_lossy(), args.iter().copied()).cwd(&package);
+        let call = call.env("RUSTC", bin.join("rustc")).env("CARGO_HOME", stage.path("home/cargo"));
+        call.env("CARGO_BUILD_JOBS", "2").run()
+    };
+    assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "one built\n");
+    assert!(!cargo(&["build", "--offline"]).ok().err().contains("Compiling"), "nothing changed, nothing to build");
+    write("word/src/lib.rs", "pub const WORD: &str = \"two, and longer\";");
+    assert_eq!(cargo(&["run", "--offline", "--quiet"]).ok().out(), "two, and longer built\n");
+    cargo(&["clean", "--offline"]).ok();
+    assert!(!package.join("target/debug").exists());
+},);
 
-/// Root's mount can be idmapped by others, as systemd-nspawn --private-users-ownership=map and podman's `:idmap` do, where no volume needs
-/// to know who asks.
-pub(crate) const IDMAPPED: Case = Case::needing(
+// Root's mount can be idmapped by others, as systemd-nspawn --private-users-ownership=map and podman's `:idmap` do, where no volume needs
+// to know who asks.
+case!(
     "roots_mount_can_be_idmapped",
     |lane| on::fuse(lane) && lane.enter == Enter::Root,
     &[Need::MountCalls],

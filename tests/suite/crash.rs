@@ -14,8 +14,8 @@ use std::time::{Duration, Instant};
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
-use crate::common::{Case, Need, Stage, needs, system};
+use crate::common::harness::{case, on};
+use crate::common::{Need, Stage, needs, system};
 
 /// How many times the worker is killed on each lane; there are three. FSPROV_TEST_KILLS says otherwise, and scripts/crash is the
 /// long form, which also limits the longest wait (FSPROV_TEST_MAX_STALL_MS) and writes down what was measured
@@ -164,148 +164,143 @@ fn data_base(load: &Load, w: &Path, written: &AtomicU64) {
     assert!(sqlite.wait().expect("wait").success(), "the program in the mount failed");
 }
 
-pub(crate) const KILLED_UNSEEN: Case =
-    Case::needing("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
-        if needs::kernel() < (6, 9) {
-            // Requests in flight are not sent again there: deaths_cost_what_was_in_flight.
-            return;
-        }
-        let image = stage.small_image();
-        stage.mkdir("sandbox/w");
-        let big = content(7, 3 << 20);
-        stage.write("sandbox/w/big", &big);
-        let small: Vec<_> = (0..40).map(|n| content(n, 1 + n * 997)).collect();
-        for (n, text) in small.iter().enumerate() {
-            stage.write(format!("sandbox/w/r{n}"), text);
-        }
-        for dir in ["names", "list", "cwd"] {
-            stage.mkdir(format!("sandbox/w/{dir}"));
-        }
-        for n in 0..200 {
-            stage.write(format!("sandbox/w/list/e{n}"), "");
-        }
-        fs::copy(needs::find_tool("sqlite3").expect("sqlite3"), stage.path("sandbox/w/sqlite3")).expect("copy sqlite3");
-        let rootfs = stage.mount(&image, "rootfs", with_w(stage));
-        let w = rootfs.join("w");
-        let supervisor = supervisor(stage);
+case!("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+    if needs::kernel() < (6, 9) {
+        // Requests in flight are not sent again there: deaths_cost_what_was_in_flight.
+        return;
+    }
+    let image = stage.small_image();
+    stage.mkdir("sandbox/w");
+    let big = content(7, 3 << 20);
+    stage.write("sandbox/w/big", &big);
+    let small: Vec<_> = (0..40).map(|n| content(n, 1 + n * 997)).collect();
+    for (n, text) in small.iter().enumerate() {
+        stage.write(format!("sandbox/w/r{n}"), text);
+    }
+    for dir in ["names", "list", "cwd"] {
+        stage.mkdir(format!("sandbox/w/{dir}"));
+    }
+    for n in 0..200 {
+        stage.write(format!("sandbox/w/list/e{n}"), "");
+    }
+    fs::copy(needs::find_tool("sqlite3").expect("sqlite3"), stage.path("sandbox/w/sqlite3")).expect("copy sqlite3");
+    let rootfs = stage.mount(&image, "rootfs", with_w(stage));
+    let w = rootfs.join("w");
+    let supervisor = supervisor(stage);
 
-        let (load, kills) = (Load::default(), number_of("FSPROV_TEST_KILLS").unwrap_or(KILLS));
-        let mut sleeper = Command::new("sleep")
-            .arg("300")
-            .current_dir(w.join("cwd"))
-            .stdin(File::open(w.join("big")).expect("open big"))
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("start sleep");
-        let (appended, rows) = (AtomicU64::new(0), AtomicU64::new(0));
-        let mut quiet = BTreeMap::new();
-        std::thread::scope(|scope| {
-            let ends = Ends(&load);
-            scope.spawn(|| {
-                load.run("read small", |n| {
-                    let at = n % 40;
-                    Ok(load.time("read small", || fs::read(w.join(format!("r{at}"))))? == small[at])
-                });
+    let (load, kills) = (Load::default(), number_of("FSPROV_TEST_KILLS").unwrap_or(KILLS));
+    let mut sleeper = Command::new("sleep")
+        .arg("300")
+        .current_dir(w.join("cwd"))
+        .stdin(File::open(w.join("big")).expect("open big"))
+        .stdout(Stdio::null())
+        .spawn()
+        .expect("start sleep");
+    let (appended, rows) = (AtomicU64::new(0), AtomicU64::new(0));
+    let mut quiet = BTreeMap::new();
+    std::thread::scope(|scope| {
+        let ends = Ends(&load);
+        scope.spawn(|| {
+            load.run("read small", |n| {
+                let at = n % 40;
+                Ok(load.time("read small", || fs::read(w.join(format!("r{at}"))))? == small[at])
             });
-            scope.spawn(|| load.run("read big", |_| Ok(load.time("read big", || fs::read(w.join("big")))? == big)));
-            scope.spawn(|| {
-                load.run("write", |n| {
-                    let bytes = &big[..1 + n % 50 * 2003];
-                    load.time("write", || fs::write(w.join("written"), bytes))?;
-                    Ok(load.time("read back", || fs::read(w.join("written")))? == bytes)
-                });
-            });
-            scope.spawn(|| load.run("names", |n| names(&load, &w.join("names"), n)));
-            scope.spawn(|| data_base(&load, &w, &rows));
-            scope.spawn(|| {
-                let mut log = File::options().append(true).create(true).open(w.join("log")).expect("open log");
-                load.run("append", |n| {
-                    load.time("append", || log.write_all(format!("{n:08}\n").as_bytes()))?;
-                    appended.fetch_add(1, Ordering::Relaxed);
-                    std::thread::sleep(Duration::from_micros(300));
-                    Ok(true)
-                });
-            });
-            scope.spawn(|| {
-                let mut file =
-                    File::options().read(true).write(true).create_new(true).open(w.join("nameless")).expect("make");
-                file.write_all(b"still here").expect("write");
-                fs::remove_file(w.join("nameless")).expect("unlink");
-                load.run("nameless", |_| {
-                    let mut text = String::new();
-                    file.seek(SeekFrom::Start(0))?;
-                    load.time("read nameless", || file.read_to_string(&mut text))?;
-                    file.write_all_at(b"still", 0)?;
-                    std::thread::sleep(Duration::from_micros(500));
-                    Ok(text == "still here")
-                });
-            });
-            scope.spawn(|| {
-                load.run("list", |_| {
-                    let mut names = Vec::new();
-                    let entries =
-                        load.time("list", || fs::read_dir(w.join("list"))?.collect::<std::io::Result<Vec<_>>>())?;
-                    for entry in entries {
-                        entry.metadata()?;
-                        names.push(entry.file_name());
-                    }
-                    names.sort();
-                    names.dedup();
-                    Ok(names.len() == 200)
-                });
-            });
-            // As long as it would be without a death: what the machine itself makes them wait.
-            std::thread::sleep(Duration::from_secs(2));
-            quiet = load.take_longest();
-            let mut worker = 0;
-            for n in 0..kills {
-                worker = new_worker(supervisor, worker);
-                // From while it begins to well into its work.
-                std::thread::sleep(Duration::from_millis(u64::from(n * 37 % 180)));
-                system::kill(worker);
-            }
-            new_worker(supervisor, worker);
-            std::thread::sleep(Duration::from_millis(300));
-            drop(ends);
         });
-        assert!(sleeper.try_wait().expect("look at sleep").is_none(), "the program in the mount died");
-        let cwd = fs::read_dir(format!("/proc/{}/cwd/..", sleeper.id())).expect("its working directory is good");
-        assert!(cwd.count() > 40);
-        sleeper.kill().expect("end sleep");
-        sleeper.wait().expect("end sleep");
-
-        let failures = load.failures.lock().expect("failures");
-        let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).unwrap_or_default();
-        assert!(
-            failures.is_empty(),
-            "{} failures, the first: {:#?}\n{log}",
-            failures.len(),
-            &failures[..failures.len().min(10)]
-        );
-        let want = (0..appended.load(Ordering::Relaxed)).fold(String::new(), |text, n| text + &format!("{n:08}\n"));
-        assert!(
-            fs::read_to_string(stage.path("sandbox/w/log")).expect("the log") == want,
-            "lines are missing or double"
-        );
-        let said = stage
-            .tool("sqlite3", [stage.path("sandbox/w/base.db")])
-            .arg("pragma integrity_check; select count(*) from t;");
-        let rows = rows.load(Ordering::Relaxed);
-        assert_eq!(said.run().ok().out(), format!("ok\n{rows}\n"), "what was written to the data base");
-        let done = load.done.load(Ordering::Relaxed);
-        // Fewer kills take less time, in which less is done; and they are for emulated machines.
-        let least = if kills < KILLS { 0 } else { 200 };
-        assert!(done > least && rows > 0, "too little was done to tell: {done}, {rows} transactions");
-        let longest = load.take_longest();
-        report(stage, kills, done, 0, &quiet, &longest);
-        if let Some(limit) = number_of("FSPROV_TEST_MAX_STALL_MS") {
-            let worst = longest.iter().max_by_key(|(_, us)| **us).expect("something was timed");
-            assert!(*worst.1 <= u64::from(limit) * 1000, "the longest wait was {worst:?} us, more than {limit} ms");
+        scope.spawn(|| load.run("read big", |_| Ok(load.time("read big", || fs::read(w.join("big")))? == big)));
+        scope.spawn(|| {
+            load.run("write", |n| {
+                let bytes = &big[..1 + n % 50 * 2003];
+                load.time("write", || fs::write(w.join("written"), bytes))?;
+                Ok(load.time("read back", || fs::read(w.join("written")))? == bytes)
+            });
+        });
+        scope.spawn(|| load.run("names", |n| names(&load, &w.join("names"), n)));
+        scope.spawn(|| data_base(&load, &w, &rows));
+        scope.spawn(|| {
+            let mut log = File::options().append(true).create(true).open(w.join("log")).expect("open log");
+            load.run("append", |n| {
+                load.time("append", || log.write_all(format!("{n:08}\n").as_bytes()))?;
+                appended.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_micros(300));
+                Ok(true)
+            });
+        });
+        scope.spawn(|| {
+            let mut file =
+                File::options().read(true).write(true).create_new(true).open(w.join("nameless")).expect("make");
+            file.write_all(b"still here").expect("write");
+            fs::remove_file(w.join("nameless")).expect("unlink");
+            load.run("nameless", |_| {
+                let mut text = String::new();
+                file.seek(SeekFrom::Start(0))?;
+                load.time("read nameless", || file.read_to_string(&mut text))?;
+                file.write_all_at(b"still", 0)?;
+                std::thread::sleep(Duration::from_micros(500));
+                Ok(text == "still here")
+            });
+        });
+        scope.spawn(|| {
+            load.run("list", |_| {
+                let mut names = Vec::new();
+                let entries =
+                    load.time("list", || fs::read_dir(w.join("list"))?.collect::<std::io::Result<Vec<_>>>())?;
+                for entry in entries {
+                    entry.metadata()?;
+                    names.push(entry.file_name());
+                }
+                names.sort();
+                names.dedup();
+                Ok(names.len() == 200)
+            });
+        });
+        // As long as it would be without a death: what the machine itself makes them wait.
+        std::thread::sleep(Duration::from_secs(2));
+        quiet = load.take_longest();
+        let mut worker = 0;
+        for n in 0..kills {
+            worker = new_worker(supervisor, worker);
+            // From while it begins to well into its work.
+            std::thread::sleep(Duration::from_millis(u64::from(n * 37 % 180)));
+            system::kill(worker);
         }
-        drop(failures);
-        stage.fsprov(["unmount", "k"]).run().ok();
-        stage.assert_nothing_left("after kills and unmount");
+        new_worker(supervisor, worker);
+        std::thread::sleep(Duration::from_millis(300));
+        drop(ends);
     });
+    assert!(sleeper.try_wait().expect("look at sleep").is_none(), "the program in the mount died");
+    let cwd = fs::read_dir(format!("/proc/{}/cwd/..", sleeper.id())).expect("its working directory is good");
+    assert!(cwd.count() > 40);
+    sleeper.kill().expect("end sleep");
+    sleeper.wait().expect("end sleep");
+
+    let failures = load.failures.lock().expect("failures");
+    let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).unwrap_or_default();
+    assert!(
+        failures.is_empty(),
+        "{} failures, the first: {:#?}\n{log}",
+        failures.len(),
+        &failures[..failures.len().min(10)]
+    );
+    let want = (0..appended.load(Ordering::Relaxed)).fold(String::new(), |text, n| text + &format!("{n:08}\n"));
+    assert!(fs::read_to_string(stage.path("sandbox/w/log")).expect("the log") == want, "lines are missing or double");
+    let said =
+        stage.tool("sqlite3", [stage.path("sandbox/w/base.db")]).arg("pragma integrity_check; select count(*) from t;");
+    let rows = rows.load(Ordering::Relaxed);
+    assert_eq!(said.run().ok().out(), format!("ok\n{rows}\n"), "what was written to the data base");
+    let done = load.done.load(Ordering::Relaxed);
+    // Fewer kills take less time, in which less is done; and they are for emulated machines.
+    let least = if kills < KILLS { 0 } else { 200 };
+    assert!(done > least && rows > 0, "too little was done to tell: {done}, {rows} transactions");
+    let longest = load.take_longest();
+    report(stage, kills, done, 0, &quiet, &longest);
+    if let Some(limit) = number_of("FSPROV_TEST_MAX_STALL_MS") {
+        let worst = longest.iter().max_by_key(|(_, us)| **us).expect("something was timed");
+        assert!(*worst.1 <= u64::from(limit) * 1000, "the longest wait was {worst:?} us, more than {limit} ms");
+    }
+    drop(failures);
+    stage.fsprov(["unmount", "k"]).run().ok();
+    stage.assert_nothing_left("after kills and unmount");
+});
 
 fn ms(us: u64) -> f64 {
     Duration::from_micros(us).as_secs_f64() * 1e3
@@ -336,8 +331,8 @@ fn report(
     file.write_all(text.as_bytes()).expect("write the report");
 }
 
-/// Where the kernel sends nothing again (before 6.9): a death costs what was in flight, EIO each, and nothing else, however many there are.
-pub(crate) const KILLED_SEEN: Case = Case::new("deaths_cost_what_was_in_flight", on::fuse, |stage: &Stage| {
+// Where the kernel sends nothing again (before 6.9): a death costs what was in flight, EIO each, and nothing else, however many there are.
+case!("deaths_cost_what_was_in_flight", on::fuse, |stage: &Stage| {
     stage.mkdir("sandbox/w/list");
     let small: Vec<_> = (0..40).map(|n| content(n, 1 + n * 997)).collect();
     for (n, text) in small.iter().enumerate() {
@@ -424,79 +419,77 @@ pub(crate) const KILLED_SEEN: Case = Case::new("deaths_cost_what_was_in_flight",
     stage.assert_nothing_left("after kills and unmount");
 });
 
-/// As on a kernel before 6.9: a request in flight at the kill fails with EIO, and nothing hangs.
-pub(crate) const NOT_SENT_AGAIN: Case =
-    Case::needing("requests_that_cannot_be_sent_again_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
-        let (rootfs, supervisor) = held_in_sync(stage, "never");
-        let open = File::create(rootfs.join("w/open")).expect("make");
-        let held = File::create(rootfs.join("w/held")).expect("make");
-        let waiting = std::thread::spawn(move || held.sync_all());
-        std::thread::sleep(Duration::from_millis(300));
-        assert!(!waiting.is_finished(), "the fault point holds it");
-        system::kill(worker_of(supervisor).expect("a worker"));
-        assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a request in flight hangs");
-        let answer = waiting.join().expect("join").map_err(|e| e.raw_os_error());
-        assert_eq!(answer, Err(Some(rustix::io::Errno::IO.raw_os_error())));
-        (&open).write_all(b"good").expect("an open file is good");
-        assert_eq!(fs::read_to_string(rootfs.join("w/open")).expect("read"), "good");
-        // Said once the next worker serves, which is after it answered.
-        let log = || fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
-        let says_so = || log().contains("1 requests in flight when it died were answered EIO");
-        assert!(system::eventually(COMING_BACK, says_so), "{}", log());
-    });
+// As on a kernel before 6.9: a request in flight at the kill fails with EIO, and nothing hangs.
+case!("requests_that_cannot_be_sent_again_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    let (rootfs, supervisor) = held_in_sync(stage, "never");
+    let open = File::create(rootfs.join("w/open")).expect("make");
+    let held = File::create(rootfs.join("w/held")).expect("make");
+    let waiting = std::thread::spawn(move || held.sync_all());
+    std::thread::sleep(Duration::from_millis(300));
+    assert!(!waiting.is_finished(), "the fault point holds it");
+    system::kill(worker_of(supervisor).expect("a worker"));
+    assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a request in flight hangs");
+    let answer = waiting.join().expect("join").map_err(|e| e.raw_os_error());
+    assert_eq!(answer, Err(Some(rustix::io::Errno::IO.raw_os_error())));
+    (&open).write_all(b"good").expect("an open file is good");
+    assert_eq!(fs::read_to_string(rootfs.join("w/open")).expect("read"), "good");
+    // Said once the next worker serves, which is after it answered.
+    let log = || fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
+    let says_so = || log().contains("1 requests in flight when it died were answered EIO");
+    assert!(system::eventually(COMING_BACK, says_so), "{}", log());
+});
 
-/// The same where the worker dies between reading a request and writing down that it did, which it does in every round here.
-pub(crate) const NOT_NOTED: Case =
-    Case::needing("requests_that_were_read_and_not_noted_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
-        const ROUNDS: u64 = 5;
-        let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).args(["--volume-ttl", "0"]);
-        let call = call.env("FSPROV_FUSE_RESEND", "never").env("FAILPOINTS", "serve.read=30*off->1*sleep(60000)->off");
-        call.run().ok();
-        let (rootfs, supervisor) = (stage.path("rootfs"), supervisor(stage));
-        stage.write("sandbox/w/f", "here");
-        let open = File::create(rootfs.join("w/open"));
-        let log = stage.state().join("containers/k/backend/server.log");
-        let times_served = || fs::read_to_string(&log).unwrap_or_default().matches(" serves, ").count();
-        for round in 0..ROUNDS {
-            // Not in a scope, which would wait for it when this case fails.
-            let asked = Arc::new(AtomicU64::new(0));
-            let (file, count) = (rootfs.join("w/f"), Arc::clone(&asked));
-            let asking = std::thread::spawn(move || {
-                loop {
-                    if let Err(e) = fs::metadata(&file) {
-                        return e;
-                    }
-                    count.fetch_add(1, Ordering::Relaxed);
+// The same where the worker dies between reading a request and writing down that it did, which it does in every round here.
+case!("requests_that_were_read_and_not_noted_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    const ROUNDS: u64 = 5;
+    let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).args(["--volume-ttl", "0"]);
+    let call = call.env("FSPROV_FUSE_RESEND", "never").env("FAILPOINTS", "serve.read=30*off->1*sleep(60000)->off");
+    call.run().ok();
+    let (rootfs, supervisor) = (stage.path("rootfs"), supervisor(stage));
+    stage.write("sandbox/w/f", "here");
+    let open = File::create(rootfs.join("w/open"));
+    let log = stage.state().join("containers/k/backend/server.log");
+    let times_served = || fs::read_to_string(&log).unwrap_or_default().matches(" serves, ").count();
+    for round in 0..ROUNDS {
+        // Not in a scope, which would wait for it when this case fails.
+        let asked = Arc::new(AtomicU64::new(0));
+        let (file, count) = (rootfs.join("w/f"), Arc::clone(&asked));
+        let asking = std::thread::spawn(move || {
+            loop {
+                if let Err(e) = fs::metadata(&file) {
+                    return e;
                 }
-            });
-            let hangs = || {
-                let before = asked.load(Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(500));
-                before == asked.load(Ordering::Relaxed)
-            };
-            // On a slow machine it may have been something else that took long: killed again then.
-            let end = Instant::now() + 3 * COMING_BACK;
-            while !asking.is_finished() {
-                assert!(Instant::now() < end, "round {round}: it hangs, or the fault point holds none");
-                if hangs() {
-                    let served = times_served();
-                    if let Some(worker) = worker_of(supervisor) {
-                        system::kill(worker);
-                    }
-                    assert!(system::eventually(COMING_BACK, || times_served() > served), "round {round}: none follows");
-                }
+                count.fetch_add(1, Ordering::Relaxed);
             }
-            let answer = asking.join().expect("join").raw_os_error();
-            assert_eq!(answer, Some(rustix::io::Errno::IO.raw_os_error()), "round {round}");
+        });
+        let hangs = || {
+            let before = asked.load(Ordering::Relaxed);
+            std::thread::sleep(Duration::from_millis(500));
+            before == asked.load(Ordering::Relaxed)
+        };
+        // On a slow machine it may have been something else that took long: killed again then.
+        let end = Instant::now() + 3 * COMING_BACK;
+        while !asking.is_finished() {
+            assert!(Instant::now() < end, "round {round}: it hangs, or the fault point holds none");
+            if hangs() {
+                let served = times_served();
+                if let Some(worker) = worker_of(supervisor) {
+                    system::kill(worker);
+                }
+                assert!(system::eventually(COMING_BACK, || times_served() > served), "round {round}: none follows");
+            }
         }
-        open.expect("make").write_all(b"good").expect("an open file is good");
-        assert_eq!(fs::read_to_string(stage.path("sandbox/w/open")).expect("read"), "good");
-        let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
-        assert!(stats["restarts"].as_u64() >= Some(ROUNDS), "{stats:#}");
-    });
+        let answer = asking.join().expect("join").raw_os_error();
+        assert_eq!(answer, Some(rustix::io::Errno::IO.raw_os_error()), "round {round}");
+    }
+    open.expect("make").write_all(b"good").expect("an open file is good");
+    assert_eq!(fs::read_to_string(stage.path("sandbox/w/open")).expect("read"), "good");
+    let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+    assert!(stats["restarts"].as_u64() >= Some(ROUNDS), "{stats:#}");
+});
 
-/// And where not even the request is known: the connection is ended, and says so.
-pub(crate) const LOST: Case = Case::needing(
+// And where not even the request is known: the connection is ended, and says so.
+case!(
     "a_lost_request_ends_the_connection",
     |lane| on::fuse(lane) && lane.is_real_root(),
     &[Need::Failpoints],
@@ -527,9 +520,9 @@ fn held_in_sync(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {
     (stage.path("rootfs"), supervisor(stage))
 }
 
-/// A request that ends a thread of the FUSE library is answered, by the next worker, and hurts nobody else, however often it
-/// comes. (Only builds with overflow checks have such a one.)
-pub(crate) const POISON: Case = Case::new("a_request_that_ends_a_thread_is_answered", on::fuse, |stage: &Stage| {
+// A request that ends a thread of the FUSE library is answered, by the next worker, and hurts nobody else, however often it
+// comes. (Only builds with overflow checks have such a one.)
+case!("a_request_that_ends_a_thread_is_answered", on::fuse, |stage: &Stage| {
     use rustix::fs::{AtFlags, Timespec, Timestamps, UTIME_OMIT, utimensat};
     let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let w = rootfs.join("w");
@@ -553,8 +546,8 @@ pub(crate) const POISON: Case = Case::new("a_request_that_ends_a_thread_is_answe
     assert_eq!(stats["restarts"].as_u64(), Some(ended), "each of them ends a worker, nothing else does: {stats:#}");
 });
 
-/// The supervisor alone dies: the worker goes on, and is said to be alone; then it dies too.
-pub(crate) const ALONE: Case = Case::new("a_worker_without_supervisor_goes_on", on::fuse, |stage: &Stage| {
+// The supervisor alone dies: the worker goes on, and is said to be alone; then it dies too.
+case!("a_worker_without_supervisor_goes_on", on::fuse, |stage: &Stage| {
     let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let mut open = File::create(rootfs.join("w/f")).expect("make");
     let supervisor = supervisor(stage);
@@ -581,7 +574,7 @@ pub(crate) const ALONE: Case = Case::new("a_worker_without_supervisor_goes_on", 
     stage.assert_nothing_left("after both died");
 });
 
-pub(crate) const RESTARTED: Case = Case::new("restart_keeps_what_is_open", on::fuse, |stage: &Stage| {
+case!("restart_keeps_what_is_open", on::fuse, |stage: &Stage| {
     let rootfs = stage.mount(stage.small_image(), "rootfs", with_w(stage));
     let mut open = File::options().read(true).write(true).create_new(true).open(rootfs.join("w/f")).expect("make");
     open.write_all(b"one ").expect("write");

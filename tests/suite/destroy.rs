@@ -7,9 +7,9 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::needs::without_fallbacks;
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 const NONE: [&str; 0] = [];
 
@@ -27,7 +27,7 @@ pub(crate) fn health(stage: &Stage) -> String {
     only(stage)["state"].as_str().expect("state is a word").to_owned()
 }
 
-pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::volumes, |stage: &Stage| {
+case!("unmount_leaves_nothing", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     for (how, existing) in [("path", false), ("path", true), ("id", false), ("alias", false), ("all", true)] {
         if existing {
@@ -58,7 +58,7 @@ pub(crate) const LEAVES_NOTHING: Case = Case::new("unmount_leaves_nothing", on::
     }
 });
 
-pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::every_backend, |stage: &Stage| {
+case!("unmount_twice_says_not_found", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
     stage.unmount(&rootfs);
@@ -71,52 +71,45 @@ pub(crate) const TWICE: Case = Case::new("unmount_twice_says_not_found", on::eve
     assert!(rootfs.join("etc/hosts").exists(), "the place and the id can be used again");
 });
 
-pub(crate) const ONE_PLACE_ONE_ROOTFS: Case =
-    Case::new("a_taken_mount_point_or_id_is_busy", on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
-        let mounts = system::mounts_below(&stage.dir).len();
-        stage.mount_call(&image, "rootfs", ["--id", "two"]).run().fails(4, &["rootfs", "one"]);
-        stage.mount_call(&image, "other", ["--id", "one"]).run().fails(4, &["one"]);
-        assert_eq!(system::mounts_below(&stage.dir).len(), mounts);
-        assert_eq!(stage.records().len(), 1);
-        assert!(!stage.path("other").exists(), "a refused mount made its mount point");
-        assert!(rootfs.join("etc/hosts").exists());
-    });
+case!("a_taken_mount_point_or_id_is_busy", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
+    let mounts = system::mounts_below(&stage.dir).len();
+    stage.mount_call(&image, "rootfs", ["--id", "two"]).run().fails(4, &["rootfs", "one"]);
+    stage.mount_call(&image, "other", ["--id", "one"]).run().fails(4, &["one"]);
+    assert_eq!(system::mounts_below(&stage.dir).len(), mounts);
+    assert_eq!(stage.records().len(), 1);
+    assert!(!stage.path("other").exists(), "a refused mount made its mount point");
+    assert!(rootfs.join("etc/hosts").exists());
+});
 
-pub(crate) const BUSY: Case =
-    Case::new("a_rootfs_in_use_is_busy_and_lazy_takes_it", on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        let rootfs = stage.mount(&image, "rootfs", NONE);
-        let mut user = Command::new("sleep").arg("60").current_dir(rootfs.join("etc")).spawn().expect("start sleep");
-        let pid = user.id().to_string();
-        // In a mount namespace of its own, which has a copy of the mount as udev's has: that keeps nothing busy.
-        let unshare: &[&str] = if stage.lane.enter == Enter::Root { &["-m"] } else { &["-Urm"] };
-        let mut bystander =
-            Command::new("unshare").args(unshare).args(["sleep", "60"]).spawn().expect("start a bystander");
-        let of_bystander = format!("/proc/{}/comm", bystander.id());
-        let sleeps = || fs::read_to_string(&of_bystander).is_ok_and(|name| name == "sleep\n");
-        assert!(system::eventually(Duration::from_secs(10), sleeps), "{of_bystander}");
-        let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().fails(4, &["rootfs", &pid]);
-        assert!(
-            !said.err().contains(&format!("pid {}", bystander.id())),
-            "it names the bystander: {}",
-            said.describe()
-        );
-        let _ = bystander.kill();
-        let _ = bystander.wait();
-        assert_eq!(health(stage), "ready", "a refused unmount changes nothing");
-        assert!(rootfs.join("etc/hosts").exists());
-        stage.fsprov(["unmount".as_ref(), "--lazy".as_ref(), rootfs.as_os_str()]).run().ok();
-        assert!(system::mounts_below(&rootfs).is_empty());
-        assert_eq!(stage.records(), Vec::<std::path::PathBuf>::new());
-        let _ = user.kill();
-        let _ = user.wait();
-        stage.assert_nothing_left("after the last user of a lazily unmounted rootfs ended");
-    });
+case!("a_rootfs_in_use_is_busy_and_lazy_takes_it", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let rootfs = stage.mount(&image, "rootfs", NONE);
+    let mut user = Command::new("sleep").arg("60").current_dir(rootfs.join("etc")).spawn().expect("start sleep");
+    let pid = user.id().to_string();
+    // In a mount namespace of its own, which has a copy of the mount as udev's has: that keeps nothing busy.
+    let unshare: &[&str] = if stage.lane.enter == Enter::Root { &["-m"] } else { &["-Urm"] };
+    let mut bystander = Command::new("unshare").args(unshare).args(["sleep", "60"]).spawn().expect("start a bystander");
+    let of_bystander = format!("/proc/{}/comm", bystander.id());
+    let sleeps = || fs::read_to_string(&of_bystander).is_ok_and(|name| name == "sleep\n");
+    assert!(system::eventually(Duration::from_secs(10), sleeps), "{of_bystander}");
+    let said = stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().fails(4, &["rootfs", &pid]);
+    assert!(!said.err().contains(&format!("pid {}", bystander.id())), "it names the bystander: {}", said.describe());
+    let _ = bystander.kill();
+    let _ = bystander.wait();
+    assert_eq!(health(stage), "ready", "a refused unmount changes nothing");
+    assert!(rootfs.join("etc/hosts").exists());
+    stage.fsprov(["unmount".as_ref(), "--lazy".as_ref(), rootfs.as_os_str()]).run().ok();
+    assert!(system::mounts_below(&rootfs).is_empty());
+    assert_eq!(stage.records(), Vec::<std::path::PathBuf>::new());
+    let _ = user.kill();
+    let _ = user.wait();
+    stage.assert_nothing_left("after the last user of a lazily unmounted rootfs ended");
+});
 
-/// A copy is no mount that the kernel would keep: whoever uses its files must be found.
-pub(crate) const COPY_IN_USE: Case = Case::new("a_copy_in_use_is_not_deleted", on::copy, |stage: &Stage| {
+// A copy is no mount that the kernel would keep: whoever uses its files must be found.
+case!("a_copy_in_use_is_not_deleted", on::copy, |stage: &Stage| {
     let image = stage.small_image();
     fs::copy("/bin/sleep", image.join("etc/sleep")).expect("copy a program");
     let rootfs = stage.mount(&image, "rootfs", NONE);
@@ -160,8 +153,8 @@ pub(crate) const COPY_IN_USE: Case = Case::new("a_copy_in_use_is_not_deleted", o
     stage.assert_nothing_left("after its last user ended");
 });
 
-/// What others mounted below or on top of a rootfs is not ours to take away.
-pub(crate) const FOREIGN_MOUNTS: Case = Case::new(
+// What others mounted below or on top of a rootfs is not ours to take away.
+case!(
     "foreign_mounts_are_not_taken_away",
     |lane: &Lane| on::every_backend(lane) && lane.enter != Enter::User,
     |stage: &Stage| {
@@ -184,7 +177,7 @@ pub(crate) const FOREIGN_MOUNTS: Case = Case::new(
     },
 );
 
-pub(crate) const FOREIGN_BENEATH: Case = Case::new(
+case!(
     "a_mount_beneath_the_rootfs_stays",
     |lane: &Lane| on::read_only(lane) && lane.enter != Enter::User,
     |stage: &Stage| {
@@ -200,24 +193,23 @@ pub(crate) const FOREIGN_BENEATH: Case = Case::new(
     },
 );
 
-/// An administrator unmounts by hand: list says gone, unmount removes the rest.
-pub(crate) const UNMOUNTED_BY_HAND: Case =
-    Case::new("unmounted_by_hand_is_gone_and_cleaned", on::read_only, |stage: &Stage| {
-        let image = stage.small_image();
-        let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/data", "rw"));
-        if stage.lane.enter == Enter::User {
-            stage.tool("fusermount3", ["-u"]).arg(&rootfs).run().ok();
-        } else {
-            stage.tool("umount", ["-R"]).arg(&rootfs).run().ok();
-        }
-        // The server, if there is one, ends by itself.
-        assert!(system::survivors(Duration::from_secs(3)).is_empty(), "{:?}", stage.servers());
-        assert_eq!(health(stage), "gone");
-        stage.unmount(&rootfs);
-        stage.assert_nothing_left("after unmount");
-    });
+// An administrator unmounts by hand: list says gone, unmount removes the rest.
+case!("unmounted_by_hand_is_gone_and_cleaned", on::read_only, |stage: &Stage| {
+    let image = stage.small_image();
+    let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/data", "rw"));
+    if stage.lane.enter == Enter::User {
+        stage.tool("fusermount3", ["-u"]).arg(&rootfs).run().ok();
+    } else {
+        stage.tool("umount", ["-R"]).arg(&rootfs).run().ok();
+    }
+    // The server, if there is one, ends by itself.
+    assert!(system::survivors(Duration::from_secs(3)).is_empty(), "{:?}", stage.servers());
+    assert_eq!(health(stage), "gone");
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after unmount");
+});
 
-pub(crate) const SERVER_KILLED: Case = Case::new("a_killed_server_is_dead_and_cleaned", on::fuse, |stage: &Stage| {
+case!("a_killed_server_is_dead_and_cleaned", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
     for round in ["idle", "with an open file"] {
         let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/data", "rw"));
@@ -243,8 +235,8 @@ pub(crate) const SERVER_KILLED: Case = Case::new("a_killed_server_is_dead_and_cl
     }
 });
 
-/// The mount point lies in the image, or is the image: the server must not wait for itself.
-pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", on::read_only, |stage: &Stage| {
+// The mount point lies in the image, or is the image: the server must not wait for itself.
+case!("mounted_over_its_own_image", on::read_only, |stage: &Stage| {
     let image = stage.small_image();
     fs::create_dir(image.join("mnt")).expect("mkdir");
     for place in ["image/mnt", "image"] {
@@ -259,75 +251,73 @@ pub(crate) const OVER_THE_IMAGE: Case = Case::new("mounted_over_its_own_image", 
     }
 });
 
-pub(crate) const MOUNT_POINT_KINDS: Case =
-    Case::new("a_mount_point_must_be_a_directory", on::read_only, |stage: &Stage| {
-        let image = stage.small_image();
-        let file = stage.write("file", "x");
-        stage.mount_call(&image, "file", NONE).run().fails(2, &["file", "not a directory"]);
-        stage.mount_call(&image, "file/below", NONE).run().fails_saying(&["file"]);
-        stage.mount_call(&image, "/", NONE).run().fails(2, &["/"]);
-        assert_eq!(fs::read_to_string(file).expect("read"), "x");
-        stage.assert_nothing_left("after refused mount points");
-        // Missing parents are made, and go again.
-        let rootfs = stage.mount(&image, "a/b/rootfs", NONE);
-        assert!(rootfs.join("etc").is_dir());
-        stage.unmount(&rootfs);
-        assert!(!stage.path("a").exists());
-        // What it covers comes back.
-        stage.mkdir("full");
-        stage.write("full/kept", "kept");
-        let rootfs = stage.mount(&image, "full", ["--over"]);
-        assert!(!rootfs.join("kept").exists());
-        stage.unmount(&rootfs);
-        assert_eq!(fs::read_to_string(stage.path("full/kept")).expect("read"), "kept");
-        // Through a symlink, and relative to the working directory.
-        std::os::unix::fs::symlink("full", stage.path("link")).expect("symlink");
-        stage.mount_call(&image, "link", ["--over"]).cwd("/").run().ok();
-        assert!(stage.path("full/etc").is_dir());
-        stage.fsprov(["unmount", "./link"]).run().ok();
-        assert!(stage.path("full/kept").exists());
-    });
+case!("a_mount_point_must_be_a_directory", on::read_only, |stage: &Stage| {
+    let image = stage.small_image();
+    let file = stage.write("file", "x");
+    stage.mount_call(&image, "file", NONE).run().fails(2, &["file", "not a directory"]);
+    stage.mount_call(&image, "file/below", NONE).run().fails_saying(&["file"]);
+    stage.mount_call(&image, "/", NONE).run().fails(2, &["/"]);
+    assert_eq!(fs::read_to_string(file).expect("read"), "x");
+    stage.assert_nothing_left("after refused mount points");
+    // Missing parents are made, and go again.
+    let rootfs = stage.mount(&image, "a/b/rootfs", NONE);
+    assert!(rootfs.join("etc").is_dir());
+    stage.unmount(&rootfs);
+    assert!(!stage.path("a").exists());
+    // What it covers comes back.
+    stage.mkdir("full");
+    stage.write("full/kept", "kept");
+    let rootfs = stage.mount(&image, "full", ["--over"]);
+    assert!(!rootfs.join("kept").exists());
+    stage.unmount(&rootfs);
+    assert_eq!(fs::read_to_string(stage.path("full/kept")).expect("read"), "kept");
+    // Through a symlink, and relative to the working directory.
+    std::os::unix::fs::symlink("full", stage.path("link")).expect("symlink");
+    stage.mount_call(&image, "link", ["--over"]).cwd("/").run().ok();
+    assert!(stage.path("full/etc").is_dir());
+    stage.fsprov(["unmount", "./link"]).run().ok();
+    assert!(stage.path("full/kept").exists());
+});
 
-pub(crate) const DETACHED: Case =
-    Case::new("mount_returns_and_keeps_nothing_of_the_caller", on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        let cwd = stage.mkdir("cwd");
-        // A pipe: its reader ends only when every writer closed it, so a server that kept stdout or stderr would hang this.
-        let line = format!("timeout 60 {} \"$@\" 2>&1 | cat", super::shell_quote(&crate::common::stage::program()));
-        let rootfs = stage.path("rootfs");
-        let mut args = vec!["-c".as_ref(), OsStr::new(&line), "sh".as_ref(), "mount".as_ref(), "--backend".as_ref()];
-        args.extend([OsStr::new(stage.lane.backend), image.as_os_str(), rootfs.as_os_str()]);
-        let said = stage.tool("sh", args).cwd(&cwd).run().ok();
-        assert!(said.took < Duration::from_secs(20), "{}", said.describe());
-        assert!(said.out().lines().last().is_some_and(|line| line.starts_with("mounted ")), "{}", said.describe());
-        assert_eq!(without_fallbacks(&said.out()).lines().count(), 1, "one line: {}", said.describe());
-        fs::remove_dir(&cwd).expect("the caller's working directory is free");
-        for server in stage.servers() {
-            let proc = std::path::PathBuf::from(format!("/proc/{}", server.pid));
-            assert_eq!(fs::read_link(proc.join("cwd")).expect("cwd"), std::path::Path::new("/"), "{server:?}");
-            let stat = fs::read_to_string(proc.join("stat")).expect("stat");
-            let after: Vec<&str> = stat.rsplit_once(')').expect("stat").1.split_whitespace().collect();
-            // proc_pid_stat(5): pgrp is field 5, session 6, tty_nr 7; the state is field 3.
-            let (session, tty) = (after[3], after[4]);
-            assert_eq!(tty, "0", "no controlling terminal: {server:?}");
-            let own = fs::read_to_string("/proc/self/stat").expect("stat");
-            let own: Vec<&str> = own.rsplit_once(')').expect("stat").1.split_whitespace().collect();
-            assert_ne!(session, own[3], "a session of its own: {server:?}");
-            for fd in fs::read_dir(proc.join("fd")).expect("fds").flatten() {
-                let target = fs::read_link(fd.path()).unwrap_or_default();
-                let text = target.to_string_lossy();
-                assert!(
-                    !text.starts_with("pipe:") || !["0", "1", "2"].contains(&&*fd.file_name().to_string_lossy()),
-                    "{server:?}: {text}"
-                );
-            }
+case!("mount_returns_and_keeps_nothing_of_the_caller", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let cwd = stage.mkdir("cwd");
+    // A pipe: its reader ends only when every writer closed it, so a server that kept stdout or stderr would hang this.
+    let line = format!("timeout 60 {} \"$@\" 2>&1 | cat", super::shell_quote(&crate::common::stage::program()));
+    let rootfs = stage.path("rootfs");
+    let mut args = vec!["-c".as_ref(), OsStr::new(&line), "sh".as_ref(), "mount".as_ref(), "--backend".as_ref()];
+    args.extend([OsStr::new(stage.lane.backend), image.as_os_str(), rootfs.as_os_str()]);
+    let said = stage.tool("sh", args).cwd(&cwd).run().ok();
+    assert!(said.took < Duration::from_secs(20), "{}", said.describe());
+    assert!(said.out().lines().last().is_some_and(|line| line.starts_with("mounted ")), "{}", said.describe());
+    assert_eq!(without_fallbacks(&said.out()).lines().count(), 1, "one line: {}", said.describe());
+    fs::remove_dir(&cwd).expect("the caller's working directory is free");
+    for server in stage.servers() {
+        let proc = std::path::PathBuf::from(format!("/proc/{}", server.pid));
+        assert_eq!(fs::read_link(proc.join("cwd")).expect("cwd"), std::path::Path::new("/"), "{server:?}");
+        let stat = fs::read_to_string(proc.join("stat")).expect("stat");
+        let after: Vec<&str> = stat.rsplit_once(')').expect("stat").1.split_whitespace().collect();
+        // proc_pid_stat(5): pgrp is field 5, session 6, tty_nr 7; the state is field 3.
+        let (session, tty) = (after[3], after[4]);
+        assert_eq!(tty, "0", "no controlling terminal: {server:?}");
+        let own = fs::read_to_string("/proc/self/stat").expect("stat");
+        let own: Vec<&str> = own.rsplit_once(')').expect("stat").1.split_whitespace().collect();
+        assert_ne!(session, own[3], "a session of its own: {server:?}");
+        for fd in fs::read_dir(proc.join("fd")).expect("fds").flatten() {
+            let target = fs::read_link(fd.path()).unwrap_or_default();
+            let text = target.to_string_lossy();
+            assert!(
+                !text.starts_with("pipe:") || !["0", "1", "2"].contains(&&*fd.file_name().to_string_lossy()),
+                "{server:?}: {text}"
+            );
         }
-        assert!(rootfs.join("etc/hosts").exists());
-        stage.unmount(&rootfs);
-        stage.assert_nothing_left("after unmount");
-    });
+    }
+    assert!(rootfs.join("etc/hosts").exists());
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after unmount");
+});
 
-pub(crate) const FOREGROUND: Case = Case::new("foreground_stays_until_a_signal", on::every_backend, |stage: &Stage| {
+case!("foreground_stays_until_a_signal", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     for signal in ["TERM", "INT"] {
         let mut call = stage.mount_call(&image, "rootfs", ["--foreground"]);
@@ -359,8 +349,8 @@ pub(crate) const FOREGROUND: Case = Case::new("foreground_stays_until_a_signal",
     }
 });
 
-/// The test stands for systemd: what a unit of Type=notify with a watchdog is told (sd_notify(3)).
-pub(crate) const SYSTEMD: Case = Case::new("systemd_is_told", on::every_backend, |stage: &Stage| {
+// The test stands for systemd: what a unit of Type=notify with a watchdog is told (sd_notify(3)).
+case!("systemd_is_told", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let socket = std::os::unix::net::UnixDatagram::bind(stage.path("notify")).expect("bind");
     socket.set_read_timeout(Some(Duration::from_secs(30))).expect("timeout");
@@ -386,36 +376,34 @@ pub(crate) const SYSTEMD: Case = Case::new("systemd_is_told", on::every_backend,
     stage.assert_nothing_left("after systemd stopped it");
 });
 
-/// Other users' processes cannot enter a FUSE mount made without allow_other; a rootfs's state is its owner's alone.
-pub(crate) const STATE_IS_PRIVATE: Case =
-    Case::new("the_state_root_is_closed_to_others", on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        stage.mount(&image, "rootfs", NONE);
-        for path in [stage.state().join("containers"), stage.records()[0].clone()] {
-            let mode = fs::metadata(&path).expect("stat").permissions().mode() & 0o777;
-            assert_eq!(mode, 0o700, "{}", path.display());
-        }
-    });
+// Other users' processes cannot enter a FUSE mount made without allow_other; a rootfs's state is its owner's alone.
+case!("the_state_root_is_closed_to_others", on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    stage.mount(&image, "rootfs", NONE);
+    for path in [stage.state().join("containers"), stage.records()[0].clone()] {
+        let mode = fs::metadata(&path).expect("stat").permissions().mode() & 0o777;
+        assert_eq!(mode, 0o700, "{}", path.display());
+    }
+});
 
-pub(crate) const ENOUGH: Case =
-    Case::needing("twenty_rounds_leave_nothing", on::volumes, &[Need::Tool("true")], |stage: &Stage| {
-        let image = stage.small_image();
-        let fds = || fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
-        let (mounts, before) = (system::mounts_of_others(), fds());
-        for round in 0..20 {
-            let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/tmp", "rw"));
-            fs::write(rootfs.join("tmp/x"), round.to_string()).expect("write");
-            stage.unmount(&rootfs);
-        }
-        stage.assert_nothing_left("after twenty rounds");
-        assert_eq!((system::mounts_of_others(), fds()), (mounts, before));
-    });
+case!("twenty_rounds_leave_nothing", on::volumes, &[Need::Tool("true")], |stage: &Stage| {
+    let image = stage.small_image();
+    let fds = || fs::read_dir("/proc/self/fd").map_or(0, Iterator::count);
+    let (mounts, before) = (system::mounts_of_others(), fds());
+    for round in 0..20 {
+        let rootfs = stage.mount(&image, "rootfs", volume(stage.mkdir("vol"), "/tmp", "rw"));
+        fs::write(rootfs.join("tmp/x"), round.to_string()).expect("write");
+        stage.unmount(&rootfs);
+    }
+    stage.assert_nothing_left("after twenty rounds");
+    assert_eq!((system::mounts_of_others(), fds()), (mounts, before));
+});
 
 /// How many [`AT_ONCE`] has.
 const COUNT: usize = 8;
 
-/// Several at once, of one image, in one state root.
-pub(crate) const AT_ONCE: Case = Case::new("many_at_once", on::every_backend, |stage: &Stage| {
+// Several at once, of one image, in one state root.
+case!("many_at_once", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let start = |verb: &str, i: usize| {
         let rootfs = stage.path(format!("rootfs-{i}"));

@@ -11,10 +11,10 @@ use sha2::{Digest as _, Sha256};
 
 use super::faults::{Step, steps_in};
 use super::store::{pack, small_aci_tree};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::images::make_small_tree;
 use crate::common::stage::Call;
-use crate::common::{Case, Enter, Lane, Need, Stage};
+use crate::common::{Enter, Lane, Need, Stage};
 
 /// A state root in memory where that can be had: every import syncs the file system of its store.
 struct Place<'a> {
@@ -139,14 +139,14 @@ fn chosen(all: Vec<Step>) -> Vec<Step> {
     all.into_iter().enumerate().filter(|(at, _)| is_end(*at)).map(|(_, step)| step).collect()
 }
 
-pub(crate) const IMPORT_STEPS: Case = Case::needing(
+case!(
     "the_store_is_whole_whatever_step_of_an_import_fails_or_dies",
     on::once_each,
     &[Need::Failpoints],
     |stage: &Stage| every_step(stage, |verb| verb.starts_with("import ")),
 );
 
-pub(crate) const UPKEEP_STEPS: Case = Case::needing(
+case!(
     "the_store_is_whole_whatever_step_of_its_upkeep_fails_or_dies",
     on::once_each,
     &[Need::Failpoints],
@@ -285,8 +285,8 @@ fn every_step(stage: &Stage, is_meant: fn(&str) -> bool) {
     assert!(half_made.is_empty(), "{half_made:?}");
 }
 
-/// A disk that is really full, at one size after another: the import fails and says so, or works; the store is whole.
-pub(crate) const FULL_DISK: Case = Case::new(
+// A disk that is really full, at one size after another: the import fails and says so, or works; the store is whole.
+case!(
     "a_full_disk_leaves_the_store_whole",
     |lane: &Lane| lane.backend.is_empty() && lane.enter == Enter::Root,
     |stage: &Stage| {
@@ -328,30 +328,29 @@ pub(crate) const FULL_DISK: Case = Case::new(
     },
 );
 
-/// A rootfs that was unmounted lazily while in use is served on: its image stays until the last user is gone.
-pub(crate) const IN_USE_UNSEEN: Case =
-    Case::new("an_image_stays_while_a_lazily_unmounted_rootfs_is_used", on::fuse, |stage: &Stage| {
-        use std::io::Read as _;
-        let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
-        stage.fsprov(["image", "import"]).arg(&archive).run().ok();
-        let rootfs = stage.mount("example.com/small", "rootfs", [] as [&str; 0]);
-        let dir = fs::File::open(rootfs.join("etc")).expect("open");
-        stage.fsprov(["unmount", "--lazy"]).arg(&rootfs).run().ok();
-        stage.fsprov(["image", "rm", "example.com/small"]).run().fails(4, &["lazily"]);
-        stage.fsprov(["image", "gc", "--unused"]).run().ok();
-        let mut text = String::new();
-        let flags = rustix::fs::OFlags::RDONLY;
-        let hosts = rustix::fs::openat(&dir, "hosts", flags, rustix::fs::Mode::empty()).expect("open below");
-        fs::File::from(hosts).read_to_string(&mut text).expect("read");
-        assert_eq!(text, "127.0.0.1 localhost\n");
-        drop(dir);
-        crate::common::system::survivors(std::time::Duration::from_secs(5));
-        stage.fsprov(["image", "gc", "--unused"]).run().ok();
-        stage.fsprov(["image", "show", "example.com/small"]).run().fails(3, &[]);
-    });
+// A rootfs that was unmounted lazily while in use is served on: its image stays until the last user is gone.
+case!("an_image_stays_while_a_lazily_unmounted_rootfs_is_used", on::fuse, |stage: &Stage| {
+    use std::io::Read as _;
+    let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+    let rootfs = stage.mount("example.com/small", "rootfs", [] as [&str; 0]);
+    let dir = fs::File::open(rootfs.join("etc")).expect("open");
+    stage.fsprov(["unmount", "--lazy"]).arg(&rootfs).run().ok();
+    stage.fsprov(["image", "rm", "example.com/small"]).run().fails(4, &["lazily"]);
+    stage.fsprov(["image", "gc", "--unused"]).run().ok();
+    let mut text = String::new();
+    let flags = rustix::fs::OFlags::RDONLY;
+    let hosts = rustix::fs::openat(&dir, "hosts", flags, rustix::fs::Mode::empty()).expect("open below");
+    fs::File::from(hosts).read_to_string(&mut text).expect("read");
+    assert_eq!(text, "127.0.0.1 localhost\n");
+    drop(dir);
+    crate::common::system::survivors(std::time::Duration::from_secs(5));
+    stage.fsprov(["image", "gc", "--unused"]).run().ok();
+    stage.fsprov(["image", "show", "example.com/small"]).run().fails(3, &[]);
+});
 
-/// What `verify --repair` imports again is the image that it was: names, layers and all.
-pub(crate) const REPAIRED: Case = Case::new("what_is_repaired_is_what_it_was", on::once_each, |stage: &Stage| {
+// What `verify --repair` imports again is the image that it was: names, layers and all.
+case!("what_is_repaired_is_what_it_was", on::once_each, |stage: &Stage| {
     let place = Place::new(stage);
     let layers = layers(stage);
     let layout = layered(stage, "layout", &layers, false);

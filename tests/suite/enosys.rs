@@ -4,9 +4,9 @@ use std::ffi::{OsStr, OsString};
 use std::path::PathBuf;
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Need, Stage, system};
+use crate::common::{Need, Stage, system};
 
 /// `enosys CALLS PROGRAM ARGS`; in C, as a filter is raw system calls, which this crate keeps out of its tests. `scripts/enosys` runs
 /// the whole suite so.
@@ -42,75 +42,69 @@ fn lanes(lane: &crate::common::Lane) -> bool {
     on::every_backend(lane) && !(lane.is_fuse() && lane.enter == crate::common::Enter::User)
 }
 
-pub(crate) const FALLBACKS: Case = Case::needing(
-    "works_without_the_newer_system_calls_or_says_why_not",
-    lanes,
-    &[Need::Tool("cc")],
-    |stage: &Stage| {
-        let enosys = filter(stage);
-        let image = stage.small_image();
-        let without_volumes = |mut picture: crate::common::walk::Picture| {
-            picture.retain(|path, _| !path.starts_with(b"data") && !path.starts_with(b"run/lock"));
-            picture
-        };
-        let want = without_volumes(picture(&image));
-        let run = |missing: &str, args: &[&OsStr]| {
-            let call = stage.tool(&enosys.display().to_string(), [missing]);
-            call.arg(crate::common::stage::program()).args(args).run()
-        };
-        let rootfs = stage.path("rootfs");
-        let mut worked = 0;
-        for missing in MISSING {
-            let mut words: Vec<OsString> = ["mount", "--backend", stage.lane.backend].map(OsString::from).to_vec();
-            if stage.lane.has_volumes() {
-                words.extend(sandbox(stage));
-                words.extend(volume("vol", "/data", "rw"));
-                words.extend(volume(stage.mkdir("other"), "/run/lock", "ro"));
-            }
-            words.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
-            let mount = run(missing, &words.iter().map(OsString::as_os_str).collect::<Vec<_>>());
-            if mount.code() != Some(0) && !is_told_otherwise(missing) {
-                // Not possible on this host, in words that name what is missing: not a bare failure.
-                let said = mount.err();
-                assert!(
-                    mount.code() == Some(5) && missing.split(',').any(|call| said.contains(call)),
-                    "without {missing}: neither works nor says why:\n{}",
-                    mount.describe()
-                );
-                stage.assert_nothing_left(missing);
-                continue;
-            }
-            let mount = mount.ok();
-            worked += 1;
-            assert_same(&want, &without_volumes(picture(&rootfs)), missing);
-            let probe = run(missing, &["probe".as_ref(), "--json".as_ref()]).ok().json();
-            let says =
-                probe["backends"].as_array().and_then(|all| all.iter().find(|b| b["backend"] == stage.lane.backend));
+case!("works_without_the_newer_system_calls_or_says_why_not", lanes, &[Need::Tool("cc")], |stage: &Stage| {
+    let enosys = filter(stage);
+    let image = stage.small_image();
+    let without_volumes = |mut picture: crate::common::walk::Picture| {
+        picture.retain(|path, _| !path.starts_with(b"data") && !path.starts_with(b"run/lock"));
+        picture
+    };
+    let want = without_volumes(picture(&image));
+    let run = |missing: &str, args: &[&OsStr]| {
+        let call = stage.tool(&enosys.display().to_string(), [missing]);
+        call.arg(crate::common::stage::program()).args(args).run()
+    };
+    let rootfs = stage.path("rootfs");
+    let mut worked = 0;
+    for missing in MISSING {
+        let mut words: Vec<OsString> = ["mount", "--backend", stage.lane.backend].map(OsString::from).to_vec();
+        if stage.lane.has_volumes() {
+            words.extend(sandbox(stage));
+            words.extend(volume("vol", "/data", "rw"));
+            words.extend(volume(stage.mkdir("other"), "/run/lock", "ro"));
+        }
+        words.extend([image.clone().into_os_string(), rootfs.clone().into_os_string()]);
+        let mount = run(missing, &words.iter().map(OsString::as_os_str).collect::<Vec<_>>());
+        if mount.code() != Some(0) && !is_told_otherwise(missing) {
+            // Not possible on this host, in words that name what is missing: not a bare failure.
+            let said = mount.err();
             assert!(
-                says.is_some_and(|b| b["works"] == true),
-                "without {missing} it works:\n{}\n{probe:#}",
+                mount.code() == Some(5) && missing.split(',').any(|call| said.contains(call)),
+                "without {missing}: neither works nor says why:\n{}",
                 mount.describe()
             );
-            if stage.lane.backend != "copy" {
-                let refused = std::fs::write(rootfs.join("etc/new"), "x").expect_err("read-only");
-                assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
-            }
-            if stage.lane.has_volumes() {
-                std::fs::write(rootfs.join("data/kept"), missing).expect("write to a volume");
-                let read = std::fs::read_to_string(stage.path("sandbox/vol/kept")).expect("it is on the host");
-                assert_eq!(read, *missing);
-                std::fs::remove_file(rootfs.join("data/kept")).expect("remove it there");
-                let refused = std::fs::write(rootfs.join("run/lock/x"), "x").expect_err("a read-only volume");
-                assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
-            }
-            let listed = run(missing, &["list".as_ref(), "--json".as_ref()]).ok().json();
-            let listed = listed.as_array().map_or(0, Vec::len);
-            assert_eq!(listed, 1, "without {missing}");
-            run(missing, &["unmount".as_ref(), rootfs.as_ref()]).ok();
-            let left = system::mounts_below(&rootfs);
-            assert!(left.is_empty(), "without {missing}: {left:#?}");
             stage.assert_nothing_left(missing);
+            continue;
         }
-        assert!(worked > 0, "{} works without none of {MISSING:?}", stage.lane.backend);
-    },
-);
+        let mount = mount.ok();
+        worked += 1;
+        assert_same(&want, &without_volumes(picture(&rootfs)), missing);
+        let probe = run(missing, &["probe".as_ref(), "--json".as_ref()]).ok().json();
+        let says = probe["backends"].as_array().and_then(|all| all.iter().find(|b| b["backend"] == stage.lane.backend));
+        assert!(
+            says.is_some_and(|b| b["works"] == true),
+            "without {missing} it works:\n{}\n{probe:#}",
+            mount.describe()
+        );
+        if stage.lane.backend != "copy" {
+            let refused = std::fs::write(rootfs.join("etc/new"), "x").expect_err("read-only");
+            assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
+        }
+        if stage.lane.has_volumes() {
+            std::fs::write(rootfs.join("data/kept"), missing).expect("write to a volume");
+            let read = std::fs::read_to_string(stage.path("sandbox/vol/kept")).expect("it is on the host");
+            assert_eq!(read, *missing);
+            std::fs::remove_file(rootfs.join("data/kept")).expect("remove it there");
+            let refused = std::fs::write(rootfs.join("run/lock/x"), "x").expect_err("a read-only volume");
+            assert_eq!(refused.raw_os_error(), Some(rustix::io::Errno::ROFS.raw_os_error()), "without {missing}");
+        }
+        let listed = run(missing, &["list".as_ref(), "--json".as_ref()]).ok().json();
+        let listed = listed.as_array().map_or(0, Vec::len);
+        assert_eq!(listed, 1, "without {missing}");
+        run(missing, &["unmount".as_ref(), rootfs.as_ref()]).ok();
+        let left = system::mounts_below(&rootfs);
+        assert!(left.is_empty(), "without {missing}: {left:#?}");
+        stage.assert_nothing_left(missing);
+    }
+    assert!(worked > 0, "{} works without none of {MISSING:?}", stage.lane.backend);
+},);

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use super::destroy::health;
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::run::Outcome;
 use crate::common::stage::Call;
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Need, Stage, system};
+use crate::common::{Need, Stage, system};
 
 const LOG: &str = "fsprov::fault=trace";
 /// Fewest steps that the enumeration must find: fewer means that it looks in the wrong place.
@@ -93,80 +93,70 @@ fn undisturbed(outcome: &Outcome) -> bool {
     outcome.code() == Some(0)
 }
 
-pub(crate) const PROVISION_FAILS: Case = Case::needing(
-    "provision_fails_at_each_step_and_leaves_nothing",
-    on::every_backend,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let before = picture(&image);
-        let found = steps(stage, mount(stage, &image));
-        unmount(stage).run().ok();
-        assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
-        let _ = std::fs::remove_dir_all(stage.path("sandbox"));
-        for (step, faults) in found.iter().flat_map(|s| [(s, s.with("EIO")), (s, s.with_for_good("EIO"))]) {
-            let outcome = mount(stage, &image).env("FAILPOINTS", faults).run();
-            // A step that only destroy's part of the way must get right may be survived; then it is a good rootfs.
-            if undisturbed(&outcome) {
-                assert_eq!(health(stage), "ready", "{step}");
-                unmount(stage).run().ok();
-            } else {
-                outcome.fails(1, &[&step.name, "Input/output error"]);
-                assert!(!stage.path("sandbox/new").exists(), "{step}: a volume source made for a failed mount stayed");
-            }
-            assert_clean(stage, step, "failed");
-            let _ = std::fs::remove_dir_all(stage.path("sandbox"));
-        }
-        assert_same(&before, &picture(&image), "the image");
-    },
-);
-
-pub(crate) const PROVISION_DIES: Case = Case::needing(
-    "provision_dies_at_each_step_and_unmount_cleans",
-    on::every_backend,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let before = picture(&image);
-        let found = steps(stage, mount(stage, &image));
-        unmount(stage).run().ok();
-        assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
-        for step in &found {
-            let outcome = mount(stage, &image).env("FAILPOINTS", step.with("kill")).run();
-            if outcome.code().is_none() {
-                // Killed. What is left must be known, and go by its name; where nothing was written yet there is nothing to find.
-                let listed = stage.fsprov(["list", "--json"]).run().ok().json();
-                let listed = listed.as_array().map_or(0, Vec::len);
-                let had_record = !stage.records().is_empty();
-                let cleaned = unmount(stage).run();
-                let code = cleaned.code();
-                assert!(
-                    code == Some(0) || (code == Some(3) && !had_record),
-                    "{step}: {listed} listed, record: {had_record}\n{}",
-                    cleaned.describe()
-                );
-                if !had_record {
-                    // The note that its mount point is taken has no record: recover tidies such up.
-                    stage.fsprov(["recover"]).run().ok();
-                }
-            } else {
-                // A helper process died, not the command: then it must have failed cleanly, or got over it.
-                assert!(outcome.code().is_some_and(|c| c <= 5), "{}", outcome.describe());
-                if undisturbed(&outcome) {
-                    unmount(stage).run().ok();
-                }
-            }
-            system::survivors(Duration::from_secs(2));
-            assert_clean(stage, step, "died");
-            // And the place is as good as new.
-            mount(stage, &image).run().ok();
+case!("provision_fails_at_each_step_and_leaves_nothing", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.small_image();
+    let before = picture(&image);
+    let found = steps(stage, mount(stage, &image));
+    unmount(stage).run().ok();
+    assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
+    let _ = std::fs::remove_dir_all(stage.path("sandbox"));
+    for (step, faults) in found.iter().flat_map(|s| [(s, s.with("EIO")), (s, s.with_for_good("EIO"))]) {
+        let outcome = mount(stage, &image).env("FAILPOINTS", faults).run();
+        // A step that only destroy's part of the way must get right may be survived; then it is a good rootfs.
+        if undisturbed(&outcome) {
+            assert_eq!(health(stage), "ready", "{step}");
             unmount(stage).run().ok();
+        } else {
+            outcome.fails(1, &[&step.name, "Input/output error"]);
+            assert!(!stage.path("sandbox/new").exists(), "{step}: a volume source made for a failed mount stayed");
         }
-        assert_same(&before, &picture(&image), "the image");
-    },
-);
+        assert_clean(stage, step, "failed");
+        let _ = std::fs::remove_dir_all(stage.path("sandbox"));
+    }
+    assert_same(&before, &picture(&image), "the image");
+},);
 
-pub(crate) const DESTROY_BREAKS: Case = Case::needing(
+case!("provision_dies_at_each_step_and_unmount_cleans", on::every_backend, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.small_image();
+    let before = picture(&image);
+    let found = steps(stage, mount(stage, &image));
+    unmount(stage).run().ok();
+    assert!(found.len() >= FEWEST_STEPS, "provision passes {} steps", found.len());
+    for step in &found {
+        let outcome = mount(stage, &image).env("FAILPOINTS", step.with("kill")).run();
+        if outcome.code().is_none() {
+            // Killed. What is left must be known, and go by its name; where nothing was written yet there is nothing to find.
+            let listed = stage.fsprov(["list", "--json"]).run().ok().json();
+            let listed = listed.as_array().map_or(0, Vec::len);
+            let had_record = !stage.records().is_empty();
+            let cleaned = unmount(stage).run();
+            let code = cleaned.code();
+            assert!(
+                code == Some(0) || (code == Some(3) && !had_record),
+                "{step}: {listed} listed, record: {had_record}\n{}",
+                cleaned.describe()
+            );
+            if !had_record {
+                // The note that its mount point is taken has no record: recover tidies such up.
+                stage.fsprov(["recover"]).run().ok();
+            }
+        } else {
+            // A helper process died, not the command: then it must have failed cleanly, or got over it.
+            assert!(outcome.code().is_some_and(|c| c <= 5), "{}", outcome.describe());
+            if undisturbed(&outcome) {
+                unmount(stage).run().ok();
+            }
+        }
+        system::survivors(Duration::from_secs(2));
+        assert_clean(stage, step, "died");
+        // And the place is as good as new.
+        mount(stage, &image).run().ok();
+        unmount(stage).run().ok();
+    }
+    assert_same(&before, &picture(&image), "the image");
+},);
+
+case!(
     "destroy_fails_or_dies_at_each_step_and_can_be_repeated",
     on::every_backend,
     &[Need::Failpoints],

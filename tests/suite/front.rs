@@ -6,12 +6,12 @@ use std::path::Path;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::stage::Call;
-use crate::common::{Case, Enter, Lane, Need, Stage, needs, system};
+use crate::common::{Enter, Lane, Need, Stage, needs, system};
 
-/// The README's first session: the work directory does not exist yet.
-pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_said", on::once_each, |stage: &Stage| {
+// The README's first session: the work directory does not exist yet.
+case!("a_missing_sandbox_is_made_and_said", on::once_each, |stage: &Stage| {
     let image = stage.small_image();
     let mount = |args: &[&str]| {
         let call = stage.fsprov(["mount", "--id", "one"]).args(args).arg(&image).arg("rootfs");
@@ -39,8 +39,8 @@ pub(crate) const NEW_SANDBOX: Case = Case::new("a_missing_sandbox_is_made_and_sa
     stage.assert_nothing_left("after a refused sandbox");
 });
 
-/// `-v .:/src`, as podman has it.
-pub(crate) const HERE: Case = Case::new("volumes_relative_to_the_current_directory", on::once_each, |stage: &Stage| {
+// `-v .:/src`, as podman has it.
+case!("volumes_relative_to_the_current_directory", on::once_each, |stage: &Stage| {
     let image = stage.small_image();
     let here = stage.mkdir("project/sub");
     stage.mkdir("home/p");
@@ -66,8 +66,8 @@ pub(crate) const HERE: Case = Case::new("volumes_relative_to_the_current_directo
     stage.assert_nothing_left("after refused volumes");
 });
 
-/// A container of this user maps one id, its own, to root: what is root's in the image must be root's there.
-pub(crate) const ROOTS_FILES: Case = Case::needing(
+// A container of this user maps one id, its own, to root: what is root's in the image must be root's there.
+case!(
     "an_ordinary_user_has_roots_files_as_their_own",
     |lane: &Lane| on::fuse(lane) && lane.enter == Enter::User,
     &[Need::UserNamespaces, Need::Tool("unshare")],
@@ -107,48 +107,47 @@ pub(crate) const ROOTS_FILES: Case = Case::needing(
     },
 );
 
-/// Names come and go one by one; the image goes with the last.
-pub(crate) const IMAGE_NAMES: Case =
-    Case::new("image_names_are_given_and_taken_one_by_one", on::user, |stage: &Stage| {
-        let image = |args: &[&str]| stage.fsprov(["image"].iter().chain(args).copied()).run();
-        let rows = || {
-            let said = image(&["list"]).ok().out();
-            let row = |line: &str| line.split_whitespace().take(3).map(str::to_owned).collect::<Vec<_>>();
-            said.lines().skip(1).map(row).collect::<Vec<_>>()
-        };
-        stage.small_image();
-        image(&["import", "image", "--name", "one"]).ok();
-        image(&["tag", "one", "two", "three"]).ok();
-        let id = rows()[0][2].clone();
-        assert_eq!(id.len(), 12, "short: {id}");
-        let row = |name: &str| vec![name.to_owned(), "-".to_owned(), id.clone()];
-        assert_eq!(rows(), [row("one"), row("three"), row("two")]);
-        assert_eq!(image(&["list", "-q"]).ok().out(), format!("{id}\n"));
-        let said = image(&["rm", "two"]).ok();
-        assert!(said.out().contains("removed the name two"), "{}", said.describe());
-        // One that is not there does not keep the others from going.
-        let said = image(&["rm", "nothing", "three"]).fails(1, &["nothing", "1 of 2 failed"]);
-        assert!(said.out().contains("removed the name three"), "{}", said.describe());
-        image(&["rm", "nothing"]).fails(3, &["nothing"]);
-        image(&["rm", "--force", "nothing"]).ok();
-        assert_eq!(rows(), [row("one")]);
-        fs::create_dir(stage.path("other")).expect("mkdir");
-        image(&["import", "other", "--name", "other"]).ok();
-        image(&["tag", "other", "one"]).fails(1, &["one", "--replace"]);
-        image(&["tag", "other", "./x"]).fails(2, &["./x"]);
-        image(&["tag", "other", "again"]).ok();
-        let said = image(&["rm", "--force", "again"]).ok();
-        assert!(
-            said.out().contains("removed again other") || said.out().contains("removed other again"),
-            "{}",
-            said.describe()
-        );
-        image(&["tag", "one", "last"]).ok();
-        image(&["rm", &id]).ok();
-        assert!(rows().is_empty(), "by its id the image goes with all names");
-    });
+// Names come and go one by one; the image goes with the last.
+case!("image_names_are_given_and_taken_one_by_one", on::user, |stage: &Stage| {
+    let image = |args: &[&str]| stage.fsprov(["image"].iter().chain(args).copied()).run();
+    let rows = || {
+        let said = image(&["list"]).ok().out();
+        let row = |line: &str| line.split_whitespace().take(3).map(str::to_owned).collect::<Vec<_>>();
+        said.lines().skip(1).map(row).collect::<Vec<_>>()
+    };
+    stage.small_image();
+    image(&["import", "image", "--name", "one"]).ok();
+    image(&["tag", "one", "two", "three"]).ok();
+    let id = rows()[0][2].clone();
+    assert_eq!(id.len(), 12, "short: {id}");
+    let row = |name: &str| vec![name.to_owned(), "-".to_owned(), id.clone()];
+    assert_eq!(rows(), [row("one"), row("three"), row("two")]);
+    assert_eq!(image(&["list", "-q"]).ok().out(), format!("{id}\n"));
+    let said = image(&["rm", "two"]).ok();
+    assert!(said.out().contains("removed the name two"), "{}", said.describe());
+    // One that is not there does not keep the others from going.
+    let said = image(&["rm", "nothing", "three"]).fails(1, &["nothing", "1 of 2 failed"]);
+    assert!(said.out().contains("removed the name three"), "{}", said.describe());
+    image(&["rm", "nothing"]).fails(3, &["nothing"]);
+    image(&["rm", "--force", "nothing"]).ok();
+    assert_eq!(rows(), [row("one")]);
+    fs::create_dir(stage.path("other")).expect("mkdir");
+    image(&["import", "other", "--name", "other"]).ok();
+    image(&["tag", "other", "one"]).fails(1, &["one", "--replace"]);
+    image(&["tag", "other", "./x"]).fails(2, &["./x"]);
+    image(&["tag", "other", "again"]).ok();
+    let said = image(&["rm", "--force", "again"]).ok();
+    assert!(
+        said.out().contains("removed again other") || said.out().contains("removed other again"),
+        "{}",
+        said.describe()
+    );
+    image(&["tag", "one", "last"]).ok();
+    image(&["rm", &id]).ok();
+    assert!(rows().is_empty(), "by its id the image goes with all names");
+});
 
-pub(crate) const SHORT_IDS: Case = Case::new("ids_of_rootfses_may_be_shortened", on::once_each, |stage: &Stage| {
+case!("ids_of_rootfses_may_be_shortened", on::once_each, |stage: &Stage| {
     let image = stage.small_image();
     for id in ["web", "web.v2", "webster", "other7"] {
         stage.fsprov(["mount", "--id", id]).arg(&image).arg(stage.path(id)).run().ok();
@@ -172,8 +171,8 @@ pub(crate) const SHORT_IDS: Case = Case::new("ids_of_rootfses_may_be_shortened",
     assert_eq!(stage.fsprov(["list", "-q"]).run().ok().out(), "");
 });
 
-/// An import without root leaves an empty file where the image has a device; the copy must not take it for damage, nor keep it.
-pub(crate) const COPIED_DEVICES: Case = Case::new(
+// An import without root leaves an empty file where the image has a device; the copy must not take it for damage, nor keep it.
+case!(
     "an_image_with_devices_is_copied_without_privilege",
     |lane: &Lane| on::copy(lane) && lane.enter == Enter::User,
     |stage: &Stage| {
@@ -208,7 +207,7 @@ fn import_with_device(stage: &Stage) {
     stage.fsprov(["image", "import", "devices.tar", "--name", "devices"]).run().ok();
 }
 
-pub(crate) const PLATFORM: Case = Case::new("an_image_for_another_platform_is_refused", on::user, |stage: &Stage| {
+case!("an_image_for_another_platform_is_refused", on::user, |stage: &Stage| {
     import_with_device(stage);
     stage.fsprov(["image", "export", "--format", "oci", "devices", "layout"]).run().ok();
     let host = if cfg!(target_arch = "aarch64") { "linux/arm64" } else { "linux/amd64" };
@@ -222,16 +221,15 @@ pub(crate) const PLATFORM: Case = Case::new("an_image_for_another_platform_is_re
     }
 });
 
-pub(crate) const NO_CONFIG: Case =
-    Case::new("a_configuration_named_and_missing_is_an_error", on::user, |stage: &Stage| {
-        let list = |config: &str| stage.fsprov(["list"]).env("FSPROV_CONFIG", config).run();
-        list("/nope").fails(3, &["/nope", "FSPROV_CONFIG"]);
-        list("").ok();
-        stage.write("config.toml", "");
-        list("config.toml").ok();
-    });
+case!("a_configuration_named_and_missing_is_an_error", on::user, |stage: &Stage| {
+    let list = |config: &str| stage.fsprov(["list"]).env("FSPROV_CONFIG", config).run();
+    list("/nope").fails(3, &["/nope", "FSPROV_CONFIG"]);
+    list("").ok();
+    stage.write("config.toml", "");
+    list("config.toml").ok();
+});
 
-pub(crate) const EXPORT_OUT: Case = Case::new("an_export_to_minus_is_standard_output", on::user, |stage: &Stage| {
+case!("an_export_to_minus_is_standard_output", on::user, |stage: &Stage| {
     import_with_device(stage);
     let said = stage.fsprov(["image", "export", "--format", "tar", "devices", "-"]).run().ok();
     assert!(!stage.path("-").exists(), "a file of that name was made");
@@ -246,7 +244,7 @@ pub(crate) const EXPORT_OUT: Case = Case::new("an_export_to_minus_is_standard_ou
     assert!(said.out().starts_with("exported devices to out.aci ("), "{}", said.describe());
 });
 
-pub(crate) const LENIENT_ONCE: Case = Case::new("what_is_let_pass_is_told_once", on::user, |stage: &Stage| {
+case!("what_is_let_pass_is_told_once", on::user, |stage: &Stage| {
     stage.mkdir("image/rootfs");
     let manifest =
         r#"{"acKind":"ImageManifest","acVersion":"0.8.11","name":"a/b","labels":[{"name":"os","value":"plan10"}]}"#;
@@ -256,8 +254,8 @@ pub(crate) const LENIENT_ONCE: Case = Case::new("what_is_let_pass_is_told_once",
     assert_eq!(said.err().matches("plan10").count(), 1, "{}", said.describe());
 });
 
-/// What importers and downloads left behind counts as what it takes.
-pub(crate) const GC_COUNTS: Case = Case::new("gc_counts_what_it_takes_away", on::user, |stage: &Stage| {
+// What importers and downloads left behind counts as what it takes.
+case!("gc_counts_what_it_takes_away", on::user, |stage: &Stage| {
     stage.fsprov(["image", "list"]).run().ok();
     stage.mkdir("state/staging/boot-import-dead");
     stage.write("state/staging/boot-import-dead/big", vec![1; 3 << 20]);
@@ -268,8 +266,8 @@ pub(crate) const GC_COUNTS: Case = Case::new("gc_counts_what_it_takes_away", on:
     assert!(said.out().contains("verified 0 images"), "{}", said.describe());
 });
 
-/// Ctrl-C while a rootfs is made: nothing is left, and the same command works again.
-pub(crate) const CTRL_C: Case = Case::needing(
+// Ctrl-C while a rootfs is made: nothing is left, and the same command works again.
+case!(
     "ctrl_c_undoes_and_says_so",
     |lane: &Lane| lane.backend == "copy" || lane.backend == "fuse",
     &[Need::Failpoints],
@@ -286,22 +284,21 @@ pub(crate) const CTRL_C: Case = Case::needing(
     },
 );
 
-/// An export to a directory is taken back, too.
-pub(crate) const CTRL_C_EXPORT: Case =
-    Case::needing("ctrl_c_leaves_nothing_of_an_export", on::user, &[Need::Failpoints], |stage: &Stage| {
-        stage.fsprov(["image", "import", "--name", "small"]).arg(stage.small_image()).run().ok();
-        stage.mkdir("out");
-        let half_made = || {
-            let names = fs::read_dir(stage.path("out")).expect("list").flatten().map(|entry| entry.file_name());
-            names.map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>()
-        };
-        let call = stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]);
-        let said = interrupted(stage, call.env("FAILPOINTS", "store.export=sleep(300)"), || !half_made().is_empty());
-        assert!(said.contains("interrupted; nothing of it is left"), "{said}");
-        assert_eq!(half_made(), [""; 0]);
-        stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]).run().ok();
-        assert_eq!(half_made(), ["layout"]);
-    });
+// An export to a directory is taken back, too.
+case!("ctrl_c_leaves_nothing_of_an_export", on::user, &[Need::Failpoints], |stage: &Stage| {
+    stage.fsprov(["image", "import", "--name", "small"]).arg(stage.small_image()).run().ok();
+    stage.mkdir("out");
+    let half_made = || {
+        let names = fs::read_dir(stage.path("out")).expect("list").flatten().map(|entry| entry.file_name());
+        names.map(|name| name.to_string_lossy().into_owned()).collect::<Vec<_>>()
+    };
+    let call = stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]);
+    let said = interrupted(stage, call.env("FAILPOINTS", "store.export=sleep(300)"), || !half_made().is_empty());
+    assert!(said.contains("interrupted; nothing of it is left"), "{said}");
+    assert_eq!(half_made(), [""; 0]);
+    stage.fsprov(["image", "export", "--format", "oci", "small", "out/layout"]).run().ok();
+    assert_eq!(half_made(), ["layout"]);
+});
 
 /// Run it, end it by SIGTERM once `is_begun`, and give what it said: it ends with 130.
 fn interrupted(stage: &Stage, mut call: Call<'_>, is_begun: impl Fn() -> bool) -> String {
@@ -314,8 +311,8 @@ fn interrupted(stage: &Stage, mut call: Call<'_>, is_begun: impl Fn() -> bool) -
     std::io::read_to_string(child.stderr.take().expect("a pipe")).expect("read")
 }
 
-/// What is taken back is what this command made: a rootfs that has the id already stays.
-pub(crate) const CTRL_C_BESIDE: Case = Case::needing(
+// What is taken back is what this command made: a rootfs that has the id already stays.
+case!(
     "ctrl_c_leaves_a_rootfs_that_was_there",
     |lane: &Lane| lane.backend == "copy" || lane.backend == "fuse",
     &[Need::Failpoints],
@@ -342,8 +339,8 @@ pub(crate) const CTRL_C_BESIDE: Case = Case::needing(
     },
 );
 
-/// The verbs of podman and docker, and no verb at all.
-pub(crate) const OTHER_WORDS: Case = Case::new("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
+// The verbs of podman and docker, and no verb at all.
+case!("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
     for (words, hint) in [
         (&["pull", "debian:12"][..], "fsprov image pull"),
         (&["run", "-it", "debian"], "fsprov mount"),
@@ -360,22 +357,21 @@ pub(crate) const OTHER_WORDS: Case = Case::new("words_of_other_tools_get_a_hint"
     assert!(said.out().lines().count() < 12 && said.out().contains("fsprov mount"), "{}", said.describe());
 });
 
-/// A mount point with something in it: a project that would vanish from sight.
-pub(crate) const OVER: Case =
-    Case::new("a_mount_point_that_is_not_empty_is_refused", on::read_only, |stage: &Stage| {
-        let image = stage.small_image();
-        let full = stage.mkdir("full");
-        stage.write("full/work", "mine");
-        let refused = stage.mount_call(&image, "full", None::<&str>).run();
-        refused.fails(1, &["full: the directory is not empty", "--over"]);
-        stage.assert_nothing_left("after a refused mount point");
-        assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
-        stage.mount(&image, "full", ["--over"]);
-        // A second one on it is told what is there, not that it is not empty.
-        stage.mount_call(&image, "full", None::<&str>).run().fails(4, &["already", "fsprov unmount"]);
-        stage.unmount("full");
-        assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
-        stage.mkdir("empty");
-        stage.mount(&image, "empty", None::<&str>);
-        stage.unmount("empty");
-    });
+// A mount point with something in it: a project that would vanish from sight.
+case!("a_mount_point_that_is_not_empty_is_refused", on::read_only, |stage: &Stage| {
+    let image = stage.small_image();
+    let full = stage.mkdir("full");
+    stage.write("full/work", "mine");
+    let refused = stage.mount_call(&image, "full", None::<&str>).run();
+    refused.fails(1, &["full: the directory is not empty", "--over"]);
+    stage.assert_nothing_left("after a refused mount point");
+    assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
+    stage.mount(&image, "full", ["--over"]);
+    // A second one on it is told what is there, not that it is not empty.
+    stage.mount_call(&image, "full", None::<&str>).run().fails(4, &["already", "fsprov unmount"]);
+    stage.unmount("full");
+    assert_eq!(fs::read_to_string(full.join("work")).expect("read"), "mine");
+    stage.mkdir("empty");
+    stage.mount(&image, "empty", None::<&str>);
+    stage.unmount("empty");
+});

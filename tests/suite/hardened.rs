@@ -17,9 +17,9 @@ use rustix::net::{
 use rustix::process::{Resource, Rlimit, setrlimit};
 
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::system::eventually;
-use crate::common::{Case, Enter, Need, Stage, needs};
+use crate::common::{Enter, Need, Stage, needs};
 
 fn mounted(stage: &Stage, image: &Path, place: &str, environment: &[(&str, &str)]) -> PathBuf {
     stage.mkdir("sandbox/w");
@@ -36,9 +36,9 @@ fn stats(stage: &Stage, id: &str) -> serde_json::Value {
     stage.fsprov(["stats", "--json", id]).run().ok().json()
 }
 
-/// One of every kind of request, through a real mount of an indexed image and a volume: what the filter of system calls or the
-/// rules for files refused would show as another error, an answer that is missing, or a worker that died.
-pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_request_is_answered", on::fuse, |stage: &Stage| {
+// One of every kind of request, through a real mount of an indexed image and a volume: what the filter of system calls or the
+// rules for files refused would show as another error, an answer that is missing, or a worker that died.
+case!("every_kind_of_request_is_answered", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
     stage
         .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
@@ -119,8 +119,8 @@ pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_request_is_answered
     assert_eq!(stats["worker"]["walls"]["seccomp"].as_bool(), Some(true), "{stats:#}");
 });
 
-/// As the kernel shows it, not as the worker says it.
-pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, |stage: &Stage| {
+// As the kernel shows it, not as the worker says it.
+case!("the_worker_is_confined", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
     mounted(stage, &image, "k", &[]);
     let stats = stats(stage, "k");
@@ -191,8 +191,8 @@ pub(crate) const CONFINED: Case = Case::new("the_worker_is_confined", on::fuse, 
     }
 });
 
-/// A program that knows or opens very many files gets ENOMEM or ENFILE for that call, and nobody else notices.
-pub(crate) const EXHAUSTED: Case = Case::new("at_its_limits_a_call_fails_and_no_more", on::fuse, |stage: &Stage| {
+// A program that knows or opens very many files gets ENOMEM or ENFILE for that call, and nobody else notices.
+case!("at_its_limits_a_call_fails_and_no_more", on::fuse, |stage: &Stage| {
     const NODES: usize = 600;
     let image = stage.small_image();
     // What the server is started with: it may have some 200 files open.
@@ -261,198 +261,191 @@ fn in_flight(count: usize) -> (OwnedFd, OwnedFd) {
     (one, other)
 }
 
-/// Where a server may have very few files open, programs that open many take nothing that lookups of others need.
-pub(crate) const FEW: Case =
-    Case::needing("with_few_descriptors_only_opens_are_refused", on::fuse, &[Need::Statx], |stage: &Stage| {
-        let image = stage.small_image();
-        stage
-            .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
-            .run()
-            .ok();
-        // As after `ulimit -n 64`, but not for this program: the mount comes first.
-        let mine = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
-        let limited = stage.tool("sh", ["-c", "ulimit -n 64; exec \"$@\"", "sh"]);
-        stage.mkdir("sandbox/w");
-        let mut call = stage.mount_call("small", "k", {
-            let mut options = vec!["--id".into(), "k".into()];
-            options.extend(sandbox(stage));
-            options.extend(volume("w", "/w", "rw"));
-            options
-        });
-        call.command = {
-            let mut command = limited.command;
-            command.arg(call.command.get_program()).args(call.command.get_args());
-            command
-        };
-        // Of this user's descriptors more are on their way than that, for half a second.
-        let on_their_way = in_flight(100);
-        let others = std::thread::spawn(move || {
-            std::thread::sleep(Duration::from_millis(500));
-            drop(on_their_way);
-        });
-        call.run().ok();
-        others.join().expect("join");
-        set_limit(mine.min(1000), mine);
-        let rootfs = stage.path("k");
-        let w = rootfs.join("w");
-        for n in 0..100 {
-            stage.mkdir(format!("sandbox/w/d{n}"));
-            stage.write(format!("sandbox/w/d{n}/f"), "x");
-        }
-        let mut held = Vec::new();
-        let refused = loop {
-            match File::open(w.join("d0/f")) {
-                Ok(file) => held.push(file),
-                Err(e) => break Errno::from_io_error(&e),
-            }
-            assert!(held.len() < 64, "no file too many");
-        };
-        assert_eq!(refused, Some(Errno::NFILE), "after {} files", held.len());
-        assert!(held.len() >= 8, "only {} files", held.len());
-        // What opens nothing works, from several callers at once, in more directories than are kept open.
-        std::thread::scope(|scope| {
-            for caller in 0..4 {
-                let w = &w;
-                scope.spawn(move || {
-                    for n in 0..100 {
-                        let dir = w.join(format!("d{n}"));
-                        let new = dir.join(format!("new{caller}"));
-                        assert!(fs::symlink_metadata(dir.join("f")).is_ok(), "look {n}");
-                        fs::create_dir(&new).unwrap_or_else(|e| panic!("mkdir {n}: {e}"));
-                        let moved = dir.join(format!("moved{caller}"));
-                        fs::rename(&new, &moved).unwrap_or_else(|e| panic!("rename {n}: {e}"));
-                        fs::set_permissions(&moved, fs::Permissions::from_mode(0o700)).expect("chmod");
-                        fs::remove_dir(&moved).unwrap_or_else(|e| panic!("rmdir {n}: {e}"));
-                    }
-                });
-            }
-        });
-        let made = File::create(w.join("made")).map(drop).map_err(|e| Errno::from_io_error(&e));
-        assert_eq!(made, Err(Some(Errno::NFILE)), "make a file");
-        // The image's files have a share of their own.
-        for _ in 0..3 {
-            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
-            assert_eq!(fs::read(rootfs.join("bin/tool")).map(drop).map_err(|e| e.to_string()), Ok(()));
-        }
-        let stats = stats(stage, "k");
-        assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
-        held.clear();
-        assert!(eventually(std::time::Duration::from_secs(5), || fs::write(w.join("made"), "y").is_ok()));
+// Where a server may have very few files open, programs that open many take nothing that lookups of others need.
+case!("with_few_descriptors_only_opens_are_refused", on::fuse, &[Need::Statx], |stage: &Stage| {
+    let image = stage.small_image();
+    stage
+        .fsprov(["image".as_ref(), "import".as_ref(), image.as_os_str(), "--name".as_ref(), "small".as_ref()])
+        .run()
+        .ok();
+    // As after `ulimit -n 64`, but not for this program: the mount comes first.
+    let mine = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
+    let limited = stage.tool("sh", ["-c", "ulimit -n 64; exec \"$@\"", "sh"]);
+    stage.mkdir("sandbox/w");
+    let mut call = stage.mount_call("small", "k", {
+        let mut options = vec!["--id".into(), "k".into()];
+        options.extend(sandbox(stage));
+        options.extend(volume("w", "/w", "rw"));
+        options
     });
+    call.command = {
+        let mut command = limited.command;
+        command.arg(call.command.get_program()).args(call.command.get_args());
+        command
+    };
+    // Of this user's descriptors more are on their way than that, for half a second.
+    let on_their_way = in_flight(100);
+    let others = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(500));
+        drop(on_their_way);
+    });
+    call.run().ok();
+    others.join().expect("join");
+    set_limit(mine.min(1000), mine);
+    let rootfs = stage.path("k");
+    let w = rootfs.join("w");
+    for n in 0..100 {
+        stage.mkdir(format!("sandbox/w/d{n}"));
+        stage.write(format!("sandbox/w/d{n}/f"), "x");
+    }
+    let mut held = Vec::new();
+    let refused = loop {
+        match File::open(w.join("d0/f")) {
+            Ok(file) => held.push(file),
+            Err(e) => break Errno::from_io_error(&e),
+        }
+        assert!(held.len() < 64, "no file too many");
+    };
+    assert_eq!(refused, Some(Errno::NFILE), "after {} files", held.len());
+    assert!(held.len() >= 8, "only {} files", held.len());
+    // What opens nothing works, from several callers at once, in more directories than are kept open.
+    std::thread::scope(|scope| {
+        for caller in 0..4 {
+            let w = &w;
+            scope.spawn(move || {
+                for n in 0..100 {
+                    let dir = w.join(format!("d{n}"));
+                    let new = dir.join(format!("new{caller}"));
+                    assert!(fs::symlink_metadata(dir.join("f")).is_ok(), "look {n}");
+                    fs::create_dir(&new).unwrap_or_else(|e| panic!("mkdir {n}: {e}"));
+                    let moved = dir.join(format!("moved{caller}"));
+                    fs::rename(&new, &moved).unwrap_or_else(|e| panic!("rename {n}: {e}"));
+                    fs::set_permissions(&moved, fs::Permissions::from_mode(0o700)).expect("chmod");
+                    fs::remove_dir(&moved).unwrap_or_else(|e| panic!("rmdir {n}: {e}"));
+                }
+            });
+        }
+    });
+    let made = File::create(w.join("made")).map(drop).map_err(|e| Errno::from_io_error(&e));
+    assert_eq!(made, Err(Some(Errno::NFILE)), "make a file");
+    // The image's files have a share of their own.
+    for _ in 0..3 {
+        assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+        assert_eq!(fs::read(rootfs.join("bin/tool")).map(drop).map_err(|e| e.to_string()), Ok(()));
+    }
+    let stats = stats(stage, "k");
+    assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
+    held.clear();
+    assert!(eventually(std::time::Duration::from_secs(5), || fs::write(w.join("made"), "y").is_ok()));
+});
 
-/// The supervisor keeps what programs deleted and have open. More than it has room for is lost with a worker; the rootfs is not.
-pub(crate) const MANY_NAMELESS: Case =
-    Case::new("many_deleted_files_that_are_open_do_not_end_the_rootfs", on::fuse, |stage: &Stage| {
-        const FILES: usize = 300;
-        let image = stage.small_image();
-        let hard = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
-        set_limit(128, hard);
-        let rootfs = mounted(stage, &image, "k", &[]);
-        set_limit(hard.min(4096), hard);
-        let w = rootfs.join("w");
-        let held: Vec<_> = (0..FILES)
-            .map(|n| {
-                let path = w.join(format!("n{n}"));
-                let file = File::options().read(true).write(true).create_new(true).open(&path).expect("make");
-                file.write_all_at(b"still here", 0).expect("write");
-                fs::remove_file(&path).expect("unlink");
-                file
-            })
-            .collect();
-        // What it was told last is heard by then.
-        assert_eq!(stats(stage, "k")["restarts"].as_u64(), Some(0));
-        fs::write(w.join("after"), "good").expect("the rootfs serves");
-        let kept = stats(stage, "k")["nameless_files_kept"].as_u64().expect("a number");
-        assert_eq!(kept, FILES as u64, "all of them outlive the worker");
-        crate::common::system::kill(stats(stage, "k")["worker_pid"].as_i64().expect("a pid") as i32);
-        for file in &held {
-            let mut text = [0_u8; 10];
-            file.read_at(&mut text, 0).expect("read after the worker's death");
-            assert_eq!(&text, b"still here");
-        }
-    });
+// The supervisor keeps what programs deleted and have open. More than it has room for is lost with a worker; the rootfs is not.
+case!("many_deleted_files_that_are_open_do_not_end_the_rootfs", on::fuse, |stage: &Stage| {
+    const FILES: usize = 300;
+    let image = stage.small_image();
+    let hard = rustix::process::getrlimit(Resource::Nofile).maximum.expect("a limit");
+    set_limit(128, hard);
+    let rootfs = mounted(stage, &image, "k", &[]);
+    set_limit(hard.min(4096), hard);
+    let w = rootfs.join("w");
+    let held: Vec<_> = (0..FILES)
+        .map(|n| {
+            let path = w.join(format!("n{n}"));
+            let file = File::options().read(true).write(true).create_new(true).open(&path).expect("make");
+            file.write_all_at(b"still here", 0).expect("write");
+            fs::remove_file(&path).expect("unlink");
+            file
+        })
+        .collect();
+    // What it was told last is heard by then.
+    assert_eq!(stats(stage, "k")["restarts"].as_u64(), Some(0));
+    fs::write(w.join("after"), "good").expect("the rootfs serves");
+    let kept = stats(stage, "k")["nameless_files_kept"].as_u64().expect("a number");
+    assert_eq!(kept, FILES as u64, "all of them outlive the worker");
+    crate::common::system::kill(stats(stage, "k")["worker_pid"].as_i64().expect("a pid") as i32);
+    for file in &held {
+        let mut text = [0_u8; 10];
+        file.read_at(&mut text, 0).expect("read after the worker's death");
+        assert_eq!(&text, b"still here");
+    }
+});
 
 /// Which walls are taken away, to see that the others do: `(name, fault points)`.
 const WALLS_TAKEN: [(&str, &str); 3] =
     [("all walls", ""), ("no landlock", ";walls.landlock=return"), ("no root of its own", ";walls.root=return")];
 
-/// A worker that was taken over tries what it can think of, and gets nowhere; the rootfs goes on serving.
-pub(crate) const TAKEN_OVER: Case = Case::needing(
-    "a_worker_that_was_taken_over_gets_nowhere",
-    on::fuse,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        // A neighbour of the same user, with something to steal.
-        let host = stage.mkdir("host");
-        stage.write("host/secret", "secret");
-        let mut neighbour =
-            std::process::Command::new("sleep").arg("300").current_dir(&host).spawn().expect("start a neighbour");
-        stage.mkdir("sandbox/w");
-        stage.write("sandbox/w/moves", "x");
-        if stage.lane.is_real_root() {
-            let device = stage.path("sandbox/w/device");
-            rustix::fs::mknodat(
-                CWD,
-                device,
-                FileType::CharacterDevice,
-                Mode::from_raw_mode(0o666),
-                rustix::fs::makedev(1, 3),
-            )
-            .expect("mknod");
-        }
-        // What a second rootfs keeps is another container's.
-        let other = mounted(stage, &image, "other", &[]);
-        let supervisor = stats(stage, "other")["supervisor_pid"].as_i64().expect("a pid");
-        let mut report = String::new();
-        // Where copies of mounts cannot be had, landlock is the one wall that keeps files.
-        let can_lose = |taken: &str| needs::has_mount_calls() || !taken.contains("landlock");
-        for (walls, taken) in WALLS_TAKEN.into_iter().filter(|(_, taken)| can_lose(taken)) {
-            let told = format!("worker.escapes=return({supervisor}:{}:{}){taken}", neighbour.id(), host.display());
-            let rootfs = mounted(stage, &image, "k", &[("FAILPOINTS", &told)]);
-            let stats = stats(stage, "k");
-            let landlock = stats["worker"]["walls"]["landlock"].as_bool().expect("a word");
-            let own_root = stats["worker"]["walls"]["own_root"].as_bool().expect("a word");
-            assert!(walls != "no landlock" || !landlock, "{stats:#}");
-            assert!(walls != "no root of its own" || !own_root, "{stats:#}");
-            // With neither there is nothing that keeps it from its user's files.
-            assert!(landlock || own_root, "{walls}: {stats:#}");
-            let tried = stats["worker"]["escapes"].as_array().expect("attempts");
-            // A device that lies in a volume is the volume's, where no copy of it can be had in which it is closed.
-            let open = stats["worker"]["walls"]["devices_closed"] == false && !needs::has_mount_calls();
-            let meant = |a: &serde_json::Value| open && a["what"] == "open a device node of the volume";
-            let escaped: Vec<_> = tried.iter().filter(|a| a["escaped"] != false && !meant(a)).collect();
-            let line = format!(
-                "{}, {walls}: {} tried, {} succeeded; landlock {landlock}, own root {own_root}, {} system calls allowed\n",
-                stage.lane.name,
-                tried.len(),
-                escaped.len(),
-                stats["worker"]["walls"]["system_calls"]
-            );
-            assert!(tried.len() >= 60, "{line}");
-            assert!(escaped.is_empty(), "{line}{escaped:#?}");
-            report += &line;
-            // It goes on.
-            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
-            fs::write(rootfs.join("w/f"), walls).expect("write");
-            assert_eq!(fs::read_to_string(other.join("w/f")).expect("read in the other"), walls);
-            assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
-            stage.unmount(&rootfs);
-        }
-        assert_eq!(fs::read_to_string(host.join("secret")).expect("read"), "secret");
-        assert_eq!(fs::read_dir(&host).expect("list").count(), 1, "something was made");
-        assert!(neighbour.try_wait().expect("look").is_none(), "the neighbour was ended");
-        neighbour.kill().expect("end it");
-        neighbour.wait().expect("end it");
-        if let Some(path) = std::env::var_os("FSPROV_TEST_REPORT") {
-            let mut file = File::options().append(true).create(true).open(path).expect("open the report");
-            file.write_all(report.as_bytes()).expect("write the report");
-        }
-    },
-);
+// A worker that was taken over tries what it can think of, and gets nowhere; the rootfs goes on serving.
+case!("a_worker_that_was_taken_over_gets_nowhere", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.small_image();
+    // A neighbour of the same user, with something to steal.
+    let host = stage.mkdir("host");
+    stage.write("host/secret", "secret");
+    let mut neighbour =
+        std::process::Command::new("sleep").arg("300").current_dir(&host).spawn().expect("start a neighbour");
+    stage.mkdir("sandbox/w");
+    stage.write("sandbox/w/moves", "x");
+    if stage.lane.is_real_root() {
+        let device = stage.path("sandbox/w/device");
+        rustix::fs::mknodat(
+            CWD,
+            device,
+            FileType::CharacterDevice,
+            Mode::from_raw_mode(0o666),
+            rustix::fs::makedev(1, 3),
+        )
+        .expect("mknod");
+    }
+    // What a second rootfs keeps is another container's.
+    let other = mounted(stage, &image, "other", &[]);
+    let supervisor = stats(stage, "other")["supervisor_pid"].as_i64().expect("a pid");
+    let mut report = String::new();
+    // Where copies of mounts cannot be had, landlock is the one wall that keeps files.
+    let can_lose = |taken: &str| needs::has_mount_calls() || !taken.contains("landlock");
+    for (walls, taken) in WALLS_TAKEN.into_iter().filter(|(_, taken)| can_lose(taken)) {
+        let told = format!("worker.escapes=return({supervisor}:{}:{}){taken}", neighbour.id(), host.display());
+        let rootfs = mounted(stage, &image, "k", &[("FAILPOINTS", &told)]);
+        let stats = stats(stage, "k");
+        let landlock = stats["worker"]["walls"]["landlock"].as_bool().expect("a word");
+        let own_root = stats["worker"]["walls"]["own_root"].as_bool().expect("a word");
+        assert!(walls != "no landlock" || !landlock, "{stats:#}");
+        assert!(walls != "no root of its own" || !own_root, "{stats:#}");
+        // With neither there is nothing that keeps it from its user's files.
+        assert!(landlock || own_root, "{walls}: {stats:#}");
+        let tried = stats["worker"]["escapes"].as_array().expect("attempts");
+        // A device that lies in a volume is the volume's, where no copy of it can be had in which it is closed.
+        let open = stats["worker"]["walls"]["devices_closed"] == false && !needs::has_mount_calls();
+        let meant = |a: &serde_json::Value| open && a["what"] == "open a device node of the volume";
+        let escaped: Vec<_> = tried.iter().filter(|a| a["escaped"] != false && !meant(a)).collect();
+        let line = format!(
+            "{}, {walls}: {} tried, {} succeeded; landlock {landlock}, own root {own_root}, {} system calls allowed\n",
+            stage.lane.name,
+            tried.len(),
+            escaped.len(),
+            stats["worker"]["walls"]["system_calls"]
+        );
+        assert!(tried.len() >= 60, "{line}");
+        assert!(escaped.is_empty(), "{line}{escaped:#?}");
+        report += &line;
+        // It goes on.
+        assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n");
+        fs::write(rootfs.join("w/f"), walls).expect("write");
+        assert_eq!(fs::read_to_string(other.join("w/f")).expect("read in the other"), walls);
+        assert_eq!(stats["restarts"].as_u64(), Some(0), "{stats:#}");
+        stage.unmount(&rootfs);
+    }
+    assert_eq!(fs::read_to_string(host.join("secret")).expect("read"), "secret");
+    assert_eq!(fs::read_dir(&host).expect("list").count(), 1, "something was made");
+    assert!(neighbour.try_wait().expect("look").is_none(), "the neighbour was ended");
+    neighbour.kill().expect("end it");
+    neighbour.wait().expect("end it");
+    if let Some(path) = std::env::var_os("FSPROV_TEST_REPORT") {
+        let mut file = File::options().append(true).create(true).open(path).expect("open the report");
+        file.write_all(report.as_bytes()).expect("write the report");
+    }
+},);
 
-/// Calls by other tables of numbers, which a filter that looks at numbers alone lets through, end the worker; the next one serves.
-pub(crate) const FOREIGN_CALLS: Case = Case::needing(
+// Calls by other tables of numbers, which a filter that looks at numbers alone lets through, end the worker; the next one serves.
+case!(
     "calls_of_other_architectures_end_the_worker",
     |lane| on::fuse(lane) && cfg!(target_arch = "x86_64"),
     &[Need::Failpoints],

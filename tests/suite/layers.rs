@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use rustix::fs::XattrFlags;
 
 use super::registry::{AsUser, root_once};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::needs::has_mount_calls;
 use crate::common::oci::{Image, digest};
 use crate::common::walk::{Picture, assert_same, from_lines, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage};
+use crate::common::{Enter, Lane, Need, Stage};
 
 const BOTTOM: &[&str] = &[
     "a/",
@@ -239,25 +239,20 @@ fn as_imported_before(state: &Path, from: &str, to: &str) {
     }
 }
 
-pub(crate) const SAME_TREE: Case = Case::needing(
-    "whiteouts_hide_the_same_whatever_the_backend",
-    on::every_backend,
-    &[Need::DevFuse],
-    |stage: &Stage| {
-        import(stage);
-        check(stage, "as imported");
-        stage.fsprov(["image", "verify"]).run().ok();
-        if stage.lane.enter == Enter::Root {
-            let (trusted, user) = ("trusted.overlay.opaque", "user.overlay.opaque");
-            as_imported_before(&stage.state(), trusted, trusted);
-            check(stage, "as root's imports were");
-            as_imported_before(&stage.state(), trusted, user);
-            check(stage, "as a user's imports are");
-        }
-    },
-);
+case!("whiteouts_hide_the_same_whatever_the_backend", on::every_backend, &[Need::DevFuse], |stage: &Stage| {
+    import(stage);
+    check(stage, "as imported");
+    stage.fsprov(["image", "verify"]).run().ok();
+    if stage.lane.enter == Enter::Root {
+        let (trusted, user) = ("trusted.overlay.opaque", "user.overlay.opaque");
+        as_imported_before(&stage.state(), trusted, trusted);
+        check(stage, "as root's imports were");
+        as_imported_before(&stage.state(), trusted, user);
+        check(stage, "as a user's imports are");
+    }
+},);
 
-pub(crate) const OTHERS: Case = Case::needing(
+case!(
     "whiteouts_hide_the_same_whoever_imported",
     root_once,
     &[Need::DevFuse, Need::UserNamespaces, Need::TestUser, Need::Tool("setpriv")],
@@ -305,25 +300,24 @@ fn of_several(lane: &Lane) -> bool {
     on::every_backend(lane) && lane.backend != "bind"
 }
 
-/// A soft limit of open files is for programs that call select(2): more layers than that are mounted all the same.
-pub(crate) const MORE_THAN_MAY_BE_OPEN: Case =
-    Case::new("more_layers_than_the_soft_limit_of_open_files", of_several, |stage: &Stage| {
-        const LAYERS: usize = 70;
-        let tars: Vec<_> = (0..LAYERS).map(|n| layer(&[&format!("f{n}"), "last"])).collect();
-        Image::of(&tars, "amd64").layout(&stage.path("layout"), "many");
-        let limited = |arguments: &[&std::ffi::OsStr]| {
-            let call = stage.fsprov([] as [&str; 0]);
-            let mut limited = stage.tool("sh", ["-c", "ulimit -Sn 40; exec \"$@\"", "sh"]);
-            limited.command.arg(call.command.get_program()).args(call.command.get_args()).args(arguments);
-            limited.command.envs(call.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-            limited.run().ok();
-        };
-        let (layout, rootfs) = (stage.path("layout"), stage.path("rootfs"));
-        let name = ["--name".as_ref(), "many".as_ref()];
-        limited(&[&["image".as_ref(), "import".as_ref(), layout.as_os_str()][..], &name].concat());
-        let backend = stage.lane.backend.as_ref();
-        limited(&["mount".as_ref(), "--backend".as_ref(), backend, "many".as_ref(), rootfs.as_os_str()]);
-        assert_eq!(fs::read_dir(&rootfs).expect("list").count(), LAYERS + 1);
-        limited(&["unmount".as_ref(), rootfs.as_os_str()]);
-        stage.assert_nothing_left("after unmount");
-    });
+// A soft limit of open files is for programs that call select(2): more layers than that are mounted all the same.
+case!("more_layers_than_the_soft_limit_of_open_files", of_several, |stage: &Stage| {
+    const LAYERS: usize = 70;
+    let tars: Vec<_> = (0..LAYERS).map(|n| layer(&[&format!("f{n}"), "last"])).collect();
+    Image::of(&tars, "amd64").layout(&stage.path("layout"), "many");
+    let limited = |arguments: &[&std::ffi::OsStr]| {
+        let call = stage.fsprov([] as [&str; 0]);
+        let mut limited = stage.tool("sh", ["-c", "ulimit -Sn 40; exec \"$@\"", "sh"]);
+        limited.command.arg(call.command.get_program()).args(call.command.get_args()).args(arguments);
+        limited.command.envs(call.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        limited.run().ok();
+    };
+    let (layout, rootfs) = (stage.path("layout"), stage.path("rootfs"));
+    let name = ["--name".as_ref(), "many".as_ref()];
+    limited(&[&["image".as_ref(), "import".as_ref(), layout.as_os_str()][..], &name].concat());
+    let backend = stage.lane.backend.as_ref();
+    limited(&["mount".as_ref(), "--backend".as_ref(), backend, "many".as_ref(), rootfs.as_os_str()]);
+    assert_eq!(fs::read_dir(&rootfs).expect("list").count(), LAYERS + 1);
+    limited(&["unmount".as_ref(), rootfs.as_os_str()]);
+    stage.assert_nothing_left("after unmount");
+});

@@ -5,9 +5,9 @@ use std::io::{Read as _, Write as _};
 use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
 use super::volumes::volume;
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::needs::test_user;
-use crate::common::{Case, Need, Stage};
+use crate::common::{Need, Stage};
 
 fn options(more: &[&str], source: &std::path::Path) -> Vec<std::ffi::OsString> {
     let mut options: Vec<_> = ["--id", "v"].iter().chain(more).map(Into::into).collect();
@@ -15,7 +15,7 @@ fn options(more: &[&str], source: &std::path::Path) -> Vec<std::ffi::OsString> {
     options
 }
 
-pub(crate) const TTL: Case = Case::new("volume_ttl_says_how_long_names_are_kept", on::fuse, |stage: &Stage| {
+case!("volume_ttl_says_how_long_names_are_kept", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
     let backing = stage.mkdir("vol");
     let mode = |path: &std::path::Path| fs::metadata(path).map(|m| m.mode() & 0o777).ok();
@@ -45,50 +45,49 @@ pub(crate) const TTL: Case = Case::new("volume_ttl_says_how_long_names_are_kept"
     }
 });
 
-pub(crate) const WRITEBACK: Case =
-    Case::new("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| {
-        let image = stage.small_image();
-        let backing = stage.mkdir("vol");
-        let requests = |kind: &str| {
-            let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
-            stats["worker"]["requests"][kind].as_u64().unwrap_or(0)
-        };
-        let mut counts = Vec::new();
-        for more in [&[][..], &["--writeback"]] {
-            let rootfs = stage.mount(&image, "rootfs", options(more, &backing));
-            let path = rootfs.join("data/f");
-            let mut file = fs::File::create(&path).expect("create");
-            for n in 0..500 {
-                file.write_all(format!("line {n:4}\n").as_bytes()).expect("write");
-            }
-            file.sync_all().expect("fsync");
-            let text = fs::read_to_string(backing.join("f")).expect("read");
-            assert_eq!((text.len(), text.lines().last()), (5000, Some("line  499")), "after fsync");
-            drop(file);
-            // For writing alone: the kernel must read around what it gathers.
-            let mut file = fs::OpenOptions::new().append(true).open(&path).expect("open");
-            file.write_all(b"appended\n").expect("write");
-            drop(file);
-            let text = fs::read_to_string(backing.join("f")).expect("read");
-            assert_eq!((text.len(), text.lines().last()), (5009, Some("appended")), "after close");
-            // setuid goes with the first write by another than root, gathered or not.
-            fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).expect("chmod");
-            if !rustix::process::geteuid().is_root() {
-                fs::OpenOptions::new().append(true).open(&path).expect("open").write_all(b"x").expect("write");
-                assert_eq!(fs::metadata(backing.join("f")).expect("stat").mode() & 0o6000, 0, "{more:?}");
-            }
-            let mut seen = String::new();
-            fs::File::open(&path).expect("open").read_to_string(&mut seen).expect("read");
-            assert_eq!(seen, fs::read_to_string(backing.join("f")).expect("read"));
-            counts.push(requests("write"));
-            stage.unmount(&rootfs);
-            fs::remove_file(backing.join("f")).expect("unlink");
+case!("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    let backing = stage.mkdir("vol");
+    let requests = |kind: &str| {
+        let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
+        stats["worker"]["requests"][kind].as_u64().unwrap_or(0)
+    };
+    let mut counts = Vec::new();
+    for more in [&[][..], &["--writeback"]] {
+        let rootfs = stage.mount(&image, "rootfs", options(more, &backing));
+        let path = rootfs.join("data/f");
+        let mut file = fs::File::create(&path).expect("create");
+        for n in 0..500 {
+            file.write_all(format!("line {n:4}\n").as_bytes()).expect("write");
         }
-        assert!(counts[0] > 500 && counts[1] < 50, "requests to write, without and with --writeback: {counts:?}");
-    });
+        file.sync_all().expect("fsync");
+        let text = fs::read_to_string(backing.join("f")).expect("read");
+        assert_eq!((text.len(), text.lines().last()), (5000, Some("line  499")), "after fsync");
+        drop(file);
+        // For writing alone: the kernel must read around what it gathers.
+        let mut file = fs::OpenOptions::new().append(true).open(&path).expect("open");
+        file.write_all(b"appended\n").expect("write");
+        drop(file);
+        let text = fs::read_to_string(backing.join("f")).expect("read");
+        assert_eq!((text.len(), text.lines().last()), (5009, Some("appended")), "after close");
+        // setuid goes with the first write by another than root, gathered or not.
+        fs::set_permissions(&path, fs::Permissions::from_mode(0o6755)).expect("chmod");
+        if !rustix::process::geteuid().is_root() {
+            fs::OpenOptions::new().append(true).open(&path).expect("open").write_all(b"x").expect("write");
+            assert_eq!(fs::metadata(backing.join("f")).expect("stat").mode() & 0o6000, 0, "{more:?}");
+        }
+        let mut seen = String::new();
+        fs::File::open(&path).expect("open").read_to_string(&mut seen).expect("read");
+        assert_eq!(seen, fs::read_to_string(backing.join("f")).expect("read"));
+        counts.push(requests("write"));
+        stage.unmount(&rootfs);
+        fs::remove_file(backing.join("f")).expect("unlink");
+    }
+    assert!(counts[0] > 500 && counts[1] < 50, "requests to write, without and with --writeback: {counts:?}");
+});
 
-/// Root's FUSE mount is for everybody, and the kernel checks permissions: it must know the ACLs of the files below.
-pub(crate) const ACLS: Case = Case::needing(
+// Root's FUSE mount is for everybody, and the kernel checks permissions: it must know the ACLs of the files below.
+case!(
     "acls_of_the_backing_decide",
     |lane| ["fuse-root", "bind-root"].contains(&lane.name),
     &[Need::TestUser, Need::Tool("setfacl"), Need::Tool("getfacl")],

@@ -15,8 +15,8 @@ use rustix::fs::{CWD, FallocateFlags, Mode, OFlags, RenameFlags, ResolveFlags};
 use rustix::io::Errno;
 
 use super::volumes::volume;
-use crate::common::harness::on;
-use crate::common::{Case, Need, Stage};
+use crate::common::harness::{case, on};
+use crate::common::{Need, Stage};
 
 /// Steps of [`MODEL`] where FSPROV_TEST_MODEL_STEPS says nothing: a few seconds.
 const STEPS: u64 = 1500;
@@ -372,53 +372,52 @@ fn number(name: &str) -> Option<u64> {
 /// A long run would else look at ever more names: each look at all of them takes longer than the one before.
 const MOST_NAMES: usize = 200;
 
-pub(crate) const MODEL: Case =
-    Case::new("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
-        let image = stage.small_image();
-        let (plain, backing) = (stage.mkdir("plain"), stage.mkdir("vol"));
-        let mut options: Vec<std::ffi::OsString> = vec!["--volume-ttl".into(), "0".into()];
-        options.extend(volume(&backing, "/data", "rw"));
-        let rootfs = stage.mount(&image, "rootfs", options);
-        let steps = number("FSPROV_TEST_MODEL_STEPS").unwrap_or(STEPS);
-        let seed = number("FSPROV_TEST_MODEL_SEED").unwrap_or_else(|| {
-            let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
-            now.as_nanos() as u64 ^ u64::from(std::process::id()) << 40
-        });
-        let (volume, model) = (rootfs.join("data"), Model::default());
-        let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
-        let mut last = Vec::new();
-        // A long run says every 10,000 steps where it is.
-        let told = std::env::var_os("FSPROV_TEST_MODEL_STEPS").map(|_| {
-            let path = std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
-            OpenOptions::new().append(true).create(true).open(path).expect("open the report")
-        });
-        let tell = |said: &str| {
-            if let Some(mut file) = told.as_ref() {
-                let line = format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {said} without a difference\n", stage.lane.name);
-                file.write_all(line.as_bytes()).expect("report");
-            }
-        };
-        for n in 0..steps {
-            if n % 10_000 == 0 && n > 0 {
-                tell(&format!("{n} of {steps} steps"));
-            }
-            let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-                world.step(&mut last);
-                if n % 40 == 0 {
-                    for root in [&world.volume, &world.plain, &world.backing] {
-                        world.model.check_all(root);
-                    }
-                }
-            }));
-            if work.is_err() {
-                // The panic's own message was kept by the harness's hook.
-                let tail = last[last.len().saturating_sub(8)..].join("; ");
-                panic!("at step {n}; FSPROV_TEST_MODEL_SEED={seed} FSPROV_TEST_MODEL_STEPS={steps}; the last: {tail}");
-            }
-        }
-        stage.note(format!("FSPROV_TEST_MODEL_SEED={seed}: {steps} steps\n"));
-        tell(&format!("all {steps} steps"));
+case!("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    let (plain, backing) = (stage.mkdir("plain"), stage.mkdir("vol"));
+    let mut options: Vec<std::ffi::OsString> = vec!["--volume-ttl".into(), "0".into()];
+    options.extend(volume(&backing, "/data", "rw"));
+    let rootfs = stage.mount(&image, "rootfs", options);
+    let steps = number("FSPROV_TEST_MODEL_STEPS").unwrap_or(STEPS);
+    let seed = number("FSPROV_TEST_MODEL_SEED").unwrap_or_else(|| {
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
+        now.as_nanos() as u64 ^ u64::from(std::process::id()) << 40
     });
+    let (volume, model) = (rootfs.join("data"), Model::default());
+    let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
+    let mut last = Vec::new();
+    // A long run says every 10,000 steps where it is.
+    let told = std::env::var_os("FSPROV_TEST_MODEL_STEPS").map(|_| {
+        let path = std::env::var_os("FSPROV_TEST_MODEL_REPORT").map_or_else(|| stage.path("model"), PathBuf::from);
+        OpenOptions::new().append(true).create(true).open(path).expect("open the report")
+    });
+    let tell = |said: &str| {
+        if let Some(mut file) = told.as_ref() {
+            let line = format!("{}: FSPROV_TEST_MODEL_SEED={seed}: {said} without a difference\n", stage.lane.name);
+            file.write_all(line.as_bytes()).expect("report");
+        }
+    };
+    for n in 0..steps {
+        if n % 10_000 == 0 && n > 0 {
+            tell(&format!("{n} of {steps} steps"));
+        }
+        let work = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            world.step(&mut last);
+            if n % 40 == 0 {
+                for root in [&world.volume, &world.plain, &world.backing] {
+                    world.model.check_all(root);
+                }
+            }
+        }));
+        if work.is_err() {
+            // The panic's own message was kept by the harness's hook.
+            let tail = last[last.len().saturating_sub(8)..].join("; ");
+            panic!("at step {n}; FSPROV_TEST_MODEL_SEED={seed} FSPROV_TEST_MODEL_STEPS={steps}; the last: {tail}");
+        }
+    }
+    stage.note(format!("FSPROV_TEST_MODEL_SEED={seed}: {steps} steps\n"));
+    tell(&format!("all {steps} steps"));
+});
 
 /// How long [`ATTACKED`] runs where FSPROV_TEST_ATTACK_S says nothing.
 const ATTACK: Duration = Duration::from_secs(2);
@@ -486,96 +485,95 @@ fn probe(data: &File, reads: &AtomicU64) {
     assert!(above.is_err(), "`..` led out of the rootfs");
 }
 
-pub(crate) const ATTACKED: Case =
-    Case::new("swapping_names_under_a_mount_opens_nothing_outside", on::fuse, |stage: &Stage| {
-        let image = stage.small_image();
-        let (root, outside) = (stage.mkdir("vol"), stage.mkdir("outside"));
-        for dir in ["vol/a/b", "vol/spare/b", "outside/b"] {
-            stage.mkdir(dir);
-            let text = if dir.starts_with("vol") { "inside!" } else { SECRET };
-            stage.write(format!("{dir}/file"), text);
-        }
-        for dir in [&outside, &outside.join("b")] {
-            fs::write(dir.join("file"), SECRET).expect("write");
-            fs::write(dir.join("only-outside"), SECRET).expect("write");
-        }
-        symlink(&outside, root.join("link")).expect("symlink");
-        symlink("../outside", root.join("up")).expect("symlink");
-        symlink("../../outside/b", root.join("a/deep")).expect("symlink");
-        symlink(outside.join("file"), root.join("a/b/to-file")).expect("symlink");
-        symlink("/proc/self/cwd/..", root.join("a/magic")).expect("symlink");
-        let before = (snapshot(&outside), snapshot(&outside.join("b")));
-        let mut options: Vec<std::ffi::OsString> = ["--id", "v", "--volume-ttl", "0"].map(Into::into).to_vec();
-        options.extend(volume(&root, "/data", "rw"));
-        let rootfs = stage.mount(&image, "rootfs", options);
+case!("swapping_names_under_a_mount_opens_nothing_outside", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    let (root, outside) = (stage.mkdir("vol"), stage.mkdir("outside"));
+    for dir in ["vol/a/b", "vol/spare/b", "outside/b"] {
+        stage.mkdir(dir);
+        let text = if dir.starts_with("vol") { "inside!" } else { SECRET };
+        stage.write(format!("{dir}/file"), text);
+    }
+    for dir in [&outside, &outside.join("b")] {
+        fs::write(dir.join("file"), SECRET).expect("write");
+        fs::write(dir.join("only-outside"), SECRET).expect("write");
+    }
+    symlink(&outside, root.join("link")).expect("symlink");
+    symlink("../outside", root.join("up")).expect("symlink");
+    symlink("../../outside/b", root.join("a/deep")).expect("symlink");
+    symlink(outside.join("file"), root.join("a/b/to-file")).expect("symlink");
+    symlink("/proc/self/cwd/..", root.join("a/magic")).expect("symlink");
+    let before = (snapshot(&outside), snapshot(&outside.join("b")));
+    let mut options: Vec<std::ffi::OsString> = ["--id", "v", "--volume-ttl", "0"].map(Into::into).to_vec();
+    options.extend(volume(&root, "/data", "rw"));
+    let rootfs = stage.mount(&image, "rootfs", options);
 
-        let place = |dir: &Path| File::open(dir).expect("open a directory");
-        let (stop, swaps, reads) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-        let lasts = number("FSPROV_TEST_ATTACK_S").map_or(ATTACK, Duration::from_secs);
-        let data = place(&rootfs.join("data"));
-        // By descriptor, from the host's side and from inside.
-        let swapped =
-            [("", "a", "link"), ("", "a", "up"), ("a", "b", "deep"), ("a/b", "file", "to-file"), ("a", "b", "magic")];
-        let sides = [
-            place(&root.join("a/b")),
-            place(&root.join("a")),
-            place(&root),
-            place(&rootfs.join("data/a/b")),
-            place(&rootfs.join("data/a")),
-            place(&rootfs.join("data")),
-        ];
-        std::thread::scope(|scope| {
-            for (n, (dir, one, other)) in swapped.into_iter().enumerate() {
-                let (stop, swaps, sides) = (&stop, &swaps, &sides);
-                scope.spawn(move || {
-                    let side = if n % 2 == 0 { 0 } else { 3 };
-                    let at = &sides[side
-                        + match dir {
-                            "a/b" => 0,
-                            "a" => 1,
-                            _ => 2,
-                        }];
-                    while !stop.load(Ordering::Relaxed) {
-                        let done = rustix::fs::renameat_with(at.as_fd(), one, at.as_fd(), other, RenameFlags::EXCHANGE);
-                        let count = swaps.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
-                        if count % 8 == 0 {
-                            // Else two busy CPUs leave nothing for who is to be attacked.
-                            std::thread::sleep(Duration::from_micros(100));
-                        }
+    let place = |dir: &Path| File::open(dir).expect("open a directory");
+    let (stop, swaps, reads) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
+    let lasts = number("FSPROV_TEST_ATTACK_S").map_or(ATTACK, Duration::from_secs);
+    let data = place(&rootfs.join("data"));
+    // By descriptor, from the host's side and from inside.
+    let swapped =
+        [("", "a", "link"), ("", "a", "up"), ("a", "b", "deep"), ("a/b", "file", "to-file"), ("a", "b", "magic")];
+    let sides = [
+        place(&root.join("a/b")),
+        place(&root.join("a")),
+        place(&root),
+        place(&rootfs.join("data/a/b")),
+        place(&rootfs.join("data/a")),
+        place(&rootfs.join("data")),
+    ];
+    std::thread::scope(|scope| {
+        for (n, (dir, one, other)) in swapped.into_iter().enumerate() {
+            let (stop, swaps, sides) = (&stop, &swaps, &sides);
+            scope.spawn(move || {
+                let side = if n % 2 == 0 { 0 } else { 3 };
+                let at = &sides[side
+                    + match dir {
+                        "a/b" => 0,
+                        "a" => 1,
+                        _ => 2,
+                    }];
+                while !stop.load(Ordering::Relaxed) {
+                    let done = rustix::fs::renameat_with(at.as_fd(), one, at.as_fd(), other, RenameFlags::EXCHANGE);
+                    let count = swaps.fetch_add(u64::from(done.is_ok()), Ordering::Relaxed);
+                    if count % 8 == 0 {
+                        // Else two busy CPUs leave nothing for who is to be attacked.
+                        std::thread::sleep(Duration::from_micros(100));
                     }
-                });
-            }
-            let probes: Vec<_> = (0..3)
-                .map(|_| {
-                    let (data, reads) = (&data, &reads);
-                    scope.spawn(move || {
-                        let start = Instant::now();
-                        // A machine that is busy with others gets as long as it needs to come through at times.
-                        let is_slow = || reads.load(Ordering::Relaxed) <= 20 && start.elapsed() < 20 * ATTACK;
-                        while start.elapsed() < lasts || is_slow() {
-                            probe(data, reads);
-                        }
-                    })
+                }
+            });
+        }
+        let probes: Vec<_> = (0..3)
+            .map(|_| {
+                let (data, reads) = (&data, &reads);
+                scope.spawn(move || {
+                    let start = Instant::now();
+                    // A machine that is busy with others gets as long as it needs to come through at times.
+                    let is_slow = || reads.load(Ordering::Relaxed) <= 20 && start.elapsed() < 20 * ATTACK;
+                    while start.elapsed() < lasts || is_slow() {
+                        probe(data, reads);
+                    }
                 })
-                .collect();
-            let outcomes: Vec<_> = probes.into_iter().map(|p| p.join()).collect();
-            stop.store(true, Ordering::Relaxed);
-            assert!(outcomes.iter().all(Result::is_ok), "a probe got outside");
-        });
-        assert_eq!((snapshot(&outside), snapshot(&outside.join("b"))), before, "something outside was changed");
-        let (swaps, reads) = (swaps.into_inner(), reads.into_inner());
-        assert!(swaps > 100 && reads > 10, "an attack that does nothing: {swaps} swaps, {reads} reads");
-        stage.note(format!("{swaps} swaps, {reads} reads\n"));
-        // Names outside cannot be taken in either.
-        let into = |work: rustix::io::Result<()>| assert_eq!(work, Err(Errno::XDEV));
-        into(rustix::fs::link(outside.join("file"), rootfs.join("data/hard")));
-        into(rustix::fs::rename(outside.join("file"), rootfs.join("data/hard")));
-        let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
-        assert_eq!(stats["worker"]["panics"].as_u64(), Some(0), "{stats:#}");
+            })
+            .collect();
+        let outcomes: Vec<_> = probes.into_iter().map(|p| p.join()).collect();
+        stop.store(true, Ordering::Relaxed);
+        assert!(outcomes.iter().all(Result::is_ok), "a probe got outside");
     });
+    assert_eq!((snapshot(&outside), snapshot(&outside.join("b"))), before, "something outside was changed");
+    let (swaps, reads) = (swaps.into_inner(), reads.into_inner());
+    assert!(swaps > 100 && reads > 10, "an attack that does nothing: {swaps} swaps, {reads} reads");
+    stage.note(format!("{swaps} swaps, {reads} reads\n"));
+    // Names outside cannot be taken in either.
+    let into = |work: rustix::io::Result<()>| assert_eq!(work, Err(Errno::XDEV));
+    into(rustix::fs::link(outside.join("file"), rootfs.join("data/hard")));
+    into(rustix::fs::rename(outside.join("file"), rootfs.join("data/hard")));
+    let stats = stage.fsprov(["stats", "--json", "v"]).run().ok().json();
+    assert_eq!(stats["worker"]["panics"].as_u64(), Some(0), "{stats:#}");
+});
 
-/// More open files than the server may have, and a tree deeper than a path is long: each a refusal of that request, no end of the server.
-pub(crate) const CAPPED: Case = Case::needing(
+// More open files than the server may have, and a tree deeper than a path is long: each a refusal of that request, no end of the server.
+case!(
     "too_much_is_refused_and_the_server_goes_on",
     |lane| lane.name == "fuse-user",
     &[Need::Tool("prlimit")],

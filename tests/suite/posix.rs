@@ -12,9 +12,9 @@ use rustix::fs::{AtFlags, CWD, FallocateFlags, FileType, Mode, OFlags, RenameFla
 use rustix::io::Errno;
 
 use super::volumes::volume;
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Need, Stage, system};
+use crate::common::{Need, Stage, system};
 
 /// What an operation answered, as a line; errors are answers too.
 struct Script<'a> {
@@ -428,80 +428,74 @@ fn transcript(dir: &Path) -> Vec<String> {
     script.lines
 }
 
-pub(crate) const SAME_ANSWERS: Case =
-    Case::new("a_writable_volume_answers_like_its_directory", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        let (plain, backing) = (stage.mkdir("plain"), stage.mkdir("vol"));
-        let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
-        let want = transcript(&plain);
-        let got = transcript(&rootfs.join("data"));
-        let mut section = "";
-        let mut wrong = Vec::new();
-        assert_eq!(want.len(), got.len());
-        for (want, got) in want.iter().zip(&got) {
-            if want.starts_with("==") {
-                section = want;
-            }
-            if want != got {
-                wrong.push(format!("{section}\n  directory {want}\n  volume    {got}"));
-            }
+case!("a_writable_volume_answers_like_its_directory", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    let (plain, backing) = (stage.mkdir("plain"), stage.mkdir("vol"));
+    let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
+    let want = transcript(&plain);
+    let got = transcript(&rootfs.join("data"));
+    let mut section = "";
+    let mut wrong = Vec::new();
+    assert_eq!(want.len(), got.len());
+    for (want, got) in want.iter().zip(&got) {
+        if want.starts_with("==") {
+            section = want;
         }
-        assert!(wrong.is_empty(), "{} of {} answers differ:\n{}", wrong.len(), want.len(), wrong.join("\n"));
-        // What came to lie on the disk is the same too, but for times, which are those of two runs.
-        let still = |dir: &Path| {
-            let mut seen = picture(dir);
-            for line in seen.values_mut() {
-                let words = line.split(' ').filter(|w| !w.starts_with("mtime=")).map(str::to_owned);
-                *line = words.collect::<Vec<_>>().join(" ");
-            }
-            seen
-        };
-        assert_same(&still(&plain), &still(&backing), "what lies in the backing directory");
-        assert_same(&still(&backing), &still(&rootfs.join("data")), "what is seen through the volume");
-    });
+        if want != got {
+            wrong.push(format!("{section}\n  directory {want}\n  volume    {got}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} answers differ:\n{}", wrong.len(), want.len(), wrong.join("\n"));
+    // What came to lie on the disk is the same too, but for times, which are those of two runs.
+    let still = |dir: &Path| {
+        let mut seen = picture(dir);
+        for line in seen.values_mut() {
+            let words = line.split(' ').filter(|w| !w.starts_with("mtime=")).map(str::to_owned);
+            *line = words.collect::<Vec<_>>().join(" ");
+        }
+        seen
+    };
+    assert_same(&still(&plain), &still(&backing), "what lies in the backing directory");
+    assert_same(&still(&backing), &still(&rootfs.join("data")), "what is seen through the volume");
+});
 
 /// Lines that each writer of [`TWO_WRITERS`] appends.
 const LINES: usize = 500;
 
-pub(crate) const TWO_WRITERS: Case =
-    Case::new("appending_beside_a_writer_on_the_host_loses_nothing", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        let backing = stage.mkdir("vol");
-        let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
-        let append = |path: std::path::PathBuf, who: &'static str| {
-            std::thread::spawn(move || {
-                let mut file = OpenOptions::new().append(true).create(true).open(path).expect("open");
-                for i in 0..LINES {
-                    file.write_all(format!("{who} {i}\n").as_bytes()).expect("append");
-                }
-            })
-        };
-        let threads = [
-            append(backing.join("log"), "host"),
-            append(rootfs.join("data/log"), "inside"),
-            append(rootfs.join("data/log"), "too"),
-        ];
-        for thread in threads {
-            thread.join().expect("writer");
-        }
-        let text = fs::read_to_string(backing.join("log")).expect("read");
-        for who in ["host", "inside", "too"] {
-            let mine: Vec<_> = text.lines().filter_map(|l| l.strip_prefix(who)?.trim().parse::<usize>().ok()).collect();
-            assert_eq!(mine, (0..LINES).collect::<Vec<_>>(), "{who}");
-        }
-        let inside = || fs::read_to_string(rootfs.join("data/log")).is_ok_and(|t| t == text);
-        assert!(system::eventually(Duration::from_secs(2), inside), "inside and outside agree at last");
-    });
+case!("appending_beside_a_writer_on_the_host_loses_nothing", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    let backing = stage.mkdir("vol");
+    let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
+    let append = |path: std::path::PathBuf, who: &'static str| {
+        std::thread::spawn(move || {
+            let mut file = OpenOptions::new().append(true).create(true).open(path).expect("open");
+            for i in 0..LINES {
+                file.write_all(format!("{who} {i}\n").as_bytes()).expect("append");
+            }
+        })
+    };
+    let threads = [
+        append(backing.join("log"), "host"),
+        append(rootfs.join("data/log"), "inside"),
+        append(rootfs.join("data/log"), "too"),
+    ];
+    for thread in threads {
+        thread.join().expect("writer");
+    }
+    let text = fs::read_to_string(backing.join("log")).expect("read");
+    for who in ["host", "inside", "too"] {
+        let mine: Vec<_> = text.lines().filter_map(|l| l.strip_prefix(who)?.trim().parse::<usize>().ok()).collect();
+        assert_eq!(mine, (0..LINES).collect::<Vec<_>>(), "{who}");
+    }
+    let inside = || fs::read_to_string(rootfs.join("data/log")).is_ok_and(|t| t == text);
+    assert!(system::eventually(Duration::from_secs(2), inside), "inside and outside agree at last");
+});
 
-/// Programs that map files: written through a shared mapping, read by the other side. In C: the suite has no unsafe code.
-pub(crate) const MAPPED: Case = Case::needing(
-    "shared_mappings_reach_the_file",
-    on::volumes,
-    &[Need::Tool("cc")],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let backing = stage.mkdir("vol");
-        let source = stage.write(
+// Programs that map files: written through a shared mapping, read by the other side. In C: the suite has no unsafe code.
+case!("shared_mappings_reach_the_file", on::volumes, &[Need::Tool("cc")], |stage: &Stage| {
+    let image = stage.small_image();
+    let backing = stage.mkdir("vol");
+    let source = stage.write(
             "map.c",
             r#"
             #include <fcntl.h>
@@ -524,21 +518,20 @@ pub(crate) const MAPPED: Case = Case::needing(
             }
             "#,
         );
-        let program = stage.path("map");
-        stage.tool("cc", ["-O1", "-o"]).arg(&program).arg(&source).run().ok();
-        let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
-        let mut content = b"before".to_vec();
-        content.resize(8192, 0);
-        fs::write(rootfs.join("data/mapped"), &content).expect("write");
-        stage.tool(&program.to_string_lossy(), [rootfs.join("data/mapped")]).run().ok();
-        let seen = fs::read(backing.join("mapped")).expect("read");
-        assert_eq!(&seen[5000..5006], b"mapped", "the host sees what was written through the mapping");
-        assert_eq!(seen.len(), 8192);
-    },
-);
+    let program = stage.path("map");
+    stage.tool("cc", ["-O1", "-o"]).arg(&program).arg(&source).run().ok();
+    let rootfs = stage.mount(&image, "rootfs", volume(&backing, "/data", "rw"));
+    let mut content = b"before".to_vec();
+    content.resize(8192, 0);
+    fs::write(rootfs.join("data/mapped"), &content).expect("write");
+    stage.tool(&program.to_string_lossy(), [rootfs.join("data/mapped")]).run().ok();
+    let seen = fs::read(backing.join("mapped")).expect("read");
+    assert_eq!(&seen[5000..5006], b"mapped", "the host sees what was written through the mapping");
+    assert_eq!(seen.len(), 8192);
+},);
 
-/// A handle leads back to a file that the kernel knows, and to nothing else: never to another file.
-pub(crate) const HANDLES: Case = Case::needing(
+// A handle leads back to a file that the kernel knows, and to nothing else: never to another file.
+case!(
     "a_file_handle_is_good_or_stale",
     |lane| on::fuse(lane) && lane.is_real_root(),
     &[Need::Tool("python3")],

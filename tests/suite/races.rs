@@ -9,9 +9,9 @@ use std::time::Duration;
 
 use super::durable::{layered, layers};
 use super::store::{pack, small_aci_tree};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::stage::program;
-use crate::common::{Case, Enter, Need, Stage};
+use crate::common::{Enter, Need, Stage};
 
 const EACH: usize = 4;
 /// How often a provisioner looks for an image that the collector may just have taken. Each try is a process: some seconds.
@@ -86,130 +86,128 @@ fn entries(dir: &Path) -> usize {
     std::fs::read_dir(dir).map_or(0, Iterator::count)
 }
 
-/// An importer that found a layer in the store, and a clean-up that takes it before it is used.
-pub(crate) const LAYER_TAKEN: Case =
-    Case::needing("a_layer_that_gc_takes_is_unpacked_again", on::once_each, &[Need::Failpoints], |stage: &Stage| {
-        let layout = layered(stage, "layout", &layers(stage), false);
-        let import = || stage.fsprov(["image", "import"]).arg(&layout);
-        import().run().ok();
-        stage.fsprov(["image", "rm", "layout"]).run().ok();
-        let mut slow = import().env("FAILPOINTS", "store.add_layer=sleep(1000)");
-        let mut importer = slow.command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start");
-        // It has found them when it has begun.
-        let staging = stage.state().join("staging");
-        assert!(crate::common::system::eventually(Duration::from_secs(10), || entries(&staging) > 0));
-        std::thread::sleep(Duration::from_millis(300));
-        let collected = stage.fsprov(["image", "gc", "--json"]).run().ok().json();
-        assert_eq!(collected["layers"].as_array().map(Vec::len), Some(2), "{collected}");
-        let mut said = String::new();
-        std::io::Read::read_to_string(importer.stderr.as_mut().expect("piped"), &mut said).expect("read");
-        assert!(importer.wait().expect("wait").success(), "{said}");
-        assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().out().trim(), "[]");
-        assert_eq!(entries(&stage.state().join("layers")), 2);
-    });
+// An importer that found a layer in the store, and a clean-up that takes it before it is used.
+case!("a_layer_that_gc_takes_is_unpacked_again", on::once_each, &[Need::Failpoints], |stage: &Stage| {
+    let layout = layered(stage, "layout", &layers(stage), false);
+    let import = || stage.fsprov(["image", "import"]).arg(&layout);
+    import().run().ok();
+    stage.fsprov(["image", "rm", "layout"]).run().ok();
+    let mut slow = import().env("FAILPOINTS", "store.add_layer=sleep(1000)");
+    let mut importer = slow.command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start");
+    // It has found them when it has begun.
+    let staging = stage.state().join("staging");
+    assert!(crate::common::system::eventually(Duration::from_secs(10), || entries(&staging) > 0));
+    std::thread::sleep(Duration::from_millis(300));
+    let collected = stage.fsprov(["image", "gc", "--json"]).run().ok().json();
+    assert_eq!(collected["layers"].as_array().map(Vec::len), Some(2), "{collected}");
+    let mut said = String::new();
+    std::io::Read::read_to_string(importer.stderr.as_mut().expect("piped"), &mut said).expect("read");
+    assert!(importer.wait().expect("wait").success(), "{said}");
+    assert_eq!(stage.fsprov(["image", "verify", "--json"]).run().ok().out().trim(), "[]");
+    assert_eq!(entries(&stage.state().join("layers")), 2);
+});
 
-pub(crate) const ALL_AT_ONCE: Case =
-    Case::needing("importers_provisioners_and_gc_at_once", on::once_each, &[Need::DevFuse], |stage: &Stage| {
-        let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
-        let both = layers(stage);
-        let small = [("etc/hosts", "127.0.0.1 localhost\n"); 2];
-        let upper = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/upper", "upper")];
-        let lower = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/lower", "lower")];
-        // In memory where that can be had: each import syncs its file system.
-        let shm = Path::new("/dev/shm");
-        let memory = tempfile::Builder::new()
-            .prefix("fsprov-t.")
-            .tempdir_in(if shm.is_dir() { shm } else { &stage.dir })
-            .expect("make a state root");
-        let shared = Shared {
-            dir: stage.dir.clone(),
-            state: memory.path().join("state"),
-            backend: (stage.lane.enter != Enter::Root).then_some("fuse"),
-            images: vec![
-                (pack(stage, &small_aci_tree(stage, "tree"), "small.aci"), "example.com/small", small),
-                (layered(stage, "layout", &both, false), "layout", upper),
-                (layered(stage, "docker", &both, true), "docker", upper),
-                (layered(stage, "lower", &both[..1], false), "lower", lower),
-            ],
-        };
-        // A long run says where it is.
-        let lane = stage.lane.name;
-        let tell = |said: &str| {
-            if std::env::var_os("FSPROV_TEST_TELL").is_some() {
-                let path = format!("/tmp/fsprov-races-{}.txt", lane);
-                std::fs::write(path, format!("{}: {said}\n", lane)).expect("write");
-            }
-        };
-        let (working, collections, tries) = (AtomicBool::new(true), AtomicUsize::new(0), AtomicUsize::new(0));
-        // Whoever fails ends the others: the scope waits for all of them.
-        struct Ends<'a>(&'a AtomicBool);
-        impl Drop for Ends<'_> {
-            fn drop(&mut self) {
-                if std::thread::panicking() {
-                    self.0.store(false, Ordering::Relaxed);
-                }
+case!("importers_provisioners_and_gc_at_once", on::once_each, &[Need::DevFuse], |stage: &Stage| {
+    let rounds = std::env::var("FSPROV_TEST_ROUNDS").ok().and_then(|n| n.parse().ok()).unwrap_or(10);
+    let both = layers(stage);
+    let small = [("etc/hosts", "127.0.0.1 localhost\n"); 2];
+    let upper = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/upper", "upper")];
+    let lower = [("etc/hosts", "127.0.0.1 localhost\n"), ("opt/lower", "lower")];
+    // In memory where that can be had: each import syncs its file system.
+    let shm = Path::new("/dev/shm");
+    let memory = tempfile::Builder::new()
+        .prefix("fsprov-t.")
+        .tempdir_in(if shm.is_dir() { shm } else { &stage.dir })
+        .expect("make a state root");
+    let shared = Shared {
+        dir: stage.dir.clone(),
+        state: memory.path().join("state"),
+        backend: (stage.lane.enter != Enter::Root).then_some("fuse"),
+        images: vec![
+            (pack(stage, &small_aci_tree(stage, "tree"), "small.aci"), "example.com/small", small),
+            (layered(stage, "layout", &both, false), "layout", upper),
+            (layered(stage, "docker", &both, true), "docker", upper),
+            (layered(stage, "lower", &both[..1], false), "lower", lower),
+        ],
+    };
+    // A long run says where it is.
+    let lane = stage.lane.name;
+    let tell = |said: &str| {
+        if std::env::var_os("FSPROV_TEST_TELL").is_some() {
+            let path = format!("/tmp/fsprov-races-{}.txt", lane);
+            std::fs::write(path, format!("{}: {said}\n", lane)).expect("write");
+        }
+    };
+    let (working, collections, tries) = (AtomicBool::new(true), AtomicUsize::new(0), AtomicUsize::new(0));
+    // Whoever fails ends the others: the scope waits for all of them.
+    struct Ends<'a>(&'a AtomicBool);
+    impl Drop for Ends<'_> {
+        fn drop(&mut self) {
+            if std::thread::panicking() {
+                self.0.store(false, Ordering::Relaxed);
             }
         }
-        std::thread::scope(|scope| {
-            let _ends = Ends(&working);
-            let collector = scope.spawn(|| {
-                while working.load(Ordering::Relaxed) {
-                    shared.must(&["image", "gc", "--unused"]);
-                    collections.fetch_add(1, Ordering::Relaxed);
-                }
-            });
-            let mut busy = Vec::new();
-            for number in 0..EACH {
-                let (shared, tries, tell, working) = (&shared, &tries, &tell, &working);
-                busy.push(scope.spawn(move || {
-                    let _ends = Ends(working);
-                    for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
-                        let (source, ..) = &shared.images[(number + round) % shared.images.len()];
-                        shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
-                    }
-                }));
-                busy.push(scope.spawn(move || {
-                    let _ends = Ends(working);
-                    for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
-                        if number == 0 && round % 50 == 0 {
-                            tell(&format!("round {round} of {rounds}"));
-                        }
-                        tries.fetch_add(shared.provision(number, round), Ordering::Relaxed);
-                    }
-                }));
-            }
-            // Importers end first: then the images must come from somewhere for who still looks for one.
-            let mut failed = None;
-            while !busy.iter().all(std::thread::ScopedJoinHandle::is_finished) {
-                for (source, ..) in &shared.images {
-                    shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
-                }
-            }
-            for thread in busy {
-                failed = thread.join().err().or(failed);
-            }
-            working.store(false, Ordering::Relaxed);
-            collector.join().expect("the collector");
-            if let Some(panic) = failed {
-                std::panic::resume_unwind(panic);
+    }
+    std::thread::scope(|scope| {
+        let _ends = Ends(&working);
+        let collector = scope.spawn(|| {
+            while working.load(Ordering::Relaxed) {
+                shared.must(&["image", "gc", "--unused"]);
+                collections.fetch_add(1, Ordering::Relaxed);
             }
         });
-        for (source, ..) in &shared.images {
-            shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+        let mut busy = Vec::new();
+        for number in 0..EACH {
+            let (shared, tries, tell, working) = (&shared, &tries, &tell, &working);
+            busy.push(scope.spawn(move || {
+                let _ends = Ends(working);
+                for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
+                    let (source, ..) = &shared.images[(number + round) % shared.images.len()];
+                    shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+                }
+            }));
+            busy.push(scope.spawn(move || {
+                let _ends = Ends(working);
+                for round in (0..rounds).take_while(|_| working.load(Ordering::Relaxed)) {
+                    if number == 0 && round % 50 == 0 {
+                        tell(&format!("round {round} of {rounds}"));
+                    }
+                    tries.fetch_add(shared.provision(number, round), Ordering::Relaxed);
+                }
+            }));
         }
-        assert_eq!(shared.must(&["image", "verify", "--json"]).trim(), "[]");
-        assert_eq!(entries(&shared.state.join("images")), shared.images.len());
-        assert_eq!(entries(&shared.state.join("layers")), both.len(), "one copy of each layer");
-        assert_eq!(entries(&shared.state.join("staging")), 0);
-        assert_eq!(entries(&shared.state.join("containers")), 0);
-        assert!(!shared.state.join("aside").exists(), "something was damaged");
-        let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
-        let sum = format!(
-            "{rounds} rounds: {} mounts in {} tries, {} collections",
-            EACH * rounds,
-            count(&tries),
-            count(&collections)
-        );
-        stage.note(sum.clone());
-        tell(&sum);
+        // Importers end first: then the images must come from somewhere for who still looks for one.
+        let mut failed = None;
+        while !busy.iter().all(std::thread::ScopedJoinHandle::is_finished) {
+            for (source, ..) in &shared.images {
+                shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+            }
+        }
+        for thread in busy {
+            failed = thread.join().err().or(failed);
+        }
+        working.store(false, Ordering::Relaxed);
+        collector.join().expect("the collector");
+        if let Some(panic) = failed {
+            std::panic::resume_unwind(panic);
+        }
     });
+    for (source, ..) in &shared.images {
+        shared.must(&["image", "import", source.to_str().expect("UTF-8")]);
+    }
+    assert_eq!(shared.must(&["image", "verify", "--json"]).trim(), "[]");
+    assert_eq!(entries(&shared.state.join("images")), shared.images.len());
+    assert_eq!(entries(&shared.state.join("layers")), both.len(), "one copy of each layer");
+    assert_eq!(entries(&shared.state.join("staging")), 0);
+    assert_eq!(entries(&shared.state.join("containers")), 0);
+    assert!(!shared.state.join("aside").exists(), "something was damaged");
+    let count = |of: &AtomicUsize| of.load(Ordering::Relaxed);
+    let sum = format!(
+        "{rounds} rounds: {} mounts in {} tries, {} collections",
+        EACH * rounds,
+        count(&tries),
+        count(&collections)
+    );
+    stage.note(sum.clone());
+    tell(&sum);
+});

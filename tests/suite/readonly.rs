@@ -5,9 +5,9 @@ use std::path::Path;
 use rustix::fs::{AtFlags, CWD, FileType, Mode, OFlags, RenameFlags, Timespec, Timestamps, XattrFlags};
 use rustix::io::Errno;
 
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage, images, system};
+use crate::common::{Enter, Lane, Need, Stage, images, system};
 
 type Attempt = (&'static str, fn(&Path) -> rustix::io::Result<()>);
 
@@ -71,7 +71,7 @@ pub(crate) fn assert_read_only(rootfs: &Path, when: &str) {
     assert!(wrong.is_empty(), "{when}: these should all have been EROFS:\n  {}", wrong.join("\n  "));
 }
 
-pub(crate) const EVERY_CHANGE_IS_EROFS: Case = Case::new("every_change_is_erofs", on::read_only, |stage: &Stage| {
+case!("every_change_is_erofs", on::read_only, |stage: &Stage| {
     let image = stage.small_image();
     rustix::fs::setxattr(image.join("etc/passwd"), "user.x", b"0", XattrFlags::empty()).expect("setxattr");
     let before = picture(&image);
@@ -87,26 +87,25 @@ pub(crate) const EVERY_CHANGE_IS_EROFS: Case = Case::new("every_change_is_erofs"
     assert_same(&before, &picture(&image), "the image after all attempts");
 });
 
-pub(crate) const PROGRAMS_SAY_READ_ONLY: Case =
-    Case::new("programs_say_read_only_file_system", on::read_only, |stage: &Stage| {
-        let image = stage.small_image();
-        let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
-        let name = |path: &str| rootfs.join(path).into_os_string();
-        for (tool, args) in [
-            ("touch", vec![name("etc/x")]),
-            ("chmod", vec!["600".into(), name("etc/passwd")]),
-            ("mkdir", vec![name("etc/d")]),
-            ("mv", vec![name("etc/hosts"), name("etc/h")]),
-            ("truncate", vec!["-s1".into(), name("etc/hosts")]),
-            ("rm", vec!["-f".into(), name("etc/hosts")]),
-            ("ln", vec!["-s".into(), "x".into(), name("etc/l")]),
-        ] {
-            stage.tool(tool, args).run().fails(1, &["Read-only file system"]);
-        }
-    });
+case!("programs_say_read_only_file_system", on::read_only, |stage: &Stage| {
+    let image = stage.small_image();
+    let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
+    let name = |path: &str| rootfs.join(path).into_os_string();
+    for (tool, args) in [
+        ("touch", vec![name("etc/x")]),
+        ("chmod", vec!["600".into(), name("etc/passwd")]),
+        ("mkdir", vec![name("etc/d")]),
+        ("mv", vec![name("etc/hosts"), name("etc/h")]),
+        ("truncate", vec!["-s1".into(), name("etc/hosts")]),
+        ("rm", vec!["-f".into(), name("etc/hosts")]),
+        ("ln", vec!["-s".into(), "x".into(), name("etc/l")]),
+    ] {
+        stage.tool(tool, args).run().fails(1, &["Read-only file system"]);
+    }
+});
 
-/// A remount is not propagated: a namespace made before the mount would keep a writable view (facts/mesos-appc.md).
-pub(crate) const READ_ONLY_IN_SLAVES: Case = Case::needing(
+// A remount is not propagated: a namespace made before the mount would keep a writable view (facts/mesos-appc.md).
+case!(
     "read_only_in_a_slave_namespace_made_earlier",
     |lane: &Lane| lane.backend == "bind" && lane.enter == Enter::Root,
     &[Need::Tool("unshare"), Need::Tool("nsenter")],
@@ -142,7 +141,7 @@ pub(crate) const READ_ONLY_IN_SLAVES: Case = Case::needing(
     },
 );
 
-pub(crate) const LOCKED_FLAGS_STAY: Case = Case::new("flags_of_the_source_are_kept", on::bind, |stage: &Stage| {
+case!("flags_of_the_source_are_kept", on::bind, |stage: &Stage| {
     let image = stage.mkdir("image");
     stage.tool("mount", ["-t", "tmpfs", "-o", "nosuid,nodev,noexec", "tmpfs"]).arg(&image).run().ok();
     images::make_small_tree(&image);

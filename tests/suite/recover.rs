@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::destroy::health;
 use super::volumes::{sandbox, volume};
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::needs::has_mount_calls;
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Need, Stage, system};
+use crate::common::{Enter, Need, Stage, system};
 
 /// What `recover` said of each id.
 #[track_caller]
@@ -34,7 +34,7 @@ fn outcome(id: &str, what: &str) -> (String, String) {
     (id.into(), what.into())
 }
 
-pub(crate) const HEALS: Case = Case::new("recover_keeps_heals_and_destroys", on::volumes, |stage: &Stage| {
+case!("recover_keeps_heals_and_destroys", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     let vol = stage.mkdir("vol");
     for id in ["fine", "gone", "unknown"] {
@@ -67,7 +67,7 @@ pub(crate) const HEALS: Case = Case::new("recover_keeps_heals_and_destroys", on:
     assert!(recover(stage, &[]).is_empty());
 });
 
-pub(crate) const DEAD_SERVER: Case = Case::new("recover_starts_a_dead_server_again", on::fuse, |stage: &Stage| {
+case!("recover_starts_a_dead_server_again", on::fuse, |stage: &Stage| {
     let image = stage.small_image();
     let mut options = vec!["--id".into(), "one".into()];
     options.extend(volume(stage.mkdir("vol"), "/data", "rw"));
@@ -83,8 +83,8 @@ pub(crate) const DEAD_SERVER: Case = Case::new("recover_starts_a_dead_server_aga
     assert_eq!(system::mounts().iter().filter(|m| m.point == rootfs).count(), 1, "the dead mount is not beneath");
 });
 
-/// Records of another boot: no mount, no process, whatever the record says. A pid in them is somebody else's.
-pub(crate) const REBOOT: Case = Case::new("recover_after_a_reboot", on::every_backend, |stage: &Stage| {
+// Records of another boot: no mount, no process, whatever the record says. A pid in them is somebody else's.
+case!("recover_after_a_reboot", on::every_backend, |stage: &Stage| {
     let image = stage.small_image();
     let rootfs = stage.mount(&image, "rootfs", ["--id", "one"]);
     let file = stage.records()[0].join("record.json");
@@ -177,84 +177,79 @@ fn dies_at_each_step(stage: &Stage, options: &[&str]) {
     assert_same(&before, &picture(&image), "the image");
 }
 
-pub(crate) const AFTER_A_CRASH: Case = Case::needing(
+case!(
     "recover_after_each_step_of_provision_and_destroy_died",
     on::every_backend,
     &[Need::Failpoints],
     |stage: &Stage| dies_at_each_step(stage, &[]),
 );
 
-pub(crate) const WRITABLE_CRASH: Case = Case::needing(
-    "recover_after_each_step_of_a_writable_one_died",
-    on::overlay,
-    &[Need::Failpoints],
-    |stage: &Stage| dies_at_each_step(stage, &["--writable"]),
-);
+case!("recover_after_each_step_of_a_writable_one_died", on::overlay, &[Need::Failpoints], |stage: &Stage| {
+    dies_at_each_step(stage, &["--writable"])
+},);
 
-/// A known rootfs whose healing is cut short is healed by the next `recover`.
-pub(crate) const HEALING_DIES: Case =
-    Case::needing("recover_that_died_is_done_again", on::read_only, &[Need::Failpoints], |stage: &Stage| {
-        let image = stage.small_image();
-        let take_away = || {
-            if stage.lane.enter == Enter::User {
-                stage.tool("fusermount3", ["-u"]).arg(stage.path("rootfs")).run().ok();
-            } else {
-                stage.tool("umount", ["-R"]).arg(stage.path("rootfs")).run().ok();
-            }
-            system::survivors(Duration::from_secs(2));
-        };
-        stage.mount(&image, "rootfs", ["--id", "one"]);
+// A known rootfs whose healing is cut short is healed by the next `recover`.
+case!("recover_that_died_is_done_again", on::read_only, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.small_image();
+    let take_away = || {
+        if stage.lane.enter == Enter::User {
+            stage.tool("fusermount3", ["-u"]).arg(stage.path("rootfs")).run().ok();
+        } else {
+            stage.tool("umount", ["-R"]).arg(stage.path("rootfs")).run().ok();
+        }
+        system::survivors(Duration::from_secs(2));
+    };
+    stage.mount(&image, "rootfs", ["--id", "one"]);
+    take_away();
+    let found = super::faults::steps(stage, stage.fsprov(["recover"]));
+    assert!(found.len() >= 3, "recover passes {} steps", found.len());
+    for step in &found {
         take_away();
-        let found = super::faults::steps(stage, stage.fsprov(["recover"]));
-        assert!(found.len() >= 3, "recover passes {} steps", found.len());
-        for step in &found {
-            take_away();
-            stage.fsprov(["recover"]).env("FAILPOINTS", step.with("kill")).run();
-            system::survivors(Duration::from_millis(500));
-            stage.fsprov(["recover"]).run().ok();
-            assert_eq!(health(stage), "ready", "{step}");
-            assert_eq!(recover(stage, &[]), [outcome("one", "kept")], "{step}");
-        }
-    });
+        stage.fsprov(["recover"]).env("FAILPOINTS", step.with("kill")).run();
+        system::survivors(Duration::from_millis(500));
+        stage.fsprov(["recover"]).run().ok();
+        assert_eq!(health(stage), "ready", "{step}");
+        assert_eq!(recover(stage, &[]), [outcome("one", "kept")], "{step}");
+    }
+});
 
-/// A copy outlives the boot: what the container wrote into it is still there, and its volumes are attached again.
-pub(crate) const COPY_AFTER_REBOOT: Case =
-    Case::new("a_copy_and_its_changes_outlive_a_reboot", on::copy, |stage: &Stage| {
-        let image = stage.small_image();
-        let mut options = vec!["--id".into(), "one".into()];
+// A copy outlives the boot: what the container wrote into it is still there, and its volumes are attached again.
+case!("a_copy_and_its_changes_outlive_a_reboot", on::copy, |stage: &Stage| {
+    let image = stage.small_image();
+    let mut options = vec!["--id".into(), "one".into()];
+    if stage.lane.has_volumes() {
+        options.extend(volume(stage.mkdir("vol"), "/data", "rw"));
+    }
+    let rootfs = stage.mount(&image, "rootfs", options);
+    fs::write(rootfs.join("etc/hosts"), "the container's own").expect("write");
+    let file = stage.records()[0].join("record.json");
+    let reboot = || {
         if stage.lane.has_volumes() {
-            options.extend(volume(stage.mkdir("vol"), "/data", "rw"));
+            stage.tool("umount", [rootfs.join("data")]).run().ok();
         }
-        let rootfs = stage.mount(&image, "rootfs", options);
-        fs::write(rootfs.join("etc/hosts"), "the container's own").expect("write");
-        let file = stage.records()[0].join("record.json");
-        let reboot = || {
-            if stage.lane.has_volumes() {
-                stage.tool("umount", [rootfs.join("data")]).run().ok();
-            }
-            let mut record: Value = serde_json::from_str(&fs::read_to_string(&file).expect("read")).expect("JSON");
-            record["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
-            // Disks are found in another order. Without statx(2) nothing but the device tells their directories apart.
-            if has_mount_calls() {
-                record["traces"]["copied"]["dev"] = 4242.into();
-            }
-            fs::write(&file, record.to_string()).expect("write");
-        };
-        for _ in 0..2 {
-            reboot();
-            let wanted = if stage.lane.has_volumes() { "healed" } else { "kept" };
-            assert_eq!(recover(stage, &[]), [outcome("one", wanted)]);
-            assert_eq!(recover(stage, &[]), [outcome("one", "kept")]);
-            assert_eq!(health(stage), "ready");
-            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "the container's own");
-            if stage.lane.has_volumes() {
-                fs::write(rootfs.join("data/kept"), "kept").expect("write");
-                assert_eq!(fs::read_to_string(stage.path("vol/kept")).expect("read"), "kept");
-            }
+        let mut record: Value = serde_json::from_str(&fs::read_to_string(&file).expect("read")).expect("JSON");
+        record["boot_id"] = "00000000-0000-4000-8000-000000000000".into();
+        // Disks are found in another order. Without statx(2) nothing but the device tells their directories apart.
+        if has_mount_calls() {
+            record["traces"]["copied"]["dev"] = 4242.into();
         }
+        fs::write(&file, record.to_string()).expect("write");
+    };
+    for _ in 0..2 {
         reboot();
-        assert_eq!(recover(stage, &["--keep", "another"]), [outcome("one", "destroyed")]);
-        assert!(!rootfs.exists(), "the files go with the record");
-        assert_eq!(stage.path("vol/kept").exists(), stage.lane.has_volumes(), "a volume's stay");
-        stage.assert_nothing_left("after recovery");
-    });
+        let wanted = if stage.lane.has_volumes() { "healed" } else { "kept" };
+        assert_eq!(recover(stage, &[]), [outcome("one", wanted)]);
+        assert_eq!(recover(stage, &[]), [outcome("one", "kept")]);
+        assert_eq!(health(stage), "ready");
+        assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "the container's own");
+        if stage.lane.has_volumes() {
+            fs::write(rootfs.join("data/kept"), "kept").expect("write");
+            assert_eq!(fs::read_to_string(stage.path("vol/kept")).expect("read"), "kept");
+        }
+    }
+    reboot();
+    assert_eq!(recover(stage, &["--keep", "another"]), [outcome("one", "destroyed")]);
+    assert!(!rootfs.exists(), "the files go with the record");
+    assert_eq!(stage.path("vol/kept").exists(), stage.lane.has_volumes(), "a volume's stay");
+    stage.assert_nothing_left("after recovery");
+});

@@ -10,13 +10,13 @@ use std::time::Duration;
 
 use serde_json::json;
 
-use crate::common::harness::{PICTURE, on};
+use crate::common::harness::{PICTURE, case, on};
 use crate::common::images::{Maker, chmod, make_full_tree, minbase_source, set_time};
 use crate::common::needs::{test_user, without_fallbacks};
 use crate::common::oci::{INDEX, Image, MANIFEST, digest, ranged};
 use crate::common::server::{Answer, Asked, Server};
 use crate::common::walk::{Picture, assert_same, from_lines, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// docker-registry, stopped when dropped.
 struct Registry {
@@ -277,18 +277,17 @@ pub(crate) fn root_once(lane: &Lane) -> bool {
     on::once_each(lane) && lane.enter == Enter::Root
 }
 
-pub(crate) const LAYERS: Case =
-    Case::needing("a_pulled_image_is_what_umoci_unpacks", root_once, TOOLS, |stage: &Stage| {
-        let tree = stage.mkdir("layer0");
-        make_full_tree(&tree, Maker::RealRoot);
-        fs::remove_file(tree.join("usr/socket")).expect("unlink");
-        // GNU tar and we keep an empty attribute; Go's reader, and so umoci, takes the empty PAX value for "none".
-        rustix::fs::removexattr(tree.join("usr/page"), "user.empty").expect("removexattr");
-        below_opt(&tree);
-        same_as_umoci(stage, pack_layer(stage, &tree), true);
-    });
+case!("a_pulled_image_is_what_umoci_unpacks", root_once, TOOLS, |stage: &Stage| {
+    let tree = stage.mkdir("layer0");
+    make_full_tree(&tree, Maker::RealRoot);
+    fs::remove_file(tree.join("usr/socket")).expect("unlink");
+    // GNU tar and we keep an empty attribute; Go's reader, and so umoci, takes the empty PAX value for "none".
+    rustix::fs::removexattr(tree.join("usr/page"), "user.empty").expect("removexattr");
+    below_opt(&tree);
+    same_as_umoci(stage, pack_layer(stage, &tree), true);
+});
 
-pub(crate) const DEBIAN: Case = Case::needing(
+case!(
     "a_pulled_debian_is_what_umoci_unpacks",
     root_once,
     &[
@@ -335,80 +334,76 @@ fn pull<'a>(stage: &'a Stage, server: &Server) -> crate::common::stage::Call<'a>
     stage.fsprov(["image", "pull", "--platform", "linux/amd64"]).arg(reference(server))
 }
 
-pub(crate) const RESUMES: Case =
-    Case::new("a_pull_that_broke_off_goes_on_where_it_ended", on::once_each, |stage: &Stage| {
-        let image = large();
-        let layer = image.layers[0].clone();
-        let blob = image.blobs[&layer].clone();
-        let half = blob.len() / 2;
-        // The line breaks after half; then again and again, and then the registry stays away.
-        let (ours, name) = (image.clone(), layer.clone());
-        let server = Server::start(move |asked: &Asked| match ours.answer(asked) {
-            honest if !asked.path.ends_with(&name) => honest,
-            _ if asked.header("range").is_some() => Answer::new(503, ""),
-            _ => Answer { length: Some(blob.len() as u64), ..Answer::new(200, &blob[..half]) },
-        });
-        pull(stage, &server).run().fails(1, &["503"]);
-        nothing_came(stage, "after half");
-        let parts: Vec<_> = walk(&stage.state().join("cache/download"), "part");
-        assert_eq!(parts.len(), 1, "{parts:?}");
-        assert_eq!(fs::metadata(&parts[0]).expect("stat").len(), half as u64);
-        let ranges: Vec<_> = server.asked().iter().filter_map(|a| a.header("range").map(str::to_owned)).collect();
-        assert!(!ranges.is_empty() && ranges.iter().all(|r| *r == format!("bytes={half}-")), "{ranges:?}");
-        drop(server);
-        // Another process goes on; it is killed while the registry is silent.
-        let (ours, name, stop) = (image.clone(), layer.clone(), half + half / 2);
-        let blob = image.blobs[&layer].clone();
-        let server = Server::start(move |asked: &Asked| match ours.answer(asked) {
-            honest if !asked.path.ends_with(&name) => honest,
-            _ => {
-                let from = asked.header("range").map_or(0, |_| half);
-                let rest = Answer {
-                    hang: true,
-                    length: Some((blob.len() - from) as u64),
-                    ..Answer::new(206, &blob[from..stop])
-                };
-                rest.with("Content-Range", format!("bytes {from}-{}/{}", blob.len() - 1, blob.len()))
-            }
-        });
-        // The reference has another port, the image the same digest, which is what a download goes by.
-        let mut call = pull(stage, &server);
-        let mut child = call.command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
-        let came = system::eventually(Duration::from_secs(60), || {
-            walk(&stage.state().join("cache/download"), "part")
-                .iter()
-                .any(|p| fs::metadata(p).is_ok_and(|m| m.len() == stop as u64))
-        });
-        child.kill().expect("kill");
-        child.wait().expect("wait");
-        assert!(came, "the rest did not come");
-        drop(server);
-        // And the last one asks for the rest alone.
-        let ours = image.clone();
-        let server = Server::start(move |asked: &Asked| ours.answer(asked));
-        pull(stage, &server).run().ok();
-        let ranges: Vec<_> = server
-            .asked()
-            .iter()
-            .filter(|a| a.path.ends_with(&layer))
-            .map(|a| a.header("range").map(str::to_owned))
-            .collect();
-        assert_eq!(ranges, [Some(format!("bytes={stop}-"))]);
-        stage.fsprov(["image", "verify"]).run().ok();
-        assert_eq!(fs::read_dir(stage.state().join("cache/download")).expect("list").count(), 0);
-        // What an earlier try left may be wrong: then it is fetched anew.
-        stage.fsprov(["image", "rm"]).arg(reference(&server)).run().ok();
-        stage.fsprov(["image", "gc"]).run().ok();
-        let dir = stage.state().join("cache/download").join(image.digest().replace(':', "-")).join("blobs/sha256");
-        fs::create_dir_all(&dir).expect("make dir");
-        fs::write(dir.join(layer.trim_start_matches("sha256:")).with_extension("part"), "wrong").expect("write");
-        pull(stage, &server).run().ok();
-        stage.fsprov(["image", "verify"]).run().ok();
-        // gc takes what broke off.
-        fs::create_dir_all(&dir).expect("make dir");
-        stage.fsprov(["image", "gc"]).run().ok();
-        assert_eq!(fs::read_dir(stage.state().join("cache/download")).expect("list").count(), 0);
+case!("a_pull_that_broke_off_goes_on_where_it_ended", on::once_each, |stage: &Stage| {
+    let image = large();
+    let layer = image.layers[0].clone();
+    let blob = image.blobs[&layer].clone();
+    let half = blob.len() / 2;
+    // The line breaks after half; then again and again, and then the registry stays away.
+    let (ours, name) = (image.clone(), layer.clone());
+    let server = Server::start(move |asked: &Asked| match ours.answer(asked) {
+        honest if !asked.path.ends_with(&name) => honest,
+        _ if asked.header("range").is_some() => Answer::new(503, ""),
+        _ => Answer { length: Some(blob.len() as u64), ..Answer::new(200, &blob[..half]) },
     });
+    pull(stage, &server).run().fails(1, &["503"]);
+    nothing_came(stage, "after half");
+    let parts: Vec<_> = walk(&stage.state().join("cache/download"), "part");
+    assert_eq!(parts.len(), 1, "{parts:?}");
+    assert_eq!(fs::metadata(&parts[0]).expect("stat").len(), half as u64);
+    let ranges: Vec<_> = server.asked().iter().filter_map(|a| a.header("range").map(str::to_owned)).collect();
+    assert!(!ranges.is_empty() && ranges.iter().all(|r| *r == format!("bytes={half}-")), "{ranges:?}");
+    drop(server);
+    // Another process goes on; it is killed while the registry is silent.
+    let (ours, name, stop) = (image.clone(), layer.clone(), half + half / 2);
+    let blob = image.blobs[&layer].clone();
+    let server = Server::start(move |asked: &Asked| match ours.answer(asked) {
+        honest if !asked.path.ends_with(&name) => honest,
+        _ => {
+            let from = asked.header("range").map_or(0, |_| half);
+            let rest =
+                Answer { hang: true, length: Some((blob.len() - from) as u64), ..Answer::new(206, &blob[from..stop]) };
+            rest.with("Content-Range", format!("bytes {from}-{}/{}", blob.len() - 1, blob.len()))
+        }
+    });
+    // The reference has another port, the image the same digest, which is what a download goes by.
+    let mut call = pull(stage, &server);
+    let mut child = call.command.stdout(Stdio::null()).stderr(Stdio::null()).spawn().expect("start");
+    let came = system::eventually(Duration::from_secs(60), || {
+        walk(&stage.state().join("cache/download"), "part")
+            .iter()
+            .any(|p| fs::metadata(p).is_ok_and(|m| m.len() == stop as u64))
+    });
+    child.kill().expect("kill");
+    child.wait().expect("wait");
+    assert!(came, "the rest did not come");
+    drop(server);
+    // And the last one asks for the rest alone.
+    let ours = image.clone();
+    let server = Server::start(move |asked: &Asked| ours.answer(asked));
+    pull(stage, &server).run().ok();
+    let ranges: Vec<_> = server
+        .asked()
+        .iter()
+        .filter(|a| a.path.ends_with(&layer))
+        .map(|a| a.header("range").map(str::to_owned))
+        .collect();
+    assert_eq!(ranges, [Some(format!("bytes={stop}-"))]);
+    stage.fsprov(["image", "verify"]).run().ok();
+    assert_eq!(fs::read_dir(stage.state().join("cache/download")).expect("list").count(), 0);
+    // What an earlier try left may be wrong: then it is fetched anew.
+    stage.fsprov(["image", "rm"]).arg(reference(&server)).run().ok();
+    stage.fsprov(["image", "gc"]).run().ok();
+    let dir = stage.state().join("cache/download").join(image.digest().replace(':', "-")).join("blobs/sha256");
+    fs::create_dir_all(&dir).expect("make dir");
+    fs::write(dir.join(layer.trim_start_matches("sha256:")).with_extension("part"), "wrong").expect("write");
+    pull(stage, &server).run().ok();
+    stage.fsprov(["image", "verify"]).run().ok();
+    // gc takes what broke off.
+    fs::create_dir_all(&dir).expect("make dir");
+    stage.fsprov(["image", "gc"]).run().ok();
+    assert_eq!(fs::read_dir(stage.state().join("cache/download")).expect("list").count(), 0);
+});
 
 fn walk(dir: &Path, extension: &str) -> Vec<PathBuf> {
     let mut found = Vec::new();
@@ -638,7 +633,7 @@ const fn image_cut() -> &'static str {
     "fetch sha256:"
 }
 
-pub(crate) const LIES: Case = Case::new("a_registry_that_lies_is_not_believed", on::once_each, |stage: &Stage| {
+case!("a_registry_that_lies_is_not_believed", on::once_each, |stage: &Stage| {
     for (what, lie, code, said) in lies() {
         let image = Image::small(what);
         let ours = image.clone();
@@ -680,7 +675,7 @@ pub(crate) const LIES: Case = Case::new("a_registry_that_lies_is_not_believed", 
     stage.fsprov(["image", "pull", "UPPER"]).run().fails(2, &["lowercase"]);
 });
 
-pub(crate) const PLATFORMS: Case = Case::new("the_platform_chooses_and_a_tag_moves", on::once_each, |stage: &Stage| {
+case!("the_platform_chooses_and_a_tag_moves", on::once_each, |stage: &Stage| {
     let images = [("amd64", Image::small("for amd64")), ("arm64", Image::small("for arm64"))];
     let newer = Image::small("newer");
     let round = std::sync::Arc::new(AtomicUsize::new(0));
@@ -717,129 +712,122 @@ pub(crate) const PLATFORMS: Case = Case::new("the_platform_chooses_and_a_tag_mov
     assert_eq!(stage.fsprov(["image", "show", "--json", &by_digest]).run().ok().json()["id"], id(&images[0].1));
 });
 
-/// From nothing to a rootfs in one command.
-pub(crate) const PULLED_TO_MOUNT: Case =
-    Case::new("mount_pulls_what_the_store_lacks", on::once_each, |stage: &Stage| {
-        let image = Image::small("pulled");
-        let asked = std::sync::Arc::new(AtomicUsize::new(0));
-        let (answers, count) = (image.clone(), asked.clone());
-        let server = Server::start(move |asked: &Asked| {
-            count.fetch_add(1, Ordering::Relaxed);
-            answers.answer(asked)
-        });
-        let name = reference(&server);
-        stage.mkdir("project");
-        stage.fsprov(["mount", &name, "rootfs"]).run().fails(3, &["no image of this name"]);
-        assert_eq!(asked.load(Ordering::Relaxed), 0, "nobody asked for it to be pulled");
-        let mount = || stage.fsprov(["mount", "--pull", &name, "rootfs"]).run().ok();
-        mount();
-        stage.fsprov(["unmount", "./rootfs"]).run().ok();
-        let so_far = asked.load(Ordering::Relaxed);
-        assert!(so_far > 0, "it was pulled");
-        mount();
-        stage.fsprov(["unmount", "./rootfs"]).run().ok();
-        assert_eq!(asked.load(Ordering::Relaxed), so_far, "what is there is not asked for");
+// From nothing to a rootfs in one command.
+case!("mount_pulls_what_the_store_lacks", on::once_each, |stage: &Stage| {
+    let image = Image::small("pulled");
+    let asked = std::sync::Arc::new(AtomicUsize::new(0));
+    let (answers, count) = (image.clone(), asked.clone());
+    let server = Server::start(move |asked: &Asked| {
+        count.fetch_add(1, Ordering::Relaxed);
+        answers.answer(asked)
     });
+    let name = reference(&server);
+    stage.mkdir("project");
+    stage.fsprov(["mount", &name, "rootfs"]).run().fails(3, &["no image of this name"]);
+    assert_eq!(asked.load(Ordering::Relaxed), 0, "nobody asked for it to be pulled");
+    let mount = || stage.fsprov(["mount", "--pull", &name, "rootfs"]).run().ok();
+    mount();
+    stage.fsprov(["unmount", "./rootfs"]).run().ok();
+    let so_far = asked.load(Ordering::Relaxed);
+    assert!(so_far > 0, "it was pulled");
+    mount();
+    stage.fsprov(["unmount", "./rootfs"]).run().ok();
+    assert_eq!(asked.load(Ordering::Relaxed), so_far, "what is there is not asked for");
+});
 
-pub(crate) const LOGINS: Case = Case::new(
-    "logins_are_found_and_sent_to_nobody_else",
-    on::once_each,
-    |stage: &Stage| {
-        let basic = format!("Basic {}", data_encoding::BASE64.encode(b"me:secret"));
-        let pair = data_encoding::BASE64.encode(b"me:secret");
-        // An object store that must never see a login.
-        let store = {
+case!("logins_are_found_and_sent_to_nobody_else", on::once_each, |stage: &Stage| {
+    let basic = format!("Basic {}", data_encoding::BASE64.encode(b"me:secret"));
+    let pair = data_encoding::BASE64.encode(b"me:secret");
+    // An object store that must never see a login.
+    let store =
+        {
             let image = Image::small("private");
             Server::start(move |asked: &Asked| {
                 if asked.header("authorization").is_some() { Answer::new(400, "") } else { image.answer(asked) }
             })
         };
-        let moved = format!("http://{}", store.address);
-        let registry = |bearer: bool| {
-            let image = Image::small("private");
-            let (basic, moved) = (basic.clone(), moved.clone());
-            let own = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
-            let realm = own.clone();
-            let server = Server::start(move |asked: &Asked| {
-                let realm = realm.lock().expect("lock").clone();
-                let said = asked.header("authorization").unwrap_or_default();
-                if asked.path.starts_with("/token") {
-                    let right = said == basic
-                        && asked.path.contains("scope=repository%3Aa%2Fb%3Apull")
-                        && asked.path.contains("service=test");
-                    return if right { Answer::new(200, r#"{"token":"t0ken"}"#) } else { Answer::new(401, "") };
-                }
-                let (want, challenge) = if bearer {
-                    (
-                        "Bearer t0ken",
-                        format!(r#"Bearer realm="http://{realm}/token?x=y",service="test",scope="ignored""#),
-                    )
-                } else {
-                    (&*basic, r#"Basic realm="a, \"quoted\" one""#.to_owned())
-                };
-                if said != want {
-                    return Answer::new(401, "").with("WWW-Authenticate", challenge);
-                }
-                if asked.path.contains("/blobs/") {
-                    return Answer::new(307, "").with("Location", format!("{moved}{}", asked.path));
-                }
-                image.answer(asked)
-            });
-            *own.lock().expect("lock") = server.address.to_string();
-            server
+    let moved = format!("http://{}", store.address);
+    let registry = |bearer: bool| {
+        let image = Image::small("private");
+        let (basic, moved) = (basic.clone(), moved.clone());
+        let own = std::sync::Arc::new(std::sync::Mutex::new(String::new()));
+        let realm = own.clone();
+        let server = Server::start(move |asked: &Asked| {
+            let realm = realm.lock().expect("lock").clone();
+            let said = asked.header("authorization").unwrap_or_default();
+            if asked.path.starts_with("/token") {
+                let right = said == basic
+                    && asked.path.contains("scope=repository%3Aa%2Fb%3Apull")
+                    && asked.path.contains("service=test");
+                return if right { Answer::new(200, r#"{"token":"t0ken"}"#) } else { Answer::new(401, "") };
+            }
+            let (want, challenge) = if bearer {
+                ("Bearer t0ken", format!(r#"Bearer realm="http://{realm}/token?x=y",service="test",scope="ignored""#))
+            } else {
+                (&*basic, r#"Basic realm="a, \"quoted\" one""#.to_owned())
+            };
+            if said != want {
+                return Answer::new(401, "").with("WWW-Authenticate", challenge);
+            }
+            if asked.path.contains("/blobs/") {
+                return Answer::new(307, "").with("Location", format!("{moved}{}", asked.path));
+            }
+            image.answer(asked)
+        });
+        *own.lock().expect("lock") = server.address.to_string();
+        server
+    };
+    let home = stage.path("home");
+    for bearer in [false, true] {
+        let server = registry(bearer);
+        let name = reference(&server);
+        let again = |stage: &Stage| {
+            stage.fsprov(["image", "rm", &name]).run().ok();
+            stage.fsprov(["image", "gc"]).run().ok();
         };
-        let home = stage.path("home");
-        for bearer in [false, true] {
-            let server = registry(bearer);
-            let name = reference(&server);
-            let again = |stage: &Stage| {
-                stage.fsprov(["image", "rm", &name]).run().ok();
-                stage.fsprov(["image", "gc"]).run().ok();
-            };
-            let login = stage.fsprov(["image", "pull", &name]).run();
-            login.fails(1, &["the registry wants a login", "podman login 127.0.0.1:", "$REGISTRY_AUTH_FILE"]);
-            nothing_came(stage, "without a login");
-            let file = |pair: &str| json!({"auths": {server.address.to_string(): {"auth": pair}}}).to_string();
-            let wrong = stage.write("wrong.json", file(&data_encoding::BASE64.encode(b"me:wrong")));
-            let denied = stage.fsprov(["image", "pull", &name]).env("REGISTRY_AUTH_FILE", &wrong).run();
-            let denied = denied.fails(1, &["refuses the login it was given"]);
-            assert!(!denied.err().contains("wrong\""), "no password in a message");
-            let right = stage.write("right.json", file(&pair));
-            stage.fsprov(["image", "pull", &name]).env("REGISTRY_AUTH_FILE", &right).run().ok();
-            again(stage);
-            // docker's own place, and a helper.
-            fs::create_dir_all(home.join(".docker")).expect("make dir");
-            fs::write(home.join(".docker/config.json"), file(&pair)).expect("write");
-            stage.fsprov(["image", "pull", &name]).run().ok();
-            again(stage);
-            let helpers = json!({"credHelpers": {server.address.to_string(): "test"}}).to_string();
-            fs::write(home.join(".docker/config.json"), helpers).expect("write");
-            let script = "#!/bin/sh\nread host\n[ \"$1\" = get ] && [ -n \"$host\" ] && echo '{\"Username\":\"me\",\"Secret\":\"secret\"}'\n";
-            let script = {
-                fs::create_dir_all(stage.path("bin")).expect("make dir");
-                stage.write("bin/docker-credential-test", script)
-            };
-            chmod(&script, 0o755);
-            let path = format!("{}:/usr/bin:/bin", stage.path("bin").display());
-            stage.fsprov(["image", "pull", &name]).env("PATH", path).run().ok();
-            again(stage);
-            fs::remove_dir_all(home.join(".docker")).expect("remove");
-            // podman's place, and the configuration's.
-            fs::create_dir_all(home.join(".config/containers")).expect("make dir");
-            fs::write(home.join(".config/containers/auth.json"), file(&pair)).expect("write");
-            stage.fsprov(["image", "pull", &name]).run().ok();
-            again(stage);
-            fs::remove_dir_all(home.join(".config")).expect("remove");
-            let config = stage.write("config.toml", format!("auth_file = {:?}\n", right));
-            stage.fsprov(["image", "pull", &name]).env("FSPROV_CONFIG", config).run().ok();
-            again(stage);
-        }
-        let seen = store.asked();
-        assert!(!seen.is_empty() && seen.iter().all(|asked| asked.header("authorization").is_none()), "{seen:?}");
-    },
-);
+        let login = stage.fsprov(["image", "pull", &name]).run();
+        login.fails(1, &["the registry wants a login", "podman login 127.0.0.1:", "$REGISTRY_AUTH_FILE"]);
+        nothing_came(stage, "without a login");
+        let file = |pair: &str| json!({"auths": {server.address.to_string(): {"auth": pair}}}).to_string();
+        let wrong = stage.write("wrong.json", file(&data_encoding::BASE64.encode(b"me:wrong")));
+        let denied = stage.fsprov(["image", "pull", &name]).env("REGISTRY_AUTH_FILE", &wrong).run();
+        let denied = denied.fails(1, &["refuses the login it was given"]);
+        assert!(!denied.err().contains("wrong\""), "no password in a message");
+        let right = stage.write("right.json", file(&pair));
+        stage.fsprov(["image", "pull", &name]).env("REGISTRY_AUTH_FILE", &right).run().ok();
+        again(stage);
+        // docker's own place, and a helper.
+        fs::create_dir_all(home.join(".docker")).expect("make dir");
+        fs::write(home.join(".docker/config.json"), file(&pair)).expect("write");
+        stage.fsprov(["image", "pull", &name]).run().ok();
+        again(stage);
+        let helpers = json!({"credHelpers": {server.address.to_string(): "test"}}).to_string();
+        fs::write(home.join(".docker/config.json"), helpers).expect("write");
+        let script = "#!/bin/sh\nread host\n[ \"$1\" = get ] && [ -n \"$host\" ] && echo '{\"Username\":\"me\",\"Secret\":\"secret\"}'\n";
+        let script = {
+            fs::create_dir_all(stage.path("bin")).expect("make dir");
+            stage.write("bin/docker-credential-test", script)
+        };
+        chmod(&script, 0o755);
+        let path = format!("{}:/usr/bin:/bin", stage.path("bin").display());
+        stage.fsprov(["image", "pull", &name]).env("PATH", path).run().ok();
+        again(stage);
+        fs::remove_dir_all(home.join(".docker")).expect("remove");
+        // podman's place, and the configuration's.
+        fs::create_dir_all(home.join(".config/containers")).expect("make dir");
+        fs::write(home.join(".config/containers/auth.json"), file(&pair)).expect("write");
+        stage.fsprov(["image", "pull", &name]).run().ok();
+        again(stage);
+        fs::remove_dir_all(home.join(".config")).expect("remove");
+        let config = stage.write("config.toml", format!("auth_file = {:?}\n", right));
+        stage.fsprov(["image", "pull", &name]).env("FSPROV_CONFIG", config).run().ok();
+        again(stage);
+    }
+    let seen = store.asked();
+    assert!(!seen.is_empty() && seen.iter().all(|asked| asked.header("authorization").is_none()), "{seen:?}");
+},);
 
-pub(crate) const TLS: Case = Case::needing(
+case!(
     "a_certificate_must_be_trusted",
     on::once_each,
     &[Need::Tool("docker-registry"), Need::Tool("openssl"), Need::Tool("skopeo")],

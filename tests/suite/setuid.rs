@@ -10,10 +10,11 @@ use rustix::fs::{CWD, FileType, Mode, makedev};
 use rustix::io::Errno;
 
 use super::volumes::{sandbox, volume};
+use crate::common::harness::case;
 use crate::common::images::{self, chmod};
 use crate::common::needs::test_user;
 use crate::common::system;
-use crate::common::{Case, Enter, Lane, Need, Stage};
+use crate::common::{Enter, Lane, Need, Stage};
 
 const NEEDS: &[Need] = &[Need::TestUser, Need::Tool("setpriv"), Need::Tool("chroot")];
 
@@ -107,159 +108,154 @@ fn kill_servers_and_recover(stage: &Stage, rootfs: &Path) {
     stage.fsprov(["recover"]).run().ok();
 }
 
-pub(crate) const HARMLESS: Case =
-    Case::needing("a_setuid_shell_gives_no_privilege_on_the_host", as_root, NEEDS, |stage: &Stage| {
-        let image = image(stage);
-        let rootfs = stage.path("rootfs");
-        let said = stage.mount_call(&image, "rootfs", options(stage, &[], "rw")).run().ok().out();
-        make_shell(&rootfs.join("data/sh"));
-        // From the host: a worker without a root of its own, for lack of mount_setattr(2), may make none.
-        make_device(&stage.path("sandbox/data/zero"));
-        assert_harmless(stage, &rootfs, "mounted");
-        assert!(said.contains("nosuid and nodev") && said.contains("--suid"), "{said}");
-        kill_servers_and_recover(stage, &rootfs);
-        assert_harmless(stage, &rootfs, "recovered");
-        stage.unmount(&rootfs);
-    });
+case!("a_setuid_shell_gives_no_privilege_on_the_host", as_root, NEEDS, |stage: &Stage| {
+    let image = image(stage);
+    let rootfs = stage.path("rootfs");
+    let said = stage.mount_call(&image, "rootfs", options(stage, &[], "rw")).run().ok().out();
+    make_shell(&rootfs.join("data/sh"));
+    // From the host: a worker without a root of its own, for lack of mount_setattr(2), may make none.
+    make_device(&stage.path("sandbox/data/zero"));
+    assert_harmless(stage, &rootfs, "mounted");
+    assert!(said.contains("nosuid and nodev") && said.contains("--suid"), "{said}");
+    kill_servers_and_recover(stage, &rootfs);
+    assert_harmless(stage, &rootfs, "recovered");
+    stage.unmount(&rootfs);
+});
 
 fn has_flag(point: &Path, flag: &str) -> bool {
     let mount = system::mounts().into_iter().rfind(|m| m.point == point).expect("a mount");
     mount.options.split(',').any(|option| option == flag)
 }
 
-pub(crate) const WORKS_INSIDE: Case =
-    Case::needing("in_a_closed_directory_setuid_works_inside", as_root, NEEDS, |stage: &Stage| {
-        let image = image(stage);
-        let user = test_user().expect("the test user").uid;
-        let rootfs = stage.mkdir("closed").join("rootfs");
-        chmod(&stage.path("closed"), 0o700);
-        for more in [&["--suid"][..], &[]] {
-            let said = stage.mount_call(&image, "closed/rootfs", options(stage, more, "rw")).run().ok().out();
-            assert!(!said.contains("nosuid"), "{said}");
-            make_shell(&rootfs.join("data/sh"));
-            let check = |when: &str| {
-                assert_eq!(id_inside(stage, &rootfs, "/bin/sh"), "0", "{when}: the image's, {more:?}");
-                assert_eq!(id_inside(stage, &rootfs, "/data/sh"), user, "{when}: a volume is nosuid");
-                assert_eq!(opens(&rootfs.join("dev/zero")), Ok(()), "{when}");
-                assert_eq!(id_of(stage, &rootfs.join("bin/sh")), None, "{when}: nobody else gets there");
-                assert!(has_flag(&rootfs.join("data"), "nosuid") && has_flag(&rootfs.join("data"), "nodev"), "{when}");
-                assert!(stage.lane.backend == "copy" || !has_flag(&rootfs, "nosuid"), "{when}");
-            };
-            check("mounted");
-            if stage.lane.is_fuse() {
-                let worker = stage.fsprov(["inspect", "--json"]).arg(&rootfs).run().ok().json()["worker_pid"].as_i64();
-                system::kill(worker.expect("a worker") as i32);
-                check("another worker");
-            }
-            kill_servers_and_recover(stage, &rootfs);
-            check("recovered");
-            stage.unmount(&rootfs);
-            stage.assert_nothing_left("after unmount");
-        }
-        // As it was asked for, a volume alone.
-        let options = |more: &[&str], flags: &str| options(stage, more, flags);
-        stage.mount(&image, "closed/rootfs", options(&["--nosuid", "--nodev"], "rw,suid,dev,noexec"));
-        assert_eq!(id_inside(stage, &rootfs, "/bin/sh"), user);
-        assert_ne!(opens(&rootfs.join("dev/zero")), Ok(()));
-        assert!(has_flag(&rootfs.join("data"), "noexec") && !has_flag(&rootfs.join("data"), "nodev"));
-        stage.unmount(&rootfs);
-        stage.mount(&image, "closed/rootfs", options(&["--nosuid"], "rw,suid"));
-        assert_eq!(id_inside(stage, &rootfs, "/data/sh"), "0");
-        stage.unmount(&rootfs);
-    });
-
-/// A single file, one volume in another, one on a path that is made up, one through a symlink, a device.
-pub(crate) const EVERY_VOLUME: Case =
-    Case::needing("every_kind_of_volume_has_its_flags", as_root, NEEDS, |stage: &Stage| {
-        let image = stage.small_image();
-        stage.mkdir("closed");
-        chmod(&stage.path("closed"), 0o700);
-        let file = stage.write("file", "a file");
-        let mut options = sandbox(stage).to_vec();
-        fs::create_dir_all(stage.path("sandbox/outer/in")).expect("make dir");
-        let made_up =
-            if crate::common::harness::on::makes_mount_points(&stage.lane) { "/opt/made/up" } else { "/home/u" };
-        fs::create_dir_all(image.join("run/lock")).expect("make dir");
-        fs::write(image.join("dev/null"), "").expect("write");
-        for (source, target, flags) in [
-            ("outer", "/data", "rw,suid,dev"),
-            ("inner", "/data/in", "rw"),
-            ("run", "/var/lock", "rw,noexec"),
-            ("up", made_up, "ro"),
-        ] {
-            options.extend(volume(source, target, flags));
-        }
-        options.extend(volume(&file, "/etc/hosts", "rw"));
-        options.extend(volume("/dev/null", "/dev/null", "rw"));
-        let rootfs = stage.mount(&image, "closed/rootfs", options);
-        for (target, has, has_not) in [
-            ("data", &[][..], &["nosuid", "nodev", "noexec"][..]),
-            ("data/in", &["nosuid", "nodev"], &["noexec"]),
-            ("run/lock", &["nosuid", "nodev", "noexec"], &[]),
-            (&made_up[1..], &["nosuid", "nodev", "ro"], &["noexec"]),
-            ("etc/hosts", &["nosuid", "nodev"], &["ro"]),
-            // The server shows it as a regular file.
-            ("dev/null", &["nosuid"], if stage.lane.is_fuse() { &[] } else { &["nodev"] }),
-        ] {
-            for flag in has {
-                assert!(has_flag(&rootfs.join(target), flag), "{target} should be {flag}");
-            }
-            for flag in has_not {
-                assert!(!has_flag(&rootfs.join(target), flag), "{target} should not be {flag}");
-            }
-        }
-        fs::write(rootfs.join("data/in/mark"), "inner").expect("write");
-        fs::write(rootfs.join("var/lock/mark"), "run").expect("write");
-        fs::write(rootfs.join("etc/hosts"), "changed").expect("write");
-        fs::write(rootfs.join("dev/null"), "gone").expect("write to the device");
-        for (path, text) in [("sandbox/inner/mark", "inner"), ("sandbox/run/mark", "run"), ("file", "changed")] {
-            assert_eq!(fs::read_to_string(stage.path(path)).expect("read"), text, "{path}");
-        }
-        // In use, it stays as it was: with its volumes, and what is held back in them.
-        let held = fs::File::open(rootfs.join("data/in/mark")).expect("open");
-        stage.fsprov(["unmount"]).arg(&rootfs).run().fails(4, &["use", " by "]);
-        assert!(has_flag(&rootfs.join("data/in"), "nosuid"));
-        drop(held);
-        // What others mount in a volume is none of ours.
-        let foreign = rootfs.join("data/in/foreign");
-        fs::create_dir(&foreign).expect("mkdir");
-        stage.tool("mount", ["-t", "tmpfs", "tmpfs"]).arg(&foreign).run().ok();
-        stage.fsprov(["unmount"]).arg(&rootfs).run().fails(4, &["foreign"]);
-        assert!(has_flag(&rootfs.join("data/in"), "nosuid"));
-        stage.tool("umount", [foreign.as_os_str()]).run().ok();
-        stage.unmount(&rootfs);
-    });
-
-/// `copy` puts an image's files straight into a directory of the host.
-pub(crate) const FILLED: Case =
-    Case::needing("a_filled_volume_holds_no_setuid_file", as_root, NEEDS, |stage: &Stage| {
-        let image = image(stage);
-        chmod(&image.join("bin/tool"), 0o2755);
-        chmod(&image.join("dev"), 0o2755);
-        let mode = |path: &str| fs::symlink_metadata(stage.path(path)).expect(path).mode() & 0o7777;
-        let with = |flags: &str| {
-            let mut options = sandbox(stage).to_vec();
-            options.extend(volume("bin", "/bin", flags));
-            options.extend(volume("dev", "/dev", flags));
-            options.extend(volume("sh", "/bin/sh", flags));
-            options
+case!("in_a_closed_directory_setuid_works_inside", as_root, NEEDS, |stage: &Stage| {
+    let image = image(stage);
+    let user = test_user().expect("the test user").uid;
+    let rootfs = stage.mkdir("closed").join("rootfs");
+    chmod(&stage.path("closed"), 0o700);
+    for more in [&["--suid"][..], &[]] {
+        let said = stage.mount_call(&image, "closed/rootfs", options(stage, more, "rw")).run().ok().out();
+        assert!(!said.contains("nosuid"), "{said}");
+        make_shell(&rootfs.join("data/sh"));
+        let check = |when: &str| {
+            assert_eq!(id_inside(stage, &rootfs, "/bin/sh"), "0", "{when}: the image's, {more:?}");
+            assert_eq!(id_inside(stage, &rootfs, "/data/sh"), user, "{when}: a volume is nosuid");
+            assert_eq!(opens(&rootfs.join("dev/zero")), Ok(()), "{when}");
+            assert_eq!(id_of(stage, &rootfs.join("bin/sh")), None, "{when}: nobody else gets there");
+            assert!(has_flag(&rootfs.join("data"), "nosuid") && has_flag(&rootfs.join("data"), "nodev"), "{when}");
+            assert!(stage.lane.backend == "copy" || !has_flag(&rootfs, "nosuid"), "{when}");
         };
-        let said = stage.mount_call(&image, "rootfs", with("rw,copy")).run().ok().err();
-        let user = test_user().expect("the test user").uid;
-        assert_eq!(id_of(stage, &stage.path("sandbox/bin/sh")), Some(user));
-        assert_eq!((mode("sandbox/bin/sh"), mode("sandbox/bin/tool"), mode("sandbox/dev")), (0o755, 0o755, 0o755));
-        assert_eq!(mode("sandbox/sh"), 0o755, "a single file");
-        assert!(!stage.path("sandbox/dev/zero").exists());
-        assert!(said.contains("volume /bin: 2 files") && said.contains("1 device nodes"), "{said}");
-        stage.unmount("rootfs");
-        stage.tool("rm", ["-r"]).arg(stage.path("sandbox")).run().ok();
-        stage.mount(&image, "rootfs", with("rw,copy,suid,dev"));
-        assert_eq!((mode("sandbox/bin/sh"), mode("sandbox/bin/tool")), (0o4755, 0o2755));
-        assert!(stage.path("sandbox/dev/zero").exists());
-    });
+        check("mounted");
+        if stage.lane.is_fuse() {
+            let worker = stage.fsprov(["inspect", "--json"]).arg(&rootfs).run().ok().json()["worker_pid"].as_i64();
+            system::kill(worker.expect("a worker") as i32);
+            check("another worker");
+        }
+        kill_servers_and_recover(stage, &rootfs);
+        check("recovered");
+        stage.unmount(&rootfs);
+        stage.assert_nothing_left("after unmount");
+    }
+    // As it was asked for, a volume alone.
+    let options = |more: &[&str], flags: &str| options(stage, more, flags);
+    stage.mount(&image, "closed/rootfs", options(&["--nosuid", "--nodev"], "rw,suid,dev,noexec"));
+    assert_eq!(id_inside(stage, &rootfs, "/bin/sh"), user);
+    assert_ne!(opens(&rootfs.join("dev/zero")), Ok(()));
+    assert!(has_flag(&rootfs.join("data"), "noexec") && !has_flag(&rootfs.join("data"), "nodev"));
+    stage.unmount(&rootfs);
+    stage.mount(&image, "closed/rootfs", options(&["--nosuid"], "rw,suid"));
+    assert_eq!(id_inside(stage, &rootfs, "/data/sh"), "0");
+    stage.unmount(&rootfs);
+});
 
-/// What a mount cannot have is refused, and by name.
-pub(crate) const REFUSED: Case = Case::new(
+// A single file, one volume in another, one on a path that is made up, one through a symlink, a device.
+case!("every_kind_of_volume_has_its_flags", as_root, NEEDS, |stage: &Stage| {
+    let image = stage.small_image();
+    stage.mkdir("closed");
+    chmod(&stage.path("closed"), 0o700);
+    let file = stage.write("file", "a file");
+    let mut options = sandbox(stage).to_vec();
+    fs::create_dir_all(stage.path("sandbox/outer/in")).expect("make dir");
+    let made_up = if crate::common::harness::on::makes_mount_points(&stage.lane) { "/opt/made/up" } else { "/home/u" };
+    fs::create_dir_all(image.join("run/lock")).expect("make dir");
+    fs::write(image.join("dev/null"), "").expect("write");
+    for (source, target, flags) in [
+        ("outer", "/data", "rw,suid,dev"),
+        ("inner", "/data/in", "rw"),
+        ("run", "/var/lock", "rw,noexec"),
+        ("up", made_up, "ro"),
+    ] {
+        options.extend(volume(source, target, flags));
+    }
+    options.extend(volume(&file, "/etc/hosts", "rw"));
+    options.extend(volume("/dev/null", "/dev/null", "rw"));
+    let rootfs = stage.mount(&image, "closed/rootfs", options);
+    for (target, has, has_not) in [
+        ("data", &[][..], &["nosuid", "nodev", "noexec"][..]),
+        ("data/in", &["nosuid", "nodev"], &["noexec"]),
+        ("run/lock", &["nosuid", "nodev", "noexec"], &[]),
+        (&made_up[1..], &["nosuid", "nodev", "ro"], &["noexec"]),
+        ("etc/hosts", &["nosuid", "nodev"], &["ro"]),
+        // The server shows it as a regular file.
+        ("dev/null", &["nosuid"], if stage.lane.is_fuse() { &[] } else { &["nodev"] }),
+    ] {
+        for flag in has {
+            assert!(has_flag(&rootfs.join(target), flag), "{target} should be {flag}");
+        }
+        for flag in has_not {
+            assert!(!has_flag(&rootfs.join(target), flag), "{target} should not be {flag}");
+        }
+    }
+    fs::write(rootfs.join("data/in/mark"), "inner").expect("write");
+    fs::write(rootfs.join("var/lock/mark"), "run").expect("write");
+    fs::write(rootfs.join("etc/hosts"), "changed").expect("write");
+    fs::write(rootfs.join("dev/null"), "gone").expect("write to the device");
+    for (path, text) in [("sandbox/inner/mark", "inner"), ("sandbox/run/mark", "run"), ("file", "changed")] {
+        assert_eq!(fs::read_to_string(stage.path(path)).expect("read"), text, "{path}");
+    }
+    // In use, it stays as it was: with its volumes, and what is held back in them.
+    let held = fs::File::open(rootfs.join("data/in/mark")).expect("open");
+    stage.fsprov(["unmount"]).arg(&rootfs).run().fails(4, &["use", " by "]);
+    assert!(has_flag(&rootfs.join("data/in"), "nosuid"));
+    drop(held);
+    // What others mount in a volume is none of ours.
+    let foreign = rootfs.join("data/in/foreign");
+    fs::create_dir(&foreign).expect("mkdir");
+    stage.tool("mount", ["-t", "tmpfs", "tmpfs"]).arg(&foreign).run().ok();
+    stage.fsprov(["unmount"]).arg(&rootfs).run().fails(4, &["foreign"]);
+    assert!(has_flag(&rootfs.join("data/in"), "nosuid"));
+    stage.tool("umount", [foreign.as_os_str()]).run().ok();
+    stage.unmount(&rootfs);
+});
+
+// `copy` puts an image's files straight into a directory of the host.
+case!("a_filled_volume_holds_no_setuid_file", as_root, NEEDS, |stage: &Stage| {
+    let image = image(stage);
+    chmod(&image.join("bin/tool"), 0o2755);
+    chmod(&image.join("dev"), 0o2755);
+    let mode = |path: &str| fs::symlink_metadata(stage.path(path)).expect(path).mode() & 0o7777;
+    let with = |flags: &str| {
+        let mut options = sandbox(stage).to_vec();
+        options.extend(volume("bin", "/bin", flags));
+        options.extend(volume("dev", "/dev", flags));
+        options.extend(volume("sh", "/bin/sh", flags));
+        options
+    };
+    let said = stage.mount_call(&image, "rootfs", with("rw,copy")).run().ok().err();
+    let user = test_user().expect("the test user").uid;
+    assert_eq!(id_of(stage, &stage.path("sandbox/bin/sh")), Some(user));
+    assert_eq!((mode("sandbox/bin/sh"), mode("sandbox/bin/tool"), mode("sandbox/dev")), (0o755, 0o755, 0o755));
+    assert_eq!(mode("sandbox/sh"), 0o755, "a single file");
+    assert!(!stage.path("sandbox/dev/zero").exists());
+    assert!(said.contains("volume /bin: 2 files") && said.contains("1 device nodes"), "{said}");
+    stage.unmount("rootfs");
+    stage.tool("rm", ["-r"]).arg(stage.path("sandbox")).run().ok();
+    stage.mount(&image, "rootfs", with("rw,copy,suid,dev"));
+    assert_eq!((mode("sandbox/bin/sh"), mode("sandbox/bin/tool")), (0o4755, 0o2755));
+    assert!(stage.path("sandbox/dev/zero").exists());
+});
+
+// What a mount cannot have is refused, and by name.
+case!(
     "flags_that_a_mount_cannot_have_are_refused",
     |lane| ["fuse-user", "fuse-userns"].contains(&lane.name),
     |stage: &Stage| {
@@ -280,20 +276,19 @@ pub(crate) const REFUSED: Case = Case::new(
     },
 );
 
-/// The directories made for a mount point are closed.
-pub(crate) const MADE: Case =
-    Case::new("directories_of_a_mount_point_are_closed", crate::common::harness::on::every_backend, |stage: &Stage| {
-        let image = stage.small_image();
-        let said = stage.mount_call(&image, "made/of/rootfs", [] as [&str; 0]).run().ok().out();
-        assert!(!said.contains("nosuid"), "{said}");
-        for dir in ["made", "made/of"] {
-            let mode = fs::metadata(stage.path(dir)).expect("stat").permissions().mode();
-            assert_eq!(mode & 0o7777, 0o700, "{dir}");
-        }
-    });
+// The directories made for a mount point are closed.
+case!("directories_of_a_mount_point_are_closed", crate::common::harness::on::every_backend, |stage: &Stage| {
+    let image = stage.small_image();
+    let said = stage.mount_call(&image, "made/of/rootfs", [] as [&str; 0]).run().ok().out();
+    assert!(!said.contains("nosuid"), "{said}");
+    for dir in ["made", "made/of"] {
+        let mode = fs::metadata(stage.path(dir)).expect("stat").permissions().mode();
+        assert_eq!(mode & 0o7777, 0o700, "{dir}");
+    }
+});
 
-/// `su` of a real Debian, run by an ordinary user inside: with `--suid`, in a directory that is closed to the others of the host.
-pub(crate) const SU: Case = Case::needing(
+// `su` of a real Debian, run by an ordinary user inside: with `--suid`, in a directory that is closed to the others of the host.
+case!(
     "su_works_inside_where_it_was_asked_for",
     |lane| ["bind-root", "fuse-root"].contains(&lane.name),
     &[Need::Minbase, Need::TestUser, Need::Tool("chroot")],

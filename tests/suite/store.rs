@@ -8,10 +8,10 @@ use serde_json::Value;
 
 use super::cli::assert_shape;
 use super::faults::steps_in;
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::images::{Maker, make_full_tree, make_small_tree, manifest};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage, images, needs};
+use crate::common::{Enter, Lane, Need, Stage, images, needs};
 
 /// Pack `tree` (holding `manifest` and `rootfs`) with GNU tar, as other people's tools would.
 #[track_caller]
@@ -55,7 +55,7 @@ fn import(stage: &Stage, path: &Path) -> Value {
     stage.fsprov(["image", "import", "--json"]).arg(path).run().ok().json()
 }
 
-pub(crate) const EVERY_COMPRESSION: Case = Case::needing(
+case!(
     "one_image_one_id_whatever_the_compression",
     on::once_each,
     &[Need::Tool("gzip"), Need::Tool("xz"), Need::Tool("zstd"), Need::Tool("bzip2")],
@@ -86,65 +86,63 @@ pub(crate) const EVERY_COMPRESSION: Case = Case::needing(
     },
 );
 
-/// What is imported is what the archive held: compared with the tree that GNU tar packed.
-pub(crate) const SAME_TREE: Case =
-    Case::new("an_imported_image_shows_the_same_tree", on::every_backend, |stage: &Stage| {
-        let tree = stage.mkdir("tree");
-        fs::write(tree.join("manifest"), manifest("example.com/full")).expect("write");
-        // Where devices cannot be closed to the unpacker it makes none.
-        let devices = stage.lane.is_real_root() && needs::has_mount_calls();
-        make_full_tree(&tree.join("rootfs"), if devices { Maker::RealRoot } else { Maker::Anyone });
-        // tar does not pack sockets, nor (as an ordinary user) what its caller may not read.
-        let fix = |name: &str| tree.join("rootfs/usr").join(name);
-        fs::remove_file(fix("socket")).expect("unlink");
-        if stage.lane.enter == Enter::User {
-            for (name, mode) in [("closed", 0o400), ("d311", 0o711), ("d644", 0o744)] {
-                images::chmod(&fix(name), mode);
-            }
+// What is imported is what the archive held: compared with the tree that GNU tar packed.
+case!("an_imported_image_shows_the_same_tree", on::every_backend, |stage: &Stage| {
+    let tree = stage.mkdir("tree");
+    fs::write(tree.join("manifest"), manifest("example.com/full")).expect("write");
+    // Where devices cannot be closed to the unpacker it makes none.
+    let devices = stage.lane.is_real_root() && needs::has_mount_calls();
+    make_full_tree(&tree.join("rootfs"), if devices { Maker::RealRoot } else { Maker::Anyone });
+    // tar does not pack sockets, nor (as an ordinary user) what its caller may not read.
+    let fix = |name: &str| tree.join("rootfs/usr").join(name);
+    fs::remove_file(fix("socket")).expect("unlink");
+    if stage.lane.enter == Enter::User {
+        for (name, mode) in [("closed", 0o400), ("d311", 0o711), ("d644", 0o744)] {
+            images::chmod(&fix(name), mode);
         }
-        let archive = pack(stage, &tree, "full.aci");
-        let want = picture(&tree.join("rootfs"));
-        let imported = import(stage, &archive);
-        let id = imported["id"].as_str().expect("an id").to_owned();
-        // By name, by id, by a prefix of the id.
-        for reference in ["example.com/full", &id, &id[..19]] {
-            // A copy that others reach is without setuid programs and devices.
-            let options: &[&str] = if stage.lane.backend == "copy" { &["--suid"] } else { &[] };
-            let rootfs = stage.mount(reference, "rootfs", options);
-            assert_same(&want, &picture(&rootfs), reference);
-            stage.unmount(&rootfs);
-        }
-    });
-
-/// A root filesystem as mmdebstrap, `docker export` and others pack it: no manifest, its own top.
-pub(crate) const BARE_TREE: Case =
-    Case::new("a_tar_of_a_root_filesystem_by_itself_is_taken_under_a_name", on::every_backend, |stage: &Stage| {
-        let tree = stage.mkdir("bare");
-        make_small_tree(&tree);
-        images::chmod(&tree, 0o751);
-        fs::hard_link(tree.join("etc/passwd"), tree.join("etc/passwd-")).expect("link");
-        let archive = stage.path("bare.tar");
-        stage
-            .tool("tar", ["--numeric-owner", "--format=posix", "--sort=name", "-C"])
-            .arg(&tree)
-            .arg("-cf")
-            .arg(&archive)
-            .arg(".")
-            .run()
-            .ok();
-        stage.fsprov(["image", "import"]).arg(&archive).run().fails(1, &["bin", "--name"]);
-        let id = sha512_id(stage, &archive);
-        let named = ["image", "import", "--json", "--name", "example.com/bare"];
-        let imported = stage.fsprov(named).arg(&archive).run().ok().json();
-        assert_eq!(imported["id"], Value::String(id), "its id is the digest of the tar as it is");
-        let rootfs = stage.mount("example.com/bare", "rootfs", [] as [&str; 0]);
-        assert_same(&picture(&tree), &picture(&rootfs), "the tree that was packed");
+    }
+    let archive = pack(stage, &tree, "full.aci");
+    let want = picture(&tree.join("rootfs"));
+    let imported = import(stage, &archive);
+    let id = imported["id"].as_str().expect("an id").to_owned();
+    // By name, by id, by a prefix of the id.
+    for reference in ["example.com/full", &id, &id[..19]] {
+        // A copy that others reach is without setuid programs and devices.
+        let options: &[&str] = if stage.lane.backend == "copy" { &["--suid"] } else { &[] };
+        let rootfs = stage.mount(reference, "rootfs", options);
+        assert_same(&want, &picture(&rootfs), reference);
         stage.unmount(&rootfs);
-        stage.fsprov(["image", "verify"]).run().ok();
-    });
+    }
+});
 
-/// An ordinary user cannot set owners or make devices on the disk; the index keeps them, and FUSE shows them.
-pub(crate) const TRUE_OWNERS: Case = Case::new(
+// A root filesystem as mmdebstrap, `docker export` and others pack it: no manifest, its own top.
+case!("a_tar_of_a_root_filesystem_by_itself_is_taken_under_a_name", on::every_backend, |stage: &Stage| {
+    let tree = stage.mkdir("bare");
+    make_small_tree(&tree);
+    images::chmod(&tree, 0o751);
+    fs::hard_link(tree.join("etc/passwd"), tree.join("etc/passwd-")).expect("link");
+    let archive = stage.path("bare.tar");
+    stage
+        .tool("tar", ["--numeric-owner", "--format=posix", "--sort=name", "-C"])
+        .arg(&tree)
+        .arg("-cf")
+        .arg(&archive)
+        .arg(".")
+        .run()
+        .ok();
+    stage.fsprov(["image", "import"]).arg(&archive).run().fails(1, &["bin", "--name"]);
+    let id = sha512_id(stage, &archive);
+    let named = ["image", "import", "--json", "--name", "example.com/bare"];
+    let imported = stage.fsprov(named).arg(&archive).run().ok().json();
+    assert_eq!(imported["id"], Value::String(id), "its id is the digest of the tar as it is");
+    let rootfs = stage.mount("example.com/bare", "rootfs", [] as [&str; 0]);
+    assert_same(&picture(&tree), &picture(&rootfs), "the tree that was packed");
+    stage.unmount(&rootfs);
+    stage.fsprov(["image", "verify"]).run().ok();
+});
+
+// An ordinary user cannot set owners or make devices on the disk; the index keeps them, and FUSE shows them.
+case!(
     "an_ordinary_users_import_shows_true_owners_and_devices",
     |lane: &Lane| lane.backend == "fuse" && lane.enter == Enter::User,
     |stage: &Stage| {
@@ -191,7 +189,7 @@ pub(crate) const TRUE_OWNERS: Case = Case::new(
     },
 );
 
-pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::every_backend, |stage: &Stage| {
+case!("directories_as_images", on::every_backend, |stage: &Stage| {
     // A plain directory, imported: a copy, which does not change with it.
     let plain = stage.path("plain");
     make_small_tree(&plain);
@@ -214,7 +212,7 @@ pub(crate) const DIRECTORIES: Case = Case::new("directories_as_images", on::ever
     stage.unmount(&rootfs);
 });
 
-pub(crate) const IN_USE: Case = Case::new("an_image_in_use_is_not_removed", on::every_backend, |stage: &Stage| {
+case!("an_image_in_use_is_not_removed", on::every_backend, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let id = import(stage, &archive)["id"].as_str().expect("an id").to_owned();
     let rootfs = stage.mount("example.com/small", "rootfs", ["--id", "user"]);
@@ -228,7 +226,7 @@ pub(crate) const IN_USE: Case = Case::new("an_image_in_use_is_not_removed", on::
     stage.mount_call("example.com/small", "rootfs", [] as [&str; 0]).run().fails(3, &["example.com/small"]);
 });
 
-pub(crate) const LIST_AND_SHOW: Case = Case::new("image_list_and_show", on::once_each, |stage: &Stage| {
+case!("image_list_and_show", on::once_each, |stage: &Stage| {
     assert_eq!(stage.fsprov(["image", "list"]).run().ok().out(), "");
     assert!(images(stage).is_empty());
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
@@ -250,8 +248,8 @@ pub(crate) const LIST_AND_SHOW: Case = Case::new("image_list_and_show", on::once
     assert_eq!(listed[0]["id"], Value::String(id));
 });
 
-/// Damage is found and named, set aside on request, and mended by importing again; what is exported is what was imported.
-pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on::once_each, |stage: &Stage| {
+// Damage is found and named, set aside on request, and mended by importing again; what is exported is what was imported.
+case!("verify_export_flatten_gc_and_du", on::once_each, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let id = sha512_id(stage, &archive);
     stage.fsprov(["image", "import"]).arg(&archive).run().ok();
@@ -323,8 +321,8 @@ pub(crate) const UPKEEP: Case = Case::new("verify_export_flatten_gc_and_du", on:
     assert_eq!(images(stage).len(), 2);
 });
 
-/// The digest that the user expects is checked against the bytes that were read.
-pub(crate) const EXPECTED_ID: Case = Case::new("a_wrong_expected_id_is_refused", on::once_each, |stage: &Stage| {
+// The digest that the user expects is checked against the bytes that were read.
+case!("a_wrong_expected_id_is_refused", on::once_each, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let id = sha512_id(stage, &archive);
     let wrong = format!("sha512-{}", "0".repeat(128));
@@ -492,40 +490,39 @@ const HOSTILE: &[Hostile] = &[
     }),
 ];
 
-pub(crate) const HOSTILE_ARCHIVES: Case =
-    Case::new("hostile_archives_reach_nothing_outside", on::once_each, |stage: &Stage| {
-        let outside = stage.mkdir("outside");
-        let victim = stage.write("outside/victim", "precious");
-        images::chmod(&outside, 0o750);
-        let before = picture(&outside);
-        let escape = Path::new("/tmp/fsprov-escape");
-        let _ = fs::remove_file(escape);
-        for (name, fate, build) in HOSTILE {
-            let mut tar = Tar::new();
-            tar.file("manifest", manifest("example.com/hostile").as_bytes());
-            if *name != "the root as a symlink" {
-                tar.dir("rootfs");
-            }
-            build(&mut tar, &outside.to_string_lossy());
-            let path = stage.path("hostile.aci");
-            tar.write(&path);
-            let said = stage.fsprov(["image", "import"]).arg(&path).run();
-            match fate {
-                Fate::Refused => drop(said.clone().fails(1, &["hostile.aci"])),
-                Fate::Harmless => assert!(said.code().is_some_and(|c| c <= 1), "{name}: {}", said.describe()),
-            }
-            assert!(!said.err().contains("panicked"), "{name}: {}", said.describe());
-            assert!(said.took.as_secs() < 10, "{name}: {}", said.describe());
-            assert_same(&before, &picture(&outside), name);
-            assert_eq!(fs::read(&victim).expect("read"), b"precious", "{name}");
-            assert!(!escape.exists(), "{name}: {} was written", escape.display());
-            stage.assert_nothing_left(name);
-            if said.code() == Some(0) {
-                stage.fsprov(["image", "rm", "example.com/hostile"]).run().ok();
-            }
-            assert!(images(stage).is_empty(), "{name}: a refused archive is in the store");
+case!("hostile_archives_reach_nothing_outside", on::once_each, |stage: &Stage| {
+    let outside = stage.mkdir("outside");
+    let victim = stage.write("outside/victim", "precious");
+    images::chmod(&outside, 0o750);
+    let before = picture(&outside);
+    let escape = Path::new("/tmp/fsprov-escape");
+    let _ = fs::remove_file(escape);
+    for (name, fate, build) in HOSTILE {
+        let mut tar = Tar::new();
+        tar.file("manifest", manifest("example.com/hostile").as_bytes());
+        if *name != "the root as a symlink" {
+            tar.dir("rootfs");
         }
-    });
+        build(&mut tar, &outside.to_string_lossy());
+        let path = stage.path("hostile.aci");
+        tar.write(&path);
+        let said = stage.fsprov(["image", "import"]).arg(&path).run();
+        match fate {
+            Fate::Refused => drop(said.clone().fails(1, &["hostile.aci"])),
+            Fate::Harmless => assert!(said.code().is_some_and(|c| c <= 1), "{name}: {}", said.describe()),
+        }
+        assert!(!said.err().contains("panicked"), "{name}: {}", said.describe());
+        assert!(said.took.as_secs() < 10, "{name}: {}", said.describe());
+        assert_same(&before, &picture(&outside), name);
+        assert_eq!(fs::read(&victim).expect("read"), b"precious", "{name}");
+        assert!(!escape.exists(), "{name}: {} was written", escape.display());
+        stage.assert_nothing_left(name);
+        if said.code() == Some(0) {
+            stage.fsprov(["image", "rm", "example.com/hostile"]).run().ok();
+        }
+        assert!(images(stage).is_empty(), "{name}: a refused archive is in the store");
+    }
+});
 
 type Broken = (&'static str, &'static str, fn(&mut Tar));
 
@@ -562,7 +559,7 @@ const BROKEN: &[Broken] = &[
     }),
 ];
 
-pub(crate) const BROKEN_IMAGES: Case = Case::new("broken_images_are_named", on::user, |stage: &Stage| {
+case!("broken_images_are_named", on::user, |stage: &Stage| {
     for (name, word, build) in BROKEN {
         let mut tar = Tar::new();
         build(&mut tar);
@@ -599,8 +596,8 @@ pub(crate) const BROKEN_IMAGES: Case = Case::new("broken_images_are_named", on::
     assert!(images(stage).is_empty());
 });
 
-/// Names from outside may not become paths.
-pub(crate) const NAMES: Case = Case::new("names_never_become_paths", on::user, |stage: &Stage| {
+// Names from outside may not become paths.
+case!("names_never_become_paths", on::user, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     for name in ["../x", "/abs", "./x", "a\nb", "", "."] {
         stage.fsprov(["image", "import", "--name", name]).arg(&archive).run().fails(2, &[]);
@@ -614,39 +611,38 @@ pub(crate) const NAMES: Case = Case::new("names_never_become_paths", on::user, |
     }
 });
 
-/// Dies at each step of an import: the store is as before, and the next import works.
-pub(crate) const IMPORT_BREAKS: Case =
-    Case::needing("import_fails_or_dies_at_each_step", on::once_each, &[Need::Failpoints], |stage: &Stage| {
-        let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
-        let import = || stage.fsprov(["image", "import"]).arg(&archive);
-        let text = import().env("FSPROV_LOG", "fsprov::fault=trace").run().ok().err();
-        let mut found = steps_in(&text);
-        // One wall that cannot be raised does not fail an import: `apart` tries what the others do.
-        found.retain(|step| !step.name.starts_with("walls."));
-        assert!(found.len() >= 3, "an import passes {} steps", found.len());
+// Dies at each step of an import: the store is as before, and the next import works.
+case!("import_fails_or_dies_at_each_step", on::once_each, &[Need::Failpoints], |stage: &Stage| {
+    let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
+    let import = || stage.fsprov(["image", "import"]).arg(&archive);
+    let text = import().env("FSPROV_LOG", "fsprov::fault=trace").run().ok().err();
+    let mut found = steps_in(&text);
+    // One wall that cannot be raised does not fail an import: `apart` tries what the others do.
+    found.retain(|step| !step.name.starts_with("walls."));
+    assert!(found.len() >= 3, "an import passes {} steps", found.len());
+    stage.fsprov(["image", "rm", "example.com/small"]).run().ok();
+    for step in &found {
+        import().env("FAILPOINTS", step.with("ENOSPC")).run().fails(1, &[&step.name]);
+        stage.assert_nothing_left(&format!("after {step} failed"));
+        assert!(images(stage).is_empty(), "{step}: there is an image");
+        let died = import().env("FAILPOINTS", step.with("kill")).run();
+        assert_eq!(died.code(), None, "{step}: {}", died.describe());
+        // Complete or absent; what a dead import left in staging goes with the next.
+        let there = images(stage).len();
+        import().run().ok();
+        assert_eq!(images(stage).len(), 1, "{step}: {there} before");
+        stage.assert_nothing_left(&format!("after {step} died and an import followed"));
+        let rootfs = stage.path("rootfs");
+        let backend = if stage.lane.enter == Enter::Root { "bind" } else { "fuse" };
+        stage.fsprov(["mount", "--backend", backend, "example.com/small"]).arg(&rootfs).run().ok();
+        assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n", "{step}");
+        stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
         stage.fsprov(["image", "rm", "example.com/small"]).run().ok();
-        for step in &found {
-            import().env("FAILPOINTS", step.with("ENOSPC")).run().fails(1, &[&step.name]);
-            stage.assert_nothing_left(&format!("after {step} failed"));
-            assert!(images(stage).is_empty(), "{step}: there is an image");
-            let died = import().env("FAILPOINTS", step.with("kill")).run();
-            assert_eq!(died.code(), None, "{step}: {}", died.describe());
-            // Complete or absent; what a dead import left in staging goes with the next.
-            let there = images(stage).len();
-            import().run().ok();
-            assert_eq!(images(stage).len(), 1, "{step}: {there} before");
-            stage.assert_nothing_left(&format!("after {step} died and an import followed"));
-            let rootfs = stage.path("rootfs");
-            let backend = if stage.lane.enter == Enter::Root { "bind" } else { "fuse" };
-            stage.fsprov(["mount", "--backend", backend, "example.com/small"]).arg(&rootfs).run().ok();
-            assert_eq!(fs::read_to_string(rootfs.join("etc/hosts")).expect("read"), "127.0.0.1 localhost\n", "{step}");
-            stage.fsprov(["unmount".as_ref(), rootfs.as_os_str()]).run().ok();
-            stage.fsprov(["image", "rm", "example.com/small"]).run().ok();
-        }
-    });
+    }
+});
 
-/// Several importers of one image: one copy, all succeed.
-pub(crate) const AT_ONCE: Case = Case::new("importers_at_once_make_one_image", on::once_each, |stage: &Stage| {
+// Several importers of one image: one copy, all succeed.
+case!("importers_at_once_make_one_image", on::once_each, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let children: Vec<_> = (0..4)
         .map(|i| {
@@ -663,8 +659,8 @@ pub(crate) const AT_ONCE: Case = Case::new("importers_at_once_make_one_image", o
     stage.assert_nothing_left("after all imported");
 });
 
-/// Odd names in an archive arrive as they are.
-pub(crate) const ODD_NAMES: Case = Case::new("odd_names_survive_the_import", on::every_backend, |stage: &Stage| {
+// Odd names in an archive arrive as they are.
+case!("odd_names_survive_the_import", on::every_backend, |stage: &Stage| {
     let tree = small_aci_tree(stage, "tree");
     let dir = tree.join("rootfs/odd");
     fs::create_dir(&dir).expect("mkdir");
@@ -712,7 +708,7 @@ const MANIFEST: &str = "
     .manifest.name string
 ";
 
-pub(crate) const SHAPES: Case = Case::new("image_json_keeps_its_shape", on::user, |stage: &Stage| {
+case!("image_json_keeps_its_shape", on::user, |stage: &Stage| {
     let archive = pack(stage, &small_aci_tree(stage, "tree"), "small.aci");
     let imported = import(stage, &archive);
     assert_shape(&imported, IMPORTED, "image import --json");

@@ -8,10 +8,11 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use super::volumes::volume;
+use crate::common::harness::case;
 use crate::common::run::Outcome;
 use crate::common::stage::Call;
 use crate::common::walk::{Picture, assert_same, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// Who owns the sandbox here: nobody's id, and not root's.
 pub(crate) const OWNER: u32 = 61_234;
@@ -120,82 +121,76 @@ fn own(path: &Path) {
     chown(path, Some(OWNER), Some(OWNER)).expect("chown");
 }
 
-/// The mode that the image has at the target goes onto the source that was made, and onto nothing that lies there by then.
-pub(crate) const MODE_OF_A_SOURCE: Case = Case::needing(
-    "a_mode_from_the_image_lands_on_the_source_that_was_made",
-    root,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let secret = Secret::new(stage, &["key"]);
-        let (dir, sandbox) = others_sandbox(stage);
-        let options = [&sandbox[..], &volume("tmp", "/tmp", "rw")].concat();
-        let call = stage.mount_call(&image, "rootfs", options);
-        let outcome = swap_at(call, "open.made", || replace_by_link(&dir.join("tmp"), &secret.dir.join("key")));
-        secret.assert_untouched("a new source replaced by a symlink");
-        let made = fs::symlink_metadata(dir.join("tmp.old")).expect("stat");
-        assert_eq!((made.uid(), made.gid()), (OWNER, OWNER), "a source below a sandbox is its owner's");
-        if outcome.code() == Some(0) {
-            assert_eq!(made.mode() & 0o7777, 0o1777, "as open as the image's /tmp");
-            stage.unmount("rootfs");
-        }
-        // Where nobody interferes: the image's mode without what makes programs of others run as its owner.
-        crate::common::images::chmod(&image.join("data"), 0o6770);
-        let options = [&sandbox[..], &volume("data", "/data", "rw")].concat();
-        stage.mount(&image, "rootfs", options);
-        let made = fs::symlink_metadata(dir.join("data")).expect("stat");
-        assert_eq!((made.mode() & 0o7777, made.uid()), (0o770, OWNER));
-    },
-);
+// The mode that the image has at the target goes onto the source that was made, and onto nothing that lies there by then.
+case!("a_mode_from_the_image_lands_on_the_source_that_was_made", root, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.small_image();
+    let secret = Secret::new(stage, &["key"]);
+    let (dir, sandbox) = others_sandbox(stage);
+    let options = [&sandbox[..], &volume("tmp", "/tmp", "rw")].concat();
+    let call = stage.mount_call(&image, "rootfs", options);
+    let outcome = swap_at(call, "open.made", || replace_by_link(&dir.join("tmp"), &secret.dir.join("key")));
+    secret.assert_untouched("a new source replaced by a symlink");
+    let made = fs::symlink_metadata(dir.join("tmp.old")).expect("stat");
+    assert_eq!((made.uid(), made.gid()), (OWNER, OWNER), "a source below a sandbox is its owner's");
+    if outcome.code() == Some(0) {
+        assert_eq!(made.mode() & 0o7777, 0o1777, "as open as the image's /tmp");
+        stage.unmount("rootfs");
+    }
+    // Where nobody interferes: the image's mode without what makes programs of others run as its owner.
+    crate::common::images::chmod(&image.join("data"), 0o6770);
+    let options = [&sandbox[..], &volume("data", "/data", "rw")].concat();
+    stage.mount(&image, "rootfs", options);
+    let made = fs::symlink_metadata(dir.join("data")).expect("stat");
+    assert_eq!((made.mode() & 0o7777, made.uid()), (0o770, OWNER));
+},);
 
-/// No race is needed where a path is kept and used again: days later it leads elsewhere.
-pub(crate) const RECOVERED: Case =
-    Case::new("recover_mounts_nothing_that_was_put_in_the_way_since", root, |stage: &Stage| {
-        let image = stage.mkdir("images/one");
-        crate::common::images::make_small_tree(&image);
-        let secret = Secret::new(stage, &["b/", "one/", "point/"]);
-        let (dir, sandbox) = others_sandbox(stage);
-        stage.mkdir("sandbox/a/b");
-        stage.mkdir("mounts/point");
-        for (what, says) in [("sandbox/a", "volume /data"), ("mounts", "mount point"), ("images", "layer")] {
-            for other in ["a symlink", "another directory"] {
-                let when = format!("{what} became {other}");
-                let options = [&["--id".into(), "one".into()], &sandbox[..], &volume("a/b", "/data", "rw")].concat();
-                let rootfs = stage.mount(&image, "mounts/point", options);
-                take_away(stage, &rootfs);
-                let (path, aside) = (stage.path(what), stage.path("aside"));
-                fs::rename(&path, &aside).expect("rename");
-                if other == "a symlink" {
-                    symlink(&secret.dir, &path).expect("symlink");
-                } else {
-                    match what {
-                        "images" => drop(stage.tool("cp", ["-a"]).args([&aside, &path]).run().ok()),
-                        "mounts" => fs::create_dir_all(path.join("point")).expect("mkdir"),
-                        _ => fs::create_dir_all(path.join("b")).expect("mkdir"),
-                    }
+// No race is needed where a path is kept and used again: days later it leads elsewhere.
+case!("recover_mounts_nothing_that_was_put_in_the_way_since", root, |stage: &Stage| {
+    let image = stage.mkdir("images/one");
+    crate::common::images::make_small_tree(&image);
+    let secret = Secret::new(stage, &["b/", "one/", "point/"]);
+    let (dir, sandbox) = others_sandbox(stage);
+    stage.mkdir("sandbox/a/b");
+    stage.mkdir("mounts/point");
+    for (what, says) in [("sandbox/a", "volume /data"), ("mounts", "mount point"), ("images", "layer")] {
+        for other in ["a symlink", "another directory"] {
+            let when = format!("{what} became {other}");
+            let options = [&["--id".into(), "one".into()], &sandbox[..], &volume("a/b", "/data", "rw")].concat();
+            let rootfs = stage.mount(&image, "mounts/point", options);
+            take_away(stage, &rootfs);
+            let (path, aside) = (stage.path(what), stage.path("aside"));
+            fs::rename(&path, &aside).expect("rename");
+            if other == "a symlink" {
+                symlink(&secret.dir, &path).expect("symlink");
+            } else {
+                match what {
+                    "images" => drop(stage.tool("cp", ["-a"]).args([&aside, &path]).run().ok()),
+                    "mounts" => fs::create_dir_all(path.join("point")).expect("mkdir"),
+                    _ => fs::create_dir_all(path.join("b")).expect("mkdir"),
                 }
-                let outcome = stage.fsprov(["recover"]).run();
-                secret.assert_untouched(&when);
-                let mounted = system::mounts_below(&stage.dir);
-                // A copy does not go back to its image.
-                if stage.lane.backend == "copy" && what == "images" {
-                    outcome.ok();
-                } else {
-                    assert!(mounted.is_empty(), "{when}: {mounted:#?}");
-                    // One line says which it was.
-                    outcome.fails_saying(&[says, path.to_str().expect("UTF-8")]);
-                }
-                stage.servers().iter().for_each(|server| system::kill(server.pid));
-                fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)).expect("remove");
-                fs::rename(&aside, &path).expect("rename back");
-                // Nothing was lost by it: what is as it was comes back.
-                stage.fsprov(["recover"]).run().ok();
-                assert!(rootfs.join("etc/hosts").exists() && rootfs.join("data").exists(), "{when}");
-                stage.fsprov(["unmount", "one"]).run().ok();
             }
+            let outcome = stage.fsprov(["recover"]).run();
+            secret.assert_untouched(&when);
+            let mounted = system::mounts_below(&stage.dir);
+            // A copy does not go back to its image.
+            if stage.lane.backend == "copy" && what == "images" {
+                outcome.ok();
+            } else {
+                assert!(mounted.is_empty(), "{when}: {mounted:#?}");
+                // One line says which it was.
+                outcome.fails_saying(&[says, path.to_str().expect("UTF-8")]);
+            }
+            stage.servers().iter().for_each(|server| system::kill(server.pid));
+            fs::remove_file(&path).or_else(|_| fs::remove_dir_all(&path)).expect("remove");
+            fs::rename(&aside, &path).expect("rename back");
+            // Nothing was lost by it: what is as it was comes back.
+            stage.fsprov(["recover"]).run().ok();
+            assert!(rootfs.join("etc/hosts").exists() && rootfs.join("data").exists(), "{when}");
+            stage.fsprov(["unmount", "one"]).run().ok();
         }
-        assert!(dir.join("a/b").is_dir());
-    });
+    }
+    assert!(dir.join("a/b").is_dir());
+});
 
 /// As a crash does it: its servers are dead, or it is unmounted.
 fn take_away(stage: &Stage, rootfs: &Path) {
@@ -209,53 +204,48 @@ fn take_away(stage: &Stage, rootfs: &Path) {
     }
 }
 
-/// What a mount is made of was opened before this step, and is not looked for again.
-pub(crate) const OPENED_ONCE: Case = Case::needing(
-    "what_was_opened_is_mounted_whatever_its_path_leads_to_since",
-    root,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let image = stage.mkdir("images/one");
-        crate::common::images::make_small_tree(&image);
-        let secret = Secret::new(stage, &["b/", "one/", "point/", "point/etc/", "one/etc/"]);
-        let (_, sandbox) = others_sandbox(stage);
-        stage.mkdir("sandbox/a/b");
-        let point = match stage.lane.backend {
-            "bind" => "bind.build",
-            "overlay" => "overlay.build",
-            "copy" => "copy.layers",
-            _ => "fuse.spawn",
-        };
-        let points = if stage.lane.is_fuse() { vec![point, "fuse.build", "server.mount"] } else { vec![point] };
-        for point in points {
-            for what in ["sandbox/a", "mounts", "images"] {
-                let when = format!("{what} at {point}");
-                stage.mkdir("mounts/point");
-                let options = [&["--id".into(), "one".into()], &sandbox[..], &volume("a/b", "/data", "rw")].concat();
-                let call = stage.mount_call(&image, "mounts/point", options);
-                let path = stage.path(what);
-                let outcome = swap_at(call, point, || replace_by_link(&path, &secret.dir));
-                secret.assert_untouched(&when);
-                for rootfs in ["mounts/point", "mounts.old/point"].map(|p| stage.path(p)) {
-                    let inside = [rootfs.join("data/private"), rootfs.join("private")];
-                    let shown = inside.iter().find(|path| path.exists() && !path.starts_with(&secret.dir));
-                    let shown = shown.filter(|path| !fs::canonicalize(path).is_ok_and(|p| p.starts_with(&secret.dir)));
-                    assert!(shown.is_none(), "{when}: {shown:?} is root's: {}", outcome.describe());
-                }
-                stage.fsprov(["unmount", "--all"]).run().ok();
-                let mut aside = path.clone().into_os_string();
-                aside.push(".old");
-                fs::remove_file(&path).expect("unlink");
-                fs::rename(aside, &path).expect("rename back");
-                stage.assert_nothing_left(&when);
-                secret.assert_untouched(&when);
+// What a mount is made of was opened before this step, and is not looked for again.
+case!("what_was_opened_is_mounted_whatever_its_path_leads_to_since", root, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.mkdir("images/one");
+    crate::common::images::make_small_tree(&image);
+    let secret = Secret::new(stage, &["b/", "one/", "point/", "point/etc/", "one/etc/"]);
+    let (_, sandbox) = others_sandbox(stage);
+    stage.mkdir("sandbox/a/b");
+    let point = match stage.lane.backend {
+        "bind" => "bind.build",
+        "overlay" => "overlay.build",
+        "copy" => "copy.layers",
+        _ => "fuse.spawn",
+    };
+    let points = if stage.lane.is_fuse() { vec![point, "fuse.build", "server.mount"] } else { vec![point] };
+    for point in points {
+        for what in ["sandbox/a", "mounts", "images"] {
+            let when = format!("{what} at {point}");
+            stage.mkdir("mounts/point");
+            let options = [&["--id".into(), "one".into()], &sandbox[..], &volume("a/b", "/data", "rw")].concat();
+            let call = stage.mount_call(&image, "mounts/point", options);
+            let path = stage.path(what);
+            let outcome = swap_at(call, point, || replace_by_link(&path, &secret.dir));
+            secret.assert_untouched(&when);
+            for rootfs in ["mounts/point", "mounts.old/point"].map(|p| stage.path(p)) {
+                let inside = [rootfs.join("data/private"), rootfs.join("private")];
+                let shown = inside.iter().find(|path| path.exists() && !path.starts_with(&secret.dir));
+                let shown = shown.filter(|path| !fs::canonicalize(path).is_ok_and(|p| p.starts_with(&secret.dir)));
+                assert!(shown.is_none(), "{when}: {shown:?} is root's: {}", outcome.describe());
             }
+            stage.fsprov(["unmount", "--all"]).run().ok();
+            let mut aside = path.clone().into_os_string();
+            aside.push(".old");
+            fs::remove_file(&path).expect("unlink");
+            fs::rename(aside, &path).expect("rename back");
+            stage.assert_nothing_left(&when);
+            secret.assert_untouched(&when);
         }
-    },
-);
+    }
+},);
 
-/// A single file that is filled from the image is made where nobody else can put something in its place.
-pub(crate) const FILLED_FILE: Case = Case::needing(
+// A single file that is filled from the image is made where nobody else can put something in its place.
+case!(
     "a_filled_files_owner_and_mode_go_to_that_file",
     |lane| lane.name == "bind-root" || lane.name == "fuse-root",
     &[Need::Failpoints],
@@ -277,8 +267,8 @@ pub(crate) const FILLED_FILE: Case = Case::needing(
     },
 );
 
-/// Likewise what the copy backend makes in a directory that is another user's.
-pub(crate) const COPIED_FILE: Case = Case::needing(
+// Likewise what the copy backend makes in a directory that is another user's.
+case!(
     "a_copied_files_owner_and_mode_go_to_that_file",
     |lane| lane.name == "copy-root",
     &[Need::Failpoints],
@@ -308,8 +298,8 @@ pub(crate) const COPIED_FILE: Case = Case::needing(
     },
 );
 
-/// What was mounted is unmounted wherever it lies by now.
-pub(crate) const MOVED: Case = Case::new("a_rootfs_whose_directory_was_renamed_is_unmounted", root, |stage: &Stage| {
+// What was mounted is unmounted wherever it lies by now.
+case!("a_rootfs_whose_directory_was_renamed_is_unmounted", root, |stage: &Stage| {
     let image = stage.small_image();
     let vol = stage.mkdir("vol");
     for lazy in [false, true] {
@@ -329,8 +319,8 @@ pub(crate) const MOVED: Case = Case::new("a_rootfs_whose_directory_was_renamed_i
     }
 });
 
-/// overlayfs's directories for changes are made in the one that was made for them.
-pub(crate) const CHANGES: Case = Case::needing(
+// overlayfs's directories for changes are made in the one that was made for them.
+case!(
     "directories_for_changes_are_made_in_the_one_that_was_made",
     |lane| lane.name == "overlay-root",
     &[Need::Failpoints],
@@ -348,32 +338,28 @@ pub(crate) const CHANGES: Case = Case::needing(
     },
 );
 
-/// Root whose HOME is another user's (sudo keeps it) does not do what that user's configuration says.
-pub(crate) const CONFIGURED: Case = Case::new(
-    "root_does_not_follow_another_users_configuration",
-    |lane| lane.name == "bind-root",
-    |stage: &Stage| {
-        let image = stage.small_image();
-        let secret = Secret::new(stage, &[]);
-        stage.mkdir("home/.config/fsprov");
-        let file = stage.write(
-            "home/.config/fsprov/config.toml",
-            format!("volumes = [{:?}]\n", format!("{}:/data:rw", secret.dir.display())),
-        );
-        own(&file);
-        let outcome = stage.mount_call(&image, "rootfs", ["--id", "one"]).run().ok();
-        assert!(!stage.path("rootfs/data/private").exists(), "another user's configuration chose a volume");
-        assert!(outcome.err().contains("config.toml"), "it says so: {}", outcome.describe());
-        stage.unmount("rootfs");
-        // One's own is followed.
-        chown(&file, Some(0), Some(0)).expect("chown");
-        stage.mount(&image, "rootfs", ["--id", "one"]);
-        assert!(stage.path("rootfs/data/private").exists());
-    },
-);
+// Root whose HOME is another user's (sudo keeps it) does not do what that user's configuration says.
+case!("root_does_not_follow_another_users_configuration", |lane| lane.name == "bind-root", |stage: &Stage| {
+    let image = stage.small_image();
+    let secret = Secret::new(stage, &[]);
+    stage.mkdir("home/.config/fsprov");
+    let file = stage.write(
+        "home/.config/fsprov/config.toml",
+        format!("volumes = [{:?}]\n", format!("{}:/data:rw", secret.dir.display())),
+    );
+    own(&file);
+    let outcome = stage.mount_call(&image, "rootfs", ["--id", "one"]).run().ok();
+    assert!(!stage.path("rootfs/data/private").exists(), "another user's configuration chose a volume");
+    assert!(outcome.err().contains("config.toml"), "it says so: {}", outcome.describe());
+    stage.unmount("rootfs");
+    // One's own is followed.
+    chown(&file, Some(0), Some(0)).expect("chown");
+    stage.mount(&image, "rootfs", ["--id", "one"]);
+    assert!(stage.path("rootfs/data/private").exists());
+},);
 
-/// Likewise an image that is read from another user's directory.
-pub(crate) const IMPORTED: Case = Case::needing(
+// Likewise an image that is read from another user's directory.
+case!(
     "an_image_is_read_from_the_directory_that_was_opened",
     |lane| lane.name == "bind-root",
     &[Need::Failpoints],
@@ -394,8 +380,8 @@ pub(crate) const IMPORTED: Case = Case::needing(
     },
 );
 
-/// fusermount3 follows the path that it is given: what it mounted where that led meanwhile is taken away again.
-pub(crate) const MOUNTED_ELSEWHERE: Case = Case::needing(
+// fusermount3 follows the path that it is given: what it mounted where that led meanwhile is taken away again.
+case!(
     "what_fusermount3_mounted_elsewhere_is_taken_away",
     |lane| lane.name == "fuse-user",
     &[Need::Failpoints],

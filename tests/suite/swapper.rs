@@ -22,10 +22,11 @@ use rustix::mount::UnmountFlags;
 use super::faults::steps_in;
 use super::swapped::{OWNER, stopped_at};
 use super::volumes::volume;
+use crate::common::harness::case;
 use crate::common::images::make_small_tree;
 use crate::common::stage::Call;
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// How many combinations are tried on each lane, of all that there are, where not all are asked for.
 const SOME: usize = 120;
@@ -314,66 +315,59 @@ fn report(line: &str) {
     writeln!(file, "{line}").expect("write the report");
 }
 
-pub(crate) const EVERY_STEP: Case = Case::needing(
-    "nothing_of_roots_is_reached_whatever_is_exchanged_at_any_step",
-    root,
-    &[Need::Failpoints],
-    |stage: &Stage| {
-        let secret = Root::new(stage);
-        let before = picture(&secret.dir);
-        let mut all = Vec::new();
-        for verb in [Verb::Mount, Verb::Recover, Verb::Unmount] {
-            for point in points(stage, verb) {
-                for part in PARTS {
-                    for how in [Swap::Link, Swap::Other, Swap::Parent] {
-                        all.push((verb, point.clone(), part, how));
-                    }
+case!("nothing_of_roots_is_reached_whatever_is_exchanged_at_any_step", root, &[Need::Failpoints], |stage: &Stage| {
+    let secret = Root::new(stage);
+    let before = picture(&secret.dir);
+    let mut all = Vec::new();
+    for verb in [Verb::Mount, Verb::Recover, Verb::Unmount] {
+        for point in points(stage, verb) {
+            for part in PARTS {
+                for how in [Swap::Link, Swap::Other, Swap::Parent] {
+                    all.push((verb, point.clone(), part, how));
                 }
             }
         }
-        let total = all.len();
-        if std::env::var("FSPROV_TEST_SWAPS").as_deref() != Ok("all") {
-            // A spread of all of them, the same each time: a stride that has no factor in common with what they are counted by.
-            let counted_by = [PARTS.len(), 3];
-            let first = (total / SOME).max(1);
-            let stride = (first..).find(|n| !counted_by.iter().any(|by| n.is_multiple_of(*by))).expect("there is one");
-            all = all.into_iter().step_by(stride).collect();
+    }
+    let total = all.len();
+    if std::env::var("FSPROV_TEST_SWAPS").as_deref() != Ok("all") {
+        // A spread of all of them, the same each time: a stride that has no factor in common with what they are counted by.
+        let counted_by = [PARTS.len(), 3];
+        let first = (total / SOME).max(1);
+        let stride = (first..).find(|n| !counted_by.iter().any(|by| n.is_multiple_of(*by))).expect("there is one");
+        all = all.into_iter().step_by(stride).collect();
+    }
+    let (mut tried, mut passed, mut escapes) = (0, 0, Vec::new());
+    for (verb, point, part, how) in all {
+        prepare(stage, verb);
+        let call = call(stage, verb);
+        let mut exchanged = false;
+        let (_, outcome) = stopped_at(call, &format!("{point}=1*return(stop)"), || {
+            exchanged = swap(stage, &secret, part, how);
+        });
+        let came = exchanged;
+        tried += usize::from(came);
+        passed += usize::from(came && outcome.code() == Some(0));
+        let found = secret.escapes(stage);
+        if !found.is_empty() {
+            escapes
+                .push(format!("{verb:?} at {point}, {part} exchanged ({how:?}): {found:#?}\n{}", outcome.describe()));
         }
-        let (mut tried, mut passed, mut escapes) = (0, 0, Vec::new());
-        for (verb, point, part, how) in all {
-            prepare(stage, verb);
-            let call = call(stage, verb);
-            let mut exchanged = false;
-            let (_, outcome) = stopped_at(call, &format!("{point}=1*return(stop)"), || {
-                exchanged = swap(stage, &secret, part, how);
-            });
-            let came = exchanged;
-            tried += usize::from(came);
-            passed += usize::from(came && outcome.code() == Some(0));
-            let found = secret.escapes(stage);
-            if !found.is_empty() {
-                escapes.push(format!(
-                    "{verb:?} at {point}, {part} exchanged ({how:?}): {found:#?}\n{}",
-                    outcome.describe()
-                ));
-            }
-            assert!(outcome.code().is_some(), "{verb:?} at {point}, {part} ({how:?}): {}", outcome.describe());
-        }
-        report(&format!(
-            "{}: {tried} of {total} combinations of step, path and exchange; {passed} went on to the end, {} were refused; {} escapes",
-            stage.lane.name,
-            tried - passed,
-            escapes.len()
-        ));
-        assert!(tried * 10 >= SOME.min(total) * 5, "only {tried} came to their step");
-        assert!(escapes.is_empty(), "{} escapes, the first:\n{}", escapes.len(), escapes[0]);
-        reset(stage);
-        assert_same(&before, &picture(&secret.dir), "root's tree");
-    },
-);
+        assert!(outcome.code().is_some(), "{verb:?} at {point}, {part} ({how:?}): {}", outcome.describe());
+    }
+    report(&format!(
+        "{}: {tried} of {total} combinations of step, path and exchange; {passed} went on to the end, {} were refused; {} escapes",
+        stage.lane.name,
+        tried - passed,
+        escapes.len()
+    ));
+    assert!(tried * 10 >= SOME.min(total) * 5, "only {tried} came to their step");
+    assert!(escapes.is_empty(), "{} escapes, the first:\n{}", escapes.len(), escapes[0]);
+    reset(stage);
+    assert_same(&before, &picture(&secret.dir), "root's tree");
+},);
 
-/// As fast as it can, with no step to stop at.
-pub(crate) const TIGHT_LOOP: Case = Case::new("nothing_of_roots_is_reached_in_a_tight_loop", root, |stage: &Stage| {
+// As fast as it can, with no step to stop at.
+case!("nothing_of_roots_is_reached_in_a_tight_loop", root, |stage: &Stage| {
     let secret = Root::new(stage);
     let seconds = std::env::var("FSPROV_TEST_SWAP_SECONDS").ok().and_then(|s| s.parse().ok()).unwrap_or(2);
     let (mut rounds, mut passed) = (0, 0);

@@ -6,7 +6,8 @@ use std::fs;
 use std::time::Duration;
 
 use super::volumes::{sandbox, volume};
-use crate::common::{Case, Enter, Lane, Need, Stage, system};
+use crate::common::harness::case;
+use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// Paths that may be looked up after that, and why. All others are what a user of the host may own.
 const EXCEPTIONS: [(&str, &str); 6] = [
@@ -25,7 +26,7 @@ fn root(lane: &Lane) -> bool {
     lane.enter == Enter::Root && !lane.backend.is_empty()
 }
 
-pub(crate) const NO_PATHS: Case = Case::needing(
+case!(
     "no_path_of_the_host_is_looked_up_after_the_places_are_open",
     root,
     &[Need::Failpoints, Need::Tool("strace")],

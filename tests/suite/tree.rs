@@ -1,10 +1,10 @@
 //! The rootfs shows what the image holds.
 
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Stage, images, needs};
+use crate::common::{Enter, Stage, images, needs};
 
-pub(crate) const SAME_TREE: Case = Case::new("same_tree_as_the_source", on::every_backend, |stage: &Stage| {
+case!("same_tree_as_the_source", on::every_backend, |stage: &Stage| {
     let image = stage.full_image();
     match (stage.lane.backend, stage.lane.enter) {
         // A directory that one may list but not enter: readdirplus must give attributes with each name, and fuser 0.18 has no way
@@ -42,8 +42,8 @@ pub(crate) const SAME_TREE: Case = Case::new("same_tree_as_the_source", on::ever
     assert_same(&want, &picture(&image), "the image after unmount");
 });
 
-/// A copy is its user's own: writable, and no change reaches the image.
-pub(crate) const COPY_IS_WRITABLE: Case = Case::new("a_copy_is_writable_and_its_own", on::copy, |stage: &Stage| {
+// A copy is its user's own: writable, and no change reaches the image.
+case!("a_copy_is_writable_and_its_own", on::copy, |stage: &Stage| {
     let image = stage.small_image();
     let before = picture(&image);
     let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);

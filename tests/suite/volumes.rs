@@ -7,9 +7,9 @@ use std::path::{Path, PathBuf};
 
 use rustix::io::Errno;
 
-use crate::common::harness::on;
+use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
-use crate::common::{Case, Enter, Lane, Stage, images, system};
+use crate::common::{Enter, Lane, Stage, images, system};
 
 /// `-v SOURCE:TARGET:ACCESS`, with what the grammar takes for a separator escaped.
 pub(crate) fn volume(source: impl AsRef<Path>, target: &str, access: &str) -> [OsString; 2] {
@@ -58,8 +58,8 @@ fn refuses(result: std::io::Result<()>, errno: Errno) {
     assert_eq!(result.map_err(|e| Errno::from_io_error(&e)), Err(Some(errno)));
 }
 
-/// Directory and file, relative and absolute, read-only and writable: all eight in one rootfs.
-pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_volume", on::volumes, |stage: &Stage| {
+// Directory and file, relative and absolute, read-only and writable: all eight in one rootfs.
+case!("every_kind_of_volume", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     for name in ["data/dr", "data/dw", "data/ar", "data/aw"] {
         fs::create_dir(image.join(name)).expect("mkdir");
@@ -137,23 +137,22 @@ pub(crate) const EVERY_KIND: Case = Case::new("every_kind_of_volume", on::volume
     assert_eq!(read(stage.path("sandbox/dw/from-host")), "made on the host");
 });
 
-pub(crate) const SOURCE_IS_MADE: Case =
-    Case::new("a_missing_relative_source_is_made_below_the_sandbox", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        let args = options(&[&sandbox(stage), &volume("a/b/tmp", "/tmp", "rw"), &volume("lib", "/var/lib", "rw")]);
-        let rootfs = stage.mount(&image, "rootfs", args);
-        write(rootfs.join("tmp/x"), "x");
-        assert_eq!(read(stage.path("sandbox/a/b/tmp/x")), "x");
-        let owner = |path: &Path| fs::metadata(path).map(|m| (m.uid(), m.gid())).expect("stat");
-        assert_eq!(owner(&stage.path("sandbox/a/b/tmp")), owner(&stage.path("sandbox")));
-        // What the image says of /tmp stays true of the volume made for it.
-        let mode = fs::metadata(rootfs.join("tmp")).expect("stat").permissions().mode() & 0o7777;
-        assert_eq!(mode, 0o1777, "mode of /tmp is {mode:o}");
-        stage.unmount(&rootfs);
-        assert!(stage.path("sandbox/a/b/tmp/x").exists(), "unmount keeps what is in a volume");
-    });
+case!("a_missing_relative_source_is_made_below_the_sandbox", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    let args = options(&[&sandbox(stage), &volume("a/b/tmp", "/tmp", "rw"), &volume("lib", "/var/lib", "rw")]);
+    let rootfs = stage.mount(&image, "rootfs", args);
+    write(rootfs.join("tmp/x"), "x");
+    assert_eq!(read(stage.path("sandbox/a/b/tmp/x")), "x");
+    let owner = |path: &Path| fs::metadata(path).map(|m| (m.uid(), m.gid())).expect("stat");
+    assert_eq!(owner(&stage.path("sandbox/a/b/tmp")), owner(&stage.path("sandbox")));
+    // What the image says of /tmp stays true of the volume made for it.
+    let mode = fs::metadata(rootfs.join("tmp")).expect("stat").permissions().mode() & 0o7777;
+    assert_eq!(mode, 0o1777, "mode of /tmp is {mode:o}");
+    stage.unmount(&rootfs);
+    assert!(stage.path("sandbox/a/b/tmp/x").exists(), "unmount keeps what is in a volume");
+});
 
-pub(crate) const NESTED: Case = Case::new("nested_volumes_in_any_order", on::volumes, |stage: &Stage| {
+case!("nested_volumes_in_any_order", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     for dir in ["outer/inner/deep", "inner/deep", "deep"] {
         stage.mkdir(dir);
@@ -192,26 +191,23 @@ pub(crate) const NESTED: Case = Case::new("nested_volumes_in_any_order", on::vol
     }
 });
 
-pub(crate) const THROUGH_SYMLINKS: Case =
-    Case::new("targets_go_through_the_images_symlinks", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        stage.mkdir("run");
-        stage.mkdir("lock");
-        stage.write("lock/l", "lock");
-        // /var/run -> /run and /var/lock -> ../run/lock: absolute and relative, as Debian has them.
-        let args = options(&[
-            &volume(stage.path("run"), "/var/run/lock", "rw"),
-            &volume(stage.path("lock"), "/var/lib", "ro"),
-        ]);
-        let rootfs = stage.mount(&image, "rootfs", args);
-        write(rootfs.join("run/lock/x"), "through");
-        assert_eq!(read(stage.path("run/x")), "through");
-        assert_eq!(read(rootfs.join("var/lib/l")), "lock");
-        assert_eq!(fs::read_link(rootfs.join("var/run")).expect("still a symlink"), Path::new("/run"));
-    });
+case!("targets_go_through_the_images_symlinks", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    stage.mkdir("run");
+    stage.mkdir("lock");
+    stage.write("lock/l", "lock");
+    // /var/run -> /run and /var/lock -> ../run/lock: absolute and relative, as Debian has them.
+    let args =
+        options(&[&volume(stage.path("run"), "/var/run/lock", "rw"), &volume(stage.path("lock"), "/var/lib", "ro")]);
+    let rootfs = stage.mount(&image, "rootfs", args);
+    write(rootfs.join("run/lock/x"), "through");
+    assert_eq!(read(stage.path("run/x")), "through");
+    assert_eq!(read(rootfs.join("var/lib/l")), "lock");
+    assert_eq!(fs::read_link(rootfs.join("var/run")).expect("still a symlink"), Path::new("/run"));
+});
 
-/// Symlinks of the image that point at the host: they mean places inside the image, whatever they say.
-pub(crate) const NO_ESCAPE: Case = Case::new("targets_never_leave_the_image", on::volumes, |stage: &Stage| {
+// Symlinks of the image that point at the host: they mean places inside the image, whatever they say.
+case!("targets_never_leave_the_image", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     let outside = stage.mkdir("outside");
     let deep_up = "../".repeat(40);
@@ -254,128 +250,123 @@ pub(crate) const NO_ESCAPE: Case = Case::new("targets_never_leave_the_image", on
     assert_eq!(before, system::mounts_of_others(), "mounts outside the case's directory");
 });
 
-pub(crate) const SANDBOX_ESCAPE: Case =
-    Case::new("a_relative_source_never_leaves_the_sandbox", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        let [flag, dir] = sandbox(stage);
-        let outside = stage.mkdir("outside");
-        symlink(&outside, stage.path("sandbox/abs")).expect("symlink");
-        symlink("../outside", stage.path("sandbox/up")).expect("symlink");
-        symlink("inside", stage.path("sandbox/fine")).expect("symlink");
-        stage.mkdir("sandbox/inside");
-        for source in ["abs", "up", "abs/new", "up/new"] {
-            let args = options(&[&[flag.clone(), dir.clone()], &volume(source, "/data", "rw")]);
-            stage.mount_call(&image, "rootfs", args).run().fails(2, &["sandbox", source]);
-            assert_eq!(fs::read_dir(&outside).expect("read").count(), 0, "something was made outside the sandbox");
-            stage.assert_nothing_left("after a refused source");
-        }
-        let args = options(&[&[flag, dir], &volume("fine/new", "/data", "rw")]);
-        let rootfs = stage.mount(&image, "rootfs", args);
-        write(rootfs.join("data/x"), "x");
-        assert_eq!(read(stage.path("sandbox/inside/new/x")), "x");
-    });
+case!("a_relative_source_never_leaves_the_sandbox", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    let [flag, dir] = sandbox(stage);
+    let outside = stage.mkdir("outside");
+    symlink(&outside, stage.path("sandbox/abs")).expect("symlink");
+    symlink("../outside", stage.path("sandbox/up")).expect("symlink");
+    symlink("inside", stage.path("sandbox/fine")).expect("symlink");
+    stage.mkdir("sandbox/inside");
+    for source in ["abs", "up", "abs/new", "up/new"] {
+        let args = options(&[&[flag.clone(), dir.clone()], &volume(source, "/data", "rw")]);
+        stage.mount_call(&image, "rootfs", args).run().fails(2, &["sandbox", source]);
+        assert_eq!(fs::read_dir(&outside).expect("read").count(), 0, "something was made outside the sandbox");
+        stage.assert_nothing_left("after a refused source");
+    }
+    let args = options(&[&[flag, dir], &volume("fine/new", "/data", "rw")]);
+    let rootfs = stage.mount(&image, "rootfs", args);
+    write(rootfs.join("data/x"), "x");
+    assert_eq!(read(stage.path("sandbox/inside/new/x")), "x");
+});
 
-pub(crate) const MISSING_POINT_MADE_UP: Case =
-    Case::new("missing_mount_points_are_made_up", on::makes_mount_points, |stage: &Stage| {
-        let image = stage.small_image();
-        let before = picture(&image);
-        stage.mkdir("vol");
-        stage.write("vol/mark", "volume");
-        let file = stage.write("one", "file volume");
-        let args = options(&[
-            &volume(stage.path("vol"), "/opt/made/up", "rw"),
-            &volume(stage.path("vol"), "/etc/conf.d", "ro"),
-            &volume(&file, "/etc/resolv.conf", "rw"),
-            &volume(&file, "/opt/made/file", "ro"),
-        ]);
-        let rootfs = stage.mount(&image, "rootfs", args);
-        assert_eq!(read(rootfs.join("opt/made/up/mark")), "volume");
-        assert_eq!(read(rootfs.join("etc/conf.d/mark")), "volume");
-        assert_eq!(read(rootfs.join("etc/resolv.conf")), "file volume");
-        assert_eq!(read(rootfs.join("opt/made/file")), "file volume");
-        // They are listed, beside what the image has there.
-        let names = |dir: &str| {
-            let mut names: Vec<String> = fs::read_dir(rootfs.join(dir))
-                .expect("read dir")
-                .map(|e| e.expect("entry").file_name().to_string_lossy().into_owned())
-                .collect();
-            names.sort();
-            names
-        };
-        assert_eq!(names("opt"), ["made"]);
-        assert_eq!(names("opt/made"), ["file", "up"]);
-        assert_eq!(names("etc"), ["conf.d", "hosts", "passwd", "resolv.conf"]);
-        assert!(names("").contains(&"opt".to_owned()));
-        let mode = fs::metadata(rootfs.join("opt/made")).expect("stat").permissions().mode() & 0o7777;
-        assert_eq!(mode, 0o755, "made-up directories are 0755, this is {mode:o}");
-        write(rootfs.join("opt/made/up/w"), "w");
-        assert_eq!(read(stage.path("vol/w")), "w");
-        refuses(fs::write(rootfs.join("opt/made/w"), "w"), Errno::ROFS);
-        refuses(fs::write(rootfs.join("etc/conf.d/w"), "w"), Errno::ROFS);
-        refuses(fs::remove_dir(rootfs.join("opt/made")), Errno::ROFS);
-        stage.unmount(&rootfs);
-        assert_same(&before, &picture(&image), "the image: made up means in the tree, not on disk");
-    });
+case!("missing_mount_points_are_made_up", on::makes_mount_points, |stage: &Stage| {
+    let image = stage.small_image();
+    let before = picture(&image);
+    stage.mkdir("vol");
+    stage.write("vol/mark", "volume");
+    let file = stage.write("one", "file volume");
+    let args = options(&[
+        &volume(stage.path("vol"), "/opt/made/up", "rw"),
+        &volume(stage.path("vol"), "/etc/conf.d", "ro"),
+        &volume(&file, "/etc/resolv.conf", "rw"),
+        &volume(&file, "/opt/made/file", "ro"),
+    ]);
+    let rootfs = stage.mount(&image, "rootfs", args);
+    assert_eq!(read(rootfs.join("opt/made/up/mark")), "volume");
+    assert_eq!(read(rootfs.join("etc/conf.d/mark")), "volume");
+    assert_eq!(read(rootfs.join("etc/resolv.conf")), "file volume");
+    assert_eq!(read(rootfs.join("opt/made/file")), "file volume");
+    // They are listed, beside what the image has there.
+    let names = |dir: &str| {
+        let mut names: Vec<String> = fs::read_dir(rootfs.join(dir))
+            .expect("read dir")
+            .map(|e| e.expect("entry").file_name().to_string_lossy().into_owned())
+            .collect();
+        names.sort();
+        names
+    };
+    assert_eq!(names("opt"), ["made"]);
+    assert_eq!(names("opt/made"), ["file", "up"]);
+    assert_eq!(names("etc"), ["conf.d", "hosts", "passwd", "resolv.conf"]);
+    assert!(names("").contains(&"opt".to_owned()));
+    let mode = fs::metadata(rootfs.join("opt/made")).expect("stat").permissions().mode() & 0o7777;
+    assert_eq!(mode, 0o755, "made-up directories are 0755, this is {mode:o}");
+    write(rootfs.join("opt/made/up/w"), "w");
+    assert_eq!(read(stage.path("vol/w")), "w");
+    refuses(fs::write(rootfs.join("opt/made/w"), "w"), Errno::ROFS);
+    refuses(fs::write(rootfs.join("etc/conf.d/w"), "w"), Errno::ROFS);
+    refuses(fs::remove_dir(rootfs.join("opt/made")), Errno::ROFS);
+    stage.unmount(&rootfs);
+    assert_same(&before, &picture(&image), "the image: made up means in the tree, not on disk");
+});
 
-pub(crate) const MISSING_POINT_REFUSED: Case =
-    Case::new("a_missing_mount_point_is_named_with_who_could", on::bind, |stage: &Stage| {
-        let image = stage.small_image();
-        let before = picture(&image);
-        stage.mkdir("vol");
-        for target in ["/opt", "/etc/new/deep"] {
-            let outcome = stage.mount_call(&image, "rootfs", volume(stage.path("vol"), target, "rw")).run();
-            outcome.fails_saying(&[target, "fuse"]);
-            stage.assert_nothing_left("after a missing mount point");
-        }
-        assert_same(&before, &picture(&image), "the image");
-    });
+case!("a_missing_mount_point_is_named_with_who_could", on::bind, |stage: &Stage| {
+    let image = stage.small_image();
+    let before = picture(&image);
+    stage.mkdir("vol");
+    for target in ["/opt", "/etc/new/deep"] {
+        let outcome = stage.mount_call(&image, "rootfs", volume(stage.path("vol"), target, "rw")).run();
+        outcome.fails_saying(&[target, "fuse"]);
+        stage.assert_nothing_left("after a missing mount point");
+    }
+    assert_same(&before, &picture(&image), "the image");
+});
 
-pub(crate) const WRONG_REQUESTS: Case =
-    Case::new("wrong_volumes_are_refused_and_leave_nothing", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        let dir = stage.mkdir("vol");
-        let file = stage.write("one", "file");
-        let raw = |text: String| vec![OsString::from("-v"), OsString::from(text)];
-        let (d, f) = (dir.display().to_string(), file.display().to_string());
-        // What is asked for, the exit code, what the message must name.
-        let table: &[(Vec<OsString>, i32, &[&str])] = &[
-            (raw(format!("{d}:/data/../etc")), 2, &["/data/../etc", ".."]),
-            (raw(format!("{d}:/./data")), 2, &["/./data"]),
-            (raw(format!("{d}://data")), 2, &["//data"]),
-            (raw(format!("{d}:data")), 2, &["data", "absolute"]),
-            (raw(format!("{d}:/")), 2, &["root"]),
-            (raw(d.clone()), 2, &["SRC:DST"]),
-            (raw(format!("{d}:/data:rx")), 2, &["rx", "SRC:DST"]),
-            (raw(format!("{d}:/data:ro,rw")), 2, &["twice"]),
-            (raw(format!("{d}:/data:ro:rw")), 2, &["SRC:DST"]),
-            (raw("x/../vol:/data".into()), 2, &["x/../vol"]),
-            (raw("rel:/data".into()), 2, &["rel", "--sandbox"]),
-            (raw(format!("{d}/missing:/data")), 3, &["missing", "create it"]),
-            (raw(format!("{d}:/etc/passwd")), 2, &["/etc/passwd", "directory"]),
-            (raw(format!("{f}:/data")), 2, &["/data", "directory"]),
-            ([raw(format!("{d}:/data")), raw(format!("{d}:/data/:ro"))].concat(), 2, &["/data", "two volumes"]),
-            ([raw(format!("{f}:/etc/hosts")), raw(format!("{d}:/etc/hosts/x"))].concat(), 2, &["/etc/hosts"]),
-            (vec!["--sandbox".into(), file.clone().into(), "-v".into(), "x:/data".into()], 2, &["one", "--sandbox"]),
-        ];
-        for (args, code, texts) in table {
-            stage.mount_call(&image, "rootfs", args.clone()).run().fails(*code, texts);
-            stage.assert_nothing_left("after a refused volume");
-            assert!(!stage.path("rootfs").exists(), "a refused mount made the mount point");
-        }
-    });
-
-/// Two names for one place: through a symlink of the image, both volumes mean /run.
-pub(crate) const ALIASES: Case =
-    Case::new("two_volumes_on_one_place_through_a_symlink_are_refused", on::volumes, |stage: &Stage| {
-        let image = stage.small_image();
-        stage.mkdir("a");
-        stage.mkdir("b");
-        let args = options(&[&volume(stage.path("a"), "/run", "rw"), &volume(stage.path("b"), "/var/run", "rw")]);
-        stage.mount_call(&image, "rootfs", args).run().fails(2, &["/var/run", "/run"]);
+case!("wrong_volumes_are_refused_and_leave_nothing", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    let dir = stage.mkdir("vol");
+    let file = stage.write("one", "file");
+    let raw = |text: String| vec![OsString::from("-v"), OsString::from(text)];
+    let (d, f) = (dir.display().to_string(), file.display().to_string());
+    // What is asked for, the exit code, what the message must name.
+    let table: &[(Vec<OsString>, i32, &[&str])] = &[
+        (raw(format!("{d}:/data/../etc")), 2, &["/data/../etc", ".."]),
+        (raw(format!("{d}:/./data")), 2, &["/./data"]),
+        (raw(format!("{d}://data")), 2, &["//data"]),
+        (raw(format!("{d}:data")), 2, &["data", "absolute"]),
+        (raw(format!("{d}:/")), 2, &["root"]),
+        (raw(d.clone()), 2, &["SRC:DST"]),
+        (raw(format!("{d}:/data:rx")), 2, &["rx", "SRC:DST"]),
+        (raw(format!("{d}:/data:ro,rw")), 2, &["twice"]),
+        (raw(format!("{d}:/data:ro:rw")), 2, &["SRC:DST"]),
+        (raw("x/../vol:/data".into()), 2, &["x/../vol"]),
+        (raw("rel:/data".into()), 2, &["rel", "--sandbox"]),
+        (raw(format!("{d}/missing:/data")), 3, &["missing", "create it"]),
+        (raw(format!("{d}:/etc/passwd")), 2, &["/etc/passwd", "directory"]),
+        (raw(format!("{f}:/data")), 2, &["/data", "directory"]),
+        ([raw(format!("{d}:/data")), raw(format!("{d}:/data/:ro"))].concat(), 2, &["/data", "two volumes"]),
+        ([raw(format!("{f}:/etc/hosts")), raw(format!("{d}:/etc/hosts/x"))].concat(), 2, &["/etc/hosts"]),
+        (vec!["--sandbox".into(), file.clone().into(), "-v".into(), "x:/data".into()], 2, &["one", "--sandbox"]),
+    ];
+    for (args, code, texts) in table {
+        stage.mount_call(&image, "rootfs", args.clone()).run().fails(*code, texts);
         stage.assert_nothing_left("after a refused volume");
-    });
+        assert!(!stage.path("rootfs").exists(), "a refused mount made the mount point");
+    }
+});
 
-pub(crate) const SUBMOUNTS: Case = Case::new(
+// Two names for one place: through a symlink of the image, both volumes mean /run.
+case!("two_volumes_on_one_place_through_a_symlink_are_refused", on::volumes, |stage: &Stage| {
+    let image = stage.small_image();
+    stage.mkdir("a");
+    stage.mkdir("b");
+    let args = options(&[&volume(stage.path("a"), "/run", "rw"), &volume(stage.path("b"), "/var/run", "rw")]);
+    stage.mount_call(&image, "rootfs", args).run().fails(2, &["/var/run", "/run"]);
+    stage.assert_nothing_left("after a refused volume");
+});
+
+case!(
     "submounts_of_a_read_only_volume_are_read_only",
     |lane: &Lane| on::volumes(lane) && lane.enter != Enter::User,
     |stage: &Stage| {
@@ -400,8 +391,8 @@ pub(crate) const SUBMOUNTS: Case = Case::new(
     },
 );
 
-/// Paths with every byte that a parser of options, mountinfo or lines could trip over.
-pub(crate) const ODD_PATHS: Case = Case::new("odd_paths_everywhere", on::volumes, |stage: &Stage| {
+// Paths with every byte that a parser of options, mountinfo or lines could trip over.
+case!("odd_paths_everywhere", on::volumes, |stage: &Stage| {
     for (i, name) in images::odd_names().into_iter().enumerate() {
         // A name of 255 bytes leaves no room for a suffix: it is used as it is, for all of them, in directories of their own.
         let dir = stage.mkdir(format!("case-{i}"));
@@ -433,9 +424,9 @@ fn escaped(path: &Path) -> OsString {
     OsString::from_vec(bytes.flat_map(|&b| if matches!(b, b':' | b'\\') { vec![b'\\', b] } else { vec![b] }).collect())
 }
 
-/// The mount is one file system for its user, but not one disk: what cannot be renamed or linked across says EXDEV, so that
-/// programs fall back to copying. What would change the image says EROFS, whichever is asked first.
-pub(crate) const ACROSS: Case = Case::new("rename_and_link_across_trees", on::volumes, |stage: &Stage| {
+// The mount is one file system for its user, but not one disk: what cannot be renamed or linked across says EXDEV, so that
+// programs fall back to copying. What would change the image says EROFS, whichever is asked first.
+case!("rename_and_link_across_trees", on::volumes, |stage: &Stage| {
     let image = stage.small_image();
     for dir in ["a", "b"] {
         stage.mkdir(dir);
@@ -466,8 +457,8 @@ pub(crate) const ACROSS: Case = Case::new("rename_and_link_across_trees", on::vo
     assert_eq!(read(stage.path("a/hosts")), "127.0.0.1 localhost\n");
 });
 
-/// `--squash` and `--uid-map` say whose the files of the image seem. Those of a volume are whose they are on the disk.
-pub(crate) const OWNERS: Case = Case::new("owners_are_squashed_or_mapped", fuse_here, |stage: &Stage| {
+// `--squash` and `--uid-map` say whose the files of the image seem. Those of a volume are whose they are on the disk.
+case!("owners_are_squashed_or_mapped", fuse_here, |stage: &Stage| {
     let (image, backing) = (stage.small_image(), stage.mkdir("vol"));
     let owner = |path: &Path| fs::symlink_metadata(path).map(|m| (m.uid(), m.gid())).expect("stat");
     let own @ (uid, gid) = owner(&image.join("etc/hosts"));
@@ -496,44 +487,43 @@ fn fuse_here(lane: &Lane) -> bool {
     on::fuse(lane) && lane.enter != Enter::Userns
 }
 
-/// `-v DIR:/w` with the rootfs in DIR, and another rootfs there: a worker that comes later finds them mounted in what it serves, and
-/// must not keep them.
-pub(crate) const ROOTFS_WITHIN: Case =
-    Case::new("a_rootfs_within_a_volumes_source_ends_when_it_is_unmounted", on::fuse, |stage: &Stage| {
-        let image = stage.small_image();
-        let source = stage.mkdir("vol");
-        stage.write("vol/f", "of the volume");
-        let mount = |id: &str| {
-            let mut options = vec!["--id".into(), id.into()];
-            options.extend(volume(&source, "/data", "rw"));
-            stage.mount(&image, format!("vol/{id}"), options)
-        };
-        let (one, two) = (mount("one"), mount("two"));
-        for id in ["one", "two"] {
-            stage.fsprov(["restart", id]).run().ok();
+// `-v DIR:/w` with the rootfs in DIR, and another rootfs there: a worker that comes later finds them mounted in what it serves, and
+// must not keep them.
+case!("a_rootfs_within_a_volumes_source_ends_when_it_is_unmounted", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    let source = stage.mkdir("vol");
+    stage.write("vol/f", "of the volume");
+    let mount = |id: &str| {
+        let mut options = vec!["--id".into(), id.into()];
+        options.extend(volume(&source, "/data", "rw"));
+        stage.mount(&image, format!("vol/{id}"), options)
+    };
+    let (one, two) = (mount("one"), mount("two"));
+    for id in ["one", "two"] {
+        stage.fsprov(["restart", id]).run().ok();
+    }
+    for rootfs in [&one, &two] {
+        assert_eq!(read(rootfs.join("data/f")), "of the volume");
+        write(rootfs.join("data/g"), "written");
+        assert_eq!(read(rootfs.join("etc/hosts")), "127.0.0.1 localhost\n");
+    }
+    // By hand: nobody ends the servers, they end with their mounts.
+    let by_hand = |rootfs: &Path| {
+        let servers = stage.servers().len();
+        match stage.lane.enter {
+            Enter::User => stage.tool("fusermount3", ["-u"]),
+            _ => stage.tool("umount", ["-R"]),
         }
-        for rootfs in [&one, &two] {
-            assert_eq!(read(rootfs.join("data/f")), "of the volume");
-            write(rootfs.join("data/g"), "written");
-            assert_eq!(read(rootfs.join("etc/hosts")), "127.0.0.1 localhost\n");
-        }
-        // By hand: nobody ends the servers, they end with their mounts.
-        let by_hand = |rootfs: &Path| {
-            let servers = stage.servers().len();
-            match stage.lane.enter {
-                Enter::User => stage.tool("fusermount3", ["-u"]),
-                _ => stage.tool("umount", ["-R"]),
-            }
-            .arg(rootfs)
-            .run()
-            .ok();
-            let fewer = || stage.servers().len() + 2 <= servers;
-            let patience = std::time::Duration::from_secs(10);
-            assert!(system::eventually(patience, fewer), "something keeps {}: {:?}", rootfs.display(), stage.servers());
-        };
-        by_hand(&two);
-        assert_eq!(read(one.join("data/g")), "written");
-        by_hand(&one);
-        stage.fsprov(["unmount", "--all"]).run().ok();
-        stage.assert_nothing_left("after both were unmounted");
-    });
+        .arg(rootfs)
+        .run()
+        .ok();
+        let fewer = || stage.servers().len() + 2 <= servers;
+        let patience = std::time::Duration::from_secs(10);
+        assert!(system::eventually(patience, fewer), "something keeps {}: {:?}", rootfs.display(), stage.servers());
+    };
+    by_hand(&two);
+    assert_eq!(read(one.join("data/g")), "written");
+    by_hand(&one);
+    stage.fsprov(["unmount", "--all"]).run().ok();
+    stage.assert_nothing_left("after both were unmounted");
+});

@@ -9,9 +9,10 @@ use rustix::fs::{Mode, OFlags, statvfs};
 use rustix::io::Errno;
 
 use super::volumes::volume;
+use crate::common::harness::case;
 use crate::common::needs::{TestUser, test_user};
 use crate::common::run::Outcome;
-use crate::common::{Case, Lane, Need, Stage, system};
+use crate::common::{Lane, Need, Stage, system};
 
 /// Root's mounts are for everybody. The bind backend shows what the kernel does without a server in between.
 fn roots(lane: &Lane) -> bool {
@@ -132,7 +133,7 @@ fn variants(stage: &Stage) -> &'static [&'static [&'static str]] {
     if stage.lane.is_fuse() { &[&[], &["--writeback"]] } else { &[&[]] }
 }
 
-pub(crate) const SET_ID: Case = Case::needing(
+case!(
     "whatever_changes_a_file_takes_setuid_away",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
@@ -168,48 +169,43 @@ pub(crate) const SET_ID: Case = Case::needing(
     },
 );
 
-/// The kernel's own copy of the mode, which execve(2) goes by, and statx(2) where the mode alone is asked for.
-pub(crate) const SET_ID_AT_ONCE: Case = Case::needing(
-    "setuid_is_gone_at_once",
-    roots,
-    &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
-    |stage: &Stage| {
-        let program = Program::new(stage);
-        let backing = stage.mkdir("vol");
-        for more in variants(stage) {
-            let mut more = more.to_vec();
-            if stage.lane.is_fuse() {
-                more.extend(["--volume-ttl", "600"]);
-            }
-            let rootfs = mount(stage, &backing, &more);
-            let data = rootfs.join("data");
-            fs::write(data.join("from"), vec![b'x'; 8192]).expect("write");
-            for op in ["write", "allocate", "punch", "zero", "copy"] {
-                let file = data.join(op);
-                fs::write(&file, vec![b'x'; 8192]).expect("write");
-                fs::set_permissions(&file, fs::Permissions::from_mode(0o6777)).expect("chmod");
-                let mode = || {
-                    let flags = rustix::fs::AtFlags::empty();
-                    let stat = rustix::fs::statx(rustix::fs::CWD, &file, flags, rustix::fs::StatxFlags::MODE);
-                    match stat {
-                        Ok(stat) => u32::from(stat.stx_mode) & 0o7777,
-                        // Under scripts/enosys.
-                        Err(_) => fs::metadata(&file).expect("stat").mode() & 0o7777,
-                    }
-                };
-                assert_eq!(mode(), 0o6777, "{op}");
-                let said = program.as_user(&[Path::new(op), &file, &data.join("from")]);
-                assert!(said == "ok" || op == "zero", "{op}, {more:?}: {said}");
-                if said == "ok" {
-                    assert_eq!(mode(), 0o777, "after {op} by an ordinary user, {more:?}");
-                }
-            }
-            stage.unmount(&rootfs);
+// The kernel's own copy of the mode, which execve(2) goes by, and statx(2) where the mode alone is asked for.
+case!("setuid_is_gone_at_once", roots, &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")], |stage: &Stage| {
+    let program = Program::new(stage);
+    let backing = stage.mkdir("vol");
+    for more in variants(stage) {
+        let mut more = more.to_vec();
+        if stage.lane.is_fuse() {
+            more.extend(["--volume-ttl", "600"]);
         }
-    },
-);
+        let rootfs = mount(stage, &backing, &more);
+        let data = rootfs.join("data");
+        fs::write(data.join("from"), vec![b'x'; 8192]).expect("write");
+        for op in ["write", "allocate", "punch", "zero", "copy"] {
+            let file = data.join(op);
+            fs::write(&file, vec![b'x'; 8192]).expect("write");
+            fs::set_permissions(&file, fs::Permissions::from_mode(0o6777)).expect("chmod");
+            let mode = || {
+                let flags = rustix::fs::AtFlags::empty();
+                let stat = rustix::fs::statx(rustix::fs::CWD, &file, flags, rustix::fs::StatxFlags::MODE);
+                match stat {
+                    Ok(stat) => u32::from(stat.stx_mode) & 0o7777,
+                    // Under scripts/enosys.
+                    Err(_) => fs::metadata(&file).expect("stat").mode() & 0o7777,
+                }
+            };
+            assert_eq!(mode(), 0o6777, "{op}");
+            let said = program.as_user(&[Path::new(op), &file, &data.join("from")]);
+            assert!(said == "ok" || op == "zero", "{op}, {more:?}: {said}");
+            if said == "ok" {
+                assert_eq!(mode(), 0o777, "after {op} by an ordinary user, {more:?}");
+            }
+        }
+        stage.unmount(&rootfs);
+    }
+},);
 
-pub(crate) const EXECUTE_ONLY: Case = Case::needing(
+case!(
     "a_program_that_may_not_be_read_runs",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
@@ -246,8 +242,8 @@ pub(crate) const EXECUTE_ONLY: Case = Case::needing(
     },
 );
 
-/// Of a small ext4, a quarter of which is root's.
-pub(crate) const RESERVED: Case = Case::needing(
+// Of a small ext4, a quarter of which is root's.
+case!(
     "blocks_kept_for_root_are_not_for_callers",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv"), Need::Tool("mkfs.ext4"), Need::Loop],
@@ -290,7 +286,7 @@ pub(crate) const RESERVED: Case = Case::needing(
     },
 );
 
-pub(crate) const FULL: Case = Case::needing(
+case!(
     "a_full_volume_is_told_and_nothing_else_is_lost",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
@@ -331,9 +327,9 @@ pub(crate) const FULL: Case = Case::needing(
     },
 );
 
-/// A disk whose blocks are promised and not there (a loop device on a full tmpfs): write(2) gathers in the page cache below, and
-/// only write-back finds out.
-pub(crate) const DISK_FAILS: Case = Case::needing(
+// A disk whose blocks are promised and not there (a loop device on a full tmpfs): write(2) gathers in the page cache below, and
+// only write-back finds out.
+case!(
     "an_error_of_the_disk_is_told_at_fsync",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv"), Need::Tool("mkfs.ext4"), Need::Loop],
@@ -366,7 +362,7 @@ pub(crate) const DISK_FAILS: Case = Case::needing(
 /// A group that nobody is in.
 const GROUP: &str = "47011";
 
-pub(crate) const OTHERS: Case = Case::needing(
+case!(
     "groups_and_locks_of_callers",
     roots,
     &[Need::TestUser, Need::Tool("cc"), Need::Tool("setpriv")],
