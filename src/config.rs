@@ -120,7 +120,7 @@ impl<T> Setting<T> {
 }
 
 impl Settings {
-    /// Read the files that exist, the strongest last. A file that does not exist is none; one that cannot be read or understood is an
+    /// Read the files that exist, the strongest last. A file that does not exist counts as empty; one that cannot be read or understood is an
     /// error that names it.
     ///
     /// ```

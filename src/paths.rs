@@ -16,7 +16,7 @@
 //! ├── claims/<holder>/<diff id>    layers that somebody outside the store stands on (`crate::store`)
 //! ├── snapshotter/                 containerd's snapshots (`crate::snapshotter::dirs`)
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
-//! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: whoever changes this rootfs
+//! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: held to change this rootfs
 //!     ├── record.json              the record
 //!     └── backend/                 what the backend keeps: the FUSE server's log and control socket ([`crate::daemon::names`]),
 //!                                  overlay's own layers

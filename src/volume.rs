@@ -125,7 +125,7 @@ pub enum Access {
 pub struct Powers {
     /// Are programs run?
     pub exec: bool,
-    /// Do setuid and setgid bits and file capabilities work? Then whoever writes to the volume inside, as root, makes programs that run
+    /// Do setuid and setgid bits and file capabilities work? Then root inside, who writes to the volume, makes programs that run
     /// as root for everyone on this host who reaches the source.
     pub suid: bool,
     /// Do device nodes work? `None`: where the source itself is one.

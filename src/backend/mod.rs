@@ -104,7 +104,7 @@ pub trait Backend {
     /// `false`: there was nothing. Safe to call again after a failure, and after success.
     fn destroy(&self, host: &Host, plan: &Plan, traces: &Traces, how: Detach) -> Result<bool>;
 
-    /// Is something of a rootfs that was complete still there, which [`Backend::revive`] would keep? Else it is destroyed and made again.
+    /// Is something of a rootfs that was complete still there, which [`Backend::revive`] would keep? Else it is destroyed and rebuilt.
     fn is_worth_keeping(&self, _: &Plan, _: &Traces, _: &Places) -> bool {
         false
     }

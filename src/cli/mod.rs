@@ -222,7 +222,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
         }
     };
-    // A line that is being typed is no place for a log.
+    // Nothing is logged on a line that is being typed.
     if !matches!(cli.verb, Verb::Complete(_)) {
         cli.global.start_log();
     }

@@ -33,7 +33,7 @@ pub(super) fn start(role: &'static str) {
     }
 }
 
-/// Log this much from now on. `false`: it is no level.
+/// Log this much from now on. `false`: not a level.
 pub(super) fn set_level(level: &str) -> bool {
     let parsed = log::LevelFilter::from_str(level);
     if let Ok(level) = parsed {
@@ -77,7 +77,7 @@ impl log::Log for Ours {
 }
 
 struct BoundedStderr {
-    /// The log file again, for reading what is kept; `None` where stderr is no file.
+    /// The log file again, for reading what is kept; `None` where stderr is not a file.
     file: Option<File>,
     since_look: u64,
 }

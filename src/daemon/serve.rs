@@ -174,7 +174,7 @@ const LOOKS: u32 = 40;
 /// Looks in a row, each with more requests waited for than are known, that tell a lost one.
 const LOOKS_THAT_TELL: u32 = 8;
 
-/// Where requests in flight cannot be asked for again, one that was read but not noted is lost, and whoever waits for it waits for
+/// Where requests in flight cannot be asked for again, one that was read but not noted is lost, and the caller that waits for it waits for
 /// ever. It shows as one more that the kernel waits for, while none is queued, than are being answered.
 fn watch_for_lost(connection: OwnedFd, minor: u32, counters: Arc<Counters>) -> Result<()> {
     let look = move || {

@@ -21,7 +21,7 @@ pub(super) struct Sources {
     pub(super) layers: Vec<OwnedFd>,
     pub(super) index: Option<OwnedFd>,
     pub(super) volumes: Vec<OwnedFd>,
-    /// A shared lock on the directory that the index lies in: whoever cleans up there sees that it is in use, also when the
+    /// A shared lock on the directory that the index lies in: a clean-up there sees that it is in use, also when the
     /// rootfs was unmounted lazily and nothing names it any more.
     pub(super) in_use: Option<OwnedFd>,
 }

@@ -116,7 +116,7 @@ pub(crate) fn adopt(
         Ok(()) => Ok(now),
         Err(error) => {
             let end = wait_for_end(&Traces { supervisor: now.supervisor, worker: now.worker, ..Traces::default() });
-            // Whoever waits for an answer must not wait for the shelf to let go.
+            // The caller that waits for an answer must not wait for the shelf to let go.
             let aborted = traces.fuse_connection.map_or(Ok(()), mount::abort);
             Err(error.with_undo(end).with_undo(aborted))
         }

@@ -1,6 +1,6 @@
 //! Mounting FUSE ourselves, and taking only our own mounts away again.
 //!
-//! Never touches the file system that is mounted: whoever holds the connection must not wait for itself. What there is to know
+//! Never touches the file system that is mounted: the process that holds the connection must not wait for itself. What there is to know
 //! about a mount comes from the mount table.
 
 use std::ffi::CString;

@@ -1,6 +1,6 @@
 //! Running a fuser session on a connection that somebody else holds, the first time and again after a crash.
 //!
-//! The kernel sends INIT once. Whoever mounted reads it and keeps it; every server gets it replayed over a socket pair, because
+//! The kernel sends INIT once. The process that mounted reads it and keeps it; every server gets it replayed over a socket pair, because
 //! `Session::from_fd` insists on one, and the real connection is put in the socket's place before a request is read. Tried with
 //! fuser 0.18 on Linux 6.18.
 

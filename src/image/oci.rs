@@ -355,7 +355,7 @@ pub fn is_tar_layer(media_type: &str) -> bool {
     KNOWN.contains(&media_type)
 }
 
-/// Choose from an index: by name where one is wanted, then by platform; what only says `unknown` (attestations) is no image.
+/// Choose from an index: by name where one is wanted, then by platform; what only says `unknown` (attestations) is not an image.
 pub fn choose<'a>(index: &'a Index, name: Option<&str>, platform: &Platform) -> Result<&'a Descriptor> {
     let is_document = |d: &&Descriptor| {
         matches!(

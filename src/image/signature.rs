@@ -1,7 +1,7 @@
 //! Detached OpenPGP signatures (RFC 9580) of AppC archives, checked against a keyring of the user's.
 //!
 //! A key counts if one of its own certifications holds, it may sign, and it is neither revoked nor expired *now*: the time in a
-//! signature is its maker's word, and whoever has an old key may write an old time. One good signature by such a key is
+//! signature is its maker's word, and anyone who has an old key may write an old time. One good signature by such a key is
 //! enough. A key may be bound to a beginning of names, as rkt had it: its file lies in `prefix.d/PREFIX` of the keyring, with a
 //! comma for each slash of the prefix.
 

@@ -46,7 +46,7 @@ impl Provisioner {
         let locked = lock::directory(container.dir())
             .and_then(|l| l.ok_or_else(|| Error::new(Kind::Io, "lock", show(container.dir()), "it vanished")))
             .and_then(|l| record.write(&container).map(|()| l))
-            // Whoever destroys the parent locks it and then looks for children: either sees the other.
+            // To destroy the parent is to lock it and then to look for children: either sees the other.
             .and_then(|l| self.refuse_changing_parent(id).map(|()| l));
         let claim = locked.map_err(|e| e.with_undo(self.forget(id, Some(rootfs))))?;
         Ok(Making::new(self, container, record, claim))

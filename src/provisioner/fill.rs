@@ -4,7 +4,7 @@
 //! and renamed into its place, so it is there whole or not at all, whatever kills us. Owners, modes, times and attributes go
 //! over as far as this user may set them ([`attrs::set`]): an ordinary user's copy belongs to that user.
 //!
-//! Whoever owns the directory beside the source may interfere: everything is made inside a directory of ours that nobody else can
+//! Anyone who owns the directory beside the source may interfere: everything is made inside a directory of ours that nobody else can
 //! enter, and gets its owner and mode there, by descriptor.
 
 use std::collections::HashMap;
@@ -155,7 +155,7 @@ fn fill_one(image: &Arc<dyn Tree>, plan: &Plan, number: usize, parent: &Place, n
     let clear = || remove_tree_at(parent, &stage_name, &parent.path().join(&stage_name)).map(|_| ());
     let filled = (|| {
         fault::point("fill.begin")?;
-        // Nobody else can enter it: whoever owns the directory that it lies in can only move it as a whole.
+        // Nobody else can enter it: the owner of the directory that it lies in can only move it as a whole.
         let stage = make_private(parent, &stage_name).map_err(fail)?;
         let mut copy = Filler {
             tree: image,

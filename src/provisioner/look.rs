@@ -94,7 +94,7 @@ fn find_sandbox(wanted: &Path) -> Result<Sandbox> {
 fn absolute(spec: &VolumeSpec, form: &dyn Fn(&VolumeSpec) -> Result<Form>) -> Result<SeenSource> {
     match open_named(&spec.source) {
         Ok(found) => there(&found, spec),
-        // A dangling symlink is no missing source: it might lead anywhere.
+        // A dangling symlink is not a missing source: it might lead anywhere.
         Err(Errno::NOENT) if spec.fill == Fill::Once && std::fs::symlink_metadata(&spec.source).is_err() => {
             let name = spec.source.file_name().ok_or_else(|| {
                 Error::new(Kind::Usage, OP, show(&spec.source), "it is missing and ends with . or ..")

@@ -1,7 +1,7 @@
 //! Every path of a plan, opened once: the layers, the index, each volume's source, the mount point, the place for changes. What is
 //! missing and may be made is made on the way, below what was opened before it. After this step no path of the host is followed.
 //!
-//! The plan's paths hold no symlink ([`super::look`] resolved them): one that is there now is a change, and refused. Whoever owns a
+//! The plan's paths hold no symlink ([`super::look`] resolved them): one that is there now is a change, and refused. Anyone who owns a
 //! directory on the way may exchange what is in it at any time: what is made there is opened, looked at, and changed by its
 //! descriptor alone.
 
@@ -35,7 +35,7 @@ pub(super) const FROM_IMAGE: u32 = 0o1777;
 pub(super) struct Recorded<'a> {
     /// What they were when the rootfs was made; `None`: it is being made.
     pub(super) identities: Option<&'a Identities>,
-    /// Was that in an earlier boot? Then mount points made by us, and device nodes, may have been made again.
+    /// Was that in an earlier boot? Then mount points made by us, and device nodes, may be new ones.
     pub(super) of_another_boot: bool,
 }
 

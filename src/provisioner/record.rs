@@ -1,6 +1,6 @@
 //! The record: the durable note of one provisioned rootfs, an intent written before the first mount.
 //!
-//! Whoever reads one believes mountinfo and the processes, not the record alone: see [`super::Provisioner::list`].
+//! Anyone who reads one believes mountinfo and the processes, not the record alone: see [`super::Provisioner::list`].
 
 use std::path::PathBuf;
 
@@ -29,7 +29,7 @@ const VERSION: u32 = 1;
 pub enum State {
     /// Being made; or what is left of a making that was cut short.
     Pending,
-    /// It was complete, and is being made again; or that was cut short.
+    /// It was complete, and is being rebuilt; or that was cut short.
     Healing,
     /// It answered.
     Ready,
@@ -102,7 +102,7 @@ impl Record {
         })
     }
 
-    /// To be made again, in this boot and mount namespace, with no traces.
+    /// To be rebuilt, in this boot and mount namespace, with no traces.
     pub(super) fn renew(&mut self) -> Result<()> {
         self.traces = Traces::default();
         self.state = State::Healing;
@@ -148,7 +148,7 @@ impl Record {
         Ok(record)
     }
 
-    /// Write the record: whoever reads it finds all of the new one or all of the old one, also after this process was killed.
+    /// Write the record: a reader finds all of the new one or all of the old one, also after this process was killed.
     ///
     /// It is brought to the disk only where a power loss would leave something behind that it names: the files of a copy. Mounts
     /// and servers end with the boot, and two syncs would take longer than all the rest of a mount.

@@ -43,7 +43,7 @@ pub enum Outcome {
 }
 
 impl Provisioner {
-    /// Bring every rootfs of this state root to an end: in order, or gone. `keep`: the ids that shall live; `None`: all that were
+    /// Bring every rootfs of this state root to an end: in order, or gone. `keep`: the ids to keep; `None`: all that were
     /// complete. Twice gives the same as once. One that fails does not keep the others from being recovered.
     pub fn recover(&self, keep: Option<&[ContainerId]>) -> Result<Vec<Recovered>> {
         // Who keeps a nested one keeps those that it is nested in: they would take it with them.

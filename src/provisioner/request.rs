@@ -32,7 +32,7 @@ pub struct Request {
     pub live: Live,
     /// What may be changed outside the volumes.
     pub changes: Changes,
-    /// What of the image's setuid programs and device nodes shall work; what is not said is held back where other users of the host
+    /// What of the image's setuid programs and device nodes may work; what is not said is held back where other users of the host
     /// reach the rootfs.
     pub restraint: Restraint,
 }

@@ -283,7 +283,7 @@ impl Client {
                     .into());
             }
             let mut all = headers.to_vec();
-            // Our login is not for whoever the host sends us to.
+            // Our login is not for another host that this one sends us to.
             if let Some(login) = login.filter(|_| at.host == url.host && at.is_tls == url.is_tls) {
                 all.push(("Authorization", login));
             }

@@ -81,13 +81,13 @@ fn pull_with(
         return Ok(there);
     }
     let download = store.download(id.as_str())?;
-    // Whoever held it may have brought the image.
+    // The process that held it may have brought the image.
     if let Some(there) = already_there(store, &id, &names)? {
         return download.done().map(|()| there);
     }
     let imported = match get(store, &found, &download, reference, options) {
         Ok(imported) => imported,
-        // No second try would make it better: it is no use to keep.
+        // No second try would make it better: nothing is gained by keeping it.
         Err(e) if matches!(e.kind(), Kind::Integrity | Kind::Invalid | Kind::Limit | Kind::Unsupported) => {
             return Err(e.with_undo(download.done()));
         }

@@ -58,7 +58,7 @@ pub(crate) fn serve(
             }
             let _ = end.send(true);
         });
-        // Last: whoever sees the socket is answered, and a signal is heeded.
+        // Last: a client that sees the socket is answered, and a signal is heeded.
         let snapshots = Snapshots::open(state, store)?;
         log::info!("{} snapshots in {}", snapshots.count(), show(snapshots.state()));
         let socket = listen()?;

@@ -132,7 +132,7 @@ impl OverlayOptions {
     }
 }
 
-/// Files of ours that are not where they should be are no answer to who asked for a snapshot: NotFound means that there is none.
+/// Files of ours that are not where they should be are not an answer to a question for a snapshot: NotFound means that there is none.
 fn inside(error: Error) -> Error {
     match error.kind() {
         ErrorKind::NotFound | ErrorKind::Exists | ErrorKind::Busy => error.with_kind(ErrorKind::Io),
@@ -258,7 +258,7 @@ impl Snapshots {
     ) -> Result<Option<String>> {
         let claims = self.store.claims_of(&self.holder);
         let Some(claimed) = claims.claim(layer)? else { return Ok(None) };
-        // Made of the chain id, so that a state directory that was lost can be made again. It is taken where others stand on another parent.
+        // Made of the chain id, so that a state directory that was lost can be rebuilt. It is taken where others stand on another parent.
         let mut name = chain::name(chain_id);
         if self.find(&name).is_ok() {
             name = format!("{name}/{next}");
@@ -282,7 +282,7 @@ impl Snapshots {
         self.read(|table| table.layers.contains_key(layer))
     }
 
-    /// A committed snapshot; one of a layer of the store that containerd knows, and this state directory no longer, is made again.
+    /// A committed snapshot; one of a layer of the store that containerd knows, and this state directory no longer, is rebuilt.
     fn find_or_revive(&self, name: &str, next: &mut u64) -> Result<Arc<Record>> {
         let missing = match self.find(name) {
             Ok(record) => return Ok(record),

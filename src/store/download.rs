@@ -63,7 +63,7 @@ impl Store {
                 Err(e) => return Err(Error::sys("open", show(&path), e)),
             };
             match flock(&fd, FlockOperation::NonBlockingLockExclusive) {
-                // Whoever held it may have removed it.
+                // The process that held it may have removed it.
                 Ok(()) if is_at(&fd, &path) => return Ok(Download { path, _lock: fd }),
                 Ok(()) | Err(Errno::INTR) => {}
                 Err(Errno::WOULDBLOCK) if Instant::now() < until => {

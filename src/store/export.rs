@@ -23,7 +23,7 @@ use crate::paths::image;
 
 impl Store {
     /// Write an image as an ACI: its manifest, or one made for it if it is an OCI image, and its tree in one layer, with true
-    /// owners, modes and devices whoever imported it. What `out` takes is neither compressed nor brought to the disk.
+    /// owners, modes and devices no matter who imported it. What `out` takes is neither compressed nor brought to the disk.
     ///
     /// ```no_run
     /// # let store = fsprov::store::Store::open(&fsprov::StatePaths::new("/var/lib/fsprov".into()))?;

@@ -13,7 +13,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::sys::usage::bytes_on_disk;
 
-/// What to collect beside what is of no use to anybody.
+/// What to collect beside what nobody can use.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Prune {
@@ -82,7 +82,7 @@ impl Store {
         let mut done = Collected { staging, bytes, ..Collected::default() };
         let mut gone: Vec<Aside> = Vec::new();
         let held = self.lock_exclusive()?;
-        // Whoever writes one holds the store's lock, too.
+        // Anyone who writes one holds the store's lock, too.
         for id in self.ids()? {
             remove_half_written(&self.paths.image(&id));
         }

@@ -10,7 +10,7 @@ pub struct Limits {
     pub total_bytes: u64,
     /// Bytes of one file, holes counted: what ext4 with 4 KiB blocks can hold.
     pub file_bytes: u64,
-    /// Bytes that a compressed (or sparse) archive may grow to before `ratio` is looked at: a small image of zeros is no bomb.
+    /// Bytes that a compressed (or sparse) archive may grow to before `ratio` is looked at: a small image of zeros is not a bomb.
     pub ratio_floor: u64,
     /// Bytes out for each byte in, past the floor. gzip cannot exceed 1032; xz, bzip2 and zstd bombs reach a million.
     pub ratio: u64,

@@ -61,7 +61,7 @@ pub struct Meta {
     pub id: ImageId,
     /// What sort it is.
     pub kind: ImageKind,
-    /// Its names: those that whoever imported it gave, else those that it came with. The first is what it is called.
+    /// Its names: those that were given at the import, else those that it came with. The first is what it is called.
     pub names: Vec<String>,
     /// What its names meant before it got them, the last first.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]

@@ -1,6 +1,6 @@
 //! The local images. Must not know backends.
 //!
-//! An image in the store is complete or absent: it is made in `staging/` and renamed to `images/<id>`. Whoever uses one
+//! An image in the store is complete or absent: it is made in `staging/` and renamed to `images/<id>`. Anyone who uses one
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 

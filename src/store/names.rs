@@ -160,7 +160,7 @@ impl Store {
         Ok(Some((name, left)))
     }
 
-    /// Give an image that was imported again what it had: names, whoever has them too, and who signed it.
+    /// Give an image that was imported again what it had: names, even those that others have now, and who signed it.
     pub(super) fn give_back(&self, meta: &Meta) -> Result<()> {
         let _in_use = self.lock_shared()?;
         let _naming = self.lock_names()?;

@@ -16,7 +16,7 @@ use crate::index::{Builder, Index, Whiteouts};
 use crate::paths::image;
 
 impl Store {
-    /// Make the index of an image anew from its tree, and put it in the place of the old one, which servers that have it
+    /// Rebuild the index of an image from its tree, and put it in the place of the old one, which servers that have it
     /// mapped keep. An image of layers gets it from the indexes of those; another is read and hashed again.
     ///
     /// [`Kind::Unsupported`] where the tree on disk does not say all, as the index alone knows owners (an ordinary user's import),

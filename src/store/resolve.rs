@@ -33,7 +33,7 @@ pub struct ResolvedImage {
     /// Do the layers on the disk hold what the image does not show (a pathWhitelist)? Then only a backend that goes by the
     /// index may serve it; flattened, any may.
     pub is_filtered: bool,
-    /// May the layers on the disk have whiteouts? Those and what they hide are no part of the image, even of one with a single layer:
+    /// May the layers on the disk have whiteouts? Those and what they hide are not part of the image, even of one with a single layer:
     /// its index tells.
     pub has_whiteouts: bool,
 }

@@ -1,5 +1,5 @@
 //! Where images are made: a directory for each maker on the file system of the store, named by boot, locked by its maker,
-//! and taken away by whoever comes next if its maker died.
+//! and taken away by the next process if its maker died.
 
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};

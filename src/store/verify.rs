@@ -32,7 +32,7 @@ pub enum Repair {
     /// Tell.
     #[default]
     No,
-    /// Move what is damaged out of the store, into `aside/`: the next import brings it anew.
+    /// Move what is damaged out of the store, into `aside/`: the next import brings it back.
     SetAside,
     /// Likewise, and then import again each image that was set aside, from where it came; it must turn out to be the same.
     Reimport,
@@ -320,7 +320,7 @@ impl Store {
     }
 }
 
-/// Names below `dir` that are none of those known.
+/// Names below `dir` that are not among those known.
 fn strays(dir: &Path, is_known: impl Fn(&str) -> bool) -> Result<Vec<OsString>> {
     let fail = |e| Error::io("list", show(dir), e);
     let mut found = Vec::new();
@@ -336,7 +336,7 @@ fn strays(dir: &Path, is_known: impl Fn(&str) -> bool) -> Result<Vec<OsString>> 
 
 /// What lies beside the parts of an image or layer.
 fn others(dir: &Path, known: &[&str]) -> Findings {
-    // What a writer of meta.json that died left beside it is no damage: the file itself is old or new.
+    // What a writer of meta.json that died left beside it is not damage: the file itself is old or new.
     match strays(dir, |name| known.contains(&name) || super::is_half_written(name)) {
         Ok(names) => {
             names.into_iter().map(|n| (n.to_string_lossy().into_owned(), "not part of an image".into())).collect()

@@ -305,7 +305,7 @@ pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
 
 // ---- daemon ----
 
-/// close_range(2) (Linux 5.9) of every descriptor from `first` on. Only for a program's first steps: whoever owns one of them
+/// close_range(2) (Linux 5.9) of every descriptor from `first` on. Only for a program's first steps: the owner of one of them
 /// loses it.
 pub(crate) fn close_from(first: u32) -> Result<(), Errno> {
     // SAFETY: touches this process's own table only; the caller is the start of a program, before it opened anything.
@@ -372,7 +372,7 @@ pub(crate) fn passed_fds() -> std::io::Result<Vec<(String, OwnedFd)>> {
         return Ok(Vec::new());
     }
     let passed = sd_notify::listen_fds_with_names()?;
-    // SAFETY: LISTEN_PID is this process, so whoever started it passed these for it to own; each was just found open, and is taken
+    // SAFETY: LISTEN_PID is this process, so its parent passed these for it to own; each was just found open, and is taken
     // once.
     Ok(passed.map(|(fd, name)| (name, unsafe { OwnedFd::from_raw_fd(fd) })).collect())
 }

@@ -21,7 +21,7 @@ const FIRST_UNKNOWN: u32 = 470;
 pub(crate) enum Devices {
     /// Yes: where they are made, none can be opened.
     Closed,
-    /// No: one could be opened by whoever made it.
+    /// No: one could be opened by its maker.
     Refused,
 }
 

@@ -15,7 +15,7 @@ pub(crate) fn union(all: &[CapabilitySet]) -> CapabilitySet {
     all.iter().fold(CapabilitySet::empty(), |sum, one| sum.union(*one))
 }
 
-/// Keep these, of those that the process has. No program that is started gets any of the rest, whoever owns it (the bounding set).
+/// Keep these, of those that the process has. No program that is started gets any of the rest, no matter who owns it (the bounding set).
 pub(crate) fn drop_capabilities(needed: CapabilitySet) -> rustix::io::Result<CapabilitySet> {
     let mut sets = capabilities(None)?;
     if sets.effective.contains(CapabilitySet::SETPCAP) {

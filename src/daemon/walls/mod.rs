@@ -125,7 +125,7 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
 }
 
 impl Walls {
-    /// All threads that the worker will have stand: there shall be no more.
+    /// All threads that the worker will have stand: there will be no more.
     pub(super) fn close_threads(&mut self) {
         let closed = walls::calls::close_threads();
         self.threads_closed = closed.inspect_err(|e| log::warn!(target: TARGET, "threads can be started: {e}")).is_ok();

@@ -359,7 +359,7 @@ impl Placer {
                     *data_bytes += data.len() as u64;
                 }
                 Content::Hole(length) => {
-                    // Holes are zeros to whoever hashes or copies them: a bomb without a compressor.
+                    // Holes are zeros once they are hashed or copied: a bomb without a compressor.
                     *holes = holes.saturating_add(length);
                     if *holes > floor && *holes / ratio > *data_bytes {
                         let why = format!(
@@ -461,7 +461,7 @@ impl Placer {
             exact &= bits == entry.mode;
             fs::chmod(&link, Mode::from_raw_mode(bits.into())).map_err(&failed)?;
         }
-        // The file systems that hold stores refuse `user.*` on what is no file or directory (xattr(7)).
+        // The file systems that hold stores refuse `user.*` on what is not a file or directory (xattr(7)).
         exact &= entry.xattrs.is_empty();
         fs::utimensat(at, name, &timestamps(entry.mtime), AtFlags::SYMLINK_NOFOLLOW).map_err(&failed)?;
         self.placed.index_only += u64::from(!exact);

@@ -39,7 +39,7 @@ const MAX_RECORD: usize = 8192;
 
 /// Where a tree finds what an earlier process left, and leaves its own.
 pub struct Handover {
-    /// Two memory files, empty for the first process. Whoever wrote to them before is dead.
+    /// Two memory files, empty for the first process. The process that wrote to them before is dead.
     pub logs: [OwnedFd; 2],
     /// Descriptors that an earlier process gave away ([`Keeper`]), by node.
     pub kept: Vec<(Node, OwnedFd)>,
@@ -259,7 +259,7 @@ impl HandoverLog {
         }
     }
 
-    /// Is the log mostly old records? Whoever asks first copies the live ones: [`Copying`] takes them.
+    /// Is the log mostly old records? The first to ask copies the live ones: [`Copying`] takes them.
     pub(super) fn start_copying(&self) -> Option<Copying<'_>> {
         if !self.is_long.swap(false, Ordering::Relaxed) {
             return None;
@@ -338,7 +338,7 @@ impl Log {
     }
 }
 
-/// A memory file that is written at its end, through a mapping. Behind the end it is empty or zeros, which are no record.
+/// A memory file that is written at its end, through a mapping. Behind the end it is empty or zeros, which is not a record.
 struct LogFile {
     file: File,
     /// Where its records end.

@@ -123,7 +123,7 @@ where
             })
             .map_err(|e| Error::io("start thread", "read", e))?;
         let report = apart.report();
-        // Nothing is taken any more: whoever produces sees it.
+        // Nothing is taken any more: the producer sees it.
         apart.end();
         let produced = producer.join().map_err(|_| Error::new(Kind::Io, "read", "", "the thread panicked"))?;
         let Report::Unpacked(mut unpacked) = report? else {
