@@ -123,10 +123,12 @@ impl Mount {
         drop(pulling);
         request.id = Some(id);
         let meter = Arc::new(Meter::default());
-        let _bar = Bar::show(&meter);
+        let bar = Bar::show(&meter);
         let new_sandbox = self.missing_sandbox();
         let record = provisioner.metered(meter).provision(&request)?;
         drop(undoing);
+        // What is said next stands where the bar was.
+        drop(bar);
         if let Some(sandbox) = new_sandbox {
             output::note(&format!("made the sandbox {}", show(&sandbox)));
         }

@@ -339,6 +339,18 @@ case!(
     },
 );
 
+// A bar is wiped out before the line that says what was done: that stood behind it.
+case!("a_bar_is_gone_before_what_is_said", on::copy, &[Need::Failpoints, Need::Tool("script")], |stage: &Stage| {
+    let image = stage.small_image();
+    let command = stage.mount_call(&image, "rootfs", None::<&str>).command;
+    let call = stage.tool("script", ["-qefc", &super::in_shell(&command), "/dev/null"]).env("TERM", "xterm");
+    let said = call.env("FAILPOINTS", "copy.move=sleep(500)").run().ok().out();
+    let (before, _) = said.split_once("mounted ").expect("it says so");
+    let (_, after_bar) = before.rsplit_once("copying").expect("a bar");
+    assert!(after_bar.ends_with("\r\u{1b}[2K"), "{said:?}");
+    stage.unmount("rootfs");
+});
+
 // The verbs of podman and docker, and no verb at all.
 case!("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
     for (words, hint) in [
