@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::hint::black_box;
 
 use criterion::{BenchmarkId, Criterion, criterion_group, criterion_main};
-use fsprov::internals::index::read::Form;
+use fsprov::internals::index::read::InodeKind;
 
 mod support;
 
@@ -14,11 +14,11 @@ fn lookup(c: &mut Criterion) {
     for (directories, files) in [(1000, 10), (100, 100), (10, 10_000)] {
         let index = support::mapped(directories, files);
         let share = index.find(b"usr/share").expect("undamaged").expect("made above");
-        let Form::Directory { first, count } = share.form else { panic!("a directory") };
+        let InodeKind::Directory { first, count } = share.kind else { panic!("a directory") };
         let mut wanted = Vec::new();
         for at in first..first + count {
             let directory = index.inode(index.name(at).expect("undamaged").row).expect("undamaged");
-            let Form::Directory { first, count } = directory.form else { panic!("a directory") };
+            let InodeKind::Directory { first, count } = directory.kind else { panic!("a directory") };
             // A stride that is coprime to the counts: the order of an archive would flatter a cache.
             for i in 0..count {
                 let name = index.name(first + (i * 7919) % count).expect("undamaged").name;

@@ -23,7 +23,7 @@ pub enum ImageSource {
     Directory(PathBuf),
     /// An ACI on standard input.
     Stdin,
-    /// The tree of another image of the store ([`Store::flatten`]).
+    /// The tree of another image of the store ([`Store::flatten`](crate::store::Store::flatten)).
     Flattened(ImageId),
     /// An archive or OCI layout that was fetched, and where it came from, for people.
     Downloaded {
