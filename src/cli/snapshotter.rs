@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::Global;
 use crate::error::{Error, Kind, Result};
-use crate::snapshotter::{Socket, serve};
+use crate::snapshotter::{Known, Places, Socket, serve};
 use crate::store::Store;
 
 #[derive(Debug, Args)]
@@ -23,6 +23,12 @@ pub(super) struct Snapshotter {
     /// Where snapshots are kept [default: snapshotter in the state root]
     #[arg(long, value_name = "DIR")]
     state: Option<PathBuf>,
+    /// containerd's own socket, for what its Diff service is to unpack
+    #[arg(long, value_name = "PATH", default_value = "/run/containerd/containerd.sock")]
+    containerd: PathBuf,
+    /// Let containerd download layers that the store has, too: Docker lists and pushes images by what it downloaded
+    #[arg(long)]
+    no_claims: bool,
 }
 
 impl Snapshotter {
@@ -43,11 +49,12 @@ impl Snapshotter {
             None => global.paths()?.snapshotter(),
         };
         let store = Store::open(&global.paths()?)?.with_policy(super::settings()?.policy());
+        let known = if self.no_claims { Known::Downloaded } else { Known::Committed };
         let ready = || {
             if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                 log::warn!("tell systemd: {e}");
             }
         };
-        serve(&state, store, listen, ready)
+        serve(&Places { state, containerd: self.containerd.clone() }, store, known, listen, ready)
     }
 }

@@ -9,6 +9,7 @@
 //! │   └── work/         overlayfs's own, of one that is written to
 //! ├── l/<number>        symlink to the files of a committed one: so short that hundreds of them fit into a mount's options
 //! ├── l/<number>s       the same, to its layer in the store
+//! ├── b/<digest>        which layer of the store is in this blob: its diff id, as Apply found it
 //! ├── new/<number>/     snapshots being made; whatever is here at the start is deleted
 //! └── gone/<number>/    removed ones, deleted by Cleanup and at the start
 //! ```
@@ -49,7 +50,9 @@ impl Dirs {
         make(state)?;
         let lock = take_lock(state)?;
         let dirs = Dirs { state: state.to_owned(), _lock: lock };
-        [dirs.snapshots(), dirs.links(), dirs.fresh(), dirs.gone()].iter().try_for_each(|dir| make(dir))?;
+        [dirs.snapshots(), dirs.links(), dirs.blobs(), dirs.fresh(), dirs.gone()]
+            .iter()
+            .try_for_each(|dir| make(dir))?;
         crate::sys::durable::sync_dir(state)?;
         Ok(dirs)
     }
@@ -65,6 +68,9 @@ impl Dirs {
     }
     pub(super) fn links(&self) -> PathBuf {
         self.state.join("l")
+    }
+    pub(super) fn blobs(&self) -> PathBuf {
+        self.state.join("b")
     }
     pub(super) fn fresh(&self) -> PathBuf {
         self.state.join("new")

@@ -12,6 +12,7 @@ use tonic::server::{Grpc, NamedService};
 use tonic::{Code, Request, Response, Status};
 use tonic_prost::ProstCodec;
 
+use super::diff::Differ;
 use super::filter::Filters;
 use super::messages::{Cleanup, Empty, List, Listed};
 use super::record::Kind;
@@ -26,13 +27,22 @@ type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 /// The services on one socket.
 #[derive(Clone, Debug)]
 pub(super) struct Services {
-    snapshots: Arc<Snapshots>,
+    pub(super) snapshots: Arc<Snapshots>,
+    pub(super) differ: Arc<Differ>,
 }
 
-impl Services {
-    pub(super) fn new(snapshots: Snapshots) -> Self {
-        Services { snapshots: Arc::new(snapshots) }
-    }
+const DIFF: &str = "containerd.services.diff.v1.Diff";
+const HEALTH: &str = "grpc.health.v1.Health";
+
+/// `HealthCheckResponse` of grpc.health.v1.
+#[derive(Clone, Copy, PartialEq, Eq, prost::Message)]
+struct Healthy {
+    #[prost(int32, tag = "1")]
+    status: i32,
+}
+
+impl Healthy {
+    const SERVING: i32 = 1;
 }
 
 impl NamedService for Services {
@@ -76,18 +86,17 @@ impl Services {
                     Grpc::new(ProstCodec::<Listed, List>::default()).max_decoding_message_size(MAX_REQUEST_BYTES);
                 grpc.server_streaming(Lister(all), request).await
             }
+            (HEALTH, "Check") => unary(all, request, |_, Empty {}| Ok(Healthy { status: Healthy::SERVING })).await,
+            (DIFF, "Apply") => unary(self.differ, request, Differ::apply).await,
             _ => Status::unimplemented(path).into_http(),
         }
     }
 }
 
 /// One call with one answer, on a thread that may wait for a disk.
-async fn unary<M, R>(
-    all: Arc<Snapshots>,
-    request: http::Request<Body>,
-    work: fn(&Snapshots, M) -> Result<R>,
-) -> http::Response<Body>
+async fn unary<T, M, R>(all: Arc<T>, request: http::Request<Body>, work: fn(&T, M) -> Result<R>) -> http::Response<Body>
 where
+    T: Send + Sync + 'static,
     M: prost::Message + Default + 'static,
     R: prost::Message + Default + 'static,
 {
@@ -95,12 +104,12 @@ where
     grpc.unary(Call { all, work }, request).await
 }
 
-struct Call<M, R> {
-    all: Arc<Snapshots>,
-    work: fn(&Snapshots, M) -> Result<R>,
+struct Call<T, M, R> {
+    all: Arc<T>,
+    work: fn(&T, M) -> Result<R>,
 }
 
-impl<M: Send + 'static, R: Send + 'static> Service<Request<M>> for Call<M, R> {
+impl<T: Send + Sync + 'static, M: Send + 'static, R: Send + 'static> Service<Request<M>> for Call<T, M, R> {
     type Response = Response<R>;
     type Error = Status;
     type Future = Later<std::result::Result<Self::Response, Status>>;

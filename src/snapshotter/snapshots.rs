@@ -17,8 +17,9 @@ use super::record::{Kind, Record};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::fault;
 use crate::id::ImageId;
-use crate::store::Store;
-use crate::sys::durable::sync_dir;
+use crate::image::oci::Digest;
+use crate::store::{Blob, ClaimedLayer, Store};
+use crate::sys::durable::{Survives, sync_dir, write_file};
 use crate::sys::remove::remove_tree;
 use crate::sys::usage::measure;
 
@@ -38,6 +39,15 @@ const LIST_STEP: usize = 1000;
 /// Snapshots in one message of List, as in containerd.
 const LIST_MESSAGE: usize = 100;
 
+/// What becomes of a layer that the store has, when containerd says which one it is about to download.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Known {
+    /// It is committed, and containerd downloads nothing.
+    Committed,
+    /// It is downloaded all the same: a client that lists or pushes images by their blobs needs those (Docker).
+    Downloaded,
+}
+
 /// A lower directory of an overlay.
 struct Lower {
     /// The name of its link.
@@ -52,6 +62,8 @@ pub(crate) struct Snapshots {
     store: Store,
     /// Whose our claims in the store are.
     holder: String,
+    /// Whether layers of the store are committed when they are asked for.
+    known: Known,
     overlay: OverlayOptions,
     /// Held while something changes; the number of the next snapshot.
     changing: Mutex<u64>,
@@ -146,7 +158,7 @@ fn not_found(key: &str) -> Error {
 
 impl Snapshots {
     /// Open a state directory, made where it is missing, and finish or take back what was cut short.
-    pub(crate) fn open(state: &Path, store: Store) -> Result<Self> {
+    pub(crate) fn open(state: &Path, store: Store, known: Known) -> Result<Self> {
         let dirs = Dirs::open(state)?;
         let (table, next) = load(&dirs)?;
         let holder = chain::holder(state, store.paths());
@@ -155,6 +167,7 @@ impl Snapshots {
             dirs,
             store,
             holder,
+            known,
             overlay: OverlayOptions::of_host()?,
             changing: Mutex::new(next),
             table: RwLock::new(table),
@@ -162,6 +175,7 @@ impl Snapshots {
         Self::clear(&all.dirs.fresh())?;
         all.cleanup()?;
         all.clear_links();
+        all.clear_blobs();
         Ok(all)
     }
 
@@ -201,6 +215,7 @@ impl Snapshots {
             return Err(Error::new(ErrorKind::Invalid, "use parent", format!("{parent:?}"), why));
         }
         if kind == Kind::Active
+            && self.known == Known::Committed
             && let Some(target) = labels.get(chain::REFERENCE).filter(|target| chain::is_chain_id(target))
             && let Some(name) = self.claim(target, below.as_deref(), &labels, &mut next)?
         {
@@ -456,6 +471,83 @@ impl Snapshots {
         Ok(text(&link))
     }
 
+    /// The active snapshot whose mounts these are.
+    pub(super) fn key_of_mounts(&self, mounts: &[Mount]) -> Option<String> {
+        let [mount] = mounts else { return None };
+        let files = match mount.r#type.as_str() {
+            "overlay" => mount.options.iter().find_map(|option| option.strip_prefix("upperdir="))?,
+            "bind" => &mount.source,
+            _ => return None,
+        };
+        let below = Path::new(files).strip_prefix(self.dirs.snapshots()).ok()?;
+        let number: u64 = below.parent()?.to_str()?.parse().ok()?;
+        let is_it = |record: &&Arc<Record>| record.number == number && record.kind == Kind::Active;
+        self.read(|table| table.by_name.values().find(is_it).map(|record| record.name.clone()))
+    }
+
+    /// The layer that is in this blob, if that is known.
+    pub(super) fn layer_of_blob(&self, blob: &Digest) -> Result<Option<ImageId>> {
+        let noted = std::fs::read_to_string(self.dirs.blobs().join(blob.hex())).ok();
+        match noted.and_then(|text| text.parse().ok()) {
+            Some(layer) => Ok(Some(layer)),
+            None => self.store.layer_of_blob(blob),
+        }
+    }
+
+    /// Make an active snapshot of this layer of the store. False: the store does not have it, or not so that a mount can show it.
+    pub(super) fn put_layer(&self, key: &str, layer: &ImageId) -> Result<bool> {
+        let _changing = self.change();
+        let Some(claimed) = self.store.claims_of(&self.holder).claim(layer)? else { return Ok(false) };
+        self.put(key, &claimed).map(|()| true).map_err(|e| e.with_undo(self.release_unused(layer)))
+    }
+
+    /// Unpack a layer into the store and make an active snapshot of it. Gives its diff id.
+    pub(super) fn import_layer(&self, key: &str, blob: &Blob, input: Box<dyn std::io::Read + Send>) -> Result<ImageId> {
+        // Others need not wait for that.
+        let claims = self.store.claims_of(&self.holder);
+        let claimed = claims.import(blob, input)?;
+        let _changing = self.change();
+        let Some(claimed) = claimed else {
+            let why = "it has what this user may not put on the disk";
+            return Err(Error::new(ErrorKind::Unsupported, "apply layer", &blob.digest, why));
+        };
+        let put = self.put(key, &claimed);
+        put.map_err(|e| e.with_undo(self.release_unused(&claimed.diff_id)))?;
+        // What is lost of it is found out again.
+        let note = self.dirs.blobs().join(blob.digest.hex());
+        if let Err(error) = write_file(&note, claimed.diff_id.as_str().as_bytes(), Survives::Crash) {
+            log::warn!("{error}");
+        }
+        Ok(claimed.diff_id)
+    }
+
+    fn release_unused(&self, layer: &ImageId) -> Result<()> {
+        if self.is_used(layer) { Ok(()) } else { self.store.claims_of(&self.holder).release(layer) }
+    }
+
+    fn put(&self, key: &str, claimed: &ClaimedLayer) -> Result<()> {
+        let mut record = (*self.find(key)?).clone();
+        let refuse = |why: &'static str| Err(Error::new(ErrorKind::Busy, "apply layer to", format!("{key:?}"), why));
+        if record.kind != Kind::Active {
+            return refuse("it is not active");
+        }
+        if record.layer.is_some() {
+            return refuse("another layer was applied to it");
+        }
+        if !is_empty(&self.files_of(&record))? {
+            return refuse("it has files");
+        }
+        record.layer = Some(claimed.diff_id.clone());
+        record.usage = claimed.usage;
+        record.touch();
+        record.write(&self.dirs.snapshot(record.number)).map_err(inside)?;
+        self.write(|table| {
+            table.remove(key);
+            table.insert(record);
+        });
+        Ok(())
+    }
+
     /// `Commit`.
     pub(crate) fn commit(&self, asked: Commit) -> Result<()> {
         let Commit { name, key, labels } = asked;
@@ -469,7 +561,8 @@ impl Snapshots {
         // It may take long, and nothing else must wait for it.
         let before = self.find(&key)?;
         is_active(&before)?;
-        let usage = measured(&self.files_of(&before)).map_err(inside)?;
+        let files = self.files_of(&before);
+        let (mut usage, is_empty) = (measured(&files).map_err(inside)?, is_empty(&files)?);
         let _changing = self.change();
         self.check_free(&name)?;
         let mut record = (*self.find(&key)?).clone();
@@ -480,8 +573,14 @@ impl Snapshots {
         record.name.clone_from(&name);
         // Replaced, not added to, as the reference has it.
         record.labels = labels;
-        record.usage = usage;
         record.chain = chain::of_commit(&name);
+        if record.layer.is_some() {
+            // What was written beside the layer covers it; mostly there is nothing.
+            record.has_files = !is_empty;
+            let own = if is_empty { (0, 0) } else { usage };
+            usage = (record.usage.0 + own.0, record.usage.1 + own.1);
+        }
+        record.usage = usage;
         fault::point("snapshotter.commit")?;
         record.write(&self.dirs.snapshot(record.number)).map_err(inside)?;
         self.write(|table| {
@@ -599,6 +698,16 @@ impl Snapshots {
         Ok(())
     }
 
+    /// Forget blobs of layers that are no snapshot's.
+    fn clear_blobs(&self) {
+        for entry in std::fs::read_dir(self.dirs.blobs()).into_iter().flatten().flatten() {
+            let layer = std::fs::read_to_string(entry.path()).ok().and_then(|text| text.parse::<ImageId>().ok());
+            if layer.is_none_or(|layer| !self.is_used(&layer)) {
+                let _ = std::fs::remove_file(entry.path());
+            }
+        }
+    }
+
     /// Remove links of snapshots that are gone.
     fn clear_links(&self) {
         for entry in std::fs::read_dir(self.dirs.links()).into_iter().flatten().flatten() {
@@ -654,6 +763,11 @@ fn load(dirs: &Dirs) -> Result<(Table, u64)> {
 /// Bytes on the disk, and inodes, the top directory with them.
 fn measured(dir: &Path) -> Result<(u64, u64)> {
     measure(dir).map(|usage| (usage.bytes, usage.files + 1))
+}
+
+fn is_empty(dir: &Path) -> Result<bool> {
+    let mut entries = std::fs::read_dir(dir).map_err(|e| inside(Error::io("list", show(dir), e)))?;
+    Ok(entries.next().is_none())
 }
 
 /// Give a directory the owner and the mode of another.

@@ -114,7 +114,11 @@ impl Claims<'_> {
         Ok(Some(ClaimedLayer { diff_id: id.clone(), usage: (meta.bytes, meta.entries) }))
     }
 
-    fn note(&self, id: &ImageId) -> Result<()> {
+    pub(super) fn store(&self) -> &Store {
+        self.store
+    }
+
+    pub(super) fn note(&self, id: &ImageId) -> Result<()> {
         let path = self.dir.join(id.as_str());
         if path.exists() {
             return Ok(());

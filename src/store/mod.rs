@@ -34,7 +34,7 @@ use std::path::PathBuf;
 pub use archive::input::{Progress, ProgressFn};
 pub use archive::whiteout::LayerWhiteouts;
 #[cfg_attr(not(feature = "containerd"), allow(unused_imports, reason = "who claims is the snapshotter"))]
-pub(crate) use claims::chain_id;
+pub(crate) use claims::{ClaimedLayer, chain_id};
 pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
@@ -47,6 +47,8 @@ pub use signed::{Signature, Unsigned};
 pub use verify::{Damage, Repair};
 
 pub(crate) use archive::apart::dispatch;
+#[cfg(feature = "containerd")]
+pub(crate) use import::Blob;
 
 pub use crate::image::Strictness;
 pub use crate::image::oci::Platform;

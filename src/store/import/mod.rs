@@ -7,14 +7,19 @@
 //! * `source`: what it comes from, and how it is imported
 //! * `appc`: an AppC archive or directory
 //! * `layout`, `oci`: an OCI layout or docker archive: what is in it; its layers
+//! * `single`: one layer by itself, as containerd hands it over
 //! * `publish`: what was staged gets its place
 
 mod appc;
 mod layout;
 mod oci;
 mod publish;
+#[cfg(feature = "containerd")]
+mod single;
 mod source;
 
+#[cfg(feature = "containerd")]
+pub(crate) use single::Blob;
 pub use source::{ImageSource, ImportOptions, Imported, Outcome};
 
 pub(super) use layout::Layout;

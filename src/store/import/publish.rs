@@ -78,7 +78,7 @@ impl Store {
     }
 
     /// Give staged layers their places, where they are not taken by the same. Under the shared lock.
-    fn publish_layers(&self, staged: &[(ImageId, PathBuf)]) -> Result<()> {
+    pub(super) fn publish_layers(&self, staged: &[(ImageId, PathBuf)]) -> Result<()> {
         for (id, from) in staged {
             let to = self.paths.layer(id);
             for _ in 0..2 {
