@@ -16,6 +16,7 @@ crate::tests![
     a_lost_state_is_made_again_of_the_store,
     a_kill_within_a_claim_leaves_it_done_or_undone,
     one_claim_serves_all_who_ask,
+    nothing_is_claimed_where_that_is_switched_off,
 ];
 
 const REFERENCE: &str = "containerd.io/snapshot.ref";
@@ -286,4 +287,17 @@ fn one_claim_serves_all_who_ask() {
     // Its label was taken away: it is not found by it, and another one is made.
     client.update(&names[3], Labels::new(), &["labels"]).expect("update");
     assert_ne!(claim(&client, &names[2], &image.chains[3]).expect("claim"), names[3]);
+}
+
+fn nothing_is_claimed_where_that_is_switched_off() {
+    let mut served = Served::stopped();
+    let image = image(&served, "base");
+    images::import(&served, &image);
+    served.start_with(&["--no-claims"], &[]);
+    let client = served.client();
+    client.prepare_with("a", "", labels(&[(REFERENCE, &image.chains[0])])).expect("prepare");
+    assert_eq!(client.names(&[]), ["a"]);
+    served.kill();
+    served.start(&[]);
+    claim(&served.client(), "", &image.chains[0]).expect("claim");
 }

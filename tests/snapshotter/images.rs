@@ -75,7 +75,7 @@ pub(crate) fn make(served: &Served, name: &str, layers: &[Layer<'_>]) -> Image {
     }
     let config = serde_json::json!({
         "architecture": if cfg!(target_arch = "x86_64") { "amd64" } else { "arm64" }, "os": "linux",
-        "config": {}, "rootfs": { "type": "layers", "diff_ids": diff_ids },
+        "config": { "Cmd": ["/bin/sleep", "100000"] }, "rootfs": { "type": "layers", "diff_ids": diff_ids },
     });
     std::fs::write(dir.join("config.json"), config.to_string()).expect("write");
     let manifest = serde_json::json!([{ "Config": "config.json", "RepoTags": [format!("example.com/{name}:1")], "Layers": files }]);

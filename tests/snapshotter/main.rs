@@ -8,7 +8,10 @@
 
 mod claims;
 mod client;
+mod cri;
+mod diff;
 mod images;
+mod real;
 mod served;
 mod service;
 
@@ -31,7 +34,10 @@ fn main() -> ExitCode {
         Err(_) => Some(enter_namespace()),
     };
     let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let tests: &[&[(&str, Test)]] = &[service::TESTS, claims::TESTS];
+    let mut tests = vec![service::TESTS, claims::TESTS, diff::TESTS];
+    if std::env::var_os(real::PLACE).is_some() {
+        tests = vec![real::TESTS];
+    }
     let trials = tests
         .concat()
         .into_iter()

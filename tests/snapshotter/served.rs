@@ -35,6 +35,11 @@ impl Served {
         self.path("root/snapshotter")
     }
 
+    /// Where it looks for containerd.
+    pub(crate) fn containerd(&self) -> PathBuf {
+        self.path("containerd.sock")
+    }
+
     pub(crate) fn socket(&self) -> PathBuf {
         self.path("socket")
     }
@@ -49,14 +54,18 @@ impl Served {
 
     pub(crate) fn command(&self) -> Command {
         let mut command = self.fsprov();
-        command.arg("snapshotter").arg("--socket").arg(self.socket());
+        command.arg("snapshotter").arg("--socket").arg(self.socket()).arg("--containerd").arg(self.containerd());
         command
     }
 
     pub(crate) fn start(&mut self, env: &[(&str, &str)]) {
+        self.start_with(&[], env);
+    }
+
+    pub(crate) fn start_with(&mut self, args: &[&str], env: &[(&str, &str)]) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).expect("a log");
         let mut command = self.command();
-        command.envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+        command.args(args).envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().expect("start fsprov"));
         let until = Instant::now() + WAIT;
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {

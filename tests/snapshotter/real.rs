@@ -1,0 +1,341 @@
+//! With the real containerd and runc: `scripts/containerd` says where they are (FSPROV_TEST_CONTAINERD); without it none of this is asked for.
+
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use crate::client::Client;
+use crate::cri::{self, Cri};
+use crate::images::{self, Entry, Image};
+use crate::served::Served;
+
+crate::tests![
+    ctr_pulls_runs_and_survives_a_kill,
+    a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers,
+    pods_eight_at_a_time_leave_nothing,
+];
+
+/// Where Debian's packages are unpacked.
+pub(crate) const PLACE: &str = "FSPROV_TEST_CONTAINERD";
+
+fn debian() -> PathBuf {
+    std::env::var_os(PLACE).expect("scripts/containerd sets it").into()
+}
+
+fn path_with_theirs() -> std::ffi::OsString {
+    let theirs = ["usr/bin", "usr/sbin", "bin", "sbin"].map(|dir| debian().join(dir));
+    let ours = std::env::var_os("PATH").expect("PATH");
+    std::env::join_paths(theirs.into_iter().chain(std::env::split_paths(&ours))).expect("no colon")
+}
+
+/// Killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < until, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+/// A registry, a containerd, and the snapshotter.
+struct Node {
+    containerd: Option<Running>,
+    _registry: Running,
+    port: u16,
+    served: Served,
+}
+
+impl Node {
+    fn new() -> Self {
+        // What containerd and its shims leave in /run is not this machine's.
+        let run =
+            rustix::mount::mount("tmpfs", "/run", "tmpfs", rustix::mount::MountFlags::empty(), Some(c"mode=0755"));
+        run.expect("mount a tmpfs on /run");
+        let served = Served::new();
+        let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
+        let log =
+            |name: &str| std::fs::File::options().create(true).append(true).open(served.path(name)).expect("a log");
+        let config = format!(
+            "version: 0.1\nlog: {{accesslog: {{disabled: false}}}}\nstorage: {{filesystem: {{rootdirectory: {}}}}}\nhttp: {{addr: \"127.0.0.1:{port}\"}}\n",
+            served.path("blobs").display()
+        );
+        std::fs::write(served.path("registry.yml"), config).expect("write");
+        let registry = Command::new("docker-registry")
+            .arg("serve")
+            .arg(served.path("registry.yml"))
+            .stdin(Stdio::null())
+            .stdout(log("registry.log"))
+            .stderr(log("registry.log"))
+            .spawn()
+            .expect("run docker-registry");
+        wait_for("the registry", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+        let mut node = Node { containerd: None, _registry: Running(registry), port, served };
+        node.start_containerd();
+        node
+    }
+
+    fn address(&self) -> PathBuf {
+        self.served.containerd()
+    }
+
+    fn start_containerd(&mut self) {
+        let at = |name: &str| self.served.path(name).display().to_string();
+        let hosts = self.served.path(&format!("certs/127.0.0.1:{}", self.port));
+        std::fs::create_dir_all(&hosts).expect("make");
+        let url = format!("http://127.0.0.1:{}", self.port);
+        std::fs::write(hosts.join("hosts.toml"), format!("server = \"{url}\"\n[host.\"{url}\"]\n")).expect("write");
+        let config = format!(
+            "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\n[grpc]\naddress = \"{address}\"\n\
+             [proxy_plugins.fsprov]\ntype = \"snapshot\"\naddress = \"{socket}\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"127.0.0.1:{port}/pause:1\"\nrestrict_oom_score_adj = true\n\
+             disable_apparmor = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"fsprov\"\n\
+             disable_snapshot_annotations = false\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"{certs}\"\n\
+             [plugins.\"io.containerd.gc.v1.scheduler\"]\nstartup_delay = \"100ms\"\nschedule_delay = \"0ms\"\nmutation_threshold = 1\n",
+            root = at("cd/root"),
+            state = at("cd/state"),
+            address = self.address().display(),
+            socket = self.served.socket().display(),
+            port = self.port,
+            certs = at("certs"),
+        );
+        std::fs::write(self.served.path("containerd.toml"), config).expect("write");
+        // A kubelet stats it (ImageFsInfo).
+        std::fs::create_dir_all(self.served.path("cd/root/io.containerd.snapshotter.v1.fsprov")).expect("make");
+        let log =
+            std::fs::File::options().create(true).append(true).open(self.served.path("containerd.log")).expect("a log");
+        let child = Command::new(debian().join("usr/bin/containerd"))
+            .arg("--config")
+            .arg(self.served.path("containerd.toml"))
+            .env("PATH", path_with_theirs())
+            .stdin(Stdio::null())
+            .stdout(log.try_clone().expect("clone"))
+            .stderr(log)
+            .spawn()
+            .expect("run containerd");
+        self.containerd = Some(Running(child));
+        let address = self.address();
+        wait_for("containerd", || std::os::unix::net::UnixStream::connect(&address).is_ok());
+        wait_for("its plugins", || self.ctr(&["plugins", "ls"]).contains("fsprov"));
+    }
+
+    fn try_ctr(&self, args: &[&str]) -> Result<String, String> {
+        let said = Command::new(debian().join("usr/bin/ctr"))
+            .arg("--address")
+            .arg(self.address())
+            .args(args)
+            .env("PATH", path_with_theirs())
+            .stdin(Stdio::null())
+            .output()
+            .expect("run ctr");
+        let text = String::from_utf8_lossy(&said.stdout).into_owned() + &String::from_utf8_lossy(&said.stderr);
+        if said.status.success() { Ok(text) } else { Err(text) }
+    }
+
+    fn ctr(&self, args: &[&str]) -> String {
+        self.try_ctr(args).unwrap_or_else(|text| panic!("ctr {args:?}: {text}\n{}", self.log()))
+    }
+
+    fn log(&self) -> String {
+        let read = |name: &str| std::fs::read_to_string(self.served.path(name)).unwrap_or_default();
+        let text = read("containerd.log");
+        let last: Vec<&str> = text.lines().rev().take(30).collect();
+        format!("{}\n{}", last.into_iter().rev().collect::<Vec<_>>().join("\n"), read("log"))
+    }
+
+    fn push(&self, image: &Image, name: &str) -> String {
+        let tar = self.served.path(&format!("{name}.archive"));
+        let run = |command: &mut Command| {
+            let said = command.output().expect("run");
+            assert!(said.status.success(), "{command:?}: {}", String::from_utf8_lossy(&said.stderr));
+        };
+        run(Command::new("tar").arg("-cf").arg(&tar).arg("-C").arg(&image.dir).arg("."));
+        let to = format!("127.0.0.1:{}/{name}:1", self.port);
+        run(Command::new("skopeo")
+            .args(["copy", "-q", "--insecure-policy", "--dest-tls-verify=false"])
+            .arg(format!("docker-archive:{}", tar.display()))
+            .arg(format!("docker://{to}")));
+        to
+    }
+
+    /// Blobs that were asked of the registry with GET since `from`.
+    fn fetched(&self, from: usize) -> Vec<String> {
+        let text = std::fs::read_to_string(self.served.path("registry.log")).unwrap_or_default();
+        let is_blob = |line: &&str| line.contains("\"GET /v2/") && line.contains("/blobs/");
+        text.lines().skip(from).filter(is_blob).map(str::to_owned).collect()
+    }
+
+    fn registry_lines(&self) -> usize {
+        std::fs::read_to_string(self.served.path("registry.log")).unwrap_or_default().lines().count()
+    }
+
+    fn mounts(&self) -> usize {
+        let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        table.lines().filter(|line| line.contains(&*self.served.path("").to_string_lossy())).count()
+    }
+}
+
+impl Drop for Node {
+    fn drop(&mut self) {
+        // Containers of a test that failed go with their shims.
+        if let Ok(all) = self.try_ctr(&["-n", "default", "task", "ls", "-q"]) {
+            for id in all.split_whitespace() {
+                let _ = self.try_ctr(&["-n", "default", "task", "rm", "-f", id]);
+            }
+        }
+        self.containerd = None;
+    }
+}
+
+/// Busybox, and layers above it, as many as `layers` together.
+fn image(served: &Served, name: &str, layers: usize) -> Image {
+    let busybox = std::fs::read(debian().join("bin/busybox")).expect("busybox");
+    let tree = served.path(&format!("{name}-0.tree/bin"));
+    std::fs::create_dir_all(&tree).expect("make");
+    std::fs::write(tree.join("busybox"), busybox).expect("write");
+    std::fs::set_permissions(tree.join("busybox"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
+    for link in ["sh", "sleep", "cat", "echo", "ls", "true", "id"] {
+        let _ = std::os::unix::fs::symlink("busybox", tree.join(link));
+    }
+    let base: &[Entry<'_>] = &[
+        Entry::File("etc/passwd", "root:x:0:0::/:/bin/sh\n"),
+        Entry::Dir("proc", 0o755),
+        Entry::Dir("sys", 0o755),
+        Entry::Dir("dev", 0o755),
+        Entry::Dir("tmp", 0o1777),
+        Entry::Dir(".", 0o755),
+    ];
+    let texts: Vec<String> = (1..layers).map(|n| format!("{name} {n}")).collect();
+    let names: Vec<String> = (1..layers).map(|n| format!("layers/{n}")).collect();
+    let entries: Vec<[Entry<'_>; 2]> = names
+        .iter()
+        .zip(&texts)
+        .map(|(name, text)| [Entry::File(name, text), Entry::File("layers/last", text)])
+        .collect();
+    let all: Vec<images::Layer<'_>> = std::iter::once(base).chain(entries.iter().map(|e| &e[..])).collect();
+    images::make(served, name, &all)
+}
+
+fn ctr_pulls_runs_and_survives_a_kill() {
+    let mut node = Node::new();
+    let image = image(&node.served, "app", 4);
+    let name = node.push(&image, "app");
+    node.ctr(&["image", "pull", "--plain-http", "--snapshotter", "fsprov", &name]);
+    let said =
+        node.ctr(&["run", "--snapshotter", "fsprov", "--net-host", "--rm", &name, "once", "/bin/cat", "/layers/last"]);
+    assert_eq!(said.trim(), "app 3");
+    // It writes a line each moment, while the snapshotter is killed and comes again.
+    let script = "n=0; while true; do n=$((n+1)); echo $n > /count; /bin/cat /layers/1 > /dev/null || exit 1; /bin/sleep 0.05; done";
+    node.ctr(&["run", "--snapshotter", "fsprov", "--net-host", "-d", &name, "web", "/bin/sh", "-c", script]);
+    let count = |node: &Node, id: &str| {
+        let said = node.ctr(&["task", "exec", "--exec-id", id, "web", "/bin/cat", "/count"]);
+        said.trim().parse::<u64>().unwrap_or(0)
+    };
+    wait_for("the container", || count(&node, "first") > 0);
+    for round in 0..3 {
+        let before = count(&node, &format!("before-{round}"));
+        node.served.kill();
+        std::thread::sleep(Duration::from_millis(500));
+        assert!(count(&node, &format!("still-{round}")) > before, "it goes on");
+        let new = node.try_ctr(&["run", "--snapshotter", "fsprov", "--net-host", "--rm", &name, "none", "/bin/true"]);
+        assert!(new.is_err(), "a new one needs the snapshotter");
+        node.served.start(&[]);
+        wait_for("containerd to connect again", || {
+            node.try_ctr(&["run", "--snapshotter", "fsprov", "--net-host", "--rm", &name, "again", "/bin/true"]).is_ok()
+        });
+    }
+    node.ctr(&["task", "rm", "-f", "web"]);
+    node.ctr(&["container", "rm", "web"]);
+    node.ctr(&["image", "rm", "--sync", &name]);
+    let client = node.served.client();
+    wait_for("the collection of garbage", || client.names(&[]).is_empty());
+    wait_for("the disk", || node.served.entries("s").is_empty() && node.served.entries("gone").is_empty());
+    assert_eq!(node.mounts(), 0);
+}
+
+fn a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers() {
+    let node = Node::new();
+    let (app, pause) = (image(&node.served, "app", 10), image(&node.served, "pause", 1));
+    let names = [node.push(&app, "app"), node.push(&pause, "pause")];
+    for one in [&app, &pause] {
+        images::import(&node.served, one);
+    }
+    let cri = Cri::new(&node.address());
+    let from = node.registry_lines();
+    for name in &names {
+        cri.pull(name).unwrap_or_else(|e| panic!("pull {name}: {e}\n{}", node.log()));
+    }
+    // Each image's configuration, and no more.
+    let fetched = node.fetched(from);
+    assert_eq!(fetched.len(), 2, "{fetched:#?}");
+    let client = node.served.client();
+    assert_eq!(client.names(&["kind==committed"]).len(), 10, "the two have one in common");
+    let config = cri::sandbox("web", &node.served.path("pods"));
+    let pod = cri.run_sandbox(&config).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+    let container =
+        cri.start(&pod, &config, &names[0], &["/bin/sleep", "1000"]).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+    assert_eq!(cri.exec(&container, &["/bin/cat", "/layers/last", "/layers/4"]).expect("exec"), "app 9app 4");
+    cri.exec(&container, &["/bin/sh", "-c", "echo mine > /layers/last"]).expect("exec");
+    let kept = node.served.fsprov().args(["image", "gc", "--unused"]).output().expect("run fsprov");
+    assert!(kept.status.success() && images::layers_in_store(&node.served) == 10, "{kept:?}");
+    cri.remove_sandbox(&pod).expect("remove the pod");
+    for name in &names {
+        cri.remove_image(name).expect("remove the image");
+    }
+    wait_for("the collection of garbage", || client.names(&[]).is_empty());
+    wait_for("the disk", || node.served.entries("s").is_empty() && node.served.entries("gone").is_empty());
+    assert_eq!(node.mounts(), 0);
+    let gone = node.served.fsprov().args(["image", "gc", "--unused"]).output().expect("run fsprov");
+    assert!(gone.status.success() && images::layers_in_store(&node.served) == 0, "{gone:?}");
+}
+
+fn pods_eight_at_a_time_leave_nothing() {
+    let pods: usize = std::env::var("FSPROV_TEST_PODS").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
+    let node = Node::new();
+    let (app, pause) = (image(&node.served, "app", 10), image(&node.served, "pause", 1));
+    let names = [node.push(&app, "app"), node.push(&pause, "pause")];
+    for one in [&app, &pause] {
+        images::import(&node.served, one);
+    }
+    let cri = Cri::new(&node.address());
+    for name in &names {
+        cri.pull(name).expect("pull");
+    }
+    let client: Client = node.served.client();
+    let before = client.names(&[]).len();
+    let next = std::sync::atomic::AtomicUsize::new(0);
+    let (address, logs): (PathBuf, PathBuf) = (node.address(), node.served.path("pods"));
+    let one = |cri: &Cri, number: usize, logs: &Path| -> Result<(), tonic::Status> {
+        let config = cri::sandbox(&format!("pod-{number}"), logs);
+        let pod = cri.run_sandbox(&config)?;
+        let container = cri.start(&pod, &config, &names[0], &["/bin/sleep", "1000"])?;
+        assert_eq!(cri.exec(&container, &["/bin/cat", "/layers/last"])?, "app 9");
+        cri.remove_sandbox(&pod)
+    };
+    std::thread::scope(|scope| {
+        for _ in 0..8 {
+            scope.spawn(|| {
+                let cri = Cri::new(&address);
+                loop {
+                    let number = next.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+                    if number >= pods {
+                        return;
+                    }
+                    one(&cri, number, &logs).unwrap_or_else(|e| panic!("pod {number}: {e}\n{}", node.log()));
+                }
+            });
+        }
+    });
+    assert_eq!(client.names(&[]).len(), before, "nothing is left over");
+    wait_for("the disk", || node.served.entries("s").len() == before && node.served.entries("gone").is_empty());
+    assert_eq!(node.mounts(), 0);
+}
