@@ -297,6 +297,7 @@ fn nothing_is_claimed_where_that_is_switched_off() {
     let client = served.client();
     client.prepare_with("a", "", labels(&[(REFERENCE, &image.chains[0])])).expect("prepare");
     assert_eq!(client.names(&[]), ["a"]);
+    client.remove("a").expect("remove");
     served.kill();
     served.start(&[]);
     claim(&served.client(), "", &image.chains[0]).expect("claim");

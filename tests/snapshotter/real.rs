@@ -335,7 +335,7 @@ fn pods_eight_at_a_time_leave_nothing() {
             });
         }
     });
-    assert_eq!(client.names(&[]).len(), before, "nothing is left over");
+    wait_for("the collection of garbage", || client.names(&[]).len() == before);
     wait_for("the disk", || node.served.entries("s").len() == before && node.served.entries("gone").is_empty());
     assert_eq!(node.mounts(), 0);
 }
