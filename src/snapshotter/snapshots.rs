@@ -698,7 +698,7 @@ impl Snapshots {
         Ok(())
     }
 
-    /// Forget blobs of layers that are no snapshot's.
+    /// Forget blobs whose layers no snapshot has.
     fn clear_blobs(&self) {
         for entry in std::fs::read_dir(self.dirs.blobs()).into_iter().flatten().flatten() {
             let layer = std::fs::read_to_string(entry.path()).ok().and_then(|text| text.parse::<ImageId>().ok());
