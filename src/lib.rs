@@ -76,6 +76,8 @@ mod plan;
 mod printable;
 pub mod provisioner;
 pub mod pull;
+#[cfg(feature = "cli")]
+mod run;
 #[cfg(feature = "containerd")]
 mod snapshotter;
 pub mod store;
@@ -111,6 +113,8 @@ pub fn dispatch() -> Option<std::process::ExitCode> {
     let verb = std::env::args_os().nth(1);
     let verb = verb.as_ref().and_then(|verb| verb.to_str()).unwrap_or_default();
     let code = daemon::dispatch(verb).or_else(|| store::dispatch(verb));
+    #[cfg(feature = "cli")]
+    let code = code.or_else(|| cli::dispatch(verb));
     if code.is_none() {
         child::note_that_it_dispatches();
     }

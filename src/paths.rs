@@ -15,9 +15,11 @@
 //! ├── cache/download/<key>/        what is being downloaded, or broke off; its holder has a flock on it
 //! ├── claims/<holder>/<diff id>    layers that somebody outside the store stands on (`crate::store`)
 //! ├── snapshotter/                 containerd's snapshots (`crate::snapshotter::dirs`)
+//! ├── run/<container id>/           where `fsprov run` mounts
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
 //! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: held to change this rootfs
 //!     ├── record.json              the record
+//!     ├── bundle/                  what `fsprov run` gave its runtime
 //!     └── backend/                 what the backend keeps: the FUSE server's log and control socket ([`crate::daemon::names`]),
 //!                                  overlay's own layers
 //! ```
@@ -94,6 +96,10 @@ impl StatePaths {
     /// Which mount points are taken.
     pub fn points(&self) -> PathBuf {
         self.root.join("points")
+    }
+    /// Where the rootfses of `fsprov run` are mounted, by their ids.
+    pub fn run(&self) -> PathBuf {
+        self.root.join("run")
     }
     /// One provisioned rootfs.
     pub fn container(&self, id: &ContainerId) -> ContainerPaths {

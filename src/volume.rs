@@ -140,11 +140,12 @@ impl Default for Powers {
 }
 
 /// A volume as the user wrote it: `SRC:DST[:OPTION,...]`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[non_exhaustive]
 pub struct VolumeSpec {
     /// Host path: absolute, or below the sandbox. What was written relative to the current directory begins with `.`, until
     /// [`VolumeSpec::from_directory`] made it absolute.
+    #[serde(with = "crate::pathtext")]
     pub source: PathBuf,
     /// Where it appears in the rootfs.
     pub target: ContainerPath,
@@ -157,7 +158,8 @@ pub struct VolumeSpec {
 }
 
 /// What happens to a source that is missing or an empty directory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
 #[non_exhaustive]
 pub enum Fill {
     /// Nothing: a missing relative one is made, empty.

@@ -57,6 +57,7 @@ documents! {
     images: "docs/images.md",
     kubernetes_and_docker: "docs/kubernetes-and-docker.md",
     limits: "docs/limits.md",
+    run: "docs/run.md",
     security: "docs/security.md",
     volumes: "docs/volumes.md",
 }

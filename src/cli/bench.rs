@@ -209,6 +209,7 @@ fn put<'a>(
         live: Live::default(),
         restraint: Restraint::default(),
         ownership: None,
+        ends_with: None,
     };
     let begin = Instant::now();
     let record = provisioner.provision(&request)?;

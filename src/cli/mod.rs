@@ -16,6 +16,7 @@ mod output;
 mod probe;
 mod recover;
 mod restart;
+mod run;
 mod service;
 mod shown;
 #[cfg(feature = "containerd")]
@@ -67,6 +68,10 @@ struct Global {
 enum Verb {
     /// Mount an image's root filesystem
     Mount(mount::Mount),
+    /// Run a program in an image
+    Run(run::Run),
+    /// Mount an image, and write an OCI runtime's config.json for it
+    Bundle(run::BundleVerb),
     /// Unmount a rootfs
     #[command(visible_alias = "umount")]
     Unmount(unmount::Unmount),
@@ -103,6 +108,8 @@ enum Verb {
     #[command(hide = true)]
     Undo(interrupt::Undo),
 }
+
+pub(crate) use run::dispatch;
 
 /// `--backend`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -156,25 +163,29 @@ impl Global {
     fn provisioner(&self) -> Result<Provisioner> {
         Ok(Provisioner::new(self.paths()?, crate::host::Host::probe()).with_policy(settings()?.policy()))
     }
+}
 
-    fn start_log(&self) {
-        let level = match self.verbose {
-            0 => "warn",
-            1 => "info",
-            2 => "debug",
-            _ => "trace",
-        };
-        let filter = std::env::var("FSPROV_LOG").unwrap_or_else(|_| format!("fsprov={level}"));
-        let format = |out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>| {
-            use std::io::Write as _;
-            let (level, target) = (record.level(), record.target());
-            let style = out.default_level_style(level);
-            // Messages tell names and errors that others wrote.
-            let message = record.args().to_string();
-            writeln!(out, "[{style}{level:<5}{style:#} {target}] {}", crate::printable::line(&message))
-        };
-        env_logger::Builder::new().parse_filters(&filter).format(format).init();
-    }
+/// What is logged, in env_logger's words.
+fn log_filter(verbose: u8) -> String {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        2 => "debug",
+        _ => "trace",
+    };
+    std::env::var("FSPROV_LOG").unwrap_or_else(|_| format!("fsprov={level}"))
+}
+
+fn start_log(filter: &str) {
+    let format = |out: &mut env_logger::fmt::Formatter, record: &log::Record<'_>| {
+        use std::io::Write as _;
+        let (level, target) = (record.level(), record.target());
+        let style = out.default_level_style(level);
+        // Messages tell names and errors that others wrote.
+        let message = record.args().to_string();
+        writeln!(out, "[{style}{level:<5}{style:#} {target}] {}", crate::printable::line(&message))
+    };
+    env_logger::Builder::new().parse_filters(filter).format(format).init();
 }
 
 fn settings() -> Result<Settings> {
@@ -204,6 +215,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             _ => ExitCode::SUCCESS,
         };
     }
+    let is_run = is_about_run(&args);
     let cli = match Cli::try_parse_from(args) {
         Ok(cli) => cli,
         Err(error) => {
@@ -219,15 +231,23 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
             }
             // Help and version come this way too, with code 0; a closed stdout or stderr is not worth a panic.
             let _ = error.print();
-            return ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2));
+            let code = u8::try_from(error.exit_code()).unwrap_or(2);
+            // A program's exit codes begin at 0: what is wrong with `run` itself is told apart as podman does.
+            return ExitCode::from(if code != 0 && is_run { crate::run::FAILED } else { code });
         }
     };
     // Nothing is logged on a line that is being typed.
     if !matches!(cli.verb, Verb::Complete(_)) {
-        cli.global.start_log();
+        start_log(&log_filter(cli.global.verbose));
     }
     // An image may have hundreds of layers, each of them open.
     crate::sys::process::raise_open_files();
+    if let Verb::Run(verb) = &cli.verb {
+        return ExitCode::from(verb.run(&cli.global).unwrap_or_else(|error| {
+            output::complain(&error);
+            crate::run::FAILED
+        }));
+    }
     match run(&cli) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
@@ -238,10 +258,19 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// Is `run` the command, whatever else is wrong?
+fn is_about_run(args: &[OsString]) -> bool {
+    use clap::CommandFactory as _;
+    let read = Cli::command().ignore_errors(true).try_get_matches_from(args);
+    read.is_ok_and(|read| read.subcommand_name() == Some("run"))
+}
+
 fn run(cli: &Cli) -> Result<()> {
     let global = &cli.global;
     match &cli.verb {
         Verb::Mount(verb) => verb.run(global),
+        Verb::Run(verb) => verb.run(global).map(|_| ()),
+        Verb::Bundle(verb) => verb.run(global),
         Verb::Unmount(verb) => verb.run(global),
         Verb::List(verb) => verb.run(global),
         Verb::Inspect(verb) => verb.run(global),

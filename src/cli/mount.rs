@@ -111,11 +111,11 @@ impl Mount {
         let mut request = self.request(&settings)?;
         let provisioner = global.provisioner()?;
         if self.foreground {
-            self.pull_missing(global, &settings, &request.image)?;
+            self.pull_if_asked(global, &settings, &request.image)?;
             return service::run(provisioner, &request, shelved, |record| self.report(record));
         }
         let pulling = self.pull.then(|| Undoing::on_signal(global, None)).transpose()?;
-        self.pull_missing(global, &settings, &request.image)?;
+        self.pull_if_asked(global, &settings, &request.image)?;
         let id = request.id.take().map_or_else(ContainerId::random, Ok)?;
         // A rootfs that has this id is not ours to take back: the request is refused.
         let is_new = !global.paths()?.container(&id).dir().exists();
@@ -143,7 +143,7 @@ impl Mount {
                     .hint("it must be auto, bind, fuse, overlay or copy")
             })?,
         };
-        let mut volumes = self.volumes()?;
+        let mut volumes = volumes(&self.volumes)?;
         // What the user says for a place replaces what the configuration says for it.
         let defaults = configured.default_volumes()?;
         volumes.extend(defaults.into_iter().filter(|d| !self.targets(&d.target)));
@@ -165,26 +165,12 @@ impl Mount {
             )?,
             restraint: self.restraint(),
             live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
+            ends_with: None,
         })
     }
 
-    fn pull_missing(&self, global: &Global, settings: &Settings, image: &ImageRef) -> Result<()> {
-        let ImageRef::Name(name) = image else { return Ok(()) };
-        if !self.pull {
-            return Ok(());
-        }
-        let store = Store::open(&global.paths()?)?.with_policy(settings.policy());
-        match store.show(image) {
-            Err(error) if error.kind() == Kind::NotFound => pull(&store, settings, &name.parse()?, None).map(|_| ()),
-            other => other.map(|_| ()),
-        }
-    }
-
-    fn volumes(&self) -> Result<Vec<VolumeSpec>> {
-        let current = std::env::current_dir().map_err(|e| Error::io("find", "the current directory", e))?;
-        let home = std::env::home_dir();
-        let parse = |v: &OsString| Ok(VolumeSpec::parse(v)?.from_directory(&current, home.as_deref()));
-        self.volumes.iter().map(parse).collect()
+    fn pull_if_asked(&self, global: &Global, settings: &Settings, image: &ImageRef) -> Result<()> {
+        if self.pull { pull_missing(global, settings, image) } else { Ok(()) }
     }
 
     /// The sandbox, if it is still to be made.
@@ -215,6 +201,23 @@ impl Mount {
             held_back(record.plan.restraint)
         ))
     }
+}
+
+/// Pull an image that the store does not have.
+pub(super) fn pull_missing(global: &Global, settings: &Settings, image: &ImageRef) -> Result<()> {
+    let ImageRef::Name(name) = image else { return Ok(()) };
+    let store = Store::open(&global.paths()?)?.with_policy(settings.policy());
+    match store.show(image) {
+        Err(error) if error.kind() == Kind::NotFound => pull(&store, settings, &name.parse()?, None).map(|_| ()),
+        other => other.map(|_| ()),
+    }
+}
+
+/// The volumes that `-v` says, from this directory and home.
+pub(super) fn volumes(said: &[OsString]) -> Result<Vec<VolumeSpec>> {
+    let current = std::env::current_dir().map_err(|e| Error::io("find", "the current directory", e))?;
+    let home = std::env::home_dir();
+    said.iter().map(|v| Ok(VolumeSpec::parse(v)?.from_directory(&current, home.as_deref()))).collect()
 }
 
 /// What was held back without being asked for, and how to have it otherwise.

@@ -5,6 +5,7 @@ pub(super) const START: &str = "\
 fsprov puts a container image's root filesystem in place, with or without root.
 
   fsprov image pull debian:12                    get an image (`fsprov image import FILE` takes one you have)
+  fsprov run -it debian:12                       run a program in it
   fsprov mount -v .:/src debian:12 rootfs        mount it at ./rootfs, with this directory at /src
   bwrap --unshare-all --uid 0 --gid 0 --bind rootfs / --dev /dev --proc /proc sh
   fsprov unmount rootfs
@@ -24,9 +25,8 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
     (&["ps", "containers"], "`fsprov list` shows what is mounted"),
     (&["rm", "stop", "kill", "delete"], "`fsprov unmount ROOTFS` takes a rootfs away"),
     (
-        &["run", "exec", "start", "create", "shell", "enter"],
-        "fsprov mounts and leaves running to others: `fsprov mount IMAGE rootfs`, then \
-         `bwrap --unshare-all --uid 0 --gid 0 --bind rootfs / --dev /dev --proc /proc sh`",
+        &["exec", "start", "create", "shell", "enter"],
+        "`fsprov run -it IMAGE` runs a program in an image, in the foreground and once; podman and containerd have containers that stay",
     ),
     (&["logs"], "`fsprov stats ROOTFS` shows what a FUSE server does; its log is in `fsprov inspect ROOTFS`"),
     (&["info", "doctor", "check"], "`fsprov probe` tells what works on this host"),

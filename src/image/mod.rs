@@ -2,6 +2,7 @@
 
 pub mod appc;
 pub mod discovery;
+pub mod execution;
 pub mod oci;
 pub mod signature;
 

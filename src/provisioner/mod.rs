@@ -204,7 +204,9 @@ impl Provisioner {
         let choice = select::choose(&self.host, &planned.plan, request.backend)?;
         let note = ImageNote { reference: request.image.to_string(), id: image.id, name: image.name };
 
-        let mut making = self.claim(Record::new(note, choice.backend, &planned)?)?;
+        let mut record = Record::new(note, choice.backend, &planned)?;
+        record.ends_with = request.ends_with;
+        let mut making = self.claim(record)?;
         drop(in_use);
         let made = open::open_new(&planned)
             .and_then(|opened| making.opened(opened))

@@ -124,6 +124,7 @@ mod tests {
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             changes,
+            ends_with: None,
         }
     }
 

@@ -77,6 +77,9 @@ pub struct Record {
     /// What its paths led to. `None`: not opened yet, or made by a program that did not write it down.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub places: Option<Identities>,
+    /// The process that it ends with: once that is gone, [`super::Provisioner::recover`] takes it away. `None`: it stays.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ends_with: Option<sys::process::ProcessId>,
 }
 
 impl Record {
@@ -99,6 +102,7 @@ impl Record {
             made: planned.made.clone(),
             sources: planned.sources.clone(),
             places: None,
+            ends_with: None,
         })
     }
 

@@ -84,6 +84,8 @@ impl Provisioner {
         }
         let Some(claim) = lock::directory(container.dir())? else { return Ok(Outcome::Destroyed) };
         let record = Record::read(&container)?;
+        let has_ended = |record: &Record| record.ends_with.is_some_and(|process| !process.is_alive());
+        let wanted = wanted && !record.as_ref().is_some_and(has_ended);
         let condition = record.as_ref().map(|record| Self::condition(record, &Now::look()?)).transpose()?;
         match (condition, record) {
             (Some(Condition::Elsewhere), _) => Ok(Outcome::Skipped),

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use crate::error::show;
 use crate::id::{ContainerId, ImageRef};
 use crate::plan::{BackendKind, Live, Ownership, Restraint};
+use crate::sys::process::ProcessId;
 use crate::volume::VolumeSpec;
 
 /// What a user asks for.
@@ -35,6 +36,8 @@ pub struct Request {
     /// What of the image's setuid programs and device nodes may work; what is not said is held back where other users of the host
     /// reach the rootfs.
     pub restraint: Restraint,
+    /// The process that it ends with; `None`: it stays until it is taken away.
+    pub(crate) ends_with: Option<ProcessId>,
 }
 
 impl Request {
@@ -52,6 +55,7 @@ impl Request {
             live: Live::default(),
             changes: Changes::default(),
             restraint: Restraint::default(),
+            ends_with: None,
         }
     }
 

@@ -7,12 +7,13 @@ use super::archive::whiteout::LayerWhiteouts;
 use super::choose::{MIN_PREFIX_AFTER_ALGORITHM, choose, fitting};
 use super::import::{ImageSource, ImportOptions, Layout, Outcome};
 use super::layer::LayerMeta;
-use super::meta::{Meta, read_bounded};
+use super::meta::{ImageKind, Meta, read_bounded};
 use super::names::Held;
 use super::{Store, mesos};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ImageId, ImageRef};
 use crate::image::Strictness;
+use crate::image::execution::Execution;
 use crate::paths::image;
 use crate::sys::fs::{explain_named, open_named, path_of};
 
@@ -76,6 +77,18 @@ impl Store {
                 Err(e) => Err(e),
             },
         }
+    }
+
+    /// How an image that was found wants to be run. A directory that is a root filesystem says nothing.
+    pub(crate) fn execution(&self, found: &ResolvedImage) -> Result<Execution> {
+        let Some(manifest) = &found.manifest else { return Ok(Execution::default()) };
+        let read = |path: &Path| read_bounded(path, crate::image::MAX_MANIFEST_BYTES as u64);
+        let kind = found.id.as_ref().map(|id| self.meta(id).map(|meta| meta.kind)).transpose()?;
+        if kind == Some(ImageKind::Oci) {
+            return Execution::of_oci(&read(&manifest.with_file_name(image::CONFIG))?);
+        }
+        let checked = crate::image::appc::Manifest::parse(&read(manifest)?, Strictness::Lenient)?;
+        Ok(Execution::of_appc(&checked.manifest))
     }
 
     pub(super) fn resolved(&self, meta: Meta) -> ResolvedImage {

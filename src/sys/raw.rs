@@ -293,6 +293,13 @@ pub(crate) fn unshare_mounts(users: Users) -> rustix::io::Result<()> {
     unsafe { rustix::thread::unshare_unsafe(flags) }
 }
 
+/// unshare(2) CLONE_NEWNS and CLONE_NEWCGROUP: a mount and a cgroup namespace of this thread's own, and its children's.
+pub(crate) fn unshare_mounts_and_cgroups() -> rustix::io::Result<()> {
+    let flags = rustix::thread::UnshareFlags::NEWNS | rustix::thread::UnshareFlags::NEWCGROUP;
+    // SAFETY: no descriptor table is unshared, so no thread loses sight of a descriptor.
+    unsafe { rustix::thread::unshare_unsafe(flags) }
+}
+
 /// close(2), with its error: where NFS, FUSE and quota report what became of delayed writes. The descriptor is gone either way.
 pub fn close(fd: std::os::fd::OwnedFd) -> rustix::io::Result<()> {
     let raw = std::os::fd::IntoRawFd::into_raw_fd(fd);

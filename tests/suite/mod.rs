@@ -27,6 +27,7 @@ mod races;
 mod readonly;
 mod recover;
 mod registry;
+mod run;
 mod setuid;
 mod store;
 mod swapped;

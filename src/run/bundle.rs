@@ -1,0 +1,240 @@
+//! A bundle: config.json and the files that it names, for a rootfs that is in place.
+
+use std::collections::BTreeSet;
+use std::os::fd::OwnedFd;
+use std::path::{Component, Path, PathBuf};
+
+use rustix::fs::{FileType, Mode, OFlags};
+use rustix::io::Errno;
+
+use super::config::{self, Extra, Wanted};
+use super::files::{self, About};
+use super::user;
+use super::{Image, Network, Options, seccomp};
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ContainerId;
+use crate::plan::IdRange;
+use crate::sys::fs::{open_in_root, open_resolved};
+use crate::sys::process::ProcessId;
+use crate::volume::VolumeSpec;
+
+/// Its name in a rootfs's directory of the state root.
+pub(super) const NAME: &str = "bundle";
+
+/// The rootfs that a bundle is for.
+#[derive(Clone, Debug)]
+pub(crate) struct Root {
+    /// Where it is.
+    pub(crate) path: PathBuf,
+    /// Can something be made in it? What is mounted on it needs a mount point.
+    pub(crate) is_writable: bool,
+}
+
+/// A bundle to be written.
+#[derive(Debug)]
+pub(crate) struct Bundle<'a> {
+    /// Its directory, which exists.
+    pub(crate) dir: &'a Path,
+    /// Its name.
+    pub(crate) id: &'a ContainerId,
+    /// The rootfs.
+    pub(crate) root: &'a Root,
+    /// What it is made from.
+    pub(crate) image: &'a Image,
+    /// What is asked for.
+    pub(crate) options: &'a Options,
+    /// What is mounted in the rootfs already.
+    pub(crate) volumes: &'a [VolumeSpec],
+    /// The ids of a user namespace of its own.
+    pub(crate) ids: (Vec<IdRange>, Vec<IdRange>),
+    /// Who it is where nobody says: the user itself, with `--userns=keep-id`.
+    pub(crate) own: Option<(u32, u32)>,
+    /// Is it run by root of the machine?
+    pub(crate) is_root: bool,
+    /// Has whoever runs it more than one id?
+    pub(crate) has_many_ids: bool,
+}
+
+/// What was written.
+#[derive(Debug)]
+pub(crate) struct Written {
+    args: Vec<String>,
+    environment: Vec<String>,
+    working_directory: String,
+    root: OwnedFd,
+    stop_signal: Option<String>,
+}
+
+impl Bundle<'_> {
+    /// Write it.
+    pub(crate) fn write(&self) -> Result<Written> {
+        let (options, said) = (self.options, &self.image.execution);
+        let args = options.args(said)?;
+        let working_directory = options.working_directory(said)?;
+        let root = open_resolved(&self.root.path).map_err(|e| Error::sys("open rootfs", show(&self.root.path), e))?;
+        let identity = self.identity(&root)?;
+        let hostname = self.hostname();
+        let home = identity.home.clone().unwrap_or_else(|| "/".into());
+        let here = |name: &str| std::env::var(name).ok();
+        let environment = options.environment(said, &home, &hostname, here);
+        let capabilities = options.capabilities()?;
+        let extra = self.extra(&root, &hostname)?;
+        let seccomp = self.seccomp(&capabilities)?;
+        if self.root.is_writable {
+            make_directory(&root, &working_directory)?;
+        }
+        let stop_signal = said.stop_signal.clone();
+        let spec = config::spec(&Wanted {
+            root: self.root.path.clone(),
+            read_only: options.read_only || !self.root.is_writable,
+            args: args.clone(),
+            environment: environment.clone(),
+            working_directory: working_directory.clone(),
+            identity,
+            terminal: options.terminal,
+            hostname,
+            network: options.network(),
+            ambient: options.ambient()?,
+            capabilities,
+            extra,
+            uids: self.ids.0.clone(),
+            gids: self.ids.1.clone(),
+            seccomp,
+            stop_signal: stop_signal.clone(),
+            is_root: self.is_root,
+            has_many_ids: self.has_many_ids,
+        })?;
+        config::write(&spec, self.dir)?;
+        Ok(Written { args, environment, working_directory, root, stop_signal })
+    }
+
+    fn identity(&self, root: &OwnedFd) -> Result<user::Identity> {
+        let files = user::Files::of(root)?;
+        if let (None, Some((uid, gid))) = (&self.options.user, self.own) {
+            let known = files.find(&uid.to_string())?;
+            return Ok(user::Identity { uid, gid, groups: Vec::new(), ..known });
+        }
+        let said = self.options.user.as_deref().unwrap_or(&self.image.execution.user);
+        if said.starts_with('/') {
+            // AppC: the owner of that file.
+            let path = said.split(':').next().unwrap_or(said);
+            let file =
+                open_in_root(root, Path::new(path), OFlags::PATH).map_err(|e| Error::sys("find user", path, e))?;
+            let stat = rustix::fs::fstat(&file).map_err(|e| Error::sys("find user", path, e))?;
+            return Ok(user::Identity { uid: stat.st_uid, gid: stat.st_gid, ..user::Identity::default() });
+        }
+        let mut identity = files.find(said)?;
+        if self.options.user.is_none() {
+            identity.groups.extend(&self.image.execution.groups);
+        }
+        Ok(identity)
+    }
+
+    /// Who shares the host's network has its name.
+    fn hostname(&self) -> String {
+        let of_host = || match self.options.network() {
+            Network::Host => Some(rustix::system::uname().nodename().to_string_lossy().into_owned()),
+            Network::None => None,
+        };
+        let id = || self.id.as_str().chars().take(12).collect();
+        self.options.hostname.clone().or_else(of_host).filter(|name| !name.is_empty()).unwrap_or_else(id)
+    }
+
+    /// What the runtime mounts on top.
+    fn extra(&self, root: &OwnedFd, hostname: &str) -> Result<Vec<Extra>> {
+        let is_volume = |at: &str| self.volumes.iter().any(|v| v.target.as_path() == Path::new(at));
+        let about = About {
+            hostname,
+            network: self.options.network(),
+            id: self.id.as_str(),
+            image: &self.image.reference,
+            image_id: self.image.id.as_ref().map_or("", |id| id.as_str()),
+            is_rootless: !self.is_root,
+        };
+        let mut all = self.options.tmpfs(&self.image.execution, is_volume)?;
+        let below_tmpfs: Vec<String> = all
+            .iter()
+            .filter_map(|one| if let Extra::Tmpfs { at, .. } = one { Some(at.clone()) } else { None })
+            .collect();
+        for file in files::write(self.dir, about)? {
+            let Extra::File { at, .. } = &file else { continue };
+            let has_point = self.root.is_writable
+                || below_tmpfs.iter().any(|tmpfs| Path::new(at).starts_with(tmpfs))
+                || open_in_root(root, Path::new(at), OFlags::PATH).is_ok();
+            if !has_point {
+                log::info!(target: super::TARGET, "the image has no {at}, and nothing can be made in it: left out");
+            } else if !is_volume(at) {
+                all.push(file);
+            }
+        }
+        Ok(all)
+    }
+
+    fn seccomp(&self, capabilities: &BTreeSet<String>) -> Result<Option<oci_spec::runtime::LinuxSeccomp>> {
+        match self.options.seccomp.as_deref() {
+            Some("none" | "unconfined") => Ok(None),
+            Some(path) => seccomp::load(Path::new(path), capabilities).map(Some),
+            None => seccomp::installed().map(|path| seccomp::load(&path, capabilities)).transpose(),
+        }
+    }
+}
+
+impl Written {
+    /// The exit code of a program that is not there, or that cannot be run, and why: runtimes have words of their own for it, each others.
+    pub(crate) fn check_program(&self) -> Option<(u8, Error)> {
+        let name = self.args.first()?;
+        let path = self.environment.iter().find_map(|pair| pair.strip_prefix("PATH=")).unwrap_or(super::options::PATH);
+        let places: Vec<PathBuf> = if name.contains('/') {
+            vec![Path::new(&self.working_directory).join(name)]
+        } else {
+            path.split(':').map(|dir| Path::new(&self.working_directory).join(dir).join(name)).collect()
+        };
+        let fail = |code, kind, why: &str| Some((code, Error::new(kind, "run", name, why)));
+        let mut refused = None;
+        for place in &places {
+            // What is mounted there is not there yet.
+            if ["/proc", "/dev", "/sys"].iter().any(|dir| place.starts_with(dir)) {
+                return None;
+            }
+            let Ok(found) = open_in_root(&self.root, place, OFlags::PATH) else { continue };
+            let Ok(stat) = rustix::fs::fstat(&found) else { return None };
+            match FileType::from_raw_mode(stat.st_mode) {
+                FileType::RegularFile if stat.st_mode & 0o111 != 0 => return None,
+                FileType::Directory => refused = Some("it is a directory"),
+                _ => refused = Some("it is not a program that may be run (no x in its mode)"),
+            }
+        }
+        match refused {
+            Some(why) if name.contains('/') => fail(super::NOT_RUN, Kind::Permission, why),
+            _ => fail(super::NOT_FOUND, Kind::NotFound, "the image has no such program"),
+        }
+    }
+
+    /// The signal that the image says stops it.
+    pub(crate) fn stop_signal(&self) -> Option<&str> {
+        self.stop_signal.as_deref()
+    }
+}
+
+/// Make a directory in the rootfs with those that it lies in; links are followed within.
+fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
+    const OP: &str = "make working directory";
+    let mut at = PathBuf::from("/");
+    for part in Path::new(path).components().filter(|part| matches!(part, Component::Normal(_))) {
+        let parent = open_in_root(root, &at, OFlags::PATH | OFlags::DIRECTORY).map_err(|e| Error::sys(OP, path, e))?;
+        match rustix::fs::mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            // A volume that is read-only: the runtime says so, if it matters.
+            Err(Errno::ROFS) => return Ok(()),
+            Err(e) => return Err(Error::sys(OP, path, e)),
+        }
+        at.push(part);
+    }
+    Ok(())
+}
+
+/// The container's first process, if it was made and is still there.
+pub(super) fn first_process(bundle: &Path) -> Option<ProcessId> {
+    let pid = std::fs::read_to_string(bundle.join("pid")).ok()?.trim().parse().ok()?;
+    ProcessId::of(pid).ok().filter(|process| process.is_alive())
+}

@@ -1,0 +1,416 @@
+//! The process in the middle: in the namespaces of an ordinary user, or root's own, it makes the rootfs and the bundle, has the runtime run
+//! it, and takes everything away. It ends with whoever started it.
+
+use std::os::fd::OwnedFd;
+use std::os::unix::process::ExitStatusExt as _;
+use std::path::{Path, PathBuf};
+use std::process::{Child, ExitCode, ExitStatus};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
+use rustix::process::Signal;
+
+use super::bundle::{self, Bundle, Root};
+use super::runtime::Call;
+use super::users::{self, Maps};
+use super::{Answer, BY_SIGNAL, FAILED, Job, Order, TARGET, UserNs};
+use crate::child::{self, channel::Channel};
+use crate::error::{Error, Kind, Result, show};
+use crate::fault;
+use crate::host::Host;
+use crate::id::{ContainerId, ImageRef};
+use crate::paths::StatePaths;
+use crate::plan::{BackendKind, IdRange, Ownership, Restraint};
+use crate::provisioner::{Detach, Provisioner, Request, Selector};
+use crate::sys::fs::open_resolved;
+use crate::sys::mount::{AttrSet, clear_attr};
+use crate::sys::process::ProcessId;
+use crate::sys::raw::{self, Users};
+
+/// How long a program has to end after its stop signal, and after SIGKILL.
+pub(super) const PATIENCE: Duration = Duration::from_secs(5);
+/// How often what is busy is tried again.
+const PAUSE: Duration = Duration::from_millis(50);
+/// Longest job: arguments and environment are below 2 MiB together (execve(2)).
+const MAX_JOB_BYTES: u64 = 16 << 20;
+
+/// Where cgroups are.
+const CGROUPS: &str = "/sys/fs/cgroup";
+/// CGROUP2_SUPER_MAGIC of linux/magic.h.
+const CGROUP2_MAGIC: u64 = 0x6367_7270;
+
+/// The verb. `start_log` is told what to log, `complain` every error.
+pub(crate) fn main(start_log: impl FnOnce(&str), complain: impl Fn(&Error)) -> ExitCode {
+    match begin(start_log, &complain) {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            complain(&error);
+            ExitCode::from(FAILED)
+        }
+    }
+}
+
+fn begin(start_log: impl FnOnce(&str), complain: &impl Fn(&Error)) -> Result<u8> {
+    fault::start();
+    // It came here through `dispatch`, and its servers do.
+    child::note_that_it_dispatches();
+    let channel = Channel::from(child::take_stdin()?);
+    let Some((Order::Begin, fds)) = channel.receive::<Order>()? else { return Ok(FAILED) };
+    let mut fds = fds.into_iter();
+    let (Some(file), Some(stdin)) = (fds.next(), fds.next()) else { return Ok(FAILED) };
+    let job = read_job(file)?;
+    // No terminal sends it signals: the one who started it says which the program gets, each once.
+    rustix::process::setsid().map_err(|e| Error::sys("make a session", "", e))?;
+    if job.maps.is_some() && !enter(&channel)? {
+        return Ok(FAILED);
+    }
+    start_log(&job.log);
+    crate::sys::process::raise_open_files();
+    let watch = Arc::new(Watch::default());
+    let (theirs, channel) = (Arc::clone(&watch), channel);
+    std::thread::spawn(move || theirs.listen(&channel));
+    let inside = Inside::new(&job, &watch);
+    if job.is_over { inside.clear().map(|()| 0) } else { inside.run(stdin, complain) }
+}
+
+fn read_job(file: OwnedFd) -> Result<Job> {
+    use std::os::unix::fs::FileExt as _;
+    const OP: &str = "read job";
+    let file = std::fs::File::from(file);
+    let length = file.metadata().map_err(|e| Error::io(OP, "", e))?.len();
+    if length > MAX_JOB_BYTES {
+        return Err(Error::new(Kind::Limit, OP, "", "it is too long"));
+    }
+    let mut text = vec![0; length as usize];
+    file.read_exact_at(&mut text, 0).map_err(|e| Error::io(OP, "", e))?;
+    serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, "", e))
+}
+
+/// Into a user and a mount namespace of this user's. `false`: whoever should write the maps is gone.
+fn enter(channel: &Channel) -> Result<bool> {
+    const OP: &str = "make a user namespace";
+    raw::unshare_mounts(Users::New).map_err(|e| {
+        Error::sys(OP, "", e).with_kind(Kind::Unsupported).hint(crate::sys::process::user_namespace_remedy(e))
+    })?;
+    channel.send(&Answer::Unmapped, &[])?;
+    let Some((Order::Mapped, _)) = channel.receive::<Order>()? else { return Ok(false) };
+    // What the host mounts later is seen here, and not the other way round.
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC)
+        .map_err(|e| Error::sys(OP, "", e))?;
+    Ok(true)
+}
+
+/// How far it is, and what came meanwhile.
+#[derive(Debug, Default)]
+struct Watch {
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The runtime, while it runs.
+    runtime: Option<ProcessId>,
+    /// Where the container's pid is, from then on.
+    bundle: Option<PathBuf>,
+    /// The signal that ends the program.
+    stop: Option<Signal>,
+    /// A signal that came before there was a program.
+    interrupted: Option<i32>,
+    /// Whoever started this is gone.
+    is_alone: bool,
+}
+
+impl Watch {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn listen(&self, channel: &Channel) {
+        loop {
+            match channel.receive::<Order>() {
+                Ok(Some((Order::Signal(number), _))) => self.pass_on(number),
+                Ok(Some(_)) => {}
+                Ok(None) | Err(_) => break self.end(),
+            }
+        }
+    }
+
+    fn pass_on(&self, number: i32) {
+        let mut state = self.state();
+        match state.runtime {
+            Some(runtime) => {
+                let Some(signal) = Signal::from_named_raw(number) else { return };
+                if let Err(e) = runtime.send_signal(signal) {
+                    log::warn!(target: TARGET, "{e}");
+                }
+            }
+            // A window that changes its size interrupts nothing.
+            None if [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGQUIT].contains(&number) => {
+                state.interrupted.get_or_insert(number);
+            }
+            None => {}
+        }
+    }
+
+    /// Nobody waits for the program any more: it ends.
+    fn end(&self) {
+        let mut state = self.state();
+        state.is_alone = true;
+        let (bundle, stop, runtime) = (state.bundle.clone(), state.stop, state.runtime);
+        drop(state);
+        let Some(bundle) = bundle else { return };
+        let ended = (|| {
+            let Some(first) = bundle::first_process(&bundle) else { return Ok(()) };
+            first.send_signal(stop.unwrap_or(Signal::TERM))?;
+            if !first.wait_gone(PATIENCE)? {
+                first.send_signal(Signal::KILL)?;
+            }
+            Ok::<(), Error>(())
+        })();
+        if let Err(e) = ended {
+            log::warn!(target: TARGET, "{e}");
+        }
+        // It waits for that process, and for nothing else.
+        if let Some(runtime) = runtime
+            && !runtime.wait_gone(PATIENCE).unwrap_or(false)
+        {
+            let _ = runtime.send_signal(Signal::KILL);
+        }
+    }
+}
+
+/// One run.
+struct Inside<'a> {
+    job: &'a Job,
+    watch: &'a Watch,
+    provisioner: Provisioner,
+    paths: StatePaths,
+    /// What is mounted, of the ids of this namespace.
+    ids: (Vec<IdRange>, Vec<IdRange>),
+}
+
+impl<'a> Inside<'a> {
+    fn new(job: &'a Job, watch: &'a Watch) -> Self {
+        let paths = StatePaths::new(job.root.clone());
+        let provisioner = Provisioner::new(paths.clone(), Host::probe());
+        Inside { job, watch, provisioner, paths, ids: Self::own_ids(job) }
+    }
+
+    /// The ids of a user namespace of the container's own, in those of this one; empty: it has none.
+    fn own_ids(job: &Job) -> (Vec<IdRange>, Vec<IdRange>) {
+        match (job.options.userns, &job.maps) {
+            (Some(UserNs::KeepId), Some(Maps { uids, gids })) => {
+                (users::keep_id(job.own.0, uids), users::keep_id(job.own.1, gids))
+            }
+            _ => (Vec::new(), Vec::new()),
+        }
+    }
+
+    fn run(&self, stdin: OwnedFd, complain: &impl Fn(&Error)) -> Result<u8> {
+        let done = self.make_rootfs().and_then(|root| self.run_on(&root, stdin, complain));
+        let gone = self.take_away();
+        match done {
+            Ok(code) => gone.map(|()| code),
+            Err(error) => Err(error.with_undo(gone)),
+        }
+    }
+
+    // ---- the rootfs ----
+
+    fn make_rootfs(&self) -> Result<Root> {
+        let (job, dir) = (self.job, self.paths.run());
+        std::fs::create_dir_all(&dir).map_err(|e| Error::io("make", show(&dir), e))?;
+        let (image, path) = (job.image.reference()?, dir.join(job.id.as_str()).join("rootfs"));
+        if self.is_direct() {
+            self.provision(self.upper(image, path.clone(), job.id.clone()))?;
+        } else {
+            // The index knows owners that an ordinary user's disk does not have: the image as its server shows it, below a layer that
+            // takes the changes.
+            let below = dir.join(job.id.as_str()).join("image");
+            let mut lower = Request::new(image, &below).backend(BackendKind::Fuse).id(job.id.clone());
+            lower.ownership = Some(Ownership { uids: self.ids.0.clone(), gids: self.ids.1.clone(), squash: None });
+            self.provision(lower)?;
+            self.provision(self.upper(ImageRef::Path(below), path.clone(), self.upper_id()?))?;
+            let_setuid_work(&path)?;
+        }
+        Ok(Root { path, is_writable: true })
+    }
+
+    /// Do the layers on the disk look as the container is to see them?
+    fn is_direct(&self) -> bool {
+        let image = &self.job.image;
+        let is_exact = !image.has_index || (self.job.maps.is_none() && !image.is_filtered);
+        is_exact && self.ids.0.is_empty()
+    }
+
+    fn upper_id(&self) -> Result<ContainerId> {
+        format!("{}.rootfs", self.job.id).parse()
+    }
+
+    fn upper(&self, image: ImageRef, rootfs: PathBuf, id: ContainerId) -> Request {
+        let mut request = Request::new(image, rootfs).backend(BackendKind::Overlay).id(id).writable();
+        request.volumes.clone_from(&self.job.volumes);
+        request.sandbox.clone_from(&self.job.sandbox);
+        request.ownership = Some(Ownership::default());
+        // Nobody else gets there; and /dev is the runtime's.
+        request.restraint = Restraint { nosuid: Some(false), nodev: Some(true), for_others: false };
+        request
+    }
+
+    fn provision(&self, mut request: Request) -> Result<()> {
+        request.ends_with = Some(super::this_process()?);
+        self.provisioner.provision(&request).map(|_| ())
+    }
+
+    /// Take away what was made in other namespaces, as soon as the runtime that lives there has ended.
+    fn clear(&self) -> Result<()> {
+        let end = std::time::Instant::now() + PATIENCE;
+        loop {
+            match self.take_away() {
+                Err(e) if e.kind() == Kind::Busy && std::time::Instant::now() < end => std::thread::sleep(PAUSE),
+                other => return other,
+            }
+        }
+    }
+
+    fn take_away(&self) -> Result<()> {
+        let selector = Selector::Id(self.job.id.clone());
+        let gone = self.provisioner.destroy(&selector, Detach::IfIdle);
+        let gone = gone.or_else(|e| {
+            log::info!(target: TARGET, "{e}");
+            self.provisioner.destroy(&selector, Detach::Lazy)
+        });
+        gone.map(|_| ())
+    }
+
+    // ---- the program ----
+
+    fn run_on(&self, root: &Root, stdin: OwnedFd, complain: &impl Fn(&Error)) -> Result<u8> {
+        let job = self.job;
+        let dir = self.paths.container(&job.id).dir().join(bundle::NAME);
+        std::fs::create_dir(&dir).map_err(|e| Error::io("make", show(&dir), e))?;
+        let own = (job.options.userns == Some(UserNs::KeepId)).then_some(job.own);
+        let written = Bundle {
+            dir: &dir,
+            id: &job.id,
+            root,
+            image: &job.image,
+            options: &job.options,
+            volumes: &job.volumes,
+            ids: self.ids.clone(),
+            own,
+            is_root: super::is_root(),
+            has_many_ids: job.maps.as_ref().is_none_or(|maps| !maps.is_single()),
+        }
+        .write()?;
+        if let Some((code, error)) = written.check_program() {
+            complain(&error);
+            return Ok(code);
+        }
+        fault::point("run.bundle")?;
+        let call = Call { id: &job.id, bundle: &dir };
+        let stop = written.stop_signal().and_then(signal_named);
+        let status = std::thread::scope(|scope| {
+            let runs = scope.spawn(|| self.run_apart(&call, stdin, stop));
+            runs.join().unwrap_or_else(|_| Err(Error::new(Kind::Helper, "run", &job.id, "its thread ended")))
+        })?;
+        let Some(status) = status else {
+            return Ok(BY_SIGNAL + self.watch.state().interrupted.unwrap_or(libc::SIGTERM) as u8);
+        };
+        if status.signal().is_some() || self.watch.state().is_alone {
+            job.runtime.delete(&call);
+        }
+        if let (false, Some(failure)) = (status.success(), call.failure()) {
+            let why = format!("{}: {}", job.runtime.name(), failure.said);
+            complain(&Error::new(Kind::Helper, "run", &job.image.reference, why));
+            return Ok(failure.exit_code());
+        }
+        Ok(status.code().map_or_else(|| BY_SIGNAL + status.signal().unwrap_or(0) as u8, |code| code as u8))
+    }
+
+    /// Run the runtime from this thread, which has a mount namespace of its own where that helps. `None`: a signal came before.
+    fn run_apart(&self, call: &Call<'_>, stdin: OwnedFd, stop: Option<Signal>) -> Result<Option<ExitStatus>> {
+        if self.job.runtime.is_crun() && !has_pure_cgroups() {
+            show_pure_cgroups()?;
+        }
+        let mut command = self.job.runtime.run(call, stdin);
+        let mut child = {
+            let mut state = self.watch.state();
+            if state.is_alone || state.interrupted.is_some() {
+                return Ok(None);
+            }
+            let child: Child = command.spawn().map_err(|e| Error::io("start", self.job.runtime.name(), e))?;
+            state.runtime = Some(ProcessId::of(child.id() as i32)?);
+            state.bundle = Some(call.bundle.to_owned());
+            state.stop = stop;
+            child
+        };
+        let status = child.wait().map_err(|e| Error::io("wait for", self.job.runtime.name(), e));
+        self.watch.state().runtime = None;
+        status.map(Some)
+    }
+}
+
+/// An overlay has the flags of what lies below it, and an ordinary user's FUSE mount is nosuid, for the sake of others. In this namespace, where
+/// this was mounted, there are none.
+fn let_setuid_work(rootfs: &Path) -> Result<()> {
+    let root = open_resolved(rootfs).map_err(|e| Error::sys("open rootfs", show(rootfs), e))?;
+    clear_attr(root, &AttrSet { nosuid: true, ..AttrSet::default() })
+}
+
+/// Is cgroup v2 all there is?
+fn has_pure_cgroups() -> bool {
+    rustix::fs::statfs(CGROUPS).is_ok_and(|found| found.f_type as u64 == CGROUP2_MAGIC)
+}
+
+/// For this thread and what it starts, cgroup v2 alone: crun refuses a mixed layout, even where it is to make no cgroup.
+fn show_pure_cgroups() -> Result<()> {
+    const OP: &str = "mount cgroup2 for the runtime at";
+    let fail = |e| Error::sys(OP, CGROUPS, e);
+    raw::unshare_mounts_and_cgroups().map_err(fail)?;
+    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).map_err(fail)?;
+    let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+    mount("cgroup2", CGROUPS, "cgroup2", flags, None).map_err(fail)
+}
+
+/// `SIGTERM`, `TERM` or `15`.
+fn signal_named(text: &str) -> Option<Signal> {
+    const NAMES: [(&str, Signal); 10] = [
+        ("HUP", Signal::HUP),
+        ("INT", Signal::INT),
+        ("QUIT", Signal::QUIT),
+        ("ABRT", Signal::ABORT),
+        ("KILL", Signal::KILL),
+        ("USR1", Signal::USR1),
+        ("USR2", Signal::USR2),
+        ("ALRM", Signal::ALARM),
+        ("TERM", Signal::TERM),
+        ("WINCH", Signal::WINCH),
+    ];
+    if let Ok(number) = text.parse() {
+        return Signal::from_named_raw(number);
+    }
+    let upper = text.to_ascii_uppercase();
+    let name = upper.strip_prefix("SIG").unwrap_or(&upper);
+    NAMES.iter().find(|(have, _)| *have == name).map(|(_, signal)| *signal)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signals_by_name_and_number() {
+        for (text, want) in [
+            ("SIGQUIT", Some(Signal::QUIT)),
+            ("quit", Some(Signal::QUIT)),
+            ("28", Some(Signal::WINCH)),
+            ("15", Some(Signal::TERM)),
+            ("SIGNO", None),
+            ("", None),
+        ] {
+            assert_eq!(signal_named(text), want, "{text:?}");
+        }
+    }
+}

@@ -1,0 +1,279 @@
+//! `fsprov run` and `fsprov bundle`: each option, and what it does inside, with every runtime there is to be; how it ends; what it leaves.
+
+use std::fs;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::Duration;
+
+use crate::common::harness::case;
+use crate::common::run::Outcome;
+use crate::common::{Enter, Lane, Need, Stage, images, stage, system};
+
+const RUNTIMES: [&str; 2] = ["crun", "runc"];
+const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("newuidmap"), Need::DevFuse];
+/// The name that the image gets.
+const NAME: &str = "example.com/debian-minbase";
+
+/// Root, and an ordinary user.
+fn lanes(lane: &Lane) -> bool {
+    lane.name == "root" || lane.name == "user"
+}
+
+fn import(stage: &Stage) {
+    let archive = images::minbase_aci().expect("the Debian archive");
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+}
+
+/// `fsprov run OPTIONS IMAGE sh -c COMMAND`.
+fn run(stage: &Stage, runtime: &str, options: &[&str], command: &str) -> Outcome {
+    stage
+        .fsprov(["run", "--runtime", runtime])
+        .args(options)
+        .args([NAME, "sh", "-c", command])
+        .env("FROM_HERE", "here")
+        .run()
+}
+
+/// A script of sh with `$F` for the program under test.
+fn script(stage: &Stage, text: &str) -> Outcome {
+    stage.tool("sh", ["-c", text]).env("F", stage::program()).run()
+}
+
+/// Options, a command inside, and what it prints. A row is what docs/run.md says of an option.
+const TABLE: &[(&[&str], &str, &[&str])] = &[
+    (&[], "id -u; stat -c '%a %U:%G' /etc/shadow /bin/su", &["0\n640 root:shadow\n4755 root:root\n"]),
+    (
+        &[],
+        "touch /new && chown www-data:tty /new && stat -c %U:%G /new && rm /etc/shadow && mkdir /var/lib/x && echo done",
+        &["www-data:tty", "done"],
+    ),
+    (&[], "cp /usr/bin/id /tmp/i && chmod 4755 /tmp/i && setpriv --reuid 33 --clear-groups /tmp/i -u", &["0\n"]),
+    (
+        &[],
+        "ls -d /proc/1/fd /sys/kernel /dev/pts/ptmx /dev/shm /dev/mqueue && echo >/dev/null && head -c1 /dev/zero | wc -c",
+        &["/proc/1/fd\n", "1\n"],
+    ),
+    (
+        &[],
+        "cat /etc/resolv.conf >/tmp/r && cat /etc/hosts /run/.containerenv",
+        &["localhost", "engine=\"fsprov-", "image=\"example.com/debian-minbase\""],
+    ),
+    (
+        &[],
+        "cat /proc/kcore 2>/dev/null | wc -c; echo 1 2>&1 >/proc/sys/kernel/printk; ls /sys/firmware | wc -l",
+        &["0\n", "Read-only file system", "0\n"],
+    ),
+    (&[], "grep CapEff /proc/self/status; tr '\\0' ' ' </proc/1/cmdline", &["00000000800405fb", "sh -c"]),
+    (
+        &["--read-only"],
+        "touch /x 2>&1; touch /tmp/x /run/x /var/tmp/x && echo written",
+        &["Read-only file system", "written"],
+    ),
+    (&["-v", "./vol:/mnt/v"], "cat /mnt/v/f && echo new >/mnt/v/new", &["from outside"]),
+    (
+        &["-v", "./vol:/no/such/place:ro"],
+        "cat /no/such/place/f; touch /no/such/place/x 2>&1",
+        &["from outside", "Read-only file system"],
+    ),
+    (&["--sandbox", "work", "-v", "data:/data"], "echo kept >/data/kept", &[]),
+    (
+        &["--tmpfs", "/etc/apt:size=1m"],
+        "stat -f -c %T /etc/apt; ls /etc/apt; findmnt -no SIZE /etc/apt",
+        &["tmpfs", "sources.list", "1M"],
+    ),
+    (&["-w", "/a/b"], "pwd", &["/a/b"]),
+    (
+        &["-e", "A=1 2", "-e", "FROM_HERE", "-e", "NOT_HERE"],
+        "env",
+        &["A=1 2\n", "FROM_HERE=here\n", "HOME=/root\n", "container=fsprov\n"],
+    ),
+    (&["--env-file", "env"], "echo $C $D", &["c d e\n"]),
+    (
+        &["-u", "www-data"],
+        "id -un; echo $HOME; grep CapEff /proc/self/status",
+        &["www-data\n/var/www\n", "0000000000000000"],
+    ),
+    (&["-u", "33:tty"], "id -u; id -g", &["33\n5\n"]),
+    (&["-u", "4321"], "id -u; cat /etc/shadow 2>&1", &["4321\n", "Permission denied"]),
+    (&["--hostname", "box"], "hostname; cat /etc/hostname; grep -w box /etc/hosts", &["box\nbox\n", "127.0.1.1"]),
+    (&["--network", "none"], "ls /sys/class/net; cat /etc/resolv.conf; grep -c : /proc/net/dev", &["lo\n", "1\n"]),
+    (
+        &["--cap-drop", "all"],
+        "grep CapEff /proc/self/status; chown 33 /tmp 2>&1",
+        &["0000000000000000", "not permitted"],
+    ),
+    (
+        &["--cap-drop", "all", "--cap-add", "chown"],
+        "chown 33 /tmp && grep CapEff /proc/self/status",
+        &["0000000000000001"],
+    ),
+    (&["--cap-add", "SYS_PTRACE"], "grep CapEff /proc/self/status", &["00000000800c05fb"]),
+    (&["-u", "33", "--cap-add", "net_bind_service"], "grep CapAmb /proc/self/status", &["0000000000000400"]),
+    (&["--seccomp", "none"], "grep Seccomp: /proc/self/status", &["Seccomp:\t0"]),
+    (
+        &["--seccomp", "profile.json"],
+        "grep Seccomp: /proc/self/status; mkdir /tmp/d 2>&1",
+        &["Seccomp:\t2", "Function not implemented"],
+    ),
+    (&["--entrypoint", "[\"/usr/bin/env\", \"X=1\"]"], "echo $X", &["1\n"]),
+];
+
+/// Everything is allowed but mkdir(2).
+const PROFILE: &str = r#"{"defaultAction":"SCMP_ACT_ALLOW","syscalls":[{"names":["mkdir","mkdirat"],"action":"SCMP_ACT_ERRNO","errnoRet":38}]}"#;
+
+case!("run_every_option", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("vol");
+    stage.write("vol/f", "from outside\n");
+    stage.write("env", "# comment\nC=c\nD=d e\n");
+    stage.write("profile.json", PROFILE);
+    for runtime in RUNTIMES {
+        for (options, command, answers) in TABLE {
+            let said = run(stage, runtime, options, command);
+            for answer in *answers {
+                assert!(said.out().contains(answer), "{runtime}: it should say {answer:?}:\n{}", said.describe());
+            }
+        }
+        assert_eq!(fs::read_to_string(stage.path("vol/new")).expect("read"), "new\n");
+        assert_eq!(fs::read_to_string(stage.path("work/data/kept")).expect("read"), "kept\n");
+        fs::remove_file(stage.path("vol/new")).expect("remove");
+        fs::remove_dir_all(stage.path("work")).expect("remove");
+        if stage.lane.enter == Enter::User {
+            kept_id(stage, runtime);
+        }
+        // Nothing that one of them did is there for the next.
+        run(stage, runtime, &[], "test ! -e /new && test -e /etc/shadow").ok();
+        stage.assert_nothing_left("after the table");
+    }
+    assert_eq!(fs::read_dir(stage.state().join("run")).expect("list").count(), 0);
+});
+
+/// `--userns=keep-id`: the user inside, and root's files root's; what it writes is the user's.
+fn kept_id(stage: &Stage, runtime: &str) {
+    let uid = rustix::process::getuid().as_raw();
+    let command = "id -u; stat -c %U:%G /etc/shadow; cat /etc/shadow 2>&1; stat -c %u /mnt/v/f; touch /mnt/v/mine";
+    let said = run(stage, runtime, &["--userns", "keep-id", "-v", "./vol:/mnt/v"], command).ok().out();
+    let want = format!("{uid}\nroot:shadow\ncat: /etc/shadow: Permission denied\n{uid}\n");
+    assert_eq!(said, want, "{runtime}");
+    assert_eq!(fs::metadata(stage.path("vol/mine")).expect("stat").uid(), uid);
+    let root = run(
+        stage,
+        runtime,
+        &["--userns", "keep-id", "-u", "root"],
+        "id -u; touch /etc/x && chown 1:1 /etc/x && echo done",
+    );
+    assert_eq!(root.ok().out(), "0\ndone\n", "{runtime}");
+}
+
+case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    for runtime in RUNTIMES {
+        run(stage, runtime, &[], "exit 42").fails(42, &[]);
+        run(stage, runtime, &[], "kill -9 $$; exit 3").fails(3, &[]);
+        let program = |words: &[&str]| stage.fsprov(["run", "--runtime", runtime, NAME]).args(words).run();
+        program(&["nope"]).fails(127, &["nope", "the image has no such program"]);
+        program(&["/etc/nope"]).fails(127, &["/etc/nope"]);
+        program(&["/etc"]).fails(126, &["/etc", "it is a directory"]);
+        program(&["/etc/passwd"]).fails(126, &["/etc/passwd", "no x in its mode"]);
+        stage
+            .fsprov(["run", "--runtime", runtime, "-u", "nobody-here", NAME, "true"])
+            .run()
+            .fails(125, &["nobody-here", "/etc/passwd"]);
+        // What the runtime says is passed on, and is not taken for the program's exit code.
+        run(stage, runtime, &["--tmpfs", "/x:nonsense=1"], "exit 0").fails(125, &[runtime]);
+        // Stdin: passed on where that is asked for.
+        let text = format!(
+            "echo typed | $F run --runtime {runtime} -i {NAME} cat; echo typed | $F run --runtime {runtime} {NAME} wc -c"
+        );
+        assert_eq!(script(stage, &text).ok().out(), "typed\n0\n");
+        // A signal reaches the program once, and its answer is the exit code.
+        let text = format!(
+            "rm -f out; $F run --runtime {runtime} {NAME} sh -c 'trap \"echo got\" USR1; trap \"echo end; exit 9\" TERM; echo ready; while :; do sleep 0.1; done' >out &
+             P=$!; until grep -qs ready out; do sleep 0.05; done; kill -USR1 $P; until grep -q got out; do sleep 0.05; done; sleep 0.3; kill -TERM $P
+             wait $P; echo code $?; cat out"
+        );
+        assert_eq!(script(stage, &text).ok().out(), "code 9\nready\ngot\nend\n", "{runtime}");
+        stage.assert_nothing_left("after runs that ended");
+        for (who, what) in [("$P", "the command"), ("$(ps -o pid= --ppid $P)", "the process in the middle")] {
+            let text = format!(
+                "rm -f out; $F run --id web --runtime {runtime} {NAME} sh -c 'echo ready; sleep 1000' >out &
+                 P=$!; until grep -qs ready out; do sleep 0.05; done; $F list -q; kill -9 {who}; wait $P; true"
+            );
+            let said = script(stage, &text).ok();
+            assert!(said.out().lines().any(|line| line == "web"), "it is listed while it runs: {}", said.describe());
+            let gone = system::eventually(Duration::from_secs(20), || stage.records().is_empty());
+            assert!(gone, "{runtime}: {what} was killed, and this stayed: {:?}", stage.records());
+            stage.assert_nothing_left(&format!("after {what} was killed"));
+        }
+    }
+});
+
+case!(
+    "run_with_a_terminal",
+    lanes,
+    &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("script")],
+    |stage: &Stage| {
+        import(stage);
+        for runtime in RUNTIMES {
+            let inner = format!(
+                "stty -g >before; $F run -it --runtime {runtime} {NAME} sh -c \"tty; stty size; exit 5\"; echo code $?; stty -g >after"
+            );
+            let text = format!("script -qec '{inner}' /dev/null </dev/null");
+            let said = script(stage, &text).ok();
+            assert!(
+                said.out().contains("/dev/pts/0") && said.out().contains("code 5"),
+                "{runtime}: {}",
+                said.describe()
+            );
+            let read = |name: &str| fs::read_to_string(stage.path(name)).expect("read");
+            assert_eq!(read("before"), read("after"), "{runtime}: the terminal is as it was");
+        }
+    },
+);
+
+case!("run_sixteen_eight_at_a_time", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    let text = format!(
+        "seq 16 | xargs -P 8 -I N sh -c '\"$F\" run --runtime $(test $((N % 2)) = 0 && echo crun || echo runc) {NAME} sh -c \"echo x >/x && test N -gt 0\" || echo failed N'"
+    );
+    assert_eq!(script(stage, &text).ok().out(), "");
+    stage.assert_nothing_left("after 16 runs");
+    assert_eq!(fs::read_dir(stage.state().join("run")).expect("list").count(), 0);
+});
+
+case!("bundle_that_a_runtime_runs", lanes, &[Need::Minbase, Need::Tool("runc"), Need::DevFuse], |stage: &Stage| {
+    import(stage);
+    stage
+        .fsprov([
+            "bundle",
+            "--id",
+            "web",
+            "-e",
+            "A=1",
+            "-w",
+            "/etc",
+            NAME,
+            "b",
+            "sh",
+            "-c",
+            "echo $A; pwd; id -u; exit 3",
+        ])
+        .run()
+        .ok();
+    let config: serde_json::Value =
+        serde_json::from_slice(&fs::read(stage.path("b/config.json")).expect("read")).expect("JSON");
+    assert_eq!(config["process"]["cwd"], "/etc");
+    assert_eq!(config["root"]["path"], stage.path("b/rootfs").to_str().expect("text"));
+    let is_user = stage.lane.enter == Enter::User;
+    assert_eq!(config["root"]["readonly"], is_user);
+    assert_eq!(config["linux"]["uidMappings"].is_array(), is_user);
+    let said = stage.tool("runc", ["--root"]).arg(stage.path("runc")).args(["run", "--bundle", "b", "web"]).run();
+    assert_eq!((said.code(), said.out().as_str()), (Some(3), "1\n/etc\n0\n"), "{}", said.describe());
+    stage.fsprov(["bundle", NAME, "b", "true"]).run().fails_saying(&["b/rootfs"]);
+    assert!(Path::new(&stage.path("b/config.json")).exists());
+    stage.fsprov(["unmount", "web"]).run().ok();
+    stage.assert_nothing_left("after unmount");
+    // Another image's program that is not there: refused before anything is left.
+    stage.fsprov(["bundle", "-u", "no-one", NAME, "c", "true"]).run().fails_saying(&["no-one", "/etc/passwd"]);
+    stage.assert_nothing_left("after a refused bundle");
+},);
