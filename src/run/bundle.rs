@@ -51,7 +51,7 @@ pub(crate) struct Bundle<'a> {
     pub(crate) own: Option<(u32, u32)>,
     /// Is it run by root of the machine?
     pub(crate) is_root: bool,
-    /// Has whoever runs it more than one id?
+    /// Does the user who runs it have more than one id?
     pub(crate) has_many_ids: bool,
 }
 

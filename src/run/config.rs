@@ -218,7 +218,7 @@ fn mounts(wanted: &Wanted) -> Value {
     Value::Array(all)
 }
 
-/// A new sysfs needs the network's own user namespace: whoever runs in another one sees the host's.
+/// A new sysfs needs the network's own user namespace: a program in another one sees the host's.
 fn sys(wanted: &Wanted) -> Value {
     if wanted.network == Network::Host && !(wanted.is_root && wanted.uids.is_empty()) {
         return json!({ "destination": "/sys", "type": "bind", "source": "/sys",

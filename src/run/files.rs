@@ -41,7 +41,7 @@ pub(crate) fn write(dir: &Path, about: About<'_>) -> Result<Vec<Extra>> {
     ])
 }
 
-/// What the host has there, for whoever shares its network. Empty where it has nothing that can be read.
+/// What the host has there, for a container that shares its network. Empty where it has nothing that can be read.
 fn of_host(path: &str, network: Network) -> String {
     if network == Network::None {
         return String::new();

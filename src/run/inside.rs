@@ -1,5 +1,5 @@
 //! The process in the middle: in the namespaces of an ordinary user, or root's own, it makes the rootfs and the bundle, has the runtime run
-//! it, and takes everything away. It ends with whoever started it.
+//! it, and takes everything away. It ends with the process that started it.
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt as _;
@@ -87,7 +87,7 @@ fn read_job(file: OwnedFd) -> Result<Job> {
     serde_json::from_slice(&text).map_err(|e| Error::new(Kind::Invalid, OP, "", e))
 }
 
-/// Into a user and a mount namespace of this user's. `false`: whoever should write the maps is gone.
+/// Into a user and a mount namespace of this user's. `false`: the process that should write the maps is gone.
 fn enter(channel: &Channel) -> Result<bool> {
     const OP: &str = "make a user namespace";
     raw::unshare_mounts(Users::New).map_err(|e| {
@@ -117,7 +117,7 @@ struct State {
     stop: Option<Signal>,
     /// A signal that came before there was a program.
     interrupted: Option<i32>,
-    /// Whoever started this is gone.
+    /// The process that started this is gone.
     is_alone: bool,
 }
 

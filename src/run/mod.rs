@@ -13,7 +13,7 @@
 //! | --- | --- |
 //! | `options` | what is asked for, and what of it and the image becomes the program: data |
 //! | `config` | config.json: data in, data out |
-//! | `seccomp`, `files`, `user`, `users` | the profile; /etc/hosts and its like; who runs it; id maps |
+//! | `seccomp`, `files`, `user`, `users` | the profile; /etc/hosts and the like; who runs it; id maps |
 //! | `bundle` | a bundle from all that |
 //! | `runtime` | which runtime, how it is called, what it says |
 //! | `inside` | the process in the middle |

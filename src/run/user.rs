@@ -97,7 +97,7 @@ fn rows(text: &str) -> impl Iterator<Item = Vec<&str>> {
     text.lines().map(|line| line.trim().split(':').collect())
 }
 
-/// 4294967295 means "no change" to setuid(2), and is no id.
+/// 4294967295 means "no change" to setuid(2), and is not an id.
 fn number(text: &str) -> Option<u32> {
     text.parse().ok().filter(|id| *id != u32::MAX)
 }
