@@ -355,7 +355,6 @@ case!("a_bar_is_gone_before_what_is_said", on::copy, &[Need::Failpoints, Need::T
 case!("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
     for (words, hint) in [
         (&["pull", "debian:12"][..], "fsprov image pull"),
-        (&["run", "-it", "debian"], "fsprov mount"),
         (&["ps"], "fsprov list"),
         (&["exec", "x", "sh"], "bwrap"),
         (&["import", "x.tar"], "fsprov image import"),
