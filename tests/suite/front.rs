@@ -356,7 +356,7 @@ case!("words_of_other_tools_get_a_hint", on::user, |stage: &Stage| {
     for (words, hint) in [
         (&["pull", "debian:12"][..], "fsprov image pull"),
         (&["ps"], "fsprov list"),
-        (&["exec", "x", "sh"], "bwrap"),
+        (&["exec", "x", "sh"], "fsprov run -it"),
         (&["import", "x.tar"], "fsprov image import"),
         (&["images"], "fsprov image list"),
         (&["rmi", "x"], "fsprov image rm"),
