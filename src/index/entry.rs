@@ -47,6 +47,21 @@ pub struct Entry {
     pub xattrs: Vec<Xattr>,
 }
 
+impl Entry {
+    /// What a file on the disk is, at `path` of the image.
+    pub(crate) fn of_stat(path: Vec<u8>, what: What, stat: &rustix::fs::Stat, xattrs: Vec<Xattr>) -> Self {
+        Entry {
+            path,
+            what,
+            mode: (stat.st_mode & 0o7777) as u16,
+            uid: stat.st_uid,
+            gid: stat.st_gid,
+            mtime: Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
+            xattrs,
+        }
+    }
+}
+
 /// What an entry is. Device numbers have the kernel's 32-bit encoding
 /// (`(minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)`).
 #[derive(Clone, Debug, PartialEq, Eq)]

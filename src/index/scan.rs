@@ -7,7 +7,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::build::Builder;
-use super::entry::{Entry, Time, What, Xattr, refuse};
+use super::entry::{Entry, What, Xattr, refuse};
 use super::format::{S_IFCHR, S_IFIFO, S_IFMT, S_IFSOCK};
 use super::paged::Table;
 use super::read::{Damaged, Index, Inode, InodeKind};
@@ -53,7 +53,7 @@ impl Builder {
         let device = stat.st_dev;
         let top = reopen(root, &[], &[])?;
         let xattrs = xattrs_of(&top, &[])?;
-        self.add(entry(Vec::new(), What::Directory, &stat, xattrs))?;
+        self.add(Entry::of_stat(Vec::new(), What::Directory, &stat, xattrs))?;
         let mut links: HashMap<u64, Row> = HashMap::new();
         let names = list(&top, &[])?;
         let mut stack = vec![Frame { fd: top, path: Vec::new(), names }];
@@ -71,7 +71,7 @@ impl Builder {
             let kind = FileType::from_raw_mode(stat.st_mode);
             if stat.st_dev != device {
                 if kind == FileType::Directory {
-                    self.add(entry(path, What::Directory, &stat, Vec::new()))?;
+                    self.add(Entry::of_stat(path, What::Directory, &stat, Vec::new()))?;
                 }
                 continue;
             }
@@ -80,7 +80,7 @@ impl Builder {
                 && let Some(first) = links.get(&stat.st_ino)
             {
                 let what = What::File { size: 0, content: None, sha256: None };
-                self.add_as(&entry(path, what, &stat, Vec::new()), Some(*first))?;
+                self.add_as(&Entry::of_stat(path, what, &stat, Vec::new()), Some(*first))?;
                 continue;
             }
             let rdev = encode_device(fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
@@ -92,7 +92,7 @@ impl Builder {
                     let parent = stack.last().expect("the loop has a frame");
                     let fd = reopen(parent.fd.as_fd(), &name, &path)?;
                     let xattrs = xattrs_of(&fd, &path)?;
-                    self.add(entry(path.clone(), What::Directory, &stat, xattrs))?;
+                    self.add(Entry::of_stat(path.clone(), What::Directory, &stat, xattrs))?;
                     let names = list(&fd, &path)?;
                     stack.push(Frame { fd, path, names });
                     continue;
@@ -118,24 +118,12 @@ impl Builder {
                 FileType::Unknown => return Err(refuse(Kind::Invalid, &path, "its file type is unknown")),
             };
             let xattrs = xattrs_at(&frame.fd, &name, &path)?;
-            let row = self.add_as(&entry(path, what, &stat, xattrs), None)?;
+            let row = self.add_as(&Entry::of_stat(path, what, &stat, xattrs), None)?;
             if stat.st_nlink > 1 {
                 links.extend(row.map(|row| (stat.st_ino, row)));
             }
         }
         Ok(())
-    }
-}
-
-fn entry(path: Vec<u8>, what: What, stat: &fs::Stat, xattrs: Vec<Xattr>) -> Entry {
-    Entry {
-        path,
-        what,
-        mode: (stat.st_mode & 0o7777) as u16,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mtime: Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
-        xattrs,
     }
 }
 

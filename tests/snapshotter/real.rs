@@ -262,13 +262,19 @@ fn ctr_pulls_runs_and_survives_a_kill() {
     assert_eq!(node.mounts(), 0);
 }
 
-fn a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers() {
+/// An image of ten layers and one to hold a pod, each in the registry and in the store.
+fn with_two_images() -> (Node, [String; 2]) {
     let node = Node::new();
-    let (app, pause) = (image(&node.served, "app", 10), image(&node.served, "pause", 1));
-    let names = [node.push(&app, "app"), node.push(&pause, "pause")];
-    for one in [&app, &pause] {
+    let made = [image(&node.served, "app", 10), image(&node.served, "pause", 1)];
+    let names = [node.push(&made[0], "app"), node.push(&made[1], "pause")];
+    for one in &made {
         images::import(&node.served, one);
     }
+    (node, names)
+}
+
+fn a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers() {
+    let (node, names) = with_two_images();
     let cri = Cri::new(&node.address());
     let from = node.registry_lines();
     for name in &names {
@@ -300,12 +306,7 @@ fn a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers() {
 
 fn pods_eight_at_a_time_leave_nothing() {
     let pods: usize = std::env::var("FSPROV_TEST_PODS").ok().and_then(|n| n.parse().ok()).unwrap_or(24);
-    let node = Node::new();
-    let (app, pause) = (image(&node.served, "app", 10), image(&node.served, "pause", 1));
-    let names = [node.push(&app, "app"), node.push(&pause, "pause")];
-    for one in [&app, &pause] {
-        images::import(&node.served, one);
-    }
+    let (node, names) = with_two_images();
     let cri = Cri::new(&node.address());
     for name in &names {
         cri.pull(name).expect("pull");

@@ -248,16 +248,9 @@ impl DirectoryImage {
     }
 }
 
+/// The path is in the header already.
 fn entry_of(stat: &Stat, what: What, xattrs: Vec<Xattr>) -> Entry {
-    Entry {
-        path: Vec::new(),
-        what,
-        mode: (stat.st_mode & 0o7777) as u16,
-        uid: stat.st_uid,
-        gid: stat.st_gid,
-        mtime: Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
-        xattrs,
-    }
+    Entry::of_stat(Vec::new(), what, stat, xattrs)
 }
 
 struct Walk<'a, 'b> {
