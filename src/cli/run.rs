@@ -79,7 +79,7 @@ are taken, too. The rootfs is writable, and ends with the program. What is not a
 directory, user, stop signal. It runs in the foreground, by crun, runc or youki; for containers in the background, networks and limits take \
 podman or containerd.
 
-Exit codes: the program's; 125 fsprov or the runtime failed, 126 the program cannot be run, 127 there is no such program.
+Exit code: the program's own; 125 if fsprov or the runtime failed, 126 if the program could not be run, 127 if it was not found.
 
 Examples:
   fsprov run -it debian:12

@@ -38,7 +38,7 @@ impl Snapshotter {
             (Some((_, fd)), _) => Box::new(|| Socket::passed(fd)),
             (None, Some(path)) => Box::new(move || Socket::make(&path)),
             (None, None) => {
-                return Err(Error::new(Kind::Usage, "start snapshotter", "", "there is no socket to listen on")
+                return Err(Error::new(Kind::Usage, "start snapshotter", "", "it was given no socket to listen on")
                     .hint("give one with --socket PATH"));
             }
         };

@@ -255,7 +255,7 @@ fn detached(request: &MountOptions<'_>, connection: &OwnedFd) -> rustix::io::Res
     if mount::move_mount(&detached, "", &detached, "", MoveMountFlags::empty()) == Err(Errno::NOSYS) {
         return Err(Errno::NOSYS);
     }
-    // Asks no server, which there is none of.
+    // Sends no request: nobody would answer yet.
     let flags = AtFlags::EMPTY_PATH | AtFlags::NO_AUTOMOUNT | AtFlags::STATX_DONT_SYNC;
     let minor = fs::statx(&detached, "", flags, StatxFlags::empty())?.stx_dev_minor;
     Ok((detached, minor))

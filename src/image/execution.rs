@@ -9,7 +9,7 @@ use crate::error::Result;
 /// How an image wants to be run. Nothing in it is checked against the image's files yet.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Execution {
-    /// What is run whatever the user says, but for `--entrypoint`.
+    /// Always run, unless the user replaces it by `--entrypoint`.
     pub entrypoint: Vec<String>,
     /// What is run, or handed to the entry point, where the user says nothing.
     pub command: Vec<String>,

@@ -63,7 +63,7 @@ const TARGET: &str = "fsprov::run";
 pub(crate) const FAILED: u8 = 125;
 /// Exit code: the program cannot be run.
 pub(crate) const NOT_RUN: u8 = 126;
-/// Exit code: there is no such program.
+/// Exit code: the program was not found.
 pub(crate) const NOT_FOUND: u8 = 127;
 /// What a shell adds to the number of the signal that ended a program.
 const BY_SIGNAL: u8 = 128;

@@ -233,7 +233,7 @@ fn capability_names(given: &[String]) -> Result<BTreeSet<String>> {
         if known.contains(&name) {
             return Ok(name);
         }
-        Err(Error::new(Kind::Usage, "read capability", text, "there is no such capability")
+        Err(Error::new(Kind::Usage, "read capability", text, "Linux has no such capability")
             .hint("capabilities(7) lists them; `all` means every one"))
     };
     given.iter().flat_map(|text| text.split(',')).map(|text| read(&text.to_owned())).collect()
