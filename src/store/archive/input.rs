@@ -10,7 +10,8 @@ use super::apart;
 use super::compression::{Compression, MAGIC_BYTES};
 use super::digest::Sha512;
 use super::read::from_io;
-use super::stream::{CHUNK, Sink, pump};
+use super::ring::Ring;
+use super::stream::{Sink, pump};
 use crate::error::{Error, Kind, Result};
 use crate::store::limits::Limits;
 
@@ -75,21 +76,35 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
     let read = Arc::new(AtomicU64::new(0));
     let input = Counted { input, read: read.clone() };
     let mut bytes = plain(input, limits, &name)?;
-    let mut chunk = Vec::with_capacity(CHUNK);
     loop {
-        (&mut *bytes).take(CHUNK as u64).read_to_end(&mut chunk).map_err(|e| from_io(&name, e))?;
-        if chunk.is_empty() {
+        let Some(room) = sink.room() else { return Ok(()) };
+        let count = fill(&mut *bytes, room).map_err(|e| from_io(&name, e))?;
+        if count == 0 {
             return Ok(());
         }
         let came = read.load(Ordering::Relaxed);
-        check_ratio(limits, &name, came, sink.produced + chunk.len() as u64)?;
+        check_ratio(limits, &name, came, sink.produced + count as u64)?;
         if let Some(progress) = progress {
             progress(Progress { read: came, total });
         }
-        if !sink.send(&mut chunk) {
+        if !sink.add(count) {
             return Ok(());
         }
     }
+}
+
+/// Read until `room` is full or there is no more.
+fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
+    let mut count = 0;
+    while count < room.len() {
+        match bytes.read(&mut room[count..]) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(count)
 }
 
 /// The plain bytes of an archive, whatever it is compressed by.
@@ -125,7 +140,7 @@ pub(crate) fn check_ratio(limits: &Limits, name: &str, came: u64, grown: u64) ->
 
 /// SHA-512 of the uncompressed bytes alone, nothing placed.
 pub(crate) fn digest(archive: Archive, limits: &Limits) -> Result<[u8; 64]> {
-    Ok(pump::<Sha512>(archive.producer(limits, None), None, &|_| ())?.into())
+    Ok(pump::<Sha512>(archive.producer(limits, None), Ring::alone()?, &|_| ())?.into())
 }
 
 #[cfg(test)]

@@ -3,27 +3,27 @@
 //! What is hashed and what is parsed are the same bytes: the digest covers every one that was acted on, and those after
 //! the end marker too.
 
-use std::fs::File;
 use std::io::Write;
 use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 
 use sha2::Digest;
 use sha2::digest::Output;
 
+use super::ring::{Ring, Turns};
 use crate::error::{Error, Kind, Result};
 
-/// Bytes handed over at once: big enough that handing over costs nothing beside hashing.
-pub(super) const CHUNK: usize = 256 << 10;
-/// How many wait to be hashed at most, which takes longest: a thread does nothing else.
+/// How many slots wait to be hashed at most, which takes longest: a thread does nothing else.
 const WAITING: usize = 4;
 
 /// Where the bytes go.
 pub(crate) struct Sink<'a> {
-    to_hash: SyncSender<Vec<u8>>,
+    to_hash: SyncSender<(&'a mut [u8], usize)>,
     /// What was hashed, to be filled again.
-    hashed: Receiver<Vec<u8>>,
-    to: Option<File>,
-    pending: Vec<u8>,
+    hashed: Receiver<&'a mut [u8]>,
+    turns: Option<Turns>,
+    /// The slot at hand, and how much of it is filled.
+    slot: Option<&'a mut [u8]>,
+    filled: usize,
     pub(super) produced: u64,
     /// Not all of it was taken: what the digest is of then, nobody knows.
     is_cut: bool,
@@ -36,40 +36,47 @@ pub(crate) struct Sink<'a> {
 const WORD_EVERY: u64 = 32 << 20;
 
 impl Sink<'_> {
-    /// Takes what is in `chunk` and leaves it empty. False: nobody takes any more.
-    pub(super) fn send(&mut self, chunk: &mut Vec<u8>) -> bool {
-        self.produced += chunk.len() as u64;
+    /// Where the next bytes go: never empty. `None`: nobody takes any more.
+    pub(super) fn room(&mut self) -> Option<&mut [u8]> {
+        if self.slot.is_none() {
+            self.is_cut |= self.turns.as_mut().is_some_and(|turns| !turns.wait_for_room());
+            if self.is_cut {
+                return None;
+            }
+            // An error: the thread panicked, which is told where it is joined.
+            self.slot = self.hashed.recv().ok();
+        }
+        let filled = self.filled;
+        self.slot.as_mut().map(|slot| &mut slot[filled..])
+    }
+
+    /// So many bytes were put there. False: nobody takes any more.
+    pub(super) fn add(&mut self, count: usize) -> bool {
+        self.filled += count;
+        self.produced += count as u64;
         if self.produced >= self.next_word {
             self.next_word = self.produced + WORD_EVERY;
             (self.on_way)(self.produced);
         }
-        // First: who takes them works meanwhile.
-        self.is_cut |= self.to.as_mut().is_some_and(|to| to.write_all(chunk).is_err());
-        if self.is_cut {
-            return false;
-        }
-        let mut empty = self.hashed.try_recv().unwrap_or_else(|_| Vec::with_capacity(CHUNK));
-        empty.clear();
-        // An error: the thread panicked, which is told where it is joined.
-        self.to_hash.send(std::mem::replace(chunk, empty)).is_ok()
+        if self.slot.as_ref().is_some_and(|slot| slot.len() == self.filled) { self.hand_over() } else { true }
     }
 
-    fn flush(&mut self) -> bool {
-        let mut pending = std::mem::take(&mut self.pending);
-        let is_taken = pending.is_empty() || self.send(&mut pending);
-        self.pending = pending;
-        is_taken
+    fn hand_over(&mut self) -> bool {
+        let Some(slot) = self.slot.take() else { return true };
+        let length = std::mem::take(&mut self.filled);
+        // First: who takes them works meanwhile.
+        self.is_cut |= self.turns.as_mut().is_some_and(|turns| !turns.hand_over(length));
+        !self.is_cut && self.to_hash.send((slot, length)).is_ok()
     }
 }
 
 impl Write for Sink<'_> {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        let count = data.len().min(CHUNK - self.pending.len());
-        self.pending.extend_from_slice(&data[..count]);
-        if self.pending.len() == CHUNK && !Sink::flush(self) {
-            return Err(std::io::ErrorKind::BrokenPipe.into());
-        }
-        Ok(count)
+        let gone = std::io::ErrorKind::BrokenPipe;
+        let room = self.room().ok_or(gone)?;
+        let count = data.len().min(room.len());
+        room[..count].copy_from_slice(&data[..count]);
+        if self.add(count) { Ok(count) } else { Err(gone.into()) }
     }
 
     fn flush(&mut self) -> std::io::Result<()> {
@@ -77,24 +84,29 @@ impl Write for Sink<'_> {
     }
 }
 
-/// Run `produce`, whose bytes go to `to`, too; gives their digest, if `to` took every one of them: else one who takes a part could have
+/// Run `produce`, whose bytes go into `ring`; gives their digest, if the ring's reader took every one of them: else one who takes a part could have
 /// the digest of a smaller part.
 pub(crate) fn pump<D: Digest + Send>(
     produce: impl FnOnce(&mut Sink<'_>) -> Result<()>,
-    to: Option<File>,
+    mut ring: Ring,
     on_way: &dyn Fn(u64),
 ) -> Result<Output<D>>
 where
     Output<D>: Send,
 {
     const OP: &str = "read archive";
-    let (to_hash, chunks) = sync_channel::<Vec<u8>>(WAITING);
-    let (empty, hashed) = channel();
+    let (slots, turns) = ring.parts();
+    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(WAITING);
+    let (free, hashed) = channel();
+    for slot in slots {
+        // Its other end is here.
+        let _ = free.send(slot);
+    }
     let hash = move || {
         let mut sha = D::new();
-        for chunk in chunks {
-            sha.update(&chunk);
-            let _ = empty.send(chunk);
+        for (slot, length) in full {
+            sha.update(&slot[..length]);
+            let _ = free.send(slot);
         }
         sha.finalize()
     };
@@ -106,15 +118,18 @@ where
         let mut sink = Sink {
             to_hash,
             hashed,
-            to,
-            pending: Vec::new(),
+            turns,
+            slot: None,
+            filled: 0,
             produced: 0,
             is_cut: false,
             on_way,
             next_word: WORD_EVERY,
         };
         produce(&mut sink)?;
-        sink.flush();
+        if sink.filled > 0 {
+            sink.hand_over();
+        }
         let is_cut = sink.is_cut;
         // Both ends: the unpacker's pipe, and the thread's.
         drop(sink);

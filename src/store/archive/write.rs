@@ -375,14 +375,14 @@ impl Walk<'_, '_> {
         let what = What::File { size, content: None, sha256: None };
         let bytes = header(path, b"", &entry_of(&stat, what, xattrs));
         self.gone |= self.sink.write_all(&bytes).is_err();
-        let mut buffer = vec![0; 256 << 10];
         let mut left = size;
         while left > 0 && !self.gone {
-            let want = buffer.len().min(usize::try_from(left).unwrap_or(usize::MAX));
-            match rustix::io::read(&file, &mut buffer[..want]) {
+            let Some(room) = self.sink.room() else { break };
+            let want = room.len().min(usize::try_from(left).unwrap_or(usize::MAX));
+            match rustix::io::read(&file, &mut room[..want]) {
                 Ok(0) => return Err(changed()),
                 Ok(count) => {
-                    self.gone |= self.sink.write_all(&buffer[..count]).is_err();
+                    self.gone |= !self.sink.add(count);
                     left -= count as u64;
                 }
                 Err(rustix::io::Errno::INTR) => {}

@@ -9,7 +9,7 @@ use super::super::unpack::{Again, Placer, normalize};
 use super::super::whiteout::{Opaque, make_whiteouts};
 use super::super::write;
 use super::Handed;
-use super::work::{Job, PipeReader, Task, Tools, Unpacked};
+use super::work::{Bytes, Job, Task, Tools, Unpacked};
 use crate::child::channel::Channel;
 use crate::error::{Error, Kind, Result};
 use crate::fault;
@@ -18,7 +18,7 @@ use crate::store::limits::Limits;
 
 pub(super) fn work(job: &Job, fds: Vec<OwnedFd>, channel: &Channel) -> Result<Unpacked> {
     let mut fds = Handed(fds.into_iter());
-    let mut reader = PipeReader::new(fds.file()?, channel);
+    let mut reader = Bytes::take(&mut fds, channel)?;
     let manifest = fds.file()?;
     // The diff id tells a whole layer from one cut off.
     let end = if matches!(job.task, Task::Layer) { EndMarker::Optional } else { EndMarker::Required };
@@ -44,7 +44,7 @@ fn find_manifest(mut tar: Tar<'_, '_>, job: &Job) -> Result<Vec<u8>> {
     found.ok_or_else(|| Error::new(Kind::Invalid, "read archive", &job.name, "it has no manifest: not an AppC image"))
 }
 
-type Tar<'a, 'b> = TarReader<&'a mut PipeReader<'b>>;
+type Tar<'a, 'b> = TarReader<&'a mut Bytes<'b>>;
 
 /// What an archive turns out to be, by the first name in it that is not its top.
 enum ArchiveKind {

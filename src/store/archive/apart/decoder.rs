@@ -8,12 +8,12 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::super::compression::{Compression, decoder};
-use super::super::stream::CHUNK;
+use super::super::ring::{Copied, Ring};
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
 use crate::store::limits::Limits;
 
-/// What a decoder is told. With it go the pipe to read from and the one to write to.
+/// What a decoder is told. With it go the pipe to read from and the ring to write to.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Job {
     compression: Compression,
@@ -34,15 +34,20 @@ pub(in crate::store) fn decode(
     limits: &Limits,
     name: &str,
 ) -> Result<Decoded> {
-    let (compressed, feed_to) = super::pipe(false)?;
-    let (plain, to) = super::pipe(true)?;
+    let (compressed, feed_to) =
+        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| Error::sys("make a pipe", "", e))?;
+    let (plain, [lengths, memory, freed]) = Copied::from_decoder()?;
     let job = Job { compression, limits: limits.clone(), name: name.to_owned() };
-    let apart = Apart::start(Order::Decode(job), super::memory_to_decode(limits), &super::borrow(&[compressed, to]))?;
+    let apart = Apart::start(
+        Order::Decode(job),
+        super::memory_to_decode(limits),
+        &super::borrow(&[compressed, lengths, memory, freed]),
+    )?;
     let feeder = std::thread::Builder::new()
         .name("feed".into())
         .spawn(move || feed(input, feed_to))
         .map_err(|e| Error::io("start thread", "feed", e))?;
-    Ok(Decoded { plain: plain.into(), apart, feeder: Some(feeder), given: 0, next_raise: RAISE_EVERY })
+    Ok(Decoded { plain, apart, feeder: Some(feeder), given: 0, next_raise: RAISE_EVERY })
 }
 
 /// Hand all of `input` to the decoder, as long as that takes it.
@@ -63,7 +68,7 @@ fn feed(mut input: impl Read, to: OwnedFd) -> std::io::Result<()> {
 
 /// Plain bytes, as the decoder gives them.
 pub(in crate::store) struct Decoded {
-    plain: File,
+    plain: Copied,
     apart: Apart,
     feeder: Option<JoinHandle<std::io::Result<()>>>,
     given: u64,
@@ -97,12 +102,11 @@ impl Read for Decoded {
 
 pub(super) fn work(job: &Job, fds: Vec<OwnedFd>) -> Result<()> {
     let mut fds = Handed(fds.into_iter());
-    let (input, mut out) = (fds.file()?, fds.file()?);
+    let (input, mut out) = (fds.file()?, Ring::take(fds.ring()?)?);
     let Job { compression, limits, name } = job;
     let mut bytes = decoder(*compression, std::io::BufReader::with_capacity(FEED, input), limits, name)?;
-    let mut chunk = vec![0; CHUNK / 2];
-    loop {
-        let count = bytes.read(&mut chunk).map_err(|e| match e.raw_os_error() {
+    out.fill(|slot| {
+        bytes.read(slot).map_err(|e| match e.raw_os_error() {
             Some(_) => Error::io("read", name, e),
             None if asks_too_much(&e) => Error::new(
                 Kind::Limit,
@@ -112,15 +116,8 @@ pub(super) fn work(job: &Job, fds: Vec<OwnedFd>) -> Result<()> {
             )
             .hint("[limits] decoder_bytes says how many are taken: 68157440 for `xz -9`, 134217728 for `zstd --long`"),
             None => Error::new(Kind::Invalid, "decompress", format!("{name} ({compression:?})"), e),
-        })?;
-        if count == 0 {
-            return Ok(());
-        }
-        match out.write_all(&chunk[..count]) {
-            Err(e) if e.kind() == std::io::ErrorKind::BrokenPipe => return Ok(()),
-            other => other.map_err(|e| Error::io("write", name, e))?,
-        }
-    }
+        })
+    })
 }
 
 /// Do a decoder's words say that it was refused memory?

@@ -7,8 +7,8 @@
 //!            lies in the file            is unpacked
 //! ```
 //!
-//! * `decoder`: the decoder has a pipe to read from and one to write to, and nothing else; there is none for what is not compressed
-//! * `unpacker`, `work`, `aci`: the unpacker has one pipe, and may write below one directory made for it
+//! * `decoder`: the decoder has a pipe to read from and a ring of memory to write to, and nothing else; there is none for what is not compressed
+//! * `unpacker`, `work`, `aci`: the unpacker has a ring of memory to read from, and may write below one directory made for it
 //! * `walls`: what the two may do
 //!
 //! A digest is of the very bytes that the unpacker got, and no two streams meet in one unpacker. So it can give its own archive a wrong tree, and
@@ -355,18 +355,10 @@ impl Handed {
     fn file(&mut self) -> Result<File> {
         self.next().map(File::from)
     }
-}
 
-/// A pipe, as large as an ordinary user may have it where `wide`.
-fn pipe(wide: bool) -> Result<(OwnedFd, OwnedFd)> {
-    const WIDE: usize = 1 << 20;
-    let (from, to) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| Error::sys("make a pipe", "", e))?;
-    if wide && let Err(e) = rustix::pipe::fcntl_setpipe_size(&to, WIDE) {
-        // All of one's pipes together may have so much.
-        log::debug!(target: TARGET, "a pipe of {WIDE} bytes: {e}");
+    fn ring(&mut self) -> Result<super::ring::End> {
+        Ok([self.next()?, self.next()?, self.next()?])
     }
-    Ok((from, to))
 }
 
 /// Address space that a process of these limits takes at most, beyond what it starts with: twice what was measured, and what the

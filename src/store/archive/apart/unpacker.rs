@@ -1,4 +1,4 @@
-//! The unpacker, as who started it sees it: it is handed a place and a pipe, and what it made is taken over.
+//! The unpacker, as who started it sees it: it is handed a place and a ring, and what it made is taken over.
 
 use std::fs::File;
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _};
@@ -10,6 +10,7 @@ use rustix::fs::{CWD, MemfdFlags, Mode, OFlags, SealFlags, XattrFlags, fcntl_add
 use sha2::Digest;
 use sha2::digest::Output;
 
+use super::super::ring::Ring;
 use super::super::stream::{self, Sink};
 use super::super::whiteout;
 use super::work::{Job, Task, Unpacked};
@@ -100,22 +101,23 @@ fn run<D: Digest + Send>(
 where
     Output<D>: Send,
 {
-    let (from, to) = super::pipe(true)?;
+    let (ring, theirs) = Ring::to_unpacker()?;
     let manifest = manifest_file(&job.limits)?;
-    let mut fds = vec![from.as_fd(), manifest.as_fd()];
+    let mut fds = super::borrow(&theirs);
+    fds.push(manifest.as_fd());
     if let Some(Parts { root, spill, index, opaque }) = parts {
         fds.extend([root.as_fd(), spill.as_fd(), index.as_fd(), opaque.as_fd()]);
     }
     let memory = super::memory_to_unpack(&job.limits);
     let apart = Apart::start(Order::Unpack(job), memory, &fds)?;
     // Its end must show here when it is gone.
-    drop(from);
+    drop(theirs);
     std::thread::scope(|scope| {
         let apart = &apart;
         let producer = std::thread::Builder::new()
             .name("read".into())
             .spawn_scoped(scope, move || {
-                let produced = stream::pump::<D>(produce, Some(to.into()), &|bytes| apart.allow_time(bytes));
+                let produced = stream::pump::<D>(produce, ring, &|bytes| apart.allow_time(bytes));
                 let end = produced.as_ref().map_or_else(|error| End::Cut(super::short(error)), |_| End::Whole);
                 // It may have failed, and tells itself.
                 let _ = apart.channel.send(&end, &[]);

@@ -2,7 +2,7 @@
 //!
 //! | | decoder | unpacker |
 //! | --- | --- | --- |
-//! | system calls | a pipe each way, memory, its report | also files: make, write, own, mode, time, attribute |
+//! | system calls | pipes, memory, its report | also files: make, write, own, mode, time, attribute |
 //! | files that can be opened | none | what lies below the tree and the place for what is too much for memory |
 //! | root | the host's, of which it can name nothing | an empty one, with those two |
 //! | user, where root imports | one of its own | one of its own, which makes files as root |
@@ -71,7 +71,7 @@ impl Stand {
 
 /// Calls of both.
 const BOTH: &[(&str, &[Call])] = &[
-    ("the pipes, the manifest", &[libc::SYS_read, libc::SYS_write, libc::SYS_close]),
+    ("the pipes, the ring, the manifest", &[libc::SYS_read, libc::SYS_write, libc::SYS_close]),
     ("the order, the report", &[libc::SYS_recvmsg, libc::SYS_sendmsg]),
     ("memory, but none to be executed", &[libc::SYS_brk, libc::SYS_munmap, libc::SYS_mremap, libc::SYS_futex]),
     // An abort asks for both numbers, for tgkill(2).
@@ -141,8 +141,8 @@ pub(super) fn raise_around_decoder(memory: u64) -> Result<Stand> {
 pub(super) fn raise_around_unpacker(job: &Job, fds: &mut [OwnedFd], memory: u64) -> Result<Stand> {
     /// Beside the directories that lie above one another: its descriptors, and the files that an index is put together in.
     const FILES: u64 = 64;
-    // In the order that they are handed over in: the pipe, the manifest, the tree, the place for what is too much.
-    let mut directories: Vec<&mut OwnedFd> = fds.iter_mut().skip(2).take(2).collect();
+    // In the order that they are handed over in: the ring's three, the manifest, the tree, the place for what is too much.
+    let mut directories: Vec<&mut OwnedFd> = fds.iter_mut().skip(4).take(2).collect();
     limit(memory, FILES + 2 * job.depth())?;
     let mut sources: Vec<_> = directories.iter_mut().map(|fd| (&mut **fd, Access::Rw)).collect();
     let enclosed = if sources.is_empty() {

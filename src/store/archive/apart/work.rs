@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
-use super::super::stream::CHUNK;
+use super::super::ring::Mapped;
 use super::super::unpack::{Again, Placed, Placer};
 use super::super::whiteout::LayerWhiteouts;
 use super::{End, Handed, OP};
@@ -31,7 +31,7 @@ pub(in crate::store) enum Task {
     Manifest,
 }
 
-/// What an unpacker is told. With it go the pipe to read from and the file for the manifest; and, where something is placed, the directories for
+/// What an unpacker is told. With it go the ring to read from (three descriptors) and the file for the manifest; and, where something is placed, the directories for
 /// the tree and for what is too much for memory, the file for the index, and the one for opaque directories.
 #[derive(Serialize, Deserialize)]
 pub(super) struct Job {
@@ -65,35 +65,27 @@ pub(in crate::store) struct Unpacked {
     pub(in crate::store) manifest: Vec<u8>,
 }
 
-/// The bytes of the pipe, and at their end the word whether those were all.
-pub(super) struct PipeReader<'a> {
-    pipe: File,
+/// The bytes of the archive, and at their end the word whether those were all.
+pub(super) struct Bytes<'a> {
+    ring: Mapped,
     channel: &'a Channel,
-    buffer: Box<[u8]>,
     at: usize,
-    length: usize,
     ended: bool,
 }
 
-impl<'a> PipeReader<'a> {
-    pub(super) fn new(pipe: File, channel: &'a Channel) -> Self {
-        let buffer = vec![0; CHUNK].into_boxed_slice();
-        PipeReader { pipe, channel, buffer, at: 0, length: 0, ended: false }
+impl<'a> Bytes<'a> {
+    pub(super) fn take(fds: &mut Handed, channel: &'a Channel) -> Result<Self> {
+        let ring = Mapped::new(fds.ring()?)?;
+        Ok(Bytes { ring, channel, at: 0, ended: false })
     }
 }
 
-impl BufRead for PipeReader<'_> {
+impl BufRead for Bytes<'_> {
     fn fill_buf(&mut self) -> std::io::Result<&[u8]> {
-        if self.at == self.length && !self.ended {
+        if self.at == self.ring.bytes().len() && !self.ended {
             self.at = 0;
-            self.length = loop {
-                match self.pipe.read(&mut self.buffer) {
-                    Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-                    other => break other?,
-                }
-            };
-            if self.length == 0 {
-                self.ended = true;
+            self.ended = !self.ring.next()?;
+            if self.ended {
                 match self.channel.receive::<End>().map_err(std::io::Error::other)? {
                     Some((End::Whole, _)) => {}
                     Some((End::Cut(told), _)) => return Err(std::io::Error::other(Error::from(told))),
@@ -104,7 +96,7 @@ impl BufRead for PipeReader<'_> {
                 }
             }
         }
-        Ok(&self.buffer[self.at..self.length])
+        Ok(&self.ring.bytes()[self.at..])
     }
 
     fn consume(&mut self, count: usize) {
@@ -112,7 +104,7 @@ impl BufRead for PipeReader<'_> {
     }
 }
 
-impl Read for PipeReader<'_> {
+impl Read for Bytes<'_> {
     fn read(&mut self, out: &mut [u8]) -> std::io::Result<usize> {
         let data = self.fill_buf()?;
         let count = data.len().min(out.len());
