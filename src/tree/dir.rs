@@ -236,6 +236,41 @@ impl DirTree {
     }
 }
 
+/// A node that the kernel knows, as it was last found.
+#[derive(Clone, Debug)]
+pub(in crate::tree) struct Known {
+    pub(in crate::tree) node: Node,
+    pub(in crate::tree) kind: u32,
+    /// Directory and name, if it has one.
+    pub(in crate::tree) name: Option<(Node, Box<[u8]>)>,
+}
+
+/// For a tree that is made of this one and another.
+impl DirTree {
+    /// The nodes that are known, the root not among them.
+    pub(in crate::tree) fn known(&self) -> Vec<Known> {
+        self.nodes.all()
+    }
+
+    /// The node that this file would be.
+    pub(in crate::tree) fn number_of(&self, file: impl std::os::fd::AsFd) -> Result<Node> {
+        let identity = found::stat_fd(file)?.identity;
+        self.nodes.id(identity.dev, identity.ino)
+    }
+
+    /// A path to this node for calls that take no descriptor, good until `work` returns.
+    pub(in crate::tree) fn with_path<T>(&self, node: Node, work: impl FnOnce(&str) -> Result<T>) -> Result<T> {
+        let (fd, _) = self.fd(node)?;
+        work(&attrs::proc_path(&fd))
+    }
+}
+
+/// A device number as mknod(2) takes it, of the kernel's 32-bit encoding.
+pub(in crate::tree) fn device(rdev: u32) -> u64 {
+    let (major, minor) = found::decode_device(rdev);
+    rustix::fs::makedev(major, minor)
+}
+
 /// A name that stands for one directory entry. The kernel sends no other; what it sends is checked all the same.
 fn entry_name(name: &OsStr) -> Result<&[u8]> {
     match name.as_bytes() {

@@ -12,7 +12,7 @@ mod content;
 #[cfg(test)]
 mod tests;
 
-use std::ffi::OsStr;
+use std::ffi::{CString, OsStr};
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -74,6 +74,68 @@ impl ImageTree {
     /// Files that are open at the moment.
     pub fn open_files(&self) -> usize {
         self.content.open_files()
+    }
+
+    /// The directory that a node's first name lies in, and that name.
+    pub(super) fn home(&self, node: Node) -> Result<(Node, Vec<u8>)> {
+        let inode = self.inode(node)?;
+        let mut path = Vec::new();
+        self.check(self.index.home_path(&inode, &mut path))?;
+        let start = path.iter().rposition(|&b| b == b'/').map_or(0, |slash| slash + 1);
+        Ok((node_of(self.index.parent(&inode)), path.split_off(start)))
+    }
+
+    /// Every name of a file, with its directory. Those with several hard links are looked for in the whole index.
+    pub(super) fn names_of(&self, node: Node) -> Result<Vec<(Node, Vec<u8>)>> {
+        let inode = self.inode(node)?;
+        if inode.nlink < 2 {
+            return Ok(vec![self.home(node)?]);
+        }
+        let mut names = Vec::new();
+        for row in 0..self.index.inode_count() {
+            let InodeKind::Directory { first, count } = self.check(self.index.inode(row))?.kind else { continue };
+            for at in first..first + count {
+                let name = self.check(self.index.name(at))?;
+                if name.row == inode.row {
+                    names.push((node_of(row), name.name.to_vec()));
+                }
+            }
+            if names.len() >= inode.nlink as usize {
+                break;
+            }
+        }
+        Ok(names)
+    }
+
+    /// The names in a directory.
+    pub(super) fn names_in(&self, node: Node) -> Result<Vec<Vec<u8>>> {
+        let (_, first, count) = self.directory(node)?;
+        (first..first + count).map(|at| Ok(self.check(self.index.name(at))?.name.to_vec())).collect()
+    }
+
+    /// The extended attributes that are presented, with their values.
+    pub(super) fn xattrs_of(&self, node: Node) -> Result<Vec<(CString, Vec<u8>)>> {
+        let inode = self.inode(node)?;
+        let mut xattrs = Vec::new();
+        for xattr in self.check(self.index.xattrs(&inode))? {
+            let (name, value) = self.check(xattr)?;
+            if is_shown(name)
+                && let Ok(name) = CString::new(name)
+            {
+                xattrs.push((name, value.to_vec()));
+            }
+        }
+        Ok(xattrs)
+    }
+
+    /// A regular file's content, opened for reading.
+    pub(super) fn content_fd(&self, node: Node) -> Result<OwnedFd> {
+        self.content.open(&self.index, &self.inode(node)?).map_err(|refusal| self.refused(&refusal))
+    }
+
+    fn refused(&self, refusal: &content::Refusal) -> Errno {
+        self.complain(format_args!("{refusal}"));
+        refusal.errno()
     }
 
     fn inode(&self, node: Node) -> Result<Inode> {
@@ -195,10 +257,7 @@ impl Tree for ImageTree {
             InodeKind::Directory { .. } => return Err(Errno::ISDIR),
             InodeKind::Symlink | InodeKind::Special => return Err(Errno::INVAL),
         }
-        self.content.read(&self.index, &inode, offset, size, out).map_err(|refusal| {
-            self.complain(format_args!("{refusal}"));
-            refusal.errno()
-        })
+        self.content.read(&self.index, &inode, offset, size, out).map_err(|refusal| self.refused(&refusal))
     }
 
     fn readdir(

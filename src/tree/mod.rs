@@ -1,7 +1,7 @@
 //! The tree interface: what a rootfs answers, in terms of nodes. Testable without `/dev/fuse`; must not know fuser.
 //!
-//! Three kinds implement it: the image tree (the index), the directory tree (live passthrough), and the route table, which is
-//! made of the others and tells which of them a name belongs to.
+//! Four kinds implement it: the image tree (the index), the directory tree (live passthrough), the writable tree (an image with a directory of
+//! changes over it), and the route table, which is made of the others and tells which of them a name belongs to.
 //!
 //! A node id is chosen by its tree, is never 0, stays the same while the kernel knows the node, and is the inode number that
 //! programs see. The root of every tree is [`ROOT`]. Ids stay below 2^56: the route table puts the tree's number above.
@@ -12,6 +12,7 @@ pub mod dir;
 pub mod image;
 pub mod resend;
 pub mod route;
+pub mod upper;
 
 use std::ffi::OsStr;
 use std::time::Duration;
@@ -280,6 +281,10 @@ pub trait Tree: Send + Sync {
 
     /// True where a node may change other than through us: the kernel may keep nothing for ever.
     fn is_live(&self) -> bool;
+    /// True where names can be made and removed: what may not be is busy then, not read-only.
+    fn takes_names(&self) -> bool {
+        false
+    }
     /// True where every open of a file or directory succeeds and leaves nothing to remember: the kernel need not ask
     /// (FUSE_NO_OPEN_SUPPORT, FUSE_NO_OPENDIR_SUPPORT).
     fn opens_without_asking(&self) -> bool {

@@ -42,6 +42,14 @@ pub fn answering<T>(asked: CurrentRequest, work: impl FnOnce() -> T) -> T {
     work()
 }
 
+/// Do a part of a request that is not the one that is written down: by itself, and any number of times.
+pub fn aside<T>(work: impl FnOnce() -> T) -> T {
+    let asked = CURRENT.replace(CurrentRequest::default());
+    let done = work();
+    CURRENT.set(asked);
+    done
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -52,6 +60,7 @@ mod tests {
         assert!(!is_resent());
         assert!(answering(resent(true), is_resent));
         assert_eq!(answering(resent(false), || (is_resent(), unique())), (false, 8));
+        answering(resent(true), || assert!(!aside(is_resent) && is_resent()));
         answering(resent(true), || std::thread::spawn(|| assert!(!is_resent() && unique() == 0)).join().unwrap());
     }
 }

@@ -157,8 +157,11 @@ impl RouteTree {
         if self.route(parent, name).is_none() {
             return Ok(());
         }
-        let is_image = matches!(parent >> TREE_SHIFT, 0 | MADE_UP);
-        Err(if errno == Errno::BUSY && is_image { Errno::ROFS } else { errno })
+        let is_read_only = match parent >> TREE_SHIFT {
+            0 => !self.trees[0].takes_names(),
+            number => number == MADE_UP,
+        };
+        Err(if errno == Errno::BUSY && is_read_only { Errno::ROFS } else { errno })
     }
 
     /// Both in one tree, or EXDEV.

@@ -33,7 +33,7 @@ fn unmap(ranges: &[IdRange], id: u32) -> Option<u32> {
 }
 
 /// The path of a descriptor, for calls that take no directory.
-fn proc_path(fd: impl AsFd) -> String {
+pub(super) fn proc_path(fd: impl AsFd) -> String {
     format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 

@@ -330,13 +330,14 @@ impl DirTree {
     }
 
     fn file(&self, node: Node, handle: Handle) -> Result<Descriptor> {
-        if handle == 0 && self.options.immutable {
+        // Of an immutable tree, or of a file that a tree over this one opened before it was here: by node.
+        if handle == 0 {
             return self.content(node).map(Descriptor::Cached);
         }
         self.handle(handle).ok_or(Errno::BADF)?.io(&self.pool).map(Descriptor::Open)
     }
 
-    /// A descriptor of a regular file of an immutable tree.
+    /// A descriptor of a regular file that is read without open.
     fn content(&self, node: Node) -> Result<Arc<OwnedFd>> {
         if let Some(fd) = self.pool.get(self.number, node, Use::Content) {
             return Ok(fd);

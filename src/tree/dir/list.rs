@@ -18,7 +18,7 @@ use super::stream::Item;
 use super::{Attr, Caller, DirItem, DirTree, Entry, Errno, Fit, Handle, ListMode, Node, Opened, Result};
 use crate::tree::{Caching, ROOT, Timespec};
 
-/// Directories of an immutable tree that are being read without having been opened: as many as a few parallel walks need.
+/// Directories that are being read without having been opened: as many as a few parallel walks need.
 const SHARED_READERS: usize = 16;
 
 /// The readers of directories that were not opened.
@@ -32,7 +32,7 @@ impl Default for Readers {
 }
 
 impl DirTree {
-    /// The reader of a directory of an immutable tree, where the kernel does not open directories.
+    /// The reader of a directory that was not opened: of an immutable tree, or by a tree over this one.
     fn shared_reader(&self, node: Node) -> Result<Arc<Open>> {
         let readers = || self.readers.0.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(open) = readers().get(&node) {
@@ -68,7 +68,7 @@ impl DirTree {
     ) -> Result<()> {
         let open = match self.handle(handle) {
             Some(open) => open,
-            None if handle == 0 && self.options.immutable => self.shared_reader(node)?,
+            None if handle == 0 => self.shared_reader(node)?,
             None => return Err(Errno::BADF),
         };
         let dev = self.nodes.reach(node)?.identity.dev;

@@ -111,12 +111,11 @@ impl DirTree {
         if matches!(kind, FileType::Unknown | FileType::Directory | FileType::Symlink) {
             return Err(Errno::INVAL);
         }
-        let (major, minor) = found::decode_device(new.rdev);
         self.make(
             caller,
             (parent, name),
             new,
-            |dir, mode| fs::mknodat(dir, name, kind, mode, fs::makedev(major, minor)),
+            |dir, mode| fs::mknodat(dir, name, kind, mode, super::device(new.rdev)),
             |_, found| found.kind() == new.mode & TYPE_BITS && found.attr.size == 0 && is_young(found),
         )
     }

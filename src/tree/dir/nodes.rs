@@ -17,6 +17,7 @@ use std::sync::{Arc, RwLock};
 use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
 
+use super::Known;
 use super::fds::Held;
 use super::found::{Alias, DIRECTORY, Found, Identity, mix};
 use super::handover::{HandoverLog, Inherited};
@@ -143,6 +144,17 @@ impl NodeTable {
             copying.node(*state.key(), state.identity, state.kind, &state.aliases);
         }
         copying.finish();
+    }
+
+    /// Every node but the root.
+    pub(super) fn all(&self) -> Vec<Known> {
+        let others = self.map.iter().filter(|state| *state.key() != ROOT);
+        let known = others.map(|state| Known {
+            node: *state.key(),
+            kind: state.kind,
+            name: state.aliases.first().map(|alias| (alias.parent, alias.name.clone())),
+        });
+        known.collect()
     }
 
     pub(super) fn len(&self) -> usize {

@@ -108,7 +108,7 @@ impl DirTree {
     }
 
     /// An O_PATH descriptor of a directory, to start from. ENOTDIR: it is something else.
-    pub(super) fn place(&self, node: Node) -> Result<Arc<OwnedFd>> {
+    pub(in crate::tree) fn place(&self, node: Node) -> Result<Arc<OwnedFd>> {
         if node == ROOT {
             return Ok(Arc::clone(&self.root));
         }

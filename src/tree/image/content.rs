@@ -174,6 +174,11 @@ impl Content {
         })
     }
 
+    /// A descriptor of a file of one's own.
+    pub(super) fn open(&self, index: &Index, inode: &Inode) -> Result<OwnedFd, Refusal> {
+        self.open_file(index, inode).map(|opened| opened.fd)
+    }
+
     fn window(&self, index: &Index, inode: &Inode, file: &Opened, number: u64) -> Result<Arc<memmap2::Mmap>, Refusal> {
         let key = (inode.row, number);
         if let Some(window) = lock(&self.windows).get(&key) {

@@ -1,0 +1,474 @@
+//! Copying up: what is to be changed is made in the work directory, with content, owner, mode, times and attributes of the image's file, and
+//! moved to its place when it is whole. What a killed server left in the work directory is brought to an end by the next one.
+//!
+//! All names that the image has for one file go up together: first they are links to a copy named `group.NODE` in the work directory, so
+//! that after a kill the rest can be made. The times of the directories that copies come to stay as they were.
+
+use std::collections::HashMap;
+use std::ffi::{CString, OsStr};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, Timestamps};
+
+use super::marks::{self, Above};
+use super::owners::{self, Owner, Owners, PERMISSION_BITS};
+use super::{DIRECTORY, MADE, REGULAR, SERVER, TARGET, TYPE_BITS, UPPER, UpperTree, WORK, step};
+use crate::sys::attrs::{self, SetId};
+use crate::tree::image::ImageTree;
+use crate::tree::resend::aside;
+use crate::tree::{Attr, Errno, Lookup, Node, ROOT, Result, Tree as _};
+
+/// Begins the name of a copy that has several names to get.
+const GROUP: &str = "group.";
+/// Bytes read at once where the kernel cannot copy by itself.
+const BUFFER: usize = 256 << 10;
+/// Bytes asked of one copy_file_range(2).
+const RANGE: usize = 64 << 20;
+
+/// How many files can be copied up at once: more than a server has threads.
+const FILES: usize = 16;
+
+/// Locks while something is copied up, few of which are held at a time.
+#[derive(Debug, Default)]
+pub(super) struct Locks {
+    directories: Mutex<()>,
+    files: [Mutex<()>; FILES],
+}
+
+impl Locks {
+    /// For a directory, which is quick.
+    fn directories(&self) -> MutexGuard<'_, ()> {
+        self.directories.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// For this file.
+    fn file(&self, node: Node) -> MutexGuard<'_, ()> {
+        self.files[node as usize % FILES].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What of a file's content goes up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Content {
+    /// All of it.
+    Whole,
+    /// Nothing: it is about to be cut to nothing.
+    Empty,
+}
+
+/// A name in an upper directory.
+struct Home {
+    place: Arc<OwnedFd>,
+    dir: Node,
+    name: Vec<u8>,
+}
+
+/// The names of a file of the image.
+#[derive(Default)]
+struct Homes {
+    /// Those that still lead to it.
+    free: Vec<Home>,
+    /// One that leads to its copy.
+    copied: Option<Home>,
+}
+
+/// Make the upper directory itself where it is missing: it looks like the root of the image.
+pub(super) fn make_top(lower: &ImageTree, place: &OwnedFd, work: &OwnedFd, owners: Owners) -> Result<()> {
+    if marks::look(place, UPPER.as_bytes())? != Above::Nothing {
+        return Ok(());
+    }
+    empty_work(work, |name| name == UPPER.as_bytes())?;
+    fs::mkdirat(work, UPPER, Mode::RWXU)?;
+    let made = marks::open_directory(work, UPPER.as_bytes())?;
+    imitate(lower, ROOT, &made, owners)?;
+    fs::renameat(work, UPPER, place, UPPER)
+}
+
+/// Remove these names from the work directory: files, links, and directories, which are empty there.
+fn empty_work(work: &OwnedFd, is_ours: impl Fn(&[u8]) -> bool) -> Result<()> {
+    for name in work_names(work)?.iter().filter(|name| is_ours(name)) {
+        match fs::unlinkat(work, &name[..], AtFlags::empty()) {
+            Err(Errno::ISDIR | Errno::PERM) => fs::unlinkat(work, &name[..], AtFlags::REMOVEDIR)?,
+            other => other?,
+        }
+    }
+    Ok(())
+}
+
+fn work_names(work: &OwnedFd) -> Result<Vec<Vec<u8>>> {
+    let names = marks::entries(work)?.map(|entry| entry.map(|e| e.file_name().to_bytes().to_vec()));
+    Ok(names.collect::<Result<Vec<_>>>()?.into_iter().filter(|n| !matches!(&n[..], b"." | b"..")).collect())
+}
+
+/// Give a copy owner, mode, times and attributes of the image's file. An O_PATH descriptor will do.
+fn imitate(lower: &ImageTree, node: Node, copy: impl AsFd, owners: Owners) -> Result<()> {
+    let (attr, _) = lower.getattr(node, None)?;
+    let mut stat = fs::fstat(&copy)?;
+    let owner = Owner::of(&attr);
+    let mode = match owners {
+        Owners::Set => {
+            (stat.st_uid, stat.st_gid) = (owner.uid, owner.gid);
+            attr.mode
+        }
+        Owners::Noted => owners::mode_on_disk(attr.mode),
+    };
+    stat.st_mode = attr.mode & TYPE_BITS | mode & PERMISSION_BITS;
+    (stat.st_atime, stat.st_atime_nsec) = (attr.atime.secs as _, attr.atime.nanos.into());
+    (stat.st_mtime, stat.st_mtime_nsec) = (attr.mtime.secs as _, attr.mtime.nanos.into());
+    let mut xattrs = lower.xattrs_of(node)?;
+    let shown = Owner { uid: stat.st_uid, gid: stat.st_gid, mode: mode & PERMISSION_BITS };
+    if owners == Owners::Noted && shown != owner && matches!(attr.mode & TYPE_BITS, DIRECTORY | REGULAR) {
+        xattrs.push((marks::owner_name(), owner.text().into_bytes()));
+    }
+    let xattrs: Vec<(CString, &[u8])> = xattrs.iter().map(|(name, value)| (name.clone(), &value[..])).collect();
+    attrs::set(&xattrs, &stat, copy, SetId::Kept).map(drop)
+}
+
+/// What the times of a directory were, to be put back.
+struct Times(Timestamps);
+
+impl Times {
+    fn of(dir: impl AsFd) -> Result<Self> {
+        let stat = fs::fstat(dir)?;
+        Ok(Times(Timestamps {
+            last_access: fs::Timespec { tv_sec: stat.st_atime as _, tv_nsec: stat.st_atime_nsec as _ },
+            last_modification: fs::Timespec { tv_sec: stat.st_mtime as _, tv_nsec: stat.st_mtime_nsec as _ },
+        }))
+    }
+
+    fn put_back(&self, dir: impl AsFd) {
+        let path = marks::path_of(dir, b".");
+        if let Err(e) = fs::utimensat(fs::CWD, &path[..], &self.0, AtFlags::empty()) {
+            log::debug!(target: TARGET, "put a directory's times back: {e}");
+        }
+    }
+}
+
+impl UpperTree {
+    /// The upper file of a node of the image, copied up if it was not. One that has no name any more gets none.
+    pub(super) fn raise(&self, lower: Node, content: Content) -> Result<Node> {
+        if let Some(upper) = self.pairs.upper(lower) {
+            return Ok(upper);
+        }
+        let (attr, _) = self.lower.getattr(lower, None)?;
+        if attr.mode & TYPE_BITS == DIRECTORY {
+            return self.raise_directory(lower)?.ok_or(Errno::STALE);
+        }
+        let _alone = self.locks.file(lower);
+        if let Some(upper) = self.pairs.upper(lower) {
+            return Ok(upper);
+        }
+        let Homes { free, copied } = self.homes(lower, &attr)?;
+        if let Some(home) = copied {
+            return self.pair(lower, home.dir, &home.name);
+        }
+        let staged = format!("{}", self.staged.fetch_add(1, Ordering::Relaxed));
+        let upper = self.stage(lower, &attr, &staged, content).and_then(|()| self.settle(lower, &staged, &free));
+        upper.inspect_err(|_| {
+            let _ = fs::unlinkat(&self.work, &staged, AtFlags::empty());
+        })
+    }
+
+    /// The names that the image has for a file.
+    fn homes(&self, lower: Node, attr: &Attr) -> Result<Homes> {
+        let mut homes = Homes::default();
+        for (dir, name) in self.lower.names_of(lower)? {
+            let Some(dir) = self.raise_directory(dir)? else { continue };
+            let place = self.upper.place(dir)?;
+            match marks::look(&place, &name)? {
+                Above::Nothing if !marks::is_veiled(&place, &name)? => homes.free.push(Home { place, dir, name }),
+                Above::File(_) if self.is_copy(lower, attr, &place, &name)? => {
+                    homes.copied = Some(Home { place, dir, name });
+                }
+                _ => {}
+            }
+        }
+        Ok(homes)
+    }
+
+    /// A server that was killed may have made this copy, and told nobody that it stands for a file that the kernel knows.
+    pub(super) fn take_over_copy(&self, lower: Node, dir: Node, place: &OwnedFd, name: &[u8]) -> Result<()> {
+        let (attr, _) = self.lower.getattr(lower, None)?;
+        let is_known = attr.mode & TYPE_BITS == DIRECTORY || self.pairs.upper(lower).is_some();
+        if !is_known && self.is_copy(lower, &attr, place, name)? {
+            self.pair(lower, dir, name)?;
+        }
+        Ok(())
+    }
+
+    /// Is this upper file the copy of one of the image that a server made which was killed then? What has no attributes is told by all else.
+    fn is_copy(&self, lower: Node, attr: &Attr, place: &OwnedFd, name: &[u8]) -> Result<bool> {
+        let copy = fs::openat(place, name, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?;
+        let stat = fs::fstat(&copy)?;
+        if stat.st_mode & TYPE_BITS != attr.mode & TYPE_BITS {
+            return Ok(false);
+        }
+        if stat.st_mode & TYPE_BITS == REGULAR {
+            let told = marks::origin(&marks::path_of(place, name), self.upper.number_of(&copy)?)?;
+            return Ok(told == Some(lower));
+        }
+        let same_time = (stat.st_mtime, stat.st_mtime_nsec as u32) == (attr.mtime.secs, attr.mtime.nanos);
+        if stat.st_mode & TYPE_BITS != libc::S_IFLNK {
+            return Ok(same_time && stat.st_rdev == crate::tree::dir::device(attr.rdev));
+        }
+        let mut target = Vec::new();
+        self.lower.readlink(lower, &mut |bytes| target.extend_from_slice(bytes))?;
+        Ok(same_time && fs::readlinkat(place, name, Vec::new())?.as_bytes() == target)
+    }
+
+    /// The upper half of a directory of the image, made where it is missing. `None`: its name leads elsewhere by now.
+    pub(super) fn raise_directory(&self, lower: Node) -> Result<Option<Node>> {
+        if let Some(upper) = self.pairs.upper(lower) {
+            return Ok(Some(upper));
+        }
+        let (parent, name) = self.lower.home(lower)?;
+        let Some(parent) = self.raise_directory(parent)? else { return Ok(None) };
+        let _alone = self.locks.directories();
+        if let Some(upper) = self.pairs.upper(lower) {
+            return Ok(Some(upper));
+        }
+        let place = self.upper.place(parent)?;
+        match marks::look(&place, &name)? {
+            // There, and nobody asked for it since the server began.
+            Above::File(mode) if mode & TYPE_BITS == DIRECTORY => {
+                if marks::is_opaque(&marks::path_of(&place, &name))? {
+                    return Ok(None);
+                }
+            }
+            Above::Nothing if !marks::is_veiled(&place, &name)? => self.make_directory(lower, &place, &name)?,
+            _ => return Ok(None),
+        }
+        self.pair(lower, parent, &name).map(Some)
+    }
+
+    fn make_directory(&self, lower: Node, place: &OwnedFd, name: &[u8]) -> Result<()> {
+        let staged = format!("{}", self.staged.fetch_add(1, Ordering::Relaxed));
+        fs::mkdirat(&self.work, &staged, Mode::RWXU)?;
+        let times = Times::of(place)?;
+        let made = marks::open_directory(&self.work, staged.as_bytes())
+            .and_then(|made| imitate(&self.lower, lower, made, self.owners))
+            .and_then(|()| step("upper.directory"))
+            .and_then(|()| fs::renameat_with(&self.work, &staged, place, name, RenameFlags::NOREPLACE));
+        times.put_back(place);
+        made.inspect_err(|_| {
+            let _ = fs::unlinkat(&self.work, &staged, AtFlags::REMOVEDIR);
+        })
+    }
+
+    /// `name` in the upper directory `dir` stands for a node of the image from now on.
+    fn pair(&self, lower: Node, dir: Node, name: &[u8]) -> Result<Node> {
+        let Lookup::Found(entry) = self.upper.lookup(&SERVER, dir, OsStr::from_bytes(name))? else {
+            return Err(Errno::STALE);
+        };
+        let upper = entry.attr.node;
+        if upper & MADE != 0 {
+            self.upper.forget(upper, 1);
+            return Err(Errno::NFILE);
+        }
+        match self.pairs.join(lower, upper, 0) {
+            super::pairs::Joined::New => Ok(upper),
+            super::pairs::Joined::Known => {
+                self.upper.forget(upper, 1);
+                Ok(upper)
+            }
+            super::pairs::Joined::Taken => {
+                self.upper.forget(upper, 1);
+                self.pairs.upper(lower).ok_or(Errno::STALE)
+            }
+        }
+    }
+
+    /// Make a whole copy in the work directory.
+    fn stage(&self, lower: Node, attr: &Attr, staged: &str, content: Content) -> Result<()> {
+        let kind = FileType::from_raw_mode(attr.mode);
+        let path_flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let copy = match kind {
+            FileType::RegularFile => {
+                let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+                let copy = fs::openat(&self.work, staged, flags, Mode::RUSR | Mode::WUSR)?;
+                step("upper.staged")?;
+                if content == Content::Whole {
+                    copy_content(&self.lower.content_fd(lower)?, &copy, attr.size)?;
+                }
+                copy
+            }
+            FileType::Symlink => {
+                let mut target = Vec::new();
+                self.lower.readlink(lower, &mut |bytes| target.extend_from_slice(bytes))?;
+                fs::symlinkat(&target[..], &self.work, staged)?;
+                fs::openat(&self.work, staged, path_flags, Mode::empty())?
+            }
+            special => {
+                fs::mknodat(&self.work, staged, special, Mode::RUSR | Mode::WUSR, crate::tree::dir::device(attr.rdev))?;
+                fs::openat(&self.work, staged, path_flags, Mode::empty())?
+            }
+        };
+        if kind == FileType::RegularFile {
+            let upper = self.upper.number_of(&copy)?;
+            marks::set_origin(&marks::path_of(&self.work, staged.as_bytes()), lower, upper)?;
+        }
+        imitate(&self.lower, lower, &copy, self.owners)?;
+        if self.durable && kind == FileType::RegularFile {
+            fs::fsync(&copy)?;
+        }
+        step("upper.copied")
+    }
+
+    /// Move a whole copy to its place, or its places.
+    fn settle(&self, lower: Node, staged: &str, homes: &[Home]) -> Result<Node> {
+        if let [home] = homes {
+            let times = Times::of(&home.place)?;
+            let moved = fs::renameat_with(&self.work, staged, &home.place, &home.name[..], RenameFlags::NOREPLACE);
+            times.put_back(&home.place);
+            match moved {
+                Ok(()) => {
+                    step("upper.settled")?;
+                    return self.pair(lower, home.dir, &home.name);
+                }
+                // It lost its name meanwhile.
+                Err(Errno::EXIST) => {}
+                Err(e) => return Err(e),
+            }
+        } else if !homes.is_empty() {
+            let group = format!("{GROUP}{lower}");
+            fs::renameat(&self.work, staged, &self.work, &group)?;
+            step("upper.group")?;
+            let linked = self.link_group(&group, homes)?;
+            if let Some(home) = linked {
+                let upper = self.pair(lower, home.dir, &home.name)?;
+                fs::unlinkat(&self.work, &group, AtFlags::empty())?;
+                return Ok(upper);
+            }
+            fs::renameat(&self.work, &group, &self.work, staged)?;
+        }
+        // Without a name, held as long as somebody has it open.
+        let Lookup::Found(work) = self.upper.lookup(&SERVER, ROOT, OsStr::new(WORK))? else { return Err(Errno::STALE) };
+        let upper = self.pair(lower, work.attr.node, staged.as_bytes());
+        let removed = aside(|| self.upper.unlink(&SERVER, work.attr.node, OsStr::new(staged)));
+        self.upper.forget(work.attr.node, 1);
+        removed.and(upper)
+    }
+
+    /// Link a copy to its places; gives one of them.
+    fn link_group<'a>(&self, group: &str, homes: &'a [Home]) -> Result<Option<&'a Home>> {
+        let mut linked = None;
+        for home in homes {
+            let times = Times::of(&home.place)?;
+            let made = fs::linkat(&self.work, group, &home.place, &home.name[..], AtFlags::empty());
+            times.put_back(&home.place);
+            match made {
+                Ok(()) => linked = Some(home),
+                // Made by the server that was killed, or taken by another file.
+                Err(Errno::EXIST) => {}
+                Err(e) => return Err(e),
+            }
+            step("upper.linked")?;
+        }
+        Ok(linked)
+    }
+
+    /// Bring to an end what an earlier server left in the work directory.
+    pub(super) fn finish_work(&self) -> Result<()> {
+        for name in work_names(&self.work)? {
+            let lower = std::str::from_utf8(&name).ok().and_then(|n| n.strip_prefix(GROUP)?.parse::<Node>().ok());
+            if let (Some(lower), Ok(group)) = (lower, std::str::from_utf8(&name)) {
+                let homes = self.homes(lower, &self.lower.getattr(lower, None)?.0)?;
+                self.link_group(group, &homes.free)?;
+            }
+        }
+        empty_work(&self.work, |_| true)
+    }
+
+    /// Go on after an earlier server: of every upper file that the kernel knows, which of the image it stands for.
+    pub(super) fn go_on(&self) {
+        let known: HashMap<Node, _> = self.upper.known().into_iter().map(|known| (known.node, known)).collect();
+        for node in known.keys() {
+            let found = self.lower_again(*node, &known, 0);
+            if let Err(e) = found {
+                log::warn!(target: TARGET, "what {node:x} was copied from: {e}");
+            }
+        }
+    }
+
+    fn lower_again(
+        &self,
+        upper: Node,
+        known: &HashMap<Node, crate::tree::dir::Known>,
+        depth: usize,
+    ) -> Result<Option<Node>> {
+        if let Some(lower) = self.pairs.lower(upper) {
+            return Ok(Some(lower));
+        }
+        let Some(file) = known.get(&upper).filter(|_| depth < crate::index::MAX_DEPTH) else { return Ok(None) };
+        let lower = match (file.kind, &file.name) {
+            (REGULAR, _) => self.upper.with_path(upper, |path| marks::origin(path.as_bytes(), upper))?,
+            (_, Some((dir, name))) => {
+                let lower_dir = self.lower_again(*dir, known, depth + 1)?;
+                // Removed, and held by a program that is in it: nothing is looked for in it any more.
+                let Ok(place) = self.upper.place(*dir) else { return Ok(None) };
+                self.lower_of(lower_dir, &place, name, (upper, file.kind))?
+            }
+            _ => None,
+        };
+        if let Some(lower) = lower {
+            // How often the kernel was told is not known; it gives all back at once, and that is at least one.
+            self.pairs.join(lower, upper, 1);
+        }
+        Ok(lower)
+    }
+}
+
+/// Copy a file's content with its holes. The file systems share the blocks where they can (copy_file_range(2)).
+pub(super) fn copy_content(from: &OwnedFd, to: &OwnedFd, size: u64) -> Result<()> {
+    let mut at = 0;
+    while at < size {
+        let data = match fs::seek(from, SeekFrom::Data(at)) {
+            Ok(data) => data,
+            Err(Errno::NXIO) => break,
+            // A file system that does not tell of holes.
+            Err(Errno::INVAL | Errno::OPNOTSUPP) => at,
+            Err(e) => return Err(e),
+        };
+        let end = fs::seek(from, SeekFrom::Hole(data)).unwrap_or(size).min(size);
+        copy_range(from, to, data, end)?;
+        at = end.max(data + 1);
+    }
+    fs::ftruncate(to, size)
+}
+
+fn copy_range(from: &OwnedFd, to: &OwnedFd, start: u64, end: u64) -> Result<()> {
+    let (mut read_at, mut write_at) = (start, start);
+    while read_at < end {
+        let length = (end - read_at).min(RANGE as u64) as usize;
+        match fs::copy_file_range(from, Some(&mut read_at), to, Some(&mut write_at), length) {
+            Ok(0) => return Err(Errno::IO),
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(Errno::XDEV | Errno::INVAL | Errno::OPNOTSUPP | Errno::NOSYS | Errno::PERM) => {
+                return copy_bytes(from, to, read_at, end);
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
+
+fn copy_bytes(from: &OwnedFd, to: &OwnedFd, mut at: u64, end: u64) -> Result<()> {
+    let mut buffer = vec![0; BUFFER];
+    while at < end {
+        let length = (end - at).min(BUFFER as u64) as usize;
+        let got = rustix::io::retry_on_intr(|| rustix::io::pread(from, &mut buffer[..length], at))?;
+        if got == 0 {
+            return Err(Errno::IO);
+        }
+        let mut rest = &buffer[..got];
+        while !rest.is_empty() {
+            let done = rustix::io::retry_on_intr(|| rustix::io::pwrite(to, rest, at))?;
+            at += done as u64;
+            rest = &rest[done..];
+        }
+    }
+    Ok(())
+}
