@@ -16,7 +16,7 @@ use crate::volume::Volume;
 pub enum BackendKind {
     /// Kernel bind mount of one layer, read-only.
     Bind,
-    /// Our FUSE server, read-only.
+    /// Our FUSE server.
     Fuse,
     /// Kernel overlayfs over the layers.
     Overlay,
@@ -174,6 +174,9 @@ pub struct Plan {
     /// Where the rootfs's own changes go: then it is writable, and what was changed ends with it. `None`: it is read-only.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub scratch: Option<Scratch>,
+    /// Changes do not end with the rootfs: the user named the directory for them, which may have some from before.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub changes_stay: bool,
     /// How volumes are served.
     #[serde(default)]
     pub live: Live,
@@ -194,7 +197,7 @@ fn may_have_whiteouts() -> bool {
 #[serde(transparent)]
 pub struct IndexFile(#[serde(with = "crate::pathtext")] pub PathBuf);
 
-/// A directory that a backend makes for a rootfs's own changes, and removes with it; its parent exists.
+/// A directory for a rootfs's own changes; its parent exists. One that the user did not name is made, and removed with the rootfs.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Scratch(#[serde(with = "crate::pathtext")] pub PathBuf);
@@ -236,7 +239,17 @@ impl Plan {
                 show(&self.rootfs),
                 format!("a rootfs of the {backend} backend is read-only"),
             )
-            .hint("use --backend overlay (as root, or inside `unshare -Urm`), or make what must change a volume: `-v etc:/etc:rw,copy`"));
+            .hint("use --backend fuse, or overlay (as root, or inside `unshare -Urm`)"));
+        }
+        Ok(())
+    }
+
+    /// For backends whose changes end with the rootfs: the error where a directory was named that they are to stay in.
+    pub fn require_ending(&self, backend: BackendKind) -> Result<()> {
+        if self.changes_stay {
+            let why = format!("with the {backend} backend, changes end with the rootfs");
+            return Err(Error::new(Kind::Unsupported, "provision", show(&self.rootfs), why)
+                .hint("use --backend fuse, or leave --upper out"));
         }
         Ok(())
     }

@@ -60,6 +60,7 @@ documents! {
     run: "docs/run.md",
     security: "docs/security.md",
     volumes: "docs/volumes.md",
+    writable: "docs/writable.md",
 }
 
 /// Names a checkout whose documents are read instead: for one who writes them, and does not want to build each time.

@@ -50,7 +50,8 @@ impl Backend for Copy {
     }
 
     fn support(&self, host: &Host, plan: &Plan) -> Support {
-        if let Err(e) = plan.require_layers().and_then(|()| plan.require_unfiltered()) {
+        let possible = plan.require_layers().and_then(|()| plan.require_unfiltered());
+        if let Err(e) = possible.and_then(|()| plan.require_ending(BackendKind::Copy)) {
             return Support::no(e.cause(), e.remedy());
         }
         let may_chown = process::effective_caps().is_ok_and(|caps| caps.contains(CapabilitySet::CHOWN));

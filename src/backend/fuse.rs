@@ -1,4 +1,5 @@
-//! The fuse backend: our own FUSE server presents the layers and the volumes, read-only except for `rw` volumes.
+//! The fuse backend: our own FUSE server presents the layers and the volumes, read-only except for `rw` volumes, or writable with the changes
+//! in a directory of their own.
 //!
 //! What is done by which process: `daemon`. Here: whether it can be, and taking everything away again, whatever state it is in.
 
@@ -7,7 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 
 use super::attach::{Assembly, Missing};
-use super::{Backend, Detach, Health, Support, detach};
+use super::{Backend, Detach, Health, Support, Usage, detach, usage_of_upper};
 use crate::daemon::{self, Options};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -54,8 +55,11 @@ impl Backend for Fuse {
         if let no @ Support::No { .. } = self.host_support(host) {
             return no;
         }
-        if let Err(e) = plan.require_read_only(BackendKind::Fuse) {
-            return Support::no(e.cause(), e.remedy());
+        if plan.scratch.is_some() && plan.index.is_none() {
+            return Support::no(
+                "changes are laid over an image's index, and a plain directory has none",
+                "import it first: `fsprov image import IMAGE`",
+            );
         }
         if let Err(e) = check_flags(host, plan) {
             return Support::no(e.cause(), e.remedy());
@@ -122,6 +126,10 @@ impl Backend for Fuse {
     fn refresh(&self, plan: &Plan, traces: &Traces) -> Traces {
         let worker = daemon::worker_of(plan, traces).or(traces.worker);
         Traces { worker, ..traces.clone() }
+    }
+
+    fn usage(&self, plan: &Plan) -> Option<Usage> {
+        usage_of_upper(plan)
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {

@@ -51,6 +51,15 @@ impl Support {
 
 pub use crate::sys::usage::Usage;
 
+/// What was changed, in the directory of a rootfs's own changes ([`crate::plan::Scratch`]): overlayfs's upper layer, or one like it.
+pub(crate) const UPPER: &str = "upper";
+
+/// What changes take that are kept there.
+fn usage_of_upper(plan: &Plan) -> Option<Usage> {
+    let upper = plan.scratch.as_ref()?.0.join(UPPER);
+    crate::sys::usage::measure(&upper).map_err(|e| log::warn!("{e}")).ok()
+}
+
 impl From<&Finding> for Support {
     fn from(finding: &Finding) -> Self {
         match finding {

@@ -15,19 +15,19 @@ use rustix::io::Errno;
 
 use super::surplus;
 use super::whiteout::{self, HiddenDirs, Mark};
-use super::{Backend, Detach, Health, Support, Usage, attach, detach};
+use super::{Backend, Detach, Health, Support, UPPER, Usage, attach, detach, usage_of_upper};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
 use crate::index::Index;
 use crate::place::{Place, Places};
 use crate::plan::{BackendKind, Plan};
+use crate::sys::attrs;
 use crate::sys::fs::{make_private, open_beneath, open_in_root, path_of};
 use crate::sys::mount::{AttrSet, Piece};
 use crate::sys::mountinfo::Table;
 use crate::sys::overlay::{self, Failure, Stack, Upper};
 use crate::sys::remove::{remove_tree, remove_tree_at};
-use crate::sys::{attrs, usage};
 use crate::traces::{Journal, Traces};
 use crate::volume::{Form, Volume};
 
@@ -61,6 +61,7 @@ impl Backend for Overlay {
         if let Err(e) = plan
             .require_layers()
             .and_then(|()| plan.require_unfiltered())
+            .and_then(|()| plan.require_ending(BackendKind::Overlay))
             .and_then(|()| check_count(plan, most_layers(plan)))
         {
             return Support::no(e.cause(), e.remedy());
@@ -91,8 +92,7 @@ impl Backend for Overlay {
     }
 
     fn usage(&self, plan: &Plan) -> Option<Usage> {
-        let upper = plan.scratch.as_ref()?.0.join(UPPER);
-        usage::measure(&upper).map_err(|e| log::warn!("{e}")).ok()
+        usage_of_upper(plan)
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
@@ -103,8 +103,7 @@ impl Backend for Overlay {
 /// Our own layers lie here, below the plan's `state_dir`.
 const WORK: &str = "overlay";
 
-/// Names in the directory of a rootfs's own changes ([`crate::plan::Scratch`]).
-const UPPER: &str = "upper";
+/// Beside [`UPPER`] in the directory of a rootfs's own changes ([`crate::plan::Scratch`]).
 const UPPER_WORK: &str = "work";
 
 /// How many layers it may become, with ours. What shows only when they are looked at counts: here `auto` can still take another backend.

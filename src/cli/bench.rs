@@ -206,6 +206,7 @@ fn put<'a>(
         volumes: Vec::new(),
         id: None,
         changes: Changes::Refused,
+        upper: None,
         live: Live::default(),
         restraint: Restraint::default(),
         ownership: None,

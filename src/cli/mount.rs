@@ -70,9 +70,12 @@ pub(super) struct Mount {
     /// Show everything in the image as owned by this user and group (fuse)
     #[arg(long, value_name = "UID:GID", value_parser = idmap::parse_squash)]
     squash: Option<(u32, u32)>,
-    /// Make all of it writable (overlay); the changes are kept in --sandbox, and `unmount` deletes them
+    /// Make all of it writable (overlay, fuse); the changes are kept in --sandbox, and `unmount` deletes them
     #[arg(long)]
     writable: bool,
+    /// Make all of it writable, and keep the changes in DIR (made if missing), where the next mount of IMAGE finds them (fuse)
+    #[arg(long, value_name = "DIR", value_hint = ValueHint::DirPath)]
+    upper: Option<PathBuf>,
     /// Ignore setuid bits and file capabilities of the image
     #[arg(long, conflicts_with = "suid")]
     nosuid: bool,
@@ -155,7 +158,8 @@ impl Mount {
             sandbox: self.sandbox.clone(),
             volumes,
             id: self.id.clone(),
-            changes: if self.writable { Changes::Ephemeral } else { Changes::Refused },
+            changes: if self.writable || self.upper.is_some() { Changes::Ephemeral } else { Changes::Refused },
+            upper: self.upper.clone(),
             ownership: idmap::ownership(
                 &self.uid_map,
                 &self.gid_map,

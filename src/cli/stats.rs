@@ -209,6 +209,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             scratch: None,
+            changes_stay: false,
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             state_dir: "/s".into(),

@@ -241,6 +241,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: Ownership::default(),
             scratch: None,
+            changes_stay: false,
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             state_dir,

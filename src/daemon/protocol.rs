@@ -60,7 +60,7 @@ impl Job {
     }
 
     pub(super) fn is_read_only(&self) -> bool {
-        self.plan.volumes.iter().all(|v| v.access == crate::volume::Access::Ro)
+        self.plan.scratch.is_none() && self.plan.volumes.iter().all(|v| v.access == crate::volume::Access::Ro)
     }
 }
 
@@ -103,7 +103,7 @@ pub(super) enum Report {
 pub(super) enum ToWorker {
     /// The job, with a memory file that holds it. So many descriptors of each sort follow.
     Job { sources: usize, logs: usize, kept: usize },
-    /// Some of the sources, in order: layers, index, volumes.
+    /// Some of the sources, in order: layers, index, directory for changes, volumes.
     Sources,
     /// Some of the memory files that workers leave things in: two for each tree, for its nodes, and one for requests in flight.
     Logs,
@@ -180,11 +180,12 @@ pub(super) fn take(from: &Channel) -> Result<Vec<OwnedFd>> {
 pub(super) fn hand_places(to: &Channel, places: &Places) -> Result<()> {
     let mut fds = vec![places.point.parent.as_fd(), places.point.place.as_fd()];
     fds.extend(places.in_use.iter().map(|fd| fd.as_fd()));
-    fds.extend(places.layers.iter().chain(&places.index).chain(&places.volumes).map(|place| place.as_fd()));
+    let sources = places.layers.iter().chain(&places.index).chain(&places.scratch).chain(&places.volumes);
+    fds.extend(sources.map(|place| place.as_fd()));
     hand(to, &fds)
 }
 
-/// The supervisor's side: where to mount, the lock on the image, and the descriptors of the layers, the index and the volumes.
+/// The supervisor's side: where to mount, the lock on the image, and the descriptors of the sources.
 pub(super) fn take_places(from: &Channel, plan: &Plan) -> Result<(Point, Option<OwnedFd>, Vec<OwnedFd>)> {
     let refuse = || Error::new(Kind::Invalid, "take over a job", "", "descriptors are missing");
     let mut fds = take(from)?.into_iter();

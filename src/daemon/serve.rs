@@ -30,9 +30,10 @@ use crate::index::Index;
 use crate::plan::BackendKind;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
-use crate::tree::dir::{DirOptions, DirTree, FdPool, Handover, Keeper, Shares, groups};
+use crate::tree::dir::{ActAs, DirOptions, DirTree, FdPool, Handover, Keeper, Shares, groups};
 use crate::tree::image::{ImageTree, Trust};
 use crate::tree::route::RouteTree;
+use crate::tree::upper::{UpperOptions, UpperTree};
 use crate::tree::{Node, Tree};
 use crate::volume::Form;
 
@@ -109,13 +110,14 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     let walls = walls::raise(&job.plan, &mut hand_over.sources);
     let (control, in_use) = (hand_over.control.take(), hand_over.sources.in_use.take());
     let trees = Trees::build(hand_over, shares, channel)?;
+    let has_live = job.plan.scratch.is_some() || !job.plan.volumes.is_empty();
     // True of directory trees: they write without CAP_FSETID, so the file system below takes setuid away.
     let options = AdapterOptions {
         kills_privileges: true,
         writeback: job.plan.live.writeback && !job.is_read_only(),
-        posix_acl: job.checks_permissions() && !job.plan.volumes.is_empty(),
-        // Volumes are opened as the caller.
-        idmappable: job.checks_permissions() && job.plan.volumes.is_empty(),
+        posix_acl: job.checks_permissions() && has_live,
+        // Volumes and changes are opened as the caller.
+        idmappable: job.checks_permissions() && !has_live,
     };
     let longest = if job.is_read_only() { session::MIN_READ_BUFFER } else { MAX_REQUEST };
     let buffers = Arc::new(Buffers::new(job.threads, longest));
@@ -338,29 +340,41 @@ struct Trees {
 
 impl Trees {
     fn build(hand_over: HandOver, shares: Shares, channel: &Arc<Channel>) -> Result<Self> {
-        let HandOver { job, sources: Sources { layers, index, volumes, .. }, logs, kept, .. } = hand_over;
+        let HandOver { job, sources: Sources { layers, index, upper, volumes, .. }, logs, kept, .. } = hand_over;
         let plan = &job.plan;
         // One pool for all directory trees: a number of volumes does not multiply descriptors.
         let pool = FdPool::with(shares)?;
         let mut handover = Handovers { logs: logs.into_iter(), kept, channel };
         let (mut mapped, mut directories) = (None, Vec::new());
-        let mut directory = |root, options, handover| -> Result<Arc<dyn Tree>> {
-            let tree = Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), handover)?);
-            directories.push(Arc::clone(&tree));
-            Ok(tree)
+        let directory = |root, options, handover| -> Result<Arc<DirTree>> {
+            Ok(Arc::new(DirTree::open_again(root, options, Arc::clone(&pool), handover)?))
         };
         let of_image = handover.next(0);
         let image: Arc<dyn Tree> = if let Some(index) = index {
             let tree = Arc::new(image_tree(&job, &index, layers)?);
             tree.keep_open(shares.image);
             mapped = Some(Arc::clone(&tree));
-            tree
+            match upper {
+                None => tree,
+                Some(place) => {
+                    let options = UpperOptions {
+                        act_as: ActAs::detect(),
+                        writeback: plan.live.writeback,
+                        durable: plan.changes_stay,
+                    };
+                    let (tree, changes) = UpperTree::open(tree, place, options, Arc::clone(&pool), of_image)?;
+                    directories.push(changes);
+                    Arc::new(tree)
+                }
+            }
         } else {
             plan.single_layer(BackendKind::Fuse)?;
             let layer = layers.into_iter().next().ok_or_else(|| {
                 Error::new(Kind::Invalid, "serve", show(&plan.rootfs), "the image has no filesystem layer")
             })?;
-            directory(layer, DirOptions::image(plan.ownership.clone()), of_image)?
+            let tree = directory(layer, DirOptions::image(plan.ownership.clone()), of_image)?;
+            directories.push(Arc::clone(&tree));
+            tree
         };
         let mut routed: Vec<_> = Vec::with_capacity(volumes.len());
         for (number, (volume, source)) in (1..).zip(plan.volumes.iter().zip(volumes)) {
@@ -373,7 +387,9 @@ impl Trees {
                     writeback: plan.live.writeback,
                     ..DirOptions::volume(volume.access)
                 };
-                (directory(source, options, handover)?, volume.form)
+                let tree = directory(source, options, handover)?;
+                directories.push(Arc::clone(&tree));
+                (tree, volume.form)
             };
             routed.push((volume.target.clone(), form, volume.access, tree));
         }

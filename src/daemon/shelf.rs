@@ -197,6 +197,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: Ownership::default(),
             scratch: None,
+            changes_stay: false,
             live: Live::default(),
             restraint: crate::plan::Restraint::default(),
             state_dir: "/s".into(),

@@ -20,6 +20,8 @@ use crate::volume::{Form, Volume};
 pub(super) struct Sources {
     pub(super) layers: Vec<OwnedFd>,
     pub(super) index: Option<OwnedFd>,
+    /// The directory for changes.
+    pub(super) upper: Option<OwnedFd>,
     pub(super) volumes: Vec<OwnedFd>,
     /// A shared lock on the directory that the index lies in: a clean-up there sees that it is in use, also when the
     /// rootfs was unmounted lazily and nothing names it any more.
@@ -28,7 +30,7 @@ pub(super) struct Sources {
 
 impl Sources {
     pub(super) fn all(&self) -> Vec<BorrowedFd<'_>> {
-        self.layers.iter().chain(&self.index).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
+        self.layers.iter().chain(&self.index).chain(&self.upper).chain(&self.volumes).map(|fd| fd.as_fd()).collect()
     }
 
     /// Hand the job, the sources and what earlier workers left to a worker.
@@ -57,7 +59,7 @@ impl Sources {
 
     /// How many there are.
     pub(super) fn count(plan: &Plan) -> usize {
-        plan.layers.len() + usize::from(plan.index.is_some()) + plan.volumes.len()
+        plan.layers.len() + usize::from(plan.index.is_some()) + usize::from(plan.scratch.is_some()) + plan.volumes.len()
     }
 
     /// The worker's side: sort `fds` by the plan.
@@ -75,6 +77,7 @@ impl Sources {
         Ok(Sources {
             layers: fds.by_ref().take(plan.layers.len()).collect(),
             index: plan.index.as_ref().and_then(|_| fds.next()),
+            upper: plan.scratch.as_ref().and_then(|_| fds.next()),
             volumes: fds.collect(),
             in_use: None,
         })
@@ -122,7 +125,7 @@ pub(super) fn check_servable(plan: &Plan, places: &Places) -> Result<()> {
 /// What workers leave to the next one.
 #[derive(Debug)]
 pub(super) struct HandoverFiles {
-    /// Two memory files for each tree, the image's, then each volume's; and one for requests in flight.
+    /// Two memory files for each tree, the image's (or its changes'), then each volume's; and one for requests in flight.
     logs: Vec<OwnedFd>,
     /// Files without a name that are in use, by tree and node.
     kept: BTreeMap<(u32, u64), OwnedFd>,

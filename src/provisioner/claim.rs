@@ -34,6 +34,7 @@ impl Provisioner {
                 .hint(format!("unmount it first: `fsprov unmount {by}`")));
             }
         }
+        self.refuse_shared_changes(&record, &now)?;
         let container = self.paths.container(id);
         if container.dir().exists() {
             return Err(Error::new(Kind::Busy, "provision", id, "a rootfs with this id exists")
@@ -50,6 +51,26 @@ impl Provisioner {
             .and_then(|l| self.refuse_changing_parent(id).map(|()| l));
         let claim = locked.map_err(|e| e.with_undo(self.forget(id, Some(rootfs))))?;
         Ok(Making::new(self, container, record, claim))
+    }
+
+    /// Two rootfses would not see what the other one changes, and overwrite it.
+    fn refuse_shared_changes(&self, wanted: &Record, now: &Now) -> Result<()> {
+        let Some(upper) = wanted.plan.scratch.as_ref().filter(|_| wanted.plan.changes_stay) else { return Ok(()) };
+        for id in record::ids(&self.paths)? {
+            let Some(other) = record::read_or_log(&self.paths.container(&id)) else { continue };
+            if other.plan.scratch.as_ref() == Some(upper) && now.elsewhere(&other)?.is_none() {
+                return Err(Error::new(
+                    Kind::Busy,
+                    "provision",
+                    show(&wanted.plan.rootfs),
+                    format!("the rootfs {id} keeps its changes in {} already", show(&upper.0)),
+                )
+                .hint(format!(
+                    "name another directory with --upper, or unmount that one first: `fsprov unmount {id}`"
+                )));
+            }
+        }
+        Ok(())
     }
 
     fn refuse_changing_parent(&self, id: &ContainerId) -> Result<()> {

@@ -135,7 +135,7 @@ pub(super) fn undo_made(record: &Record) -> Result<()> {
 /// Remove the directory that was made for changes, with all that is in it; not another one that is there by now.
 pub(super) fn remove_changes(record: &Record, unwritten: Unwritten) -> Result<()> {
     const OP: &str = "delete changes in";
-    let Some(scratch) = &record.plan.scratch else { return Ok(()) };
+    let Some(scratch) = record.plan.scratch.as_ref().filter(|_| !record.plan.changes_stay) else { return Ok(()) };
     fault::point("destroy.changes")?;
     let Some((parent, name)) = Place::parent_of(&scratch.0) else { return Ok(()) };
     let known = record.places.as_ref().and_then(|places| places.scratch.as_ref());

@@ -22,6 +22,8 @@ pub(super) struct Seen {
     pub(super) rootfs: (PathBuf, Vec<PathBuf>),
     /// The sandbox; and the directories of it that are missing, outermost first.
     pub(super) sandbox: Option<(PathBuf, Vec<PathBuf>)>,
+    /// Where changes are kept that do not end with the rootfs, likewise.
+    pub(super) upper: Option<(PathBuf, Vec<PathBuf>)>,
     /// For each volume of the request, its source.
     pub(super) sources: Vec<SeenSource>,
 }
@@ -42,7 +44,8 @@ pub(super) struct SeenSource {
 /// Look. `form_in_image` tells what the image has at a target: what a source becomes that is missing and to be filled from there.
 pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> Result<Form>) -> Result<Seen> {
     let rootfs = mount_point(&request.rootfs)?;
-    let sandbox = request.sandbox.as_deref().map(find_sandbox).transpose()?;
+    let sandbox = request.sandbox.as_deref().map(|path| find_directory(SANDBOX, path)).transpose()?;
+    let upper = request.upper.as_deref().map(|path| find_directory(UPPER, path)).transpose()?;
     if let (Changes::Ephemeral, Some(sandbox), Some(id)) = (request.changes, &sandbox, &request.id) {
         refuse_taken(&sandbox.path.join(changes_name(id)))?;
     }
@@ -54,7 +57,8 @@ pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> 
         if spec.is_below_sandbox() { relative(spec, sandbox.as_ref(), &form) } else { absolute(spec, &form) }
     });
     let sources = sources.collect::<Result<_>>()?;
-    Ok(Seen { rootfs, sandbox: sandbox.map(|sandbox| (sandbox.path, sandbox.missing)), sources })
+    let told = |found: Option<Found>| found.map(|found| (found.path, found.missing));
+    Ok(Seen { rootfs, sandbox: told(sandbox), upper: told(upper), sources })
 }
 
 /// Something that is where changes are to be kept.
@@ -68,8 +72,11 @@ fn refuse_taken(path: &Path) -> Result<()> {
 
 const OP: &str = "find the source of volume";
 
-/// Where the sandbox is, or will be.
-struct Sandbox {
+const SANDBOX: &str = "open sandbox";
+const UPPER: &str = "open the directory for changes";
+
+/// Where a directory is, or will be.
+struct Found {
     /// Absolute.
     path: PathBuf,
     /// It, where it is there.
@@ -78,16 +85,15 @@ struct Sandbox {
     missing: Vec<PathBuf>,
 }
 
-fn find_sandbox(wanted: &Path) -> Result<Sandbox> {
-    const OP: &str = "open sandbox";
-    let nearest = nearest(OP, wanted, &|path, e| explain_named(OP, path, e))?;
-    let fail = |e: Errno| explain_named(OP, wanted, e);
+fn find_directory(op: &'static str, wanted: &Path) -> Result<Found> {
+    let nearest = nearest(op, wanted, &|path, e| explain_named(op, path, e))?;
+    let fail = |e: Errno| explain_named(op, wanted, e);
     if !FileType::from_raw_mode(fstat(&nearest.found).map_err(fail)?.st_mode).is_dir() {
-        return Err(Error::new(Kind::Usage, OP, show(&nearest.base), "it is a file; --sandbox takes a directory"));
+        return Err(Error::new(Kind::Usage, op, show(&nearest.base), "it is a file, where a directory is needed"));
     }
     let (path, missing) = nearest.beyond();
     let there = missing.is_empty().then_some(nearest.found);
-    Ok(Sandbox { path, there, missing })
+    Ok(Found { path, there, missing })
 }
 
 /// An absolute source exists, or is to be filled and lies in a directory that does.
@@ -117,11 +123,11 @@ fn missing(spec: &VolumeSpec, errno: Errno) -> Error {
 /// A relative source lies below the sandbox: symlinks are followed as long as they stay there.
 fn relative(
     spec: &VolumeSpec,
-    sandbox: Option<&Sandbox>,
+    sandbox: Option<&Found>,
     form: &dyn Fn(&VolumeSpec) -> Result<Form>,
 ) -> Result<SeenSource> {
     const OP: &str = "make volume source";
-    let Some(Sandbox { path, there: sandbox, .. }) = sandbox else {
+    let Some(Found { path, there: sandbox, .. }) = sandbox else {
         let source = show(&spec.source);
         let subject = format!("{} ({source})", spec.target);
         return Err(Error::new(Kind::Usage, self::OP, subject, "it lies below the sandbox, and there is no sandbox")
@@ -293,7 +299,7 @@ mod tests {
         std::os::unix::fs::symlink("/etc", base.join("out")).unwrap();
         std::os::unix::fs::symlink("a/b", base.join("in")).unwrap();
         std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
-        let sandbox = find_sandbox(&base).unwrap();
+        let sandbox = find_directory(SANDBOX, &base).unwrap();
         let find = |text: &str| relative(&spec(text), Some(&sandbox), &|_| Ok(Form::Directory));
         for (text, path, missing) in
             [("a/b:/x", "a/b", 0), ("in:/x", "a/b", 0), ("in/c/d:/x", "a/b/c/d", 2), ("new:/x", "new", 1)]
@@ -305,7 +311,7 @@ mod tests {
             assert_eq!(find(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
         }
         assert_eq!(find("dangling:/x").unwrap_err().kind(), Kind::NotFound);
-        let later = find_sandbox(&base.join("x/y")).unwrap();
+        let later = find_directory(SANDBOX, &base.join("x/y")).unwrap();
         assert_eq!(later.missing, [base.join("x"), base.join("x/y")]);
         let found = relative(&spec("in/c:/x"), Some(&later), &|_| Ok(Form::Directory)).unwrap();
         assert_eq!((found.path, found.missing), (base.join("x/y/in/c"), 2));

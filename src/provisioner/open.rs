@@ -102,7 +102,14 @@ pub(super) fn open_new(planned: &Planned) -> Result<Opened> {
     let state = open_state(plan)?;
     fault::point("provision.opened")?;
     // The last: where this fails, the directory that is there is not ours.
-    let scratch = plan.scratch.as_ref().map(|scratch| make_scratch(&scratch.0, sandbox.as_ref())).transpose()?;
+    let scratch = plan.scratch.as_ref().map(|scratch| {
+        if plan.changes_stay {
+            open_upper(&scratch.0, &planned.upper_made)
+        } else {
+            make_scratch(&scratch.0, sandbox.as_ref())
+        }
+    });
+    let scratch = scratch.transpose()?;
     Ok(Opened { image, sources, point, scratch, state })
 }
 
@@ -126,7 +133,15 @@ pub(super) fn open_again(plan: &Plan, made: &[PathBuf], recorded: Recorded<'_>, 
     let Image { layers, index, in_use } = image;
     let state = open_state(plan)?;
     fault::point("provision.opened")?;
-    let scratch = plan.scratch.as_ref().map(|scratch| make_scratch(&scratch.0, None)).transpose()?;
+    let scratch = plan.scratch.as_ref().map(|scratch| {
+        if !plan.changes_stay {
+            return make_scratch(&scratch.0, None);
+        }
+        let upper = open_upper(&scratch.0, &[])?;
+        upper.check("directory for changes", recorded.of(|all| all.scratch.as_ref()))?;
+        Ok(upper)
+    });
+    let scratch = scratch.transpose()?;
     Ok(Places { layers, index, in_use, volumes, point, scratch, state })
 }
 
@@ -338,6 +353,28 @@ fn image_mode(layers: &[Place], target: &ContainerPath) -> Option<u32> {
         let mode = fs::fstat(&found).ok()?.st_mode;
         FileType::from_raw_mode(mode).is_dir().then_some(mode & 0o7777)
     })
+}
+
+/// The directory that the user named for changes; `made` are the directories of it that are missing. Nobody else gets in, for the same
+/// reason as in [`make_scratch`].
+fn open_upper(path: &Path, made: &[PathBuf]) -> Result<Place> {
+    const OP: &str = "open the directory for changes";
+    let fail = |e: Errno| Error::sys(OP, show(path), e);
+    let mut at = open_kind(OP, made.first().and_then(|first| first.parent()).unwrap_or(path), FileType::Directory)?;
+    for dir in made {
+        let made = make_private(&at, dir.file_name().unwrap_or_default()).map_err(fail)?;
+        at = Place::new(made, dir.clone()).map_err(fail)?;
+    }
+    if at.owner().0 != rustix::process::geteuid().as_raw() {
+        return Err(Error::new(Kind::Usage, OP, show(path), "it belongs to another user"));
+    }
+    if at.mode() & 0o077 != 0 {
+        let why = "other users can enter it, and could run what the rootfs makes setuid";
+        return Err(
+            Error::new(Kind::Usage, OP, show(path), why).hint(format!("close it to them: chmod 700 {}", show(path)))
+        );
+    }
+    Ok(at)
 }
 
 /// The directory for a rootfs's own changes. Closed to all others: a setuid program made in the rootfs must not be reached from

@@ -26,6 +26,8 @@ pub(super) struct Planned {
     pub(super) cover: Cover,
     /// Directories to be made for the sandbox, outermost first. They stay.
     pub(super) sandbox_made: Vec<PathBuf>,
+    /// Directories to be made for changes that stay, outermost first. They stay too.
+    pub(super) upper_made: Vec<PathBuf>,
     /// Directories to be made as sources of volumes, or for those to lie in, outermost first. They stay.
     pub(super) sources: Vec<PathBuf>,
     /// Targets of volumes whose sources are filled from the image.
@@ -41,7 +43,7 @@ pub(super) fn plan(
     seen: Seen,
     container: &ContainerPaths,
 ) -> Result<Planned> {
-    let Seen { rootfs: (rootfs, made), sandbox, sources: found } = seen;
+    let Seen { rootfs: (rootfs, made), sandbox, upper, sources: found } = seen;
     let (sandbox, sandbox_made) = sandbox.unzip();
     let sandbox_made = sandbox_made.unwrap_or_default();
     let (mut volumes, mut sources, mut fill) = (Vec::new(), Vec::new(), BTreeSet::new());
@@ -64,11 +66,14 @@ pub(super) fn plan(
             powers: spec.powers,
         });
     }
-    let scratch = match (request.changes, &sandbox) {
-        (Changes::Refused, _) => None,
+    let (upper, upper_made) = upper.unzip();
+    let changes_stay = upper.is_some();
+    let scratch = match (request.changes, upper, &sandbox) {
+        (Changes::Refused, ..) => None,
+        (Changes::Ephemeral, Some(upper), _) => Some(Scratch(upper)),
         // In the sandbox, where there is one: they are the executor's bytes.
-        (Changes::Ephemeral, Some(sandbox)) => Some(Scratch(sandbox.join(changes_name(id)))),
-        (Changes::Ephemeral, None) => Some(Scratch(container.backend().join("changes"))),
+        (Changes::Ephemeral, None, Some(sandbox)) => Some(Scratch(sandbox.join(changes_name(id)))),
+        (Changes::Ephemeral, None, None) => Some(Scratch(container.backend().join("changes"))),
     };
     let plan = Plan {
         id: id.clone(),
@@ -80,12 +85,14 @@ pub(super) fn plan(
         volumes: volume::order(volumes)?,
         ownership,
         scratch,
+        changes_stay,
         live: request.live,
         restraint: request.restraint,
         state_dir: container.backend(),
     };
     plan.require_layers()?;
-    Ok(Planned { plan, sandbox, made, cover: request.cover, sandbox_made, sources, fill })
+    let upper_made = upper_made.unwrap_or_default();
+    Ok(Planned { plan, sandbox, made, cover: request.cover, sandbox_made, upper_made, sources, fill })
 }
 
 #[cfg(test)]
@@ -124,6 +131,7 @@ mod tests {
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             changes,
+            upper: None,
             ends_with: None,
         }
     }
@@ -137,6 +145,7 @@ mod tests {
         let seen = Seen {
             rootfs: ("/m/made/rootfs".into(), vec!["/m/made".into(), "/m/made/rootfs".into()]),
             sandbox: sandbox.map(|path| (path.into(), Vec::new())),
+            upper: None,
             sources: sources.to_vec(),
         };
         let id = "one".parse().unwrap();
@@ -250,7 +259,7 @@ mod tests {
         assert!(below_a_file.unwrap_err().to_string().contains("/data, which is a single file"));
         let id: ContainerId = "one".parse().unwrap();
         let container = StatePaths::new("/state".into()).container(&id);
-        let seen = Seen { rootfs: ("/r".into(), Vec::new()), sandbox: None, sources: Vec::new() };
+        let seen = Seen { rootfs: ("/r".into(), Vec::new()), sandbox: None, upper: None, sources: Vec::new() };
         let ownership = Ownership::default();
         let none = plan(&id, &request(&[], Changes::Refused), ownership, &image(&[]), seen, &container).unwrap_err();
         assert!(none.to_string().contains("the image has no filesystem layer"), "{none}");

@@ -259,6 +259,7 @@ mod tests {
             volumes: Vec::new(),
             ownership: crate::plan::Ownership::default(),
             scratch: None,
+            changes_stay: false,
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             state_dir: "/s".into(),
@@ -270,6 +271,7 @@ mod tests {
             made: vec!["/mnt/a b\n".into()],
             cover: super::super::Cover::Refuse,
             sandbox_made: Vec::new(),
+            upper_made: Vec::new(),
             sources: vec!["/s/a".into()],
             fill: std::collections::BTreeSet::new(),
         };

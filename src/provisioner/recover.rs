@@ -121,7 +121,7 @@ impl Provisioner {
         }
         self.clear(&kept, Detach::Lazy)?;
         destroy::remove_changes(&kept, Unwritten::MayBeOurs)?;
-        if let Some(places) = &mut making.record.places {
+        if let Some(places) = making.record.places.as_mut().filter(|_| !kept.plan.changes_stay) {
             places.scratch = None;
         }
         making.write()?;

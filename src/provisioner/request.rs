@@ -33,6 +33,8 @@ pub struct Request {
     pub live: Live,
     /// What may be changed outside the volumes.
     pub changes: Changes,
+    /// Where changes are kept that do not end with the rootfs: made (mode 0700) if missing. `None`: they end with it.
+    pub upper: Option<PathBuf>,
     /// What of the image's setuid programs and device nodes may work; what is not said is held back where other users of the host
     /// reach the rootfs.
     pub restraint: Restraint,
@@ -54,6 +56,7 @@ impl Request {
             ownership: None,
             live: Live::default(),
             changes: Changes::default(),
+            upper: None,
             restraint: Restraint::default(),
             ends_with: None,
         }
@@ -89,6 +92,12 @@ impl Request {
     pub fn writable(self) -> Self {
         Request { changes: Changes::Ephemeral, ..self }
     }
+
+    /// Everything may be changed; what was changed is kept below this directory, and is there for the next rootfs that is told it.
+    #[must_use]
+    pub fn upper(self, upper: impl Into<PathBuf>) -> Self {
+        Request { changes: Changes::Ephemeral, upper: Some(upper.into()), ..self }
+    }
 }
 
 /// What becomes of a mount point with something in it, which the rootfs would hide.
@@ -109,7 +118,7 @@ pub enum Changes {
     /// Nothing, except in a copy.
     #[default]
     Refused,
-    /// Everything; what was changed ends with the rootfs.
+    /// Everything; what was changed ends with the rootfs, unless [`Request::upper`] says where it is kept.
     Ephemeral,
 }
 

@@ -112,6 +112,10 @@ fn is_for(record: &Record, request: &Request) -> bool {
         && record.image.reference == request.image.to_string()
         && request.backend.is_none_or(|kind| kind == record.backend)
         && plan.scratch.is_some() == (request.changes == Changes::Ephemeral)
+        && plan.changes_stay == request.upper.is_some()
+        && request.upper.as_deref().is_none_or(|said| {
+            std::fs::canonicalize(said).ok().as_ref() == plan.scratch.as_ref().map(|scratch| &scratch.0)
+        })
         && request.ownership.as_ref().is_none_or(|said| *said == plan.ownership)
         && plan.live == request.live
         && (request.restraint.nosuid.is_none() || plan.restraint.nosuid == request.restraint.nosuid)

@@ -95,6 +95,7 @@ impl Place {
             volumes: fsprov::volume::order(volumes).unwrap(),
             ownership: Ownership::default(),
             scratch: None,
+            changes_stay: false,
             live: fsprov::internals::plan::Live::default(),
             restraint: fsprov::internals::plan::Restraint::default(),
             state_dir: self.path("state"),

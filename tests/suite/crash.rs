@@ -34,13 +34,13 @@ fn with_w(stage: &Stage) -> Vec<OsString> {
 }
 
 #[track_caller]
-fn supervisor(stage: &Stage) -> i32 {
+pub(super) fn supervisor(stage: &Stage) -> i32 {
     let shown = stage.fsprov(["inspect", "--json", "k"]).run().ok().json();
     i32::try_from(shown["supervisor_pid"].as_i64().expect("it has a supervisor")).expect("a pid")
 }
 
 /// The supervisor's child.
-fn worker_of(supervisor: i32) -> Option<i32> {
+pub(super) fn worker_of(supervisor: i32) -> Option<i32> {
     let children = fs::read_to_string(format!("/proc/{supervisor}/task/{supervisor}/children")).ok()?;
     children.split_ascii_whitespace().next()?.parse().ok()
 }

@@ -34,6 +34,7 @@ mod swapped;
 mod swapper;
 mod traced;
 mod tree;
+mod upper;
 mod volumes;
 mod writers;
 

@@ -17,7 +17,7 @@ use crate::common::walk::{assert_same, picture};
 use crate::common::{Need, Stage, system};
 
 /// What an operation answered, as a line; errors are answers too.
-struct Script<'a> {
+pub(super) struct Script<'a> {
     dir: &'a Path,
     lines: Vec<String>,
 }
@@ -417,7 +417,7 @@ const STEPS: &[(&str, Step)] = &[
 ];
 
 /// Run every step below `dir`, and say what was answered.
-fn transcript(dir: &Path) -> Vec<String> {
+pub(super) fn transcript(dir: &Path) -> Vec<String> {
     let mut script = Script { dir, lines: Vec::new() };
     for (name, step) in STEPS {
         let own = dir.join(name.replace(' ', "-"));

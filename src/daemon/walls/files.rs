@@ -10,7 +10,7 @@ use crate::plan::Plan;
 use crate::volume::{Access, Form};
 use crate::walls::files;
 
-/// Only layers and volumes can be opened from now on, volumes for writing where they are `rw`; and of the rest fusectl for reading,
+/// Only layers, changes and volumes can be opened from now on, volumes for writing where they are `rw`; and of the rest fusectl for reading,
 /// for figures of connections. `false`: this kernel has no landlock that would do.
 pub(super) fn restrict(plan: &Plan, sources: &Sources) -> Result<bool, RulesetError> {
     let all = AccessFs::from_all(files::KNOWN);
@@ -18,6 +18,7 @@ pub(super) fn restrict(plan: &Plan, sources: &Sources) -> Result<bool, RulesetEr
     let of_file = AccessFs::from_file(files::KNOWN);
     let mut allowed: Vec<_> = sources.layers.iter().map(|layer| (layer.as_fd(), read)).collect();
     allowed.extend(sources.index.iter().map(|index| (index.as_fd(), AccessFs::ReadFile.into())));
+    allowed.extend(sources.upper.iter().map(|upper| (upper.as_fd(), all & !AccessFs::Execute)));
     allowed.extend(plan.volumes.iter().zip(&sources.volumes).map(|(volume, source)| {
         let of_form = if volume.form == Form::Directory { all } else { of_file };
         let access = match volume.access {
@@ -46,7 +47,7 @@ mod tests {
         }
         let open = |name: &str| crate::sys::fs::open_path(&path(name)).unwrap();
         let volumes = vec![open("rw"), open("ro")];
-        let sources = Sources { layers: vec![open("layer")], index: None, volumes, in_use: None };
+        let sources = Sources { layers: vec![open("layer")], index: None, upper: None, volumes, in_use: None };
         let volume = |name: &str, access| crate::volume::Volume {
             source: path(name),
             target: crate::volume::ContainerPath::new(format!("/{name}").as_ref()).unwrap(),
@@ -66,6 +67,7 @@ mod tests {
             live: crate::plan::Live::default(),
             restraint: crate::plan::Restraint::default(),
             scratch: None,
+            changes_stay: false,
             state_dir: "/s".into(),
         };
         std::thread::spawn(move || {

@@ -141,7 +141,8 @@ fn enclose(plan: &Plan, sources: &mut Sources, users: NewUsers) -> root::Enclose
     let image =
         sources.layers.iter_mut().chain(&mut sources.index).chain(&mut sources.in_use).map(|fd| (fd, Access::Ro));
     let volumes = sources.volumes.iter_mut().zip(&plan.volumes).map(|(fd, volume)| (fd, volume.access));
-    let mut each: Vec<_> = image.chain(volumes).collect();
+    let upper = sources.upper.iter_mut().map(|fd| (fd, Access::Rw));
+    let mut each: Vec<_> = image.chain(upper).chain(volumes).collect();
     let wanted = Wanted { users, kept: &KEPT, is_foreign: is_ours, covered: Some(&plan.rootfs) };
     let enclosed = root::enclose(&mut each, &wanted);
     if enclosed.copies

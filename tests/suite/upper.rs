@@ -1,0 +1,473 @@
+//! The writable FUSE rootfs: what was changed lies in a directory of its own, and looks as it would in a copy of the image, or through the
+//! kernel's overlayfs.
+
+use std::ffi::OsString;
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read as _, Write as _};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
+use rustix::io::Errno;
+
+use super::posix::transcript;
+use crate::common::harness::{case, on};
+use crate::common::walk::{Picture, assert_same, picture};
+use crate::common::{Enter, Need, Stage, system};
+
+/// Import a directory as `image`, so that it has an index.
+pub(super) fn import(stage: &Stage, root: &Path) {
+    stage.tool("tar", ["-C"]).arg(root).args(["--xattrs", "-cf", "image.tar", "."]).run().ok();
+    stage.fsprov(["image", "import", "--name", "image", "image.tar"]).run().ok();
+}
+
+fn upper() -> [OsString; 4] {
+    ["--id".into(), "k".into(), "--upper".into(), "changes".into()]
+}
+
+case!("a_writable_fuse_rootfs_keeps_its_changes", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    fs::create_dir(image.join("usr/many")).expect("mkdir");
+    for n in 0..300 {
+        fs::write(image.join(format!("usr/many/{n}")), "").expect("write");
+    }
+    fs::write(image.join("usr/link-a"), "linked").expect("write");
+    fs::hard_link(image.join("usr/link-a"), image.join("usr/share/doc/link-c")).expect("link");
+    import(stage, &image);
+    let rootfs = stage.mount("image", "rootfs", upper());
+    let first = picture(&rootfs);
+    let number = fs::metadata(rootfs.join("etc/hosts")).expect("stat").ino();
+    fs::write(rootfs.join("etc/hosts"), "changed").expect("write");
+    fs::create_dir(rootfs.join("made")).expect("mkdir");
+    fs::write(rootfs.join("made/file"), "made").expect("write");
+    fs::remove_file(rootfs.join("bin/tool")).expect("remove");
+    fs::remove_dir_all(rootfs.join("usr/many")).expect("remove");
+    fs::rename(rootfs.join("home/u/notes"), rootfs.join("home/notes")).expect("rename");
+    OpenOptions::new()
+        .append(true)
+        .open(rootfs.join("usr/link-a"))
+        .and_then(|mut f| f.write_all(b"!"))
+        .expect("append");
+    assert_eq!(fs::metadata(rootfs.join("etc/hosts")).expect("stat").ino(), number, "the same file");
+    assert_eq!(fs::read_to_string(rootfs.join("usr/share/doc/link-c")).expect("read"), "linked!", "one file");
+    stage
+        .mount_call("image", "other", ["--upper", "changes"])
+        .run()
+        .fails(4, &["keeps its changes", "changes already"]);
+    let shown = stage.fsprov(["inspect", "--json", "k"]).run().ok().json();
+    assert_eq!(shown["changes"]["path"], stage.path("changes").to_str().expect("text"), "{shown:#}");
+    assert!(shown["changes"]["files"].as_u64() >= Some(5), "{shown:#}");
+    let seen = picture(&rootfs);
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after unmount");
+    // The next mount finds it all, and another image none of it.
+    let rootfs = stage.mount("image", "rootfs", upper());
+    assert_same(&seen, &picture(&rootfs), "mounted again");
+    assert_eq!(fs::metadata(rootfs.join("etc/hosts")).expect("stat").ino(), number, "the same number");
+    stage.fsprov(["restart", "k"]).run().ok();
+    assert_same(&seen, &picture(&rootfs), "served by another worker");
+    stage.unmount(&rootfs);
+    fs::write(image.join("more"), "another image").expect("write");
+    stage.tool("tar", ["-C"]).arg(&image).args(["-cf", "other.tar", "."]).run().ok();
+    stage.fsprov(["image", "import", "--name", "other", "other.tar"]).run().ok();
+    stage.mount_call("other", "rootfs", upper()).run().fails_saying(&["another image"]);
+    stage.assert_nothing_left("after a refusal");
+    // Without a name they end with the rootfs.
+    let rootfs = stage.mount("image", "rootfs", ["--writable"]);
+    assert_same(&first, &picture(&rootfs), "the image as it was");
+    fs::write(rootfs.join("new"), "new").expect("write");
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after unmount");
+    fs::set_permissions(stage.path("changes"), fs::Permissions::from_mode(0o755)).expect("chmod");
+    stage.mount_call("image", "rootfs", upper()).run().fails(2, &["chmod 700"]);
+});
+
+case!("a_writable_fuse_rootfs_answers_like_a_directory", on::fuse, |stage: &Stage| {
+    import(stage, &stage.small_image());
+    let plain = stage.mkdir("plain");
+    let rootfs = stage.mount("image", "rootfs", ["--writable"]);
+    let want = transcript(&plain);
+    fs::create_dir(rootfs.join("opt")).expect("mkdir");
+    let got = transcript(&rootfs.join("opt"));
+    let (mut section, mut wrong) = ("", Vec::new());
+    for (want, got) in want.iter().zip(&got) {
+        if want.starts_with("==") {
+            section = want;
+        }
+        // RENAME_WHITEOUT is refused, as overlayfs does.
+        if want != got && section != "== renames that leave a whiteout" {
+            wrong.push(format!("{section}\n  directory {want}\n  rootfs    {got}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{} of {} answers differ:\n{}", wrong.len(), want.len(), wrong.join("\n"));
+    assert_eq!(want.len(), got.len());
+});
+
+/// What there is in each kit: what the image has, and what is made of it before a row of the table.
+fn make_kit(kit: &Path) {
+    for dir in ["dir", "empty", "gone-dir", "opaque"] {
+        fs::create_dir_all(kit.join(dir)).expect("mkdir");
+    }
+    for (name, text) in [
+        ("file", "in the image"),
+        ("dir/inside", "inside"),
+        ("gone", "to go"),
+        ("gone-dir/inside", "to go"),
+        ("copied", "to be copied up"),
+        ("opaque/inside", "to go"),
+        ("hard", "two names"),
+    ] {
+        fs::write(kit.join(name), text).expect("write");
+    }
+    fs::hard_link(kit.join("hard"), kit.join("hard-too")).expect("link");
+    symlink("file", kit.join("link")).expect("symlink");
+}
+
+/// Of a kit in a writable rootfs: the rest of [`ITEMS`].
+fn prepare(kit: &Path) {
+    fs::write(kit.join("upper"), "made").expect("write");
+    fs::create_dir(kit.join("upper-dir")).expect("mkdir");
+    fs::write(kit.join("upper-dir/inside"), "made").expect("write");
+    OpenOptions::new().append(true).open(kit.join("copied")).and_then(|mut f| f.write_all(b"!")).expect("append");
+    fs::remove_file(kit.join("gone")).expect("remove");
+    fs::remove_dir_all(kit.join("gone-dir")).expect("remove");
+    fs::remove_dir_all(kit.join("opaque")).expect("remove");
+    fs::create_dir(kit.join("opaque")).expect("mkdir");
+    fs::write(kit.join("opaque/new"), "new").expect("write");
+}
+
+const ITEMS: [&str; 13] = [
+    "file",
+    "dir",
+    "empty",
+    "link",
+    "hard",
+    "hard-too",
+    "upper",
+    "upper-dir",
+    "copied",
+    "gone",
+    "gone-dir",
+    "opaque",
+    "never",
+];
+
+type Op = Box<dyn Fn(&Path) -> String>;
+
+/// An errno as one word, where the table tells of it.
+fn word(errno: Errno) -> String {
+    if errno == Errno::XDEV { "XDEV".to_owned() } else { format!("{errno:?}") }
+}
+
+fn said<T: std::fmt::Debug>(result: std::io::Result<T>) -> String {
+    match result {
+        Ok(value) => format!("{value:?}"),
+        Err(e) => Errno::from_io_error(&e).map_or_else(|| e.to_string(), word),
+    }
+}
+
+/// Every row of the table: what it is called, and what it does in a kit.
+fn rows() -> Vec<(String, Op)> {
+    let mut rows: Vec<(String, Op)> = Vec::new();
+    let flags: [(&str, i32); 13] = [
+        ("r", libc::O_RDONLY),
+        ("w", libc::O_WRONLY),
+        ("rw", libc::O_RDWR),
+        ("w trunc", libc::O_WRONLY | libc::O_TRUNC),
+        ("r trunc", libc::O_RDONLY | libc::O_TRUNC),
+        ("append", libc::O_RDWR | libc::O_APPEND),
+        ("creat", libc::O_RDWR | libc::O_CREAT),
+        ("creat excl", libc::O_RDWR | libc::O_CREAT | libc::O_EXCL),
+        ("creat trunc", libc::O_RDWR | libc::O_CREAT | libc::O_TRUNC),
+        ("directory", libc::O_RDONLY | libc::O_DIRECTORY),
+        ("nofollow", libc::O_RDWR | libc::O_NOFOLLOW),
+        ("path", libc::O_PATH),
+        ("creat directory", libc::O_RDONLY | libc::O_CREAT | libc::O_DIRECTORY),
+    ];
+    for item in ITEMS {
+        for (what, flags) in flags {
+            let op = move |kit: &Path| {
+                let mode = rustix::fs::Mode::from_raw_mode(0o640);
+                let open = rustix::fs::open(kit.join(item), rustix::fs::OFlags::from_bits_retain(flags as u32), mode);
+                let mut file = match open {
+                    Ok(fd) => File::from(fd),
+                    Err(e) => return format!("{e:?}"),
+                };
+                let mut text = String::new();
+                let read = said(file.read_to_string(&mut text));
+                let wrote = said(file.write(b"written"));
+                format!("open, read {read} {text:?}, write {wrote}")
+            };
+            rows.push((format!("open {item} {what}"), Box::new(op)));
+        }
+        let mut one = |what: &str, op: fn(&Path, &Path) -> String| {
+            rows.push((format!("{what} {item}"), Box::new(move |kit| op(&kit.join(item), kit))));
+        };
+        one("unlink", |path, _| said(fs::remove_file(path)));
+        one("rmdir", |path, _| said(fs::remove_dir(path)));
+        one("rm -r", |path, _| said(fs::remove_dir_all(path)));
+        one("mkdir", |path, _| said(fs::create_dir(path)));
+        one("symlink", |path, _| said(symlink("target", path)));
+        one("mkfifo", |path, _| {
+            let mode = rustix::fs::Mode::from_raw_mode(0o640);
+            format!("{:?}", rustix::fs::mknodat(CWD, path, rustix::fs::FileType::Fifo, mode, 0))
+        });
+        one("chmod", |path, _| said(fs::set_permissions(path, fs::Permissions::from_mode(0o711))));
+        one("truncate", |path, _| {
+            let open = OpenOptions::new().write(true).open(path);
+            said(open.and_then(|f| f.set_len(3)))
+        });
+        one("set times", |path, _| {
+            let time = std::time::UNIX_EPOCH + Duration::from_secs(77);
+            said(File::open(path).and_then(|f| f.set_times(fs::FileTimes::new().set_modified(time))))
+        });
+        one("setxattr", |path, _| format!("{:?}", rustix::fs::setxattr(path, "user.x", b"1", XattrFlags::CREATE)));
+        one("link away", |path, kit| said(fs::hard_link(path, kit.join("linked"))));
+        one("link here", |path, kit| said(fs::hard_link(kit.join("file"), path)));
+        one("make again", |path, _| {
+            let gone = if path.is_dir() { fs::remove_dir_all(path) } else { fs::remove_file(path) };
+            format!("{} {}", said(gone), said(fs::create_dir(path).and_then(|()| fs::write(path.join("x"), "x"))))
+        });
+        one("unlinked but open", |path, _| {
+            let Ok(file) = OpenOptions::new().read(true).write(true).open(path) else { return "not opened".into() };
+            let gone = said(fs::remove_file(path));
+            let wrote = said(file.write_at(b"after", 0));
+            let mut text = vec![0; 5];
+            let read = said(file.read_at(&mut text, 0));
+            format!(
+                "{gone} {wrote} {read} {:?} {}",
+                String::from_utf8_lossy(&text),
+                file.metadata().map_or(9, |m| m.nlink())
+            )
+        });
+        for other in ITEMS {
+            let with_flags = ["file", "dir", "upper", "gone", "opaque"].contains(&other);
+            let kinds = [
+                ("", RenameFlags::empty()),
+                (" noreplace", RenameFlags::NOREPLACE),
+                (" exchange", RenameFlags::EXCHANGE),
+            ];
+            for (what, flags) in &kinds[..if with_flags { 3 } else { 1 }] {
+                let flags = *flags;
+                let op = move |kit: &Path| {
+                    let moved = renameat_with(CWD, kit.join(item), CWD, kit.join(other), flags);
+                    said(moved.map_err(std::io::Error::from))
+                };
+                rows.push((format!("rename{what} {item} {other}"), Box::new(op)));
+            }
+        }
+        let into = move |kit: &Path| said(fs::rename(kit.join(item), kit.join("upper-dir").join(item)));
+        rows.push((format!("move {item} away"), Box::new(into)));
+        let into = move |kit: &Path| said(fs::rename(kit.join(item), kit.join("dir/inside")));
+        rows.push((format!("move {item} over the image's"), Box::new(into)));
+    }
+    rows
+}
+
+/// What each row answered, and what lies in its kit then.
+fn run_table(rows: &[(String, Op)], root: &Path) -> Vec<(String, Picture)> {
+    let mut all = Vec::new();
+    for (number, (_, op)) in rows.iter().enumerate() {
+        let kit = root.join(format!("kits/{number:04}"));
+        prepare(&kit);
+        let answer = op(&kit);
+        all.push((answer, still(&kit)));
+    }
+    all
+}
+
+/// What is seen, without the times, which are those of two runs, and without the sizes of names.
+fn still(dir: &Path) -> Picture {
+    let mut seen = picture(dir);
+    for line in seen.values_mut() {
+        *line =
+            line.split(' ').filter(|w| !w.starts_with("mtime=") || w.contains("=77.")).collect::<Vec<_>>().join(" ");
+    }
+    seen
+}
+
+fn compare(rows: &[(String, Op)], want: &[(String, Picture)], got: &[(String, Picture)], who: &str) -> Vec<String> {
+    let mut wrong = Vec::new();
+    for ((name, _), (want, got)) in rows.iter().zip(want.iter().zip(got)) {
+        if want.0 != got.0 {
+            wrong.push(format!("{name}: {who} {}, rootfs {}", want.0, got.0));
+        } else if want.1 != got.1 {
+            let keys: std::collections::BTreeSet<_> = want.1.keys().chain(got.1.keys()).collect();
+            let differ = keys.into_iter().filter(|key| want.1.get(*key) != got.1.get(*key));
+            let lines: Vec<_> = differ
+                .map(|key| {
+                    format!("    {}: {who} {:?}, rootfs {:?}", key.escape_ascii(), want.1.get(key), got.1.get(key))
+                })
+                .collect();
+            wrong.push(format!("{name}:\n{}", lines.join("\n")));
+        }
+    }
+    wrong
+}
+
+// Every operation on everything that can be in a directory, compared with a copy of the image, and with the kernel's overlayfs where it can be
+// mounted: equal, or listed here with the reason.
+case!("operations_on_everything_answer_as_in_a_copy_and_as_overlayfs", on::fuse, |stage: &Stage| {
+    let rows = rows();
+    let image = stage.mkdir("image");
+    for number in 0..rows.len() {
+        make_kit(&image.join(format!("kits/{number:04}")));
+    }
+    import(stage, &image);
+    stage.tool("cp", ["-a", "image", "copy"]).run().ok();
+    let of_copy = run_table(&rows, &stage.path("copy"));
+    let rootfs = stage.mount("image", "rootfs", upper());
+    let got = run_table(&rows, &rootfs);
+    // Directories of the image cannot be renamed: as overlayfs without redirect_dir, and mv(1) copies then.
+    let stays = |at: usize| got[at].0 == "XDEV";
+    let wrong = compare(&rows, &of_copy, &got, "copy");
+    let wrong: Vec<_> = wrong.into_iter().filter(|line| !line.contains(", rootfs XDEV")).collect();
+    assert!(wrong.is_empty(), "{} of {} rows differ:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+    let refused = (0..rows.len()).filter(|&at| stays(at)).count();
+    for (at, (name, _)) in rows.iter().enumerate().filter(|(at, _)| stays(*at)) {
+        let of_image = ["dir", "empty"].iter().any(|dir| name.split(' ').any(|word| word == *dir));
+        assert!(of_image && (name.starts_with("rename") || name.starts_with("move")), "{name}: {}", got[at].0);
+    }
+    assert!(refused > 20, "{refused} renames of directories are refused");
+    if stage.lane.enter != Enter::User {
+        let dirs = ["o-upper", "o-work", "merged"].map(|name| stage.mkdir(name));
+        let options =
+            format!("lowerdir={},upperdir={},workdir={}", image.display(), dirs[0].display(), dirs[1].display());
+        let of_user = if stage.lane.is_real_root() { "" } else { ",userxattr" };
+        let mounted = stage.tool("mount", ["-t", "overlay", "-o", &format!("{options},index=on{of_user}"), "overlay"]);
+        mounted.arg(&dirs[2]).run().ok();
+        let of_overlay = run_table(&rows, &dirs[2]);
+        stage.tool("umount", [&dirs[2]]).run().ok();
+        let wrong = compare(&rows, &of_overlay, &got, "overlayfs");
+        assert!(wrong.is_empty(), "{} of {} rows differ:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+    }
+    let seen = still(&rootfs);
+    stage.unmount(&rootfs);
+    let rootfs = stage.mount("image", "rootfs", upper());
+    assert_same(&seen, &still(&rootfs), "mounted again");
+    let left = fs::read_dir(stage.path("changes/work")).expect("list").count();
+    assert_eq!(left, 0, "the work directory is empty");
+    let veils: Vec<PathBuf> = veils(&stage.path("changes/upper"));
+    assert!(veils.is_empty(), "{veils:?}");
+});
+
+/// Files that stand for whiteouts while a change is made.
+fn veils(dir: &Path) -> Vec<PathBuf> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(dir).expect("list").flatten() {
+        if entry.file_name().as_encoded_bytes().starts_with(b".wh.") {
+            all.push(entry.path());
+        } else if entry.file_type().expect("type").is_dir() {
+            all.extend(veils(&entry.path()));
+        }
+    }
+    all
+}
+
+/// A change in a kit.
+type Change = fn(&Path) -> std::io::Result<()>;
+
+/// What dies at each step.
+const DYING: &[(&str, Change)] = &[
+    ("copy up", |kit| OpenOptions::new().append(true).open(kit.join("file"))?.write_all(b"!")),
+    ("copy up a group", |kit| fs::set_permissions(kit.join("hard"), fs::Permissions::from_mode(0o600))),
+    ("unlink", |kit| fs::remove_file(kit.join("copied"))),
+    ("unlink the image's", |kit| fs::remove_file(kit.join("file"))),
+    ("rmdir", |kit| {
+        fs::remove_file(kit.join("dir/inside"))?;
+        fs::remove_dir(kit.join("dir"))
+    }),
+    ("create again", |kit| fs::write(kit.join("gone"), "again")),
+    ("mkdir again", |kit| fs::create_dir(kit.join("gone-dir"))),
+    ("rename", |kit| fs::rename(kit.join("file"), kit.join("copied"))),
+    ("rename to what was gone", |kit| fs::rename(kit.join("file"), kit.join("gone"))),
+    ("rename a directory", |kit| fs::rename(kit.join("upper-dir"), kit.join("gone-dir"))),
+    ("rename over an empty one", |kit| fs::rename(kit.join("upper-dir"), kit.join("empty"))),
+    ("exchange", |kit| Ok(renameat_with(CWD, kit.join("file"), CWD, kit.join("upper-dir"), RenameFlags::EXCHANGE)?)),
+    ("link", |kit| fs::hard_link(kit.join("file"), kit.join("gone"))),
+];
+
+/// The steps of a change, but for those of which each server passes one alone.
+const STEPS: [&str; 12] = [
+    "upper.directory",
+    "upper.staged",
+    "upper.copied",
+    "upper.settled",
+    "upper.group",
+    "upper.linked",
+    "upper.veiled",
+    "upper.room",
+    "upper.taken",
+    "upper.covered",
+    "upper.gone",
+    "upper.moved",
+];
+/// A request that takes longer is taken to be held by a fault point. Where it is not, a worker dies all the same.
+const HELD: Duration = Duration::from_millis(150);
+
+// The worker is killed at each step of each change: who asked gets the one true answer from the next worker, and what lies there then is what
+// an undisturbed change leaves.
+case!("a_worker_that_dies_in_a_change_leaves_it_done", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    let image = stage.mkdir("image");
+    for number in 0..STEPS.len() * DYING.len() {
+        make_kit(&image.join(format!("kits/{number:04}")));
+    }
+    import(stage, &image);
+    stage.tool("cp", ["-a", "image", "copy"]).run().ok();
+    let kit = |root: &Path, number: usize| root.join(format!("kits/{number:04}"));
+    let rootfs = stage.mount("image", "rootfs", upper());
+    for number in 0..STEPS.len() * DYING.len() {
+        prepare(&kit(&rootfs, number));
+    }
+    stage.unmount(&rootfs);
+    let mut died = 0;
+    for (at, step) in STEPS.iter().enumerate() {
+        // The first passing in each process arms it.
+        let points = format!("{step}=1*off->1*sleep(60000)->off");
+        stage.mount_call("image", "rootfs", upper()).env("FAILPOINTS", &points).run().ok();
+        let supervisor = super::crash::supervisor(stage);
+        for (number, (what, change)) in DYING.iter().enumerate() {
+            let (dying, plain) =
+                (kit(&rootfs, at * DYING.len() + number), kit(&stage.path("copy"), at * DYING.len() + number));
+            let answer = through_deaths(supervisor, || change(&dying));
+            answer.unwrap_or_else(|e| panic!("{what} at {step}: {e}"));
+            prepare(&plain);
+            change(&plain).unwrap_or_else(|e| panic!("{what} in the copy: {e}"));
+            let seen = through_deaths(supervisor, || Ok(still(&dying))).expect("look");
+            assert_same(&still(&plain), &seen, &format!("{what} at {step}"));
+        }
+        let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+        died += stats["restarts"].as_u64().unwrap_or(0);
+        stage.unmount(&rootfs);
+    }
+    // What the kernel remembered is not what is looked at here.
+    stage.mount("image", "rootfs", upper());
+    for number in 0..STEPS.len() * DYING.len() {
+        let what = format!("{} at {}, mounted again", DYING[number % DYING.len()].0, STEPS[number / DYING.len()]);
+        assert_same(&still(&kit(&stage.path("copy"), number)), &still(&kit(&rootfs, number)), &what);
+    }
+    stage.unmount(&rootfs);
+    assert!(died >= 20, "only {died} workers died");
+    let left = fs::read_dir(stage.path("changes/work")).expect("list").count();
+    assert_eq!((left, veils(&stage.path("changes/upper"))), (0, Vec::new()), "nothing is left on its way");
+});
+
+/// Do `work`; a worker that a fault point holds is killed.
+fn through_deaths<T: Send>(supervisor: i32, work: impl FnOnce() -> std::io::Result<T> + Send) -> std::io::Result<T> {
+    std::thread::scope(|scope| {
+        let working = scope.spawn(work);
+        while !working.is_finished() {
+            let begun = Instant::now();
+            while !working.is_finished() && begun.elapsed() < HELD {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            if !working.is_finished()
+                && let Some(worker) = super::crash::worker_of(supervisor)
+            {
+                system::kill(worker);
+            }
+        }
+        working.join().expect("it does not panic")
+    })
+}
