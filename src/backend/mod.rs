@@ -139,6 +139,11 @@ pub trait Backend {
         None
     }
 
+    /// The directory with the rootfs's own changes, in the form of the kernel's overlayfs.
+    fn upper(&self, _: &Plan) -> Option<std::path::PathBuf> {
+        None
+    }
+
     /// What `traces` would be if they were noted now: a worker may have been replaced since.
     fn refresh(&self, _: &Plan, traces: &Traces) -> Traces {
         traces.clone()

@@ -95,6 +95,10 @@ impl Backend for Overlay {
         usage_of_upper(plan)
     }
 
+    fn upper(&self, plan: &Plan) -> Option<PathBuf> {
+        Some(plan.scratch.as_ref()?.0.join(UPPER))
+    }
+
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
         detach::health(&plan.rootfs, traces, mounts)
     }

@@ -4,6 +4,7 @@
 //! know system calls.
 
 mod bench;
+mod changes;
 mod complete;
 mod config;
 mod docs;
@@ -80,6 +81,10 @@ enum Verb {
     List(list::List),
     /// Show everything about one rootfs
     Inspect(inspect::Inspect),
+    /// List what a writable rootfs changed
+    Diff(changes::Diff),
+    /// Make an image of a writable rootfs
+    Commit(changes::Commit),
     /// Show what a rootfs's FUSE server does
     Stats(stats::Stats),
     /// Replace a FUSE server's worker with this program's
@@ -109,7 +114,10 @@ enum Verb {
     Undo(interrupt::Undo),
 }
 
-pub(crate) use run::dispatch;
+/// Processes of this program that are no servers. See [`crate::dispatch`].
+pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
+    run::dispatch(verb).or_else(|| changes::dispatch(verb))
+}
 
 /// `--backend`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -274,6 +282,8 @@ fn run(cli: &Cli) -> Result<()> {
         Verb::Unmount(verb) => verb.run(global),
         Verb::List(verb) => verb.run(global),
         Verb::Inspect(verb) => verb.run(global),
+        Verb::Diff(verb) => verb.run(global),
+        Verb::Commit(verb) => verb.run(global),
         Verb::Stats(verb) => verb.run(global),
         Verb::Restart(verb) => verb.run(global),
         Verb::Recover(verb) => verb.run(global),

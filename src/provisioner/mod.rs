@@ -23,6 +23,8 @@
 //! on the disk.
 
 mod build;
+#[cfg(feature = "cli")]
+mod changes;
 mod claim;
 mod destroy;
 mod fill;
@@ -47,6 +49,8 @@ pub use crate::backend::Detach;
 pub use crate::host::Host;
 pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Plan, Restraint};
 pub use crate::traces::Traces;
+#[cfg(feature = "cli")]
+pub(crate) use changes::{READER, made_by, read_apart};
 #[doc(hidden)]
 pub use now::Now;
 #[doc(hidden)]

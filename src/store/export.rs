@@ -133,7 +133,7 @@ impl Store {
 
     /// The tree of an image, which stays in the store as long as the descriptor is open. Not by the store's lock: who removes
     /// another image need not wait for a slow reader of this one.
-    fn tree(&self, image: &ImageRef) -> Result<(Meta, Tree, OwnedFd)> {
+    pub(super) fn tree(&self, image: &ImageRef) -> Result<(Meta, Tree, OwnedFd)> {
         let _found = self.lock_shared()?;
         let meta = self.find(image)?;
         let in_use = crate::sys::fs::hold_directory(&self.paths.image(&meta.id))?;

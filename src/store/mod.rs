@@ -5,8 +5,12 @@
 //! at the records under the exclusive lock ([`Store::remove`]).
 
 mod archive;
+#[cfg(feature = "cli")]
+mod changes;
 mod choose;
 mod claims;
+#[cfg(feature = "cli")]
+mod commit;
 mod download;
 mod export;
 #[doc(hidden)]
@@ -47,6 +51,12 @@ pub use signed::{Signature, Unsigned};
 pub use verify::{Damage, Repair};
 
 pub(crate) use archive::apart::dispatch;
+#[cfg(feature = "cli")]
+pub(crate) use changes::{Below, Marks, Upper};
+#[cfg(feature = "cli")]
+pub use changes::{Change, Changed};
+#[cfg(feature = "cli")]
+pub(crate) use commit::Said;
 #[cfg(feature = "containerd")]
 pub(crate) use import::Blob;
 

@@ -152,6 +152,12 @@ pub fn mount_namespace_of(pid: i32) -> Result<Namespace> {
     namespace(&format!("/proc/{pid}/ns/mnt"))
 }
 
+/// The user namespace of a process.
+#[cfg(feature = "cli")]
+pub fn user_namespace_of(pid: i32) -> Result<Namespace> {
+    namespace(&format!("/proc/{pid}/ns/user"))
+}
+
 /// Does this process live in the first user namespace of the machine? Its id map is the whole range onto itself there
 /// (user_namespaces(7)); a container whose map looks the same has the same rights to ids.
 pub fn in_initial_user_namespace() -> Result<bool> {

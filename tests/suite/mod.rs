@@ -10,6 +10,7 @@ mod apart;
 mod appc;
 mod cli;
 mod clients;
+mod commit;
 mod crash;
 mod destroy;
 mod durable;

@@ -229,7 +229,7 @@ impl Import {
 }
 
 /// Say what was imported.
-fn report(done: &Imported, format: Format) -> Result<()> {
+pub(super) fn report(done: &Imported, format: Format) -> Result<()> {
     if done.on_disk == OnDisk::IndexOnly {
         log::info!("owners, modes or devices that you may not set are kept in the index: the fuse backend shows them");
     }

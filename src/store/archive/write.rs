@@ -34,6 +34,26 @@ pub(crate) const END: [u8; 2 * BLOCK] = [0; 2 * BLOCK];
 
 /// The blocks before an entry's content. `path` is its name in the archive, `link` the target of a hard or symbolic link.
 pub(crate) fn header(path: &[u8], link: &[u8], entry: &Entry) -> Vec<u8> {
+    header_after(Vec::new(), path, link, entry)
+}
+
+/// Those of a file with holes, in GNU's sparse format 1.0: its content is a map, then the data. `entry` says how long these are together, `size` how
+/// long the file is.
+pub(crate) fn sparse_header(path: &[u8], entry: &Entry, size: u64) -> Vec<u8> {
+    let mut pax = Vec::new();
+    for (key, value) in
+        [("major", &b"1"[..]), ("minor", b"0"), ("name", path), ("realsize", size.to_string().as_bytes())]
+    {
+        record(&mut pax, format!("GNU.sparse.{key}").as_bytes(), value);
+    }
+    // Who does not know the format sees this name.
+    let name =
+        [b"GNUSparseFile.0/", &path[path.iter().rposition(|b| *b == b'/').map_or(0, |slash| slash + 1)..]].concat();
+    header_after(pax, &name[..name.len().min(100)], b"", entry)
+}
+
+/// `pax`: records that come first.
+fn header_after(mut pax: Vec<u8>, path: &[u8], link: &[u8], entry: &Entry) -> Vec<u8> {
     let (kind, size, device) = match &entry.what {
         What::Directory => (b'5', 0, None),
         What::File { size, .. } => (b'0', *size, None),
@@ -43,7 +63,6 @@ pub(crate) fn header(path: &[u8], link: &[u8], entry: &Entry) -> Vec<u8> {
         What::Char(rdev) => (b'3', 0, Some(*rdev)),
         What::Block(rdev) => (b'4', 0, Some(*rdev)),
     };
-    let mut pax = Vec::new();
     let mut block = Block([0; BLOCK]);
     if !block.name(path) {
         record(&mut pax, b"path", path);

@@ -36,7 +36,7 @@ enum Known {
 
 impl Store {
     /// Import one image of a layout.
-    pub(super) fn import_layout(
+    pub(in crate::store) fn import_layout(
         &self,
         layout: &Layout,
         source: &ImageSource,

@@ -1,0 +1,151 @@
+//! What a writable rootfs changed: listed, or made an image of.
+//!
+//! The upper directory that its backend keeps is read where it lies; the mount is not looked at, and may be gone. A rootfs of an ordinary user's
+//! `fsprov run` has owners that only its user namespace can read: `apart` does it in there.
+
+mod apart;
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+
+use serde::{Deserialize, Serialize};
+
+use super::record::{self, Record};
+use super::{Now, Provisioner, Selector};
+use crate::backend;
+use crate::error::{Error, Kind, Result, show};
+use crate::id::ImageId;
+use crate::index::Index;
+use crate::plan::Ownership;
+use crate::store::{Below, Change, Imported, Limits, Marks, Said, Store, Upper};
+use crate::sys::process::{Namespace, in_initial_user_namespace, user_namespace_of};
+
+pub(crate) use apart::{READER, read_apart};
+
+const OP: &str = "read changes of";
+
+/// Where they are, and what they are upon.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+struct Changes {
+    #[serde(with = "crate::pathtext")]
+    upper: PathBuf,
+    owners: Ownership,
+    limits: Limits,
+    below: Lower,
+    /// The image, where it lies in the store.
+    image: Option<ImageId>,
+    /// Whose user namespace they can be read in. `None`: in this one.
+    inside: Option<crate::sys::process::ProcessId>,
+}
+
+/// What the rootfs shows below them.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+enum Lower {
+    Index(#[serde(with = "crate::pathtext")] PathBuf),
+    Directory(#[serde(with = "crate::pathtext")] PathBuf),
+}
+
+impl Changes {
+    fn open(&self) -> Result<Upper> {
+        let marks = if in_initial_user_namespace()? { Marks::Trusted } else { Marks::User };
+        Upper::open(&self.upper, marks, self.owners.clone(), &self.limits)
+    }
+
+    fn list(&self) -> Result<Vec<Change>> {
+        let below = match &self.below {
+            Lower::Index(path) => Below::Index(Index::open(path)?),
+            Lower::Directory(path) => Below::directory(path)?,
+        };
+        self.open()?.list(&below)
+    }
+}
+
+impl Provisioner {
+    /// What a writable rootfs changed upon its image, in the order of the paths.
+    pub fn changes(&self, selector: &Selector) -> Result<Vec<Change>> {
+        let (_, changes) = self.changes_of(selector)?;
+        if changes.inside.is_some() { apart::list(&changes) } else { changes.list() }
+    }
+
+    /// Make an image of what a writable rootfs was made of and what it changed.
+    pub(crate) fn commit(&self, selector: &Selector, said: &Said) -> Result<Imported> {
+        let (record, changes) = self.changes_of(selector)?;
+        let Some(image) = &changes.image else {
+            let why = "it was made of a directory, and not of an image in the store";
+            return Err(Error::new(Kind::Unsupported, "commit", &record.plan.id, why)
+                .hint("`fsprov image import ROOTFS --name NAME` makes an image of all that is there"));
+        };
+        let store = Store::open(&self.paths)?.with_policy(self.policy.clone());
+        if changes.inside.is_some() {
+            return store.commit(image, &|out| apart::write_layer(&changes, out), said);
+        }
+        let upper = changes.open()?;
+        store.commit(image, &|out| upper.write_layer(None, out), said)
+    }
+
+    fn changes_of(&self, selector: &Selector) -> Result<(Record, Changes)> {
+        let Some((outer, nested)) = self.with_nested(selector)? else { return Err(self.not_found(selector)) };
+        let upper_of = |record: &Record| backend::of(record.backend).upper(&record.plan);
+        let stands_on = |record: &Record| record.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs);
+        // `fsprov run` of an ordinary user lays what it changes over a read-only rootfs of its own.
+        let top = match upper_of(&outer) {
+            Some(_) => outer.clone(),
+            None => nested
+                .iter()
+                .filter_map(|id| record::read_or_log(&self.paths.container(id)))
+                .find(|record| upper_of(record).is_some() && stands_on(record))
+                .ok_or_else(|| {
+                    Error::new(Kind::Unsupported, OP, &outer.plan.id, "it is read-only")
+                        .hint("mount it with --writable")
+                })?,
+        };
+        let below = match self.lower_of(&top) {
+            Some(lower) => lower,
+            None => top.clone(),
+        };
+        let upper = upper_of(&top).ok_or_else(|| self.not_found(selector))?;
+        let lower = match (&below.plan.index, &below.plan.layers[..]) {
+            (Some(index), _) => Lower::Index(index.0.clone()),
+            (None, [only]) => Lower::Directory(only.root.clone()),
+            (None, _) => {
+                let why = "it is of several directories without an index";
+                return Err(Error::new(Kind::Unsupported, OP, &top.plan.id, why));
+            }
+        };
+        let changes = Changes {
+            upper,
+            owners: below.plan.ownership.clone(),
+            limits: self.policy.limits.clone(),
+            below: lower,
+            image: below.image.id.clone(),
+            inside: namespace_of(&top)?,
+        };
+        Ok((top, changes))
+    }
+
+    /// The rootfs that this one is laid over, if it is one of ours.
+    fn lower_of(&self, top: &Record) -> Option<Record> {
+        let (outer, _) = top.plan.id.as_str().rsplit_once('.')?;
+        let outer = record::read_or_log(&self.paths.container(&outer.parse().ok()?))?;
+        top.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs).then_some(outer)
+    }
+}
+
+/// The process in whose user namespace its files can be read, if that is not this one.
+fn namespace_of(record: &Record) -> Result<Option<crate::sys::process::ProcessId>> {
+    let own: Namespace = user_namespace_of(std::process::id() as i32)?;
+    if let Some(process) = record.ends_with.filter(|process| process.is_alive()) {
+        return Ok((user_namespace_of(process.pid)? != own).then_some(process));
+    }
+    if Now::look()?.elsewhere(record)?.is_some() {
+        let why = "it is mounted in another mount namespace, perhaps with other owners";
+        return Err(Error::new(Kind::Unsupported, OP, &record.plan.id, why)
+            .hint("run this command in there: `nsenter --target PID --user --mount`"));
+    }
+    Ok(None)
+}
+
+/// What is said of an image that comes of changes.
+pub(crate) fn made_by(which: &OsStr, name: &str) -> String {
+    format!("fsprov commit {} {name}", show(which))
+}

@@ -1,0 +1,170 @@
+//! What was changed, as a list of paths.
+
+use std::collections::BTreeSet;
+
+use super::Upper;
+use super::below::{Below, Seen};
+use super::owners::of_image;
+use super::walk::{Found, Is, Shows, Visitor};
+use crate::error::Result;
+use crate::index::Time;
+
+/// What became of a path.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Changed {
+    /// The image has it too.
+    Changed,
+    /// The image does not have it.
+    Added,
+    /// The image has it.
+    Deleted,
+}
+
+/// A path that was changed.
+#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Change {
+    /// What became of it.
+    pub what: Changed,
+    /// From the root: `/etc/passwd`.
+    pub path: Vec<u8>,
+}
+
+/// Anyone who runs a program in a rootfs makes these, for what is mounted there: an empty file or directory is not the program's.
+const MADE_TO_RUN: [&[u8]; 12] = [
+    b"dev",
+    b"etc/hostname",
+    b"etc/hosts",
+    b"etc/mtab",
+    b"etc/resolv.conf",
+    b"proc",
+    b"run",
+    b"run/.containerenv",
+    b"run/secrets",
+    b"sys",
+    b"tmp",
+    b"var/tmp",
+];
+
+impl Upper {
+    /// What was changed upon `below`, in byte order. A directory is there if itself was changed, or something in it.
+    pub(crate) fn list(&self, below: &Below) -> Result<Vec<Change>> {
+        let mut list = Lister { upper: self, below, changes: Vec::new(), open: Vec::new() };
+        self.walk(&mut list)?;
+        let mut changes = list.changes;
+        changes.sort_by(|a, b| a.path.cmp(&b.path));
+        Ok(changes)
+    }
+}
+
+/// A directory on the way.
+struct Open {
+    /// What came before it and its content.
+    before: usize,
+    /// Its own line stands, whatever is in it.
+    stays: Stays,
+    /// Something in it was left out: its time says nothing.
+    left_out: bool,
+    /// Names of the layers that are hidden, unless they come.
+    hidden: BTreeSet<Vec<u8>>,
+}
+
+/// Does a directory's line stand?
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stays {
+    Yes,
+    /// Its time alone is another.
+    ForItsTime,
+    No,
+}
+
+struct Lister<'a> {
+    upper: &'a Upper,
+    below: &'a Below,
+    changes: Vec<Change>,
+    open: Vec<Open>,
+}
+
+impl Lister<'_> {
+    fn push(&mut self, what: Changed, path: &[u8]) {
+        self.changes.push(Change { what, path: [b"/", path].concat() });
+    }
+
+    /// Does a directory look other than the layers' one?
+    fn stays(&self, found: &Found<'_>, seen: Seen) -> Stays {
+        let (stat, owners) = (&found.stat, &self.upper.owners);
+        let owner = (of_image(&owners.uids, stat.st_uid), of_image(&owners.gids, stat.st_gid));
+        let mtime = Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 };
+        if !seen.is_directory || (stat.st_mode & 0o7777, owner) != (seen.mode, seen.owner) {
+            Stays::Yes
+        } else if mtime == seen.mtime {
+            Stays::No
+        } else {
+            Stays::ForItsTime
+        }
+    }
+
+    fn note_left_out(&mut self) {
+        if let Some(parent) = self.open.last_mut() {
+            parent.left_out = true;
+        }
+    }
+}
+
+impl Visitor for Lister<'_> {
+    fn found(&mut self, found: &Found<'_>) -> Result<()> {
+        let path = found.path;
+        let seen = self.below.look(path)?;
+        if let Some(parent) = self.open.last_mut() {
+            let name = path.iter().rposition(|b| *b == b'/').map_or(path, |slash| &path[slash + 1..]);
+            parent.hidden.remove(name);
+        }
+        let what = if seen.is_some() { Changed::Changed } else { Changed::Added };
+        if let Is::Directory { shows, .. } = found.is {
+            let before = self.changes.len();
+            let is_to_run = seen.is_none() && MADE_TO_RUN.contains(&path);
+            let stays = match seen {
+                None if is_to_run => Stays::No,
+                None => Stays::Yes,
+                Some(seen) => self.stays(found, seen),
+            };
+            let is_hiding = shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
+            let hidden = if is_hiding { self.below.names(path)?.into_iter().collect() } else { BTreeSet::new() };
+            if !path.is_empty() {
+                self.push(what, path);
+            }
+            self.open.push(Open { before, stays, left_out: false, hidden });
+            return Ok(());
+        }
+        let is_empty = matches!(found.is, Is::File { .. }) && found.stat.st_size == 0;
+        if seen.is_none() && is_empty && MADE_TO_RUN.contains(&path) {
+            self.note_left_out();
+        } else {
+            self.push(what, path);
+        }
+        Ok(())
+    }
+
+    fn hidden(&mut self, path: &[u8]) -> Result<()> {
+        if self.below.look(path)?.is_some() {
+            self.push(Changed::Deleted, path);
+        }
+        Ok(())
+    }
+
+    fn end(&mut self, directory: &[u8]) -> Result<()> {
+        let Some(Open { before, stays, left_out, hidden }) = self.open.pop() else { return Ok(()) };
+        for name in hidden {
+            let path = if directory.is_empty() { name } else { [directory, b"/", &name].concat() };
+            self.push(Changed::Deleted, &path);
+        }
+        let goes = stays == Stays::No || left_out && stays == Stays::ForItsTime;
+        if goes && !directory.is_empty() && self.changes.len() == before + 1 {
+            let gone = self.changes.pop();
+            if gone.is_some_and(|gone| gone.what == Changed::Added) {
+                self.note_left_out();
+            }
+        }
+        Ok(())
+    }
+}

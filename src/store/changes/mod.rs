@@ -1,0 +1,80 @@
+//! What was changed upon an image: the upper directory of an overlay, read as the kernel's overlayfs wrote it.
+//!
+//! [`Upper::write_layer`] makes a layer of it, as an archive that every engine reads; [`Upper::list`] says what is new, changed and gone. One walk
+//! ([`walk`]) feeds both, in an order that depends on names alone: one upper directory gives one archive.
+//!
+//! A container wrote what is in there, and may go on to write. So everything is opened below the upper's own descriptor, no symlink is followed, and
+//! what is not as it was a moment ago is an error.
+
+mod below;
+mod layer;
+mod list;
+mod owners;
+mod walk;
+
+use std::ffi::CStr;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{Mode, OFlags, openat};
+
+pub(crate) use below::Below;
+pub use list::{Change, Changed};
+
+use super::limits::Limits;
+use crate::error::{Error, Result, show};
+use crate::plan::Ownership;
+
+/// In which attributes overlayfs keeps its marks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Marks {
+    /// `trusted.overlay.`: mounted in the machine's first user namespace.
+    Trusted,
+    /// `user.overlay.`: mounted with the option `userxattr`. On the other sort of mount a program inside may have set those itself: they mean nothing there.
+    User,
+}
+
+impl Marks {
+    fn opaque(self) -> &'static CStr {
+        match self {
+            Marks::Trusted => c"trusted.overlay.opaque",
+            Marks::User => c"user.overlay.opaque",
+        }
+    }
+
+    /// What is elsewhere than here: a directory's lower entries, a file's content. Our mounts make none of these.
+    fn elsewhere(self) -> [&'static CStr; 2] {
+        match self {
+            Marks::Trusted => [c"trusted.overlay.redirect", c"trusted.overlay.metacopy"],
+            Marks::User => [c"user.overlay.redirect", c"user.overlay.metacopy"],
+        }
+    }
+}
+
+/// An upper directory.
+#[derive(Debug)]
+pub(crate) struct Upper {
+    root: OwnedFd,
+    /// For messages.
+    at: PathBuf,
+    marks: Marks,
+    /// Ids of the image, as the files have them. They are turned back.
+    owners: Ownership,
+    limits: Limits,
+}
+
+impl Upper {
+    /// The one at `at`, which lies in a directory of ours.
+    pub(crate) fn open(at: &Path, marks: Marks, owners: Ownership, limits: &Limits) -> Result<Self> {
+        let root = openat(rustix::fs::CWD, at, walk::OPEN_DIR, Mode::empty())
+            .map_err(|e| Error::sys("open changes", show(at), e))?;
+        Ok(Upper { root, at: at.to_owned(), marks, owners, limits: limits.clone() })
+    }
+}
+
+/// For a file: not the program's terminal, and no wait for a FIFO's other end.
+const OPEN_FILE: OFlags =
+    OFlags::RDONLY.union(OFlags::NOFOLLOW).union(OFlags::NONBLOCK).union(OFlags::NOCTTY).union(OFlags::CLOEXEC);
+
+#[cfg(test)]
+mod tests;

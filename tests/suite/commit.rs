@@ -1,0 +1,129 @@
+//! `fsprov diff` and `fsprov commit`: what a writable rootfs changed, as a list and as an image.
+
+use std::fs;
+use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::path::Path;
+
+use crate::common::harness::{case, on};
+use crate::common::walk::{assert_same, picture};
+use crate::common::{Lane, Need, Stage, images};
+
+const NAME: &str = "example.com/small";
+
+fn import(stage: &Stage) {
+    let image = stage.small_image();
+    stage.fsprov(["image", "import", "--name", NAME]).arg(&image).run().ok();
+}
+
+fn change(rootfs: &Path) {
+    let at = |name: &str| rootfs.join(name);
+    fs::write(at("etc/hosts"), "changed").expect("write");
+    fs::remove_file(at("bin/tool")).expect("remove");
+    fs::remove_dir_all(at("usr/share")).expect("remove");
+    fs::create_dir_all(at("usr/share/new")).expect("make");
+    fs::write(at("usr/share/new/file"), "new").expect("write");
+    fs::write(at("home/u/more"), "more").expect("write");
+    fs::hard_link(at("home/u/more"), at("home/more")).expect("link");
+    symlink("/etc/hosts", at("home/link")).expect("link");
+    fs::set_permissions(at("data"), fs::Permissions::from_mode(0o700)).expect("chmod");
+    // Made for what is mounted there; and read, which changes nothing.
+    fs::create_dir(at("run/secrets")).expect("make");
+    fs::read(at("etc/passwd")).expect("read");
+}
+
+const CHANGES: &str = "D /bin/tool\nC /bin\nC /data\nC /etc\nC /etc/hosts\nC /home\nA /home/link\nA /home/more\nC /home/u\nA /home/u/more\n\
+                       C /usr\nC /usr/share\nD /usr/share/doc\nA /usr/share/new\nA /usr/share/new/file\n";
+
+fn sorted(text: &str) -> String {
+    let mut lines: Vec<&str> = text.lines().collect();
+    lines.sort_by_key(|line| line.get(2..));
+    lines.iter().map(|line| format!("{line}\n")).collect()
+}
+
+case!("changes_are_listed_and_become_an_image", on::overlay, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), "", "nothing yet");
+    change(&rootfs);
+    assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), sorted(CHANGES));
+    let told = stage.fsprov(["diff", "--json"]).arg(&rootfs).run().ok().json();
+    assert_eq!(told["deleted"], serde_json::json!(["/bin/tool", "/usr/share/doc"]));
+    assert_eq!(told["added"].as_array().map(Vec::len), Some(5));
+    let want = picture(&rootfs);
+    let made = stage.fsprov(["commit", "--json", "-m", "a note", "web", "example.com/next:1"]).run().ok().json();
+    assert_eq!((&made["name"], &made["outcome"]), (&"example.com/next:1".into(), &"created".into()), "{made}");
+    // The same rootfs again would be another image: its time is another. A name that is held is not taken.
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().fails_saying(&["example.com/next:1"]);
+    let again = stage.mount("example.com/next:1", "again", ["--writable", "--id", "again"]);
+    assert_same(&want, &picture(&again), "the committed image");
+    assert_eq!(stage.fsprov(["diff", "again"]).run().ok().out(), "");
+    // One more upon that: OCI's history goes on.
+    fs::remove_file(again.join("home/link")).expect("remove");
+    fs::write(again.join("etc/passwd"), "x").expect("write");
+    let want = picture(&again);
+    stage.fsprov(["commit", "again", "example.com/last:1"]).run().ok();
+    stage.unmount(&rootfs);
+    stage.unmount(&again);
+    let shown = stage.fsprov(["image", "show", "--json", "example.com/last:1"]).run().ok().json();
+    assert_eq!(shown["layers"].as_array().map(Vec::len), Some(3), "{shown:#}");
+    let config = &shown["config"];
+    let history = config["history"].as_array().expect("a history");
+    assert_eq!(history.len(), 3, "{config:#}");
+    assert_eq!(
+        (&history[1]["comment"], &history[1]["created_by"]),
+        (&"a note".into(), &"fsprov commit web example.com/next:1".into())
+    );
+    let last = stage.mount("example.com/last:1", "last", [] as [&str; 0]);
+    assert_same(&want, &picture(&last), "the last image");
+    stage.unmount(&last);
+    stage.fsprov(["image", "verify"]).run().ok();
+    stage.assert_nothing_left("after all");
+});
+
+case!("what_has_no_changes_of_its_own", on::overlay, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--id", "web"]);
+    stage.fsprov(["diff", "web"]).run().fails_saying(&["it is read-only", "--writable"]);
+    stage.fsprov(["commit", "web", "example.com/x"]).run().fails_saying(&["it is read-only"]);
+    stage.fsprov(["diff", "nobody"]).run().fails(3, &["no such rootfs"]);
+    stage.unmount(&rootfs);
+    // Of a directory: listed, but no image's.
+    let tree = stage.path("image");
+    let rootfs = stage.mount(&tree, "rootfs", ["--writable", "--id", "web"]);
+    change(&rootfs);
+    assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), sorted(CHANGES));
+    stage
+        .fsprov(["commit", "web", "example.com/x"])
+        .run()
+        .fails_saying(&["not of an image in the store", "image import"]);
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after all");
+});
+
+fn lanes(lane: &Lane) -> bool {
+    lane.name == "root" || lane.name == "user"
+}
+
+const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("newuidmap"), Need::DevFuse];
+
+// As an ordinary user the changes belong to ids that only a user namespace can read.
+case!("a_program_that_runs_is_committed", lanes, NEEDS, |stage: &Stage| {
+    let archive = images::minbase_aci().expect("the Debian archive");
+    stage.fsprov(["image", "import"]).arg(&archive).run().ok();
+    let text = "$F run --id web --runtime crun example.com/debian-minbase sh -c '
+            mkdir -m 700 /secret && echo s >/secret/file && chown -R www-data:tty /secret && rm /etc/shadow && echo h >/etc/hello
+            echo ready; while :; do sleep 0.1; done' >out & P=$!
+        until grep -qs ready out; do sleep 0.05; done
+        $F diff web >diff; echo code $? >>diff; $F commit web example.com/changed >commit 2>&1; echo code $? >>commit
+        kill -KILL $P; wait $P; true";
+    stage.tool("sh", ["-c", text]).env("F", crate::common::stage::program()).run().ok();
+    let read = |name: &str| fs::read_to_string(stage.path(name)).expect("read");
+    assert_eq!(read("diff"), "C /etc\nA /etc/hello\nD /etc/shadow\nA /secret\nA /secret/file\ncode 0\n");
+    assert!(read("commit").ends_with("code 0\n"), "{}", read("commit"));
+    let look = "cat /secret/file /etc/hello && stat -c '%a %U:%G' /secret /secret/file && test ! -e /etc/shadow && ls -l /bin/su";
+    let said = stage.fsprov(["run", "--runtime", "crun", "example.com/changed", "sh", "-c", look]).run().ok().out();
+    assert!(said.starts_with("s\nh\n700 www-data:tty\n644 www-data:tty\n-rwsr-xr-x"), "{said}");
+    let gone = crate::common::system::eventually(std::time::Duration::from_secs(20), || stage.records().is_empty());
+    assert!(gone, "{:?}", stage.records());
+    stage.assert_nothing_left("after all");
+});
