@@ -114,7 +114,7 @@ enum Verb {
     Undo(interrupt::Undo),
 }
 
-/// Processes of this program that are no servers. See [`crate::dispatch`].
+/// Processes of this program beside servers. See [`crate::dispatch`].
 pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
     run::dispatch(verb).or_else(|| changes::dispatch(verb))
 }

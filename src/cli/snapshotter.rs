@@ -4,18 +4,22 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::Global;
+use super::{Global, output};
 use crate::error::{Error, Kind, Result};
-use crate::snapshotter::{Known, Places, Socket, serve};
+use crate::snapshotter::{Known, Places, Socket, metrics_of, serve};
 use crate::store::Store;
+
+/// Where the units of scripts/ have it.
+const SOCKET: &str = "/run/fsprov/snapshotter.sock";
 
 #[derive(Debug, Args)]
 #[command(after_help = "\
 containerd finds it as a proxy plugin: docs/kubernetes-and-docker.md has its config.toml. Only root, and the user that it runs as, may use the socket.
 A state directory belongs to one containerd. Containers run on while the snapshotter is stopped.
 
-Example:
-  fsprov snapshotter --socket /run/fsprov/snapshotter.sock")]
+Examples:
+  fsprov snapshotter --socket /run/fsprov/snapshotter.sock
+  fsprov snapshotter --metrics --socket /run/fsprov/snapshotter.sock")]
 pub(super) struct Snapshotter {
     /// The socket to listen on [default: the one that systemd passes]
     #[arg(long, value_name = "PATH")]
@@ -29,10 +33,17 @@ pub(super) struct Snapshotter {
     /// Let containerd download layers that the store has, too: Docker lists and pushes images by what it downloaded
     #[arg(long)]
     no_claims: bool,
+    /// Print what the snapshotter on this socket did and has, in Prometheus's text format
+    #[arg(long)]
+    metrics: bool,
 }
 
 impl Snapshotter {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
+        if self.metrics {
+            let socket = self.socket.clone().unwrap_or_else(|| PathBuf::from(SOCKET));
+            return output::text(&metrics_of(&socket)?);
+        }
         let passed = crate::sys::raw::passed_fds().map_err(|e| Error::io("take the socket that was passed", "", e))?;
         let listen: Box<dyn FnOnce() -> Result<Socket>> = match (passed.into_iter().next(), self.socket.clone()) {
             (Some((_, fd)), _) => Box::new(|| Socket::passed(fd)),

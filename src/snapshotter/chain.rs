@@ -23,6 +23,11 @@ pub(super) fn name(chain_id: &str) -> String {
     format!("{PREFIX}{chain_id}")
 }
 
+/// Did we give a snapshot this name, or one like it? containerd's begin with a namespace and a number.
+pub(super) fn is_our_name(name: &str) -> bool {
+    name.strip_prefix(PREFIX).is_some_and(|rest| rest.starts_with("sha256:"))
+}
+
 /// The chain id in such a name.
 pub(super) fn of_name(name: &str) -> Option<&str> {
     name.strip_prefix(PREFIX).filter(|chain_id| is_chain_id(chain_id))
@@ -54,6 +59,8 @@ mod tests {
         for other in ["", "fsprov/", "fsprov/sha256:0a", "k8s.io/7/web", &format!("k8s.io/7/{id}0")] {
             assert_eq!((of_name(other), of_commit(other)), (None, None), "{other}");
         }
+        assert!(is_our_name(&name(&id)) && is_our_name(&format!("{}/7", name(&id))));
+        assert!(!is_our_name(&format!("fsprov/7/{id}")), "a namespace of that name");
         let paths = StatePaths::new("/r".into());
         assert_eq!(holder(Path::new("/r/snapshotter"), &paths), "snapshotter");
         assert_ne!(holder(Path::new("/a"), &paths), holder(Path::new("/b"), &paths));

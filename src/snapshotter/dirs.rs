@@ -10,6 +10,7 @@
 //! ├── l/<number>        symlink to the files of a committed one: so short that hundreds of them fit into a mount's options
 //! ├── l/<number>s       the same, to its layer in the store
 //! ├── b/<digest>        which layer of the store is in this blob: its diff id, as Apply found it
+//! ├── m/<map>/          what lies below snapshots with these owners (see `mapped`)
 //! ├── new/<number>/     snapshots being made; whatever is here at the start is deleted
 //! └── gone/<number>/    removed ones, deleted by Cleanup and at the start
 //! ```
@@ -50,7 +51,7 @@ impl Dirs {
         make(state)?;
         let lock = take_lock(state)?;
         let dirs = Dirs { state: state.to_owned(), _lock: lock };
-        [dirs.snapshots(), dirs.links(), dirs.blobs(), dirs.fresh(), dirs.gone()]
+        [dirs.snapshots(), dirs.links(), dirs.mapped(), dirs.blobs(), dirs.fresh(), dirs.gone()]
             .iter()
             .try_for_each(|dir| make(dir))?;
         crate::sys::durable::sync_dir(state)?;
@@ -68,6 +69,10 @@ impl Dirs {
     }
     pub(super) fn links(&self) -> PathBuf {
         self.state.join("l")
+    }
+    /// What is shown with other owners.
+    pub(super) fn mapped(&self) -> PathBuf {
+        self.state.join("m")
     }
     pub(super) fn blobs(&self) -> PathBuf {
         self.state.join("b")

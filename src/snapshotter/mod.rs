@@ -1,32 +1,38 @@
 //! containerd's snapshotter: its Snapshots service over this program's store and the kernel's overlayfs, on a unix socket.
 //!
-//! Here tokio has its place: waiting for requests is the work. It is up before nothing forks; what a call does runs on threads of its own.
+//! Here tokio has its place: waiting for requests is the work; what a call does runs on threads of its own. The one process that is forked meanwhile holds a
+//! user namespace for the moment in which a mount is made, and does nothing else.
 
 mod chain;
 mod content;
 mod diff;
 mod dirs;
 mod filter;
+mod mapped;
 mod messages;
+mod metrics;
 mod record;
 mod service;
 mod snapshots;
 mod socket;
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use snapshots::Known;
 pub(crate) use socket::Socket;
 
-use crate::error::{Error, Result, show};
+use crate::error::{Error, Kind, Result, show};
 use crate::store::Store;
-use service::Services;
+use service::{METRICS, Services, Text};
 use snapshots::Snapshots;
 
 /// How long connections may stay open after a signal. A call that is worked on is finished, no matter how long it takes.
 const GRACE: Duration = Duration::from_secs(1);
+
+/// How long a snapshotter is waited for that is asked for its figures.
+const PATIENCE: Duration = Duration::from_secs(5);
 
 /// Calls that are worked on at the same time; others wait.
 const MAX_CALLS: usize = 64;
@@ -38,6 +44,32 @@ pub(crate) struct Places {
     pub(crate) state: PathBuf,
     /// containerd's own socket: what Apply unpacks is read from there.
     pub(crate) containerd: PathBuf,
+}
+
+/// What the snapshotter that listens on `socket` did and has, in Prometheus's text format.
+pub(crate) fn metrics_of(socket: &Path) -> Result<String> {
+    const OP: &str = "ask snapshotter";
+    let fail = |why: String| {
+        let error = Error::new(Kind::Io, OP, show(socket), why);
+        error.hint("is it running? --socket says where it listens")
+    };
+    let runtime =
+        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(|e| fail(e.to_string()))?;
+    let text = runtime.block_on(async {
+        let endpoint =
+            tonic::transport::Endpoint::try_from(format!("unix://{}", socket.display())).map_err(|e| e.to_string())?;
+        let mut grpc = tonic::client::Grpc::new(endpoint.connect_lazy());
+        grpc.ready().await.map_err(|e| e.to_string())?;
+        let codec = tonic_prost::ProstCodec::<messages::Empty, Text>::default();
+        let path = tonic::codegen::http::uri::PathAndQuery::from_static(METRICS);
+        let asked = grpc.unary(tonic::Request::new(messages::Empty {}), path, codec);
+        match tokio::time::timeout(PATIENCE, asked).await {
+            Ok(Ok(answer)) => Ok(answer.into_inner().text),
+            Ok(Err(status)) => Err(status.to_string()),
+            Err(_) => Err("it does not answer".to_owned()),
+        }
+    });
+    text.map_err(fail)
 }
 
 /// Serve on what `listen` gives until SIGINT or SIGTERM. `ready` is called when requests are answered.
@@ -80,12 +112,13 @@ pub(crate) fn serve(
         let snapshots = Arc::new(snapshots);
         let content = content::Content::of(&places.containerd)?;
         let differ = Arc::new(diff::Differ { snapshots: snapshots.clone(), content });
+        let metrics = Arc::new(metrics::Metrics::new());
         ready();
         let served = tonic::transport::Server::builder()
             .max_concurrent_streams(Some(MAX_CALLS as u32))
-            .serve_with_incoming_shutdown(Services { snapshots, differ }, accepted, ended_for_server);
+            .serve_with_incoming_shutdown(Services { snapshots, differ, metrics }, accepted, ended_for_server);
         tokio::select! {
-            done = served => done.map_err(|e| Error::new(crate::error::Kind::Io, "serve", "", e)),
+            done = served => done.map_err(|e| Error::new(Kind::Io, "serve", "", e)),
             // A client that reads nothing keeps its connection for ever.
             () = async {
                 let _ = ended.wait_for(|is| *is).await;

@@ -12,6 +12,7 @@ use sha2::{Digest as _, Sha256};
 use super::messages::{Info, Timestamp};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::id::ImageId;
+use crate::plan::Ownership;
 use crate::sys::durable::{Survives, write_file};
 
 const VERSION: u32 = 1;
@@ -70,6 +71,9 @@ pub(super) struct Record {
     /// The chain id of all up to it, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) chain: Option<String>,
+    /// The user namespace of its container: files have the owners that they have outside of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) maps: Option<Ownership>,
 }
 
 /// As it lies on the disk.
@@ -96,6 +100,7 @@ impl Record {
             has_files: true,
             layer: None,
             chain: None,
+            maps: None,
         }
     }
 

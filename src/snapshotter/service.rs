@@ -15,6 +15,7 @@ use tonic_prost::ProstCodec;
 use super::diff::Differ;
 use super::filter::Filters;
 use super::messages::{Cleanup, Empty, List, Listed};
+use super::metrics::{Metrics, Went};
 use super::record::Kind;
 use super::snapshots::Snapshots;
 use crate::error::{Error, Kind as ErrorKind, Result};
@@ -29,6 +30,17 @@ type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 pub(super) struct Services {
     pub(super) snapshots: Arc<Snapshots>,
     pub(super) differ: Arc<Differ>,
+    pub(super) metrics: Arc<Metrics>,
+}
+
+/// Our own: an empty message, and [`Text`] as the answer.
+pub(super) const METRICS: &str = "/fsprov.snapshotter.v1.Snapshotter/Metrics";
+
+/// Text.
+#[derive(Clone, PartialEq, Eq, prost::Message)]
+pub(super) struct Text {
+    #[prost(string, tag = "1")]
+    pub(super) text: String,
 }
 
 const DIFF: &str = "containerd.services.diff.v1.Diff";
@@ -60,7 +72,20 @@ impl Service<http::Request<Body>> for Services {
 
     fn call(&mut self, request: http::Request<Body>) -> Self::Future {
         let services = self.clone();
-        Box::pin(async move { Ok(services.answer(request).await) })
+        Box::pin(async move {
+            let (metrics, begin) = (services.metrics.clone(), std::time::Instant::now());
+            let call = request.uri().path().rsplit('/').next().unwrap_or_default().to_owned();
+            let answer = services.answer(request).await;
+            metrics.count(&call, begin.elapsed(), went(&answer));
+            Ok(answer)
+        })
+    }
+}
+
+fn went(answer: &http::Response<Body>) -> Went {
+    match Status::from_header_map(answer.headers()).map_or(Code::Ok, |status| status.code()) {
+        Code::Ok | Code::NotFound | Code::AlreadyExists => Went::Well,
+        _ => Went::Wrong,
     }
 }
 
@@ -87,7 +112,12 @@ impl Services {
                 grpc.server_streaming(Lister(all), request).await
             }
             (HEALTH, "Check") => unary(all, request, |_, Empty {}| Ok(Healthy { status: Healthy::SERVING })).await,
+            (DIFF, "Diff") => unary(self.differ, request, Differ::diff).await,
             (DIFF, "Apply") => unary(self.differ, request, Differ::apply).await,
+            _ if path == METRICS => {
+                let asked = Arc::new((all, self.metrics));
+                unary(asked, request, |(all, metrics), Empty {}| Ok(Text { text: metrics.text(all) })).await
+            }
             _ => Status::unimplemented(path).into_http(),
         }
     }

@@ -51,6 +51,8 @@ pub use signed::{Signature, Unsigned};
 pub use verify::{Damage, Repair};
 
 pub(crate) use archive::apart::dispatch;
+#[cfg(feature = "containerd")]
+pub(crate) use archive::compression::Compression;
 #[cfg(feature = "cli")]
 pub(crate) use changes::{Below, Marks, Upper};
 #[cfg(feature = "cli")]

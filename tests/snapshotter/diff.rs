@@ -1,18 +1,11 @@
 //! Apply of the Diff service, with a containerd of our own making behind it that has the blobs.
 
-use std::collections::BTreeMap;
-use std::path::Path;
-use std::pin::Pin;
 use std::process::Command;
-use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 
-use tonic::body::Body;
-use tonic::codegen::{Service, http};
-use tonic::{Code, Request, Response, Status};
-use tonic_prost::ProstCodec;
+use tonic::Code;
 
 use crate::client::{Answer, Client, Labels, Mount, code};
+use crate::content::{Containerd, Descriptor, GZIP, PLAIN, gzip, node};
 use crate::images::{self, Entry::Dir, Entry::File, layers_in_store, sha256};
 use crate::served::Served;
 
@@ -25,16 +18,6 @@ crate::tests![
     what_is_not_ours_is_left_to_containerd,
     a_kill_within_apply_leaves_nothing_half,
 ];
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Descriptor {
-    #[prost(string, tag = "1")]
-    media_type: String,
-    #[prost(string, tag = "2")]
-    digest: String,
-    #[prost(int64, tag = "3")]
-    size: i64,
-}
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct ApplyAsked {
@@ -50,160 +33,7 @@ struct ApplyAnswer {
     applied: Option<Descriptor>,
 }
 
-#[derive(Clone, PartialEq, prost::Message)]
-struct ReadAsked {
-    #[prost(string, tag = "1")]
-    digest: String,
-    #[prost(int64, tag = "2")]
-    offset: i64,
-    #[prost(int64, tag = "3")]
-    size: i64,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct ReadAnswer {
-    #[prost(int64, tag = "1")]
-    offset: i64,
-    #[prost(bytes = "vec", tag = "2")]
-    data: Vec<u8>,
-}
-
-const GZIP: &str = "application/vnd.oci.image.layer.v1.tar+gzip";
-const PLAIN: &str = "application/vnd.oci.image.layer.v1.tar";
-
-/// What the content store of the other side has, and was asked for.
-#[derive(Default)]
-struct Blobs {
-    by_digest: BTreeMap<String, Vec<u8>>,
-    /// Namespace and digest.
-    asked: Vec<(String, String)>,
-}
-
-#[derive(Clone)]
-struct ContentStore(Arc<Mutex<Blobs>>);
-
-type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
-
-impl Service<http::Request<Body>> for ContentStore {
-    type Response = http::Response<Body>;
-    type Error = std::convert::Infallible;
-    type Future = Later<Result<Self::Response, Self::Error>>;
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Self::Error>> {
-        Poll::Ready(Ok(()))
-    }
-    fn call(&mut self, request: http::Request<Body>) -> Self::Future {
-        let blobs = self.0.clone();
-        Box::pin(async move {
-            assert_eq!(request.uri().path(), "/containerd.services.content.v1.Content/Read");
-            let mut grpc = tonic::server::Grpc::new(ProstCodec::<ReadAnswer, ReadAsked>::default());
-            Ok(grpc.server_streaming(Reads(blobs), request).await)
-        })
-    }
-}
-
-struct Reads(Arc<Mutex<Blobs>>);
-
-impl Service<Request<ReadAsked>> for Reads {
-    type Response = Response<Parts>;
-    type Error = Status;
-    type Future = std::future::Ready<Result<Self::Response, Status>>;
-    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
-        Poll::Ready(Ok(()))
-    }
-    fn call(&mut self, request: Request<ReadAsked>) -> Self::Future {
-        let namespace =
-            request.metadata().get("containerd-namespace").and_then(|n| n.to_str().ok()).unwrap_or_default();
-        let mut blobs = self.0.lock().expect("no panic");
-        blobs.asked.push((namespace.to_owned(), request.get_ref().digest.clone()));
-        let found = blobs.by_digest.get(&request.get_ref().digest).cloned();
-        std::future::ready(match found {
-            Some(bytes) => Ok(Response::new(Parts { bytes, at: 0 })),
-            None => Err(Status::not_found("no such blob")),
-        })
-    }
-}
-
-struct Parts {
-    bytes: Vec<u8>,
-    at: usize,
-}
-
-impl tokio_stream::Stream for Parts {
-    type Item = Result<ReadAnswer, Status>;
-    fn poll_next(mut self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        let end = self.bytes.len().min(self.at + 100_000);
-        if self.at == end {
-            return Poll::Ready(None);
-        }
-        let part = ReadAnswer { offset: self.at as i64, data: self.bytes[self.at..end].to_vec() };
-        self.at = end;
-        Poll::Ready(Some(Ok(part)))
-    }
-}
-
-/// A containerd that has blobs and nothing else.
-struct Containerd(Arc<Mutex<Blobs>>);
-
-impl Containerd {
-    fn listen(socket: &Path) -> Self {
-        let blobs = Arc::new(Mutex::new(Blobs::default()));
-        let listener = std::os::unix::net::UnixListener::bind(socket).expect("bind");
-        listener.set_nonblocking(true).expect("not blocking");
-        let service = ContentStore(blobs.clone());
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-            runtime.block_on(async {
-                let listener = tokio::net::UnixListener::from_std(listener).expect("listen");
-                let incoming = Incoming(listener);
-                tonic::transport::Server::builder().serve_with_incoming(service, incoming).await.expect("serve");
-            });
-        });
-        Containerd(blobs)
-    }
-
-    /// Put a blob; gives its descriptor.
-    fn put(&self, media_type: &str, bytes: Vec<u8>) -> Descriptor {
-        let descriptor = Descriptor { media_type: media_type.into(), digest: sha256(&bytes), size: bytes.len() as i64 };
-        self.0.lock().expect("no panic").by_digest.insert(descriptor.digest.clone(), bytes);
-        descriptor
-    }
-
-    fn asked(&self) -> Vec<(String, String)> {
-        std::mem::take(&mut self.0.lock().expect("no panic").asked)
-    }
-}
-
-struct Incoming(tokio::net::UnixListener);
-
-impl tokio_stream::Stream for Incoming {
-    type Item = std::io::Result<tokio::net::UnixStream>;
-    fn poll_next(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Option<Self::Item>> {
-        self.0.poll_accept(context).map(|accepted| Some(accepted.map(|(stream, _)| stream)))
-    }
-}
-
-fn node() -> (Served, Containerd) {
-    let served = Served::new();
-    let containerd = Containerd::listen(&served.containerd());
-    (served, containerd)
-}
-
-fn gzip(bytes: &[u8]) -> Vec<u8> {
-    let mut child = Command::new("gzip")
-        .arg("-nc")
-        .stdin(std::process::Stdio::piped())
-        .stdout(std::process::Stdio::piped())
-        .spawn()
-        .expect("run gzip");
-    let mut input = child.stdin.take().expect("a pipe");
-    let bytes = bytes.to_vec();
-    let writer = std::thread::spawn(move || std::io::Write::write_all(&mut input, &bytes));
-    let out = child.wait_with_output().expect("wait").stdout;
-    writer.join().expect("no panic").expect("write");
-    out
-}
-
-fn apply(client: &Client, diff: &Descriptor, mounts: &[Mount]) -> Answer<String> {
+pub(crate) fn apply(client: &Client, diff: &Descriptor, mounts: &[Mount]) -> Answer<String> {
     let asked = ApplyAsked { diff: Some(diff.clone()), mounts: mounts.to_vec() };
     let answer: ApplyAnswer = client.call("/containerd.services.diff.v1.Diff/Apply", asked)?;
     Ok(answer.applied.expect("a descriptor").digest)

@@ -5,12 +5,17 @@
 //! reason; with FSPROV_TEST_MUST_RUN=1 that is a failure.
 
 #![allow(clippy::pedantic, reason = "tests read better with plain loops and format!; every other lint holds")]
+#![allow(clippy::print_stdout, reason = "some tests measure, and say what")]
 
 mod claims;
 mod client;
+mod compare;
+mod content;
 mod cri;
 mod diff;
+mod hostile;
 mod images;
+mod mapped;
 mod real;
 mod served;
 mod service;
@@ -34,7 +39,7 @@ fn main() -> ExitCode {
         Err(_) => Some(enter_namespace()),
     };
     let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let mut tests = vec![service::TESTS, claims::TESTS, diff::TESTS];
+    let mut tests = vec![service::TESTS, claims::TESTS, diff::TESTS, compare::TESTS, mapped::TESTS, hostile::TESTS];
     if std::env::var_os(real::PLACE).is_some() {
         tests = vec![real::TESTS];
     }

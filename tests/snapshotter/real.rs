@@ -13,6 +13,8 @@ crate::tests![
     ctr_pulls_runs_and_survives_a_kill,
     a_kubelet_pulls_what_the_store_has_without_a_byte_of_its_layers,
     pods_eight_at_a_time_leave_nothing,
+    kills_under_eight_containers_are_not_felt,
+    times_beside_overlayfs,
 ];
 
 /// Where Debian's packages are unpacked.
@@ -46,20 +48,29 @@ fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
     }
 }
 
+/// What containerd and its shims leave in /run is not this machine's.
+fn cover_run() {
+    let run = rustix::mount::mount("tmpfs", "/run", "tmpfs", rustix::mount::MountFlags::empty(), Some(c"mode=0755"));
+    run.expect("mount a tmpfs on /run");
+}
+
 /// A registry, a containerd, and the snapshotter.
 struct Node {
     containerd: Option<Running>,
     _registry: Running,
     port: u16,
     served: Served,
+    /// Which one CRI uses.
+    snapshotter: &'static str,
 }
 
 impl Node {
     fn new() -> Self {
-        // What containerd and its shims leave in /run is not this machine's.
-        let run =
-            rustix::mount::mount("tmpfs", "/run", "tmpfs", rustix::mount::MountFlags::empty(), Some(c"mode=0755"));
-        run.expect("mount a tmpfs on /run");
+        cover_run();
+        Self::with("fsprov")
+    }
+
+    fn with(snapshotter: &'static str) -> Self {
         let served = Served::new();
         let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
         let log =
@@ -78,7 +89,7 @@ impl Node {
             .spawn()
             .expect("run docker-registry");
         wait_for("the registry", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        let mut node = Node { containerd: None, _registry: Running(registry), port, served };
+        let mut node = Node { containerd: None, _registry: Running(registry), port, served, snapshotter };
         node.start_containerd();
         node
     }
@@ -97,7 +108,7 @@ impl Node {
             "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\n[grpc]\naddress = \"{address}\"\n\
              [proxy_plugins.fsprov]\ntype = \"snapshot\"\naddress = \"{socket}\"\n\
              [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"127.0.0.1:{port}/pause:1\"\nrestrict_oom_score_adj = true\n\
-             disable_apparmor = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"fsprov\"\n\
+             disable_apparmor = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"{snapshotter}\"\n\
              disable_snapshot_annotations = false\n\
              [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"{certs}\"\n\
              [plugins.\"io.containerd.gc.v1.scheduler\"]\nstartup_delay = \"100ms\"\nschedule_delay = \"0ms\"\nmutation_threshold = 1\n",
@@ -106,6 +117,7 @@ impl Node {
             address = self.address().display(),
             socket = self.served.socket().display(),
             port = self.port,
+            snapshotter = self.snapshotter,
             certs = at("certs"),
         );
         std::fs::write(self.served.path("containerd.toml"), config).expect("write");
@@ -203,7 +215,7 @@ fn image(served: &Served, name: &str, layers: usize) -> Image {
     std::fs::create_dir_all(&tree).expect("make");
     std::fs::write(tree.join("busybox"), busybox).expect("write");
     std::fs::set_permissions(tree.join("busybox"), std::os::unix::fs::PermissionsExt::from_mode(0o755)).expect("chmod");
-    for link in ["sh", "sleep", "cat", "echo", "ls", "true", "id"] {
+    for link in ["sh", "sleep", "cat", "echo", "ls", "mv", "true", "id"] {
         let _ = std::os::unix::fs::symlink("busybox", tree.join(link));
     }
     let base: &[Entry<'_>] = &[
@@ -339,4 +351,166 @@ fn pods_eight_at_a_time_leave_nothing() {
     wait_for("the collection of garbage", || client.names(&[]).len() == before);
     wait_for("the disk", || node.served.entries("s").len() == before && node.served.entries("gone").is_empty());
     assert_eq!(node.mounts(), 0);
+}
+
+/// Writes, reads back, reads the image, and says so in /count; what is not as it was ends it.
+const WORK: &str = "n=0; while true; do n=$((n+1)); echo $n > /work; [ \"$(/bin/cat /work)\" = $n ] || exit 1; \
+                    [ \"$(/bin/cat /layers/1)\" = 'app 1' ] || exit 2; echo $n > /tmp/c && /bin/mv /tmp/c /count || exit 3; /bin/sleep 0.02; done";
+
+/// SIGKILL of the snapshotter, of containerd, and of both. FSPROV_TEST_KILLS: how many.
+fn kills_under_eight_containers_are_not_felt() {
+    let kills: usize = std::env::var("FSPROV_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
+    let mut node = Node::new();
+    let image = image(&node.served, "app", 4);
+    let name = node.push(&image, "app");
+    images::import(&node.served, &image);
+    node.ctr(&["image", "pull", "--plain-http", "--snapshotter", "fsprov", &name]);
+    for id in 0..8 {
+        let id = format!("web-{id}");
+        node.ctr(&["run", "--snapshotter", "fsprov", "--net-host", "-d", &name, &id, "/bin/sh", "-c", WORK]);
+    }
+    // Where a container's files are seen from outside.
+    let seen = |node: &Node, id: usize| -> u64 {
+        let at = node.served.path(&format!("cd/state/io.containerd.runtime.v2.task/default/web-{id}/rootfs/count"));
+        std::fs::read_to_string(at).ok().and_then(|text| text.trim().parse().ok()).unwrap_or(0)
+    };
+    wait_for("the containers", || (0..8).all(|id| seen(&node, id) > 0));
+    for round in 0..kills {
+        let before: Vec<u64> = (0..8).map(|id| seen(&node, id)).collect();
+        if round % 3 != 1 {
+            node.served.kill();
+        }
+        if round % 3 != 0 {
+            node.containerd = None;
+        }
+        // Another container is being made while it happens.
+        std::thread::sleep(Duration::from_millis(100 + (round as u64 * 37) % 200));
+        if round % 3 != 1 {
+            node.served.start(&[]);
+        }
+        if node.containerd.is_none() {
+            node.start_containerd();
+        }
+        wait_for("the containers to go on", || (0..8).all(|id| seen(&node, id) > before[id] + 1));
+        let id = format!("new-{round}");
+        wait_for("a new container", || {
+            let _ = node.try_ctr(&["task", "rm", "-f", &id]);
+            let _ = node.try_ctr(&["container", "rm", &id]);
+            node.try_ctr(&["run", "--snapshotter", "fsprov", "--net-host", "--rm", &name, &id, "/bin/true"]).is_ok()
+        });
+    }
+    let tasks = node.ctr(&["task", "ls"]);
+    assert_eq!(tasks.matches("RUNNING").count(), 8, "{tasks}");
+    for id in 0..8 {
+        let id = format!("web-{id}");
+        node.ctr(&["task", "rm", "-f", &id]);
+        node.ctr(&["container", "rm", &id]);
+    }
+    node.ctr(&["image", "rm", "--sync", &name]);
+    let client = node.served.client();
+    wait_for("the collection of garbage", || client.names(&[]).is_empty());
+    wait_for("the disk", || node.served.entries("s").is_empty() && node.served.entries("gone").is_empty());
+    assert_eq!(node.mounts(), 0);
+    println!("{kills} kills under 8 containers");
+}
+
+/// From RunPodSandbox to the first line that the container wrote.
+fn first_output(node: &Node, cri: &Cri, name: &str, from: &str) -> Duration {
+    let config = cri::sandbox(name, &node.served.path("pods"));
+    let begin = Instant::now();
+    let pod = cri.run_sandbox(&config).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+    cri.start(&pod, &config, from, &["/bin/echo", "out"]).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+    let log = node.served.path(&format!("pods/{name}/main.log"));
+    while std::fs::metadata(&log).map_or(0, |meta| meta.len()) == 0 {
+        assert!(begin.elapsed() < Duration::from_secs(30), "no output");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let took = begin.elapsed();
+    cri.remove_sandbox(&pod).expect("remove the pod");
+    took
+}
+
+fn kib(paths: &[PathBuf]) -> u64 {
+    let said = Command::new("du").args(["-sck"]).args(paths.iter().filter(|path| path.exists())).output().expect("du");
+    let text = String::from_utf8_lossy(&said.stdout).into_owned();
+    text.lines().last().and_then(|line| line.split_whitespace().next()?.parse().ok()).expect("a total")
+}
+
+/// Times beside containerd's own snapshotter, one after the other in each round. FSPROV_TEST_TIMES: how many rounds; without it there is nothing to do.
+fn times_beside_overlayfs() {
+    let Some(rounds) = std::env::var("FSPROV_TEST_TIMES").ok().and_then(|n| n.parse::<usize>().ok()) else { return };
+    cover_run();
+    let nodes = [Node::with("fsprov"), Node::with("overlayfs")];
+    // Some thousand files of a real tree, in the fourth layer of ten.
+    let tree = debian().join("usr/share/gocode/src/github.com/containerd");
+    let made = |node: &Node, name: &str| {
+        let to = node.served.path(&format!("{name}-3.tree/src"));
+        std::fs::create_dir_all(&to).expect("make");
+        assert!(Command::new("cp").arg("-a").arg(&tree).arg(&to).status().expect("cp").success());
+        let image = image(&node.served, name, 10);
+        node.push(&image, name)
+    };
+    let mut runs = [Vec::new(), Vec::new()];
+    let mut pulls = [Vec::new(), Vec::new()];
+    let mut names = Vec::new();
+    for node in &nodes {
+        let pause = image(&node.served, "pause", 1);
+        node.push(&pause, "pause");
+        names.push(made(node, "app"));
+    }
+    let cris: Vec<Cri> = nodes.iter().map(|node| Cri::new(&node.address())).collect();
+    for round in 0..rounds {
+        for turn in 0..2 {
+            let at = (round + turn) % 2;
+            let (node, cri, name) = (&nodes[at], &cris[at], &names[at]);
+            let begin = Instant::now();
+            cri.pull(name).expect("pull");
+            let pulled = begin.elapsed();
+            pulls[at].push(pulled + first_output(node, cri, &format!("first-{round}"), name));
+            for again in 0..5 {
+                runs[at].push(first_output(node, cri, &format!("run-{round}-{again}"), name));
+            }
+            if round + 1 < rounds {
+                cri.remove_image(name).expect("remove the image");
+                std::thread::sleep(Duration::from_secs(1));
+            }
+        }
+    }
+    let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+    for (what, times) in [("RunPodSandbox to first output", &mut runs), ("pull, unpack and first output", &mut pulls)] {
+        for all in times.iter_mut() {
+            all.sort();
+        }
+        let middle = |at: usize| times[at][times[at].len() / 2].as_secs_f64() * 1e3;
+        let ends = |at: usize| format!("{:?} to {:?}", times[at][0], times[at][times[at].len() - 1]);
+        println!(
+            "{what}: fsprov {:.0} ms ({}), overlayfs {:.0} ms ({}), ratio {:.2}",
+            middle(0),
+            ends(0),
+            middle(1),
+            ends(1),
+            middle(0) / middle(1)
+        );
+    }
+    // The image in fsprov's store, for `fsprov mount`, and with containerd.
+    let sizes: Vec<u64> = nodes
+        .iter()
+        .zip(&cris)
+        .zip(&names)
+        .map(|((node, cri), name)| {
+            cri.remove_image(name).expect("remove the image");
+            std::thread::sleep(Duration::from_secs(1));
+            let done = node.served.fsprov().args(["image", "import"]).arg(node.served.path("app")).status();
+            assert!(done.expect("import").success());
+            cri.pull(name).expect("pull");
+            kib(&[node.served.path("root"), node.served.path("cd/root")])
+        })
+        .collect();
+    println!(
+        "disk: {} KiB with fsprov, {} KiB with overlayfs, ratio {:.2}",
+        sizes[0],
+        sizes[1],
+        sizes[0] as f64 / sizes[1] as f64
+    );
+    println!("load at the end: {}", load.trim());
 }

@@ -1,8 +1,8 @@
 //! What an archive's bytes are packed in, told by the first of them, and how they are unpacked.
 
-use std::io::{BufRead, Read};
+use std::io::{BufRead, Read, Write};
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Kind, Result};
 use crate::store::limits::Limits;
 
 /// What the bytes are hidden in. Told by the first bytes, never by a file's name.
@@ -55,4 +55,58 @@ pub(super) fn decoder<'a>(
             Box::new(decoder)
         }
     })
+}
+
+/// Compresses what is written to it.
+pub(crate) enum Encoder<W: Write> {
+    None(W),
+    Gzip(flate2::write::GzEncoder<W>),
+    Zstd(zstd::stream::write::Encoder<'static, W>),
+}
+
+impl Compression {
+    /// Compress into `out`, the same bytes always the same way.
+    pub(crate) fn encoder<W: Write>(self, out: W) -> Result<Encoder<W>> {
+        match self {
+            Compression::None => Ok(Encoder::None(out)),
+            Compression::Gzip => Ok(Encoder::Gzip(flate2::write::GzEncoder::new(out, flate2::Compression::default()))),
+            Compression::Zstd => {
+                let level = zstd::DEFAULT_COMPRESSION_LEVEL;
+                let encoder = zstd::stream::write::Encoder::new(out, level);
+                encoder.map(Encoder::Zstd).map_err(|e| Error::io("set up", "zstd", e))
+            }
+            Compression::Bzip2 | Compression::Xz => {
+                Err(Error::new(Kind::Unsupported, "compress", "", "layers are compressed with gzip or zstd"))
+            }
+        }
+    }
+}
+
+impl<W: Write> Encoder<W> {
+    /// Write what is left.
+    pub(crate) fn finish(self) -> Result<W> {
+        match self {
+            Encoder::None(out) => Ok(out),
+            Encoder::Gzip(encoder) => encoder.finish().map_err(|e| Error::io("compress", "", e)),
+            Encoder::Zstd(encoder) => encoder.finish().map_err(|e| Error::io("compress", "", e)),
+        }
+    }
+}
+
+impl<W: Write> Write for Encoder<W> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        match self {
+            Encoder::None(out) => out.write(data),
+            Encoder::Gzip(encoder) => encoder.write(data),
+            Encoder::Zstd(encoder) => encoder.write(data),
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        match self {
+            Encoder::None(out) => out.flush(),
+            Encoder::Gzip(encoder) => encoder.flush(),
+            Encoder::Zstd(encoder) => encoder.flush(),
+        }
+    }
 }

@@ -7,7 +7,7 @@
 //! * `write`: bytes out of a directory
 
 pub(super) mod apart;
-mod compression;
+pub(crate) mod compression;
 pub(super) mod digest;
 pub(super) mod input;
 pub(super) mod pax;

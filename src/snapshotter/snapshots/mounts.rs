@@ -1,0 +1,314 @@
+//! How a snapshot is mounted: which directories lie over each other, and what containerd is told of them.
+
+use std::collections::{HashMap, HashSet};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, PoisonError};
+
+use super::{Snapshots, inside, not_found};
+use crate::error::{Error, Kind as ErrorKind, Result, show};
+use crate::id::ImageId;
+use crate::plan::Ownership;
+use crate::snapshotter::dirs::{FILES, WORK};
+use crate::snapshotter::mapped;
+use crate::snapshotter::messages::{Keyed, Mount, Mounts};
+use crate::snapshotter::record::{Kind, Record};
+use crate::store::{Marks, Store};
+
+/// Most lower layers of one overlay: OVL_MAX_STACK of Linux.
+const MAX_LAYERS: usize = 500;
+
+/// A lower directory of an overlay.
+pub(super) struct Lower {
+    /// The name of its link.
+    pub(super) link: String,
+    pub(super) files: PathBuf,
+}
+
+/// What every overlay of this host is mounted with.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct OverlayOptions {
+    /// The kernel knows `index`: it is switched off, as many overlays share their lower layers.
+    index_off: bool,
+    /// Not in the first user namespace: marks are kept in `user.` attributes.
+    pub(super) userxattr: bool,
+    /// The kernel would make directories' entries or files' contents lie elsewhere than in the upper, unless it is told not to.
+    redirects: bool,
+    metacopies: bool,
+}
+
+impl OverlayOptions {
+    pub(super) fn of_host() -> Result<Self> {
+        let parameter =
+            |name: &str| std::fs::read_to_string(Path::new("/sys/module/overlay/parameters").join(name)).ok();
+        let is_on = |name: &str| parameter(name).is_some_and(|value| value.starts_with('Y'));
+        Ok(OverlayOptions {
+            index_off: parameter("index").is_some(),
+            redirects: is_on("redirect_dir"),
+            metacopies: is_on("metacopy"),
+            userxattr: !crate::sys::process::in_initial_user_namespace()?,
+        })
+    }
+
+    fn list(self) -> Vec<String> {
+        let all = [
+            (self.index_off, "index=off"),
+            (self.redirects, "redirect_dir=nofollow"),
+            (self.metacopies, "metacopy=off"),
+            (self.userxattr, "userxattr"),
+        ];
+        all.into_iter().filter(|(is_set, _)| *is_set).map(|(_, option)| option.to_owned()).collect()
+    }
+}
+
+/// A directory of a snapshot's stack.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(in crate::snapshotter) enum Part {
+    /// What the snapshot of this name wrote.
+    Files { name: String, at: PathBuf, owners: Ownership },
+    /// A layer of the store, and the snapshot that has it.
+    Layer { name: String, layer: ImageId },
+}
+
+impl Snapshots {
+    /// `Mounts`.
+    pub(crate) fn mounts(&self, asked: &Keyed) -> Result<Mounts> {
+        let record = self.find(&asked.key)?;
+        if record.kind == Kind::Committed {
+            let why = "it is committed, and neither active nor a view";
+            return Err(Error::new(ErrorKind::Busy, "mount snapshot", format!("{:?}", asked.key), why));
+        }
+        self.mounts_of(&record)
+    }
+
+    /// How a snapshot is mounted. It need not be there yet.
+    pub(super) fn mounts_of(&self, record: &Record) -> Result<Mounts> {
+        let below = self.below(record)?;
+        let own = self.dirs.snapshot(record.number);
+        let bind = |source: &Path, mode: &str| Mount {
+            r#type: "bind".into(),
+            source: text(source),
+            target: String::new(),
+            options: vec![mode.into(), "rbind".into()],
+        };
+        let mount = match (&below[..], record.kind) {
+            ([], Kind::View) => bind(&own.join(FILES), "ro"),
+            ([], _) => bind(&own.join(FILES), "rw"),
+            ([only], Kind::View) => match &record.maps {
+                None => bind(&only.files, "ro"),
+                Some(maps) => bind(&self.mapped(maps)?.join(self.place_of(only)), "ro"),
+            },
+            _ => {
+                if below.len() > MAX_LAYERS {
+                    let why = format!("it has {} layers, and overlayfs takes at most {MAX_LAYERS}", below.len());
+                    return Err(Error::new(ErrorKind::Limit, "mount snapshot", format!("{:?}", record.name), why)
+                        .hint("rebuild the image with fewer layers, or run `fsprov image flatten` and push what comes of it"));
+                }
+                let mut options = self.overlay.list();
+                if record.kind == Kind::Active {
+                    options.push(format!("workdir={}", text(&own.join(WORK))));
+                    options.push(format!("upperdir={}", text(&own.join(FILES))));
+                }
+                let links = match &record.maps {
+                    None => below.iter().map(|lower| self.link(&self.dirs.links(), lower, &lower.files)).collect(),
+                    Some(maps) => {
+                        let dir = self.mapped(maps)?;
+                        let link = |lower: &Lower| self.link(&dir, lower, &dir.join(self.place_of(lower)));
+                        below.iter().map(link).collect::<Result<Vec<_>>>()
+                    }
+                }?;
+                options.push(format!("lowerdir={}", links.join(":")));
+                Mount { r#type: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+            }
+        };
+        Ok(Mounts { mounts: vec![mount] })
+    }
+
+    /// What lies below a snapshot's own files, topmost first. A layer that comes twice is there once, as overlayfs wants it: the topmost of its
+    /// places counts, for there it brings and hides all that it brought and hid below.
+    pub(super) fn below(&self, record: &Record) -> Result<Vec<Lower>> {
+        let mut below = Vec::new();
+        let mut seen = HashSet::new();
+        let mut of_layer = |record: &Record, below: &mut Vec<Lower>| {
+            if let Some(layer) = record.layer.as_ref().filter(|layer| seen.insert((*layer).clone())) {
+                below.push(Lower { link: format!("{}s", record.number), files: self.store.layer_tree(layer) });
+            }
+        };
+        of_layer(record, &mut below);
+        let chain = self.read(|table| {
+            let mut chain: Vec<Arc<Record>> = Vec::new();
+            let mut parent = record.parent.as_str();
+            while !parent.is_empty() {
+                let Some(next) = table.by_name.get(parent) else {
+                    return Err(
+                        inside(not_found(parent)).within("find what stands below", format!("{:?}", record.name))
+                    );
+                };
+                chain.push(next.clone());
+                parent = &next.parent;
+            }
+            Ok(chain)
+        })?;
+        for record in chain {
+            if record.has_files {
+                let files = self.dirs.snapshot(record.number).join(FILES);
+                below.push(Lower { link: record.number.to_string(), files });
+            }
+            of_layer(&record, &mut below);
+        }
+        Ok(below)
+    }
+
+    /// The directory where everything that lies below snapshots is shown with these owners.
+    fn mapped(&self, maps: &Ownership) -> Result<PathBuf> {
+        let dir = self.dirs.mapped().join(mapped::name(maps));
+        let _making = self.mapping.lock().unwrap_or_else(PoisonError::into_inner);
+        let sources = [(mapped::STORE, self.store.paths().layers()), (mapped::OWN, self.dirs.snapshots())];
+        mapped::show_mapped(&dir, maps, sources).map_err(inside)?;
+        Ok(dir)
+    }
+
+    /// Where a lower directory is in there.
+    fn place_of(&self, lower: &Lower) -> PathBuf {
+        match lower.files.strip_prefix(self.dirs.snapshots()) {
+            Ok(below) => Path::new(mapped::OWN).join(below),
+            Err(_) => Path::new(mapped::STORE)
+                .join(lower.files.strip_prefix(self.store.paths().layers()).unwrap_or(&lower.files)),
+        }
+    }
+
+    /// The short path of a lower directory.
+    fn link(&self, dir: &Path, lower: &Lower, files: &Path) -> Result<String> {
+        let link = dir.join(&lower.link);
+        if std::fs::read_link(&link).ok().as_deref() != Some(files) {
+            // Two calls may make it at the same time: each renames its own over it.
+            let unique = format!("{}-{:?}", lower.link, std::thread::current().id());
+            let fresh = self.dirs.fresh().join(unique.replace(['(', ')'], "-"));
+            let fail = |e| inside(Error::io("make link", show(&link), e));
+            let _ = std::fs::remove_file(&fresh);
+            std::os::unix::fs::symlink(files, &fresh).map_err(fail)?;
+            std::fs::rename(&fresh, &link).map_err(fail)?;
+        }
+        Ok(text(&link))
+    }
+
+    /// The number of the snapshot whose files lie at `path`.
+    fn number_of(&self, path: &str) -> Option<u64> {
+        let below = Path::new(path).strip_prefix(self.dirs.snapshots()).ok()?;
+        let number = below.parent()?.to_str()?.parse().ok()?;
+        (below.file_name()? == FILES).then_some(number)
+    }
+
+    /// The active snapshot whose mounts these are.
+    pub(in crate::snapshotter) fn key_of_mounts(&self, mounts: &[Mount]) -> Option<String> {
+        let [mount] = mounts else { return None };
+        let files = match mount.r#type.as_str() {
+            "overlay" => mount.options.iter().find_map(|option| option.strip_prefix("upperdir="))?,
+            "bind" => &mount.source,
+            _ => return None,
+        };
+        let number = self.number_of(files)?;
+        let is_it = |record: &&Arc<Record>| record.number == number && record.kind == Kind::Active;
+        self.read(|table| table.by_name.values().find(is_it).map(|record| record.name.clone()))
+    }
+
+    /// The directories that these mounts of ours show, topmost first; a view of nothing has none. `None`: they are not ours.
+    pub(in crate::snapshotter) fn parts_of_mounts(&self, mounts: &[Mount]) -> Option<Vec<Part>> {
+        let [mount] = mounts else { return mounts.is_empty().then(Vec::new) };
+        let option = |name: &str| mount.options.iter().find_map(|option| option.strip_prefix(name));
+        let mut paths: Vec<&str> = Vec::new();
+        match mount.r#type.as_str() {
+            "overlay" => {
+                paths.extend(option("upperdir="));
+                paths.extend(option("lowerdir=")?.split(':'));
+            }
+            "bind" => paths.push(&mount.source),
+            _ => return None,
+        }
+        let named: Vec<Named> = paths.into_iter().map(|path| self.named(path)).collect::<Option<_>>()?;
+        let found: HashMap<u64, Arc<Record>> = self.read(|table| {
+            let numbers: HashSet<u64> = named.iter().filter_map(Named::number).collect();
+            let wanted = table.by_name.values().filter(|record| numbers.contains(&record.number));
+            wanted.map(|record| (record.number, record.clone())).collect()
+        });
+        let mut parts = Vec::new();
+        for one in named {
+            match one {
+                Named::Files(number) => {
+                    let record = found.get(&number).filter(|record| record.has_files)?;
+                    if record.kind != Kind::View {
+                        let owners = record.maps.clone().unwrap_or_default();
+                        parts.push(Part::Files { name: record.name.clone(), at: self.files_of(record), owners });
+                    }
+                }
+                Named::Layer(number) => {
+                    let record = found.get(&number)?;
+                    parts.push(Part::Layer { name: record.name.clone(), layer: record.layer.clone()? });
+                }
+                Named::Tree(layer) => {
+                    let has_it = |record: &&Arc<Record>| record.layer.as_ref() == Some(&layer);
+                    let name =
+                        self.read(|table| table.by_name.values().find(has_it).map(|record| record.name.clone()))?;
+                    parts.push(Part::Layer { name, layer });
+                }
+            }
+        }
+        Some(parts)
+    }
+
+    /// What a directory in the options of a mount is.
+    fn named(&self, path: &str) -> Option<Named> {
+        if let Some(number) = self.number_of(path) {
+            return Some(Named::Files(number));
+        }
+        let mapped = Path::new(path)
+            .strip_prefix(self.dirs.mapped())
+            .ok()
+            .and_then(|below| below.strip_prefix(below.iter().next()?).ok());
+        if let Some(link) = mapped.or_else(|| Path::new(path).strip_prefix(self.dirs.links()).ok()) {
+            let link = link.to_str()?;
+            return match link.strip_suffix('s') {
+                Some(number) => number.parse().ok().map(Named::Layer),
+                None => link.parse().ok().map(Named::Files),
+            };
+        }
+        let layer: ImageId = Path::new(path).parent()?.file_name()?.to_str()?.parse().ok()?;
+        (self.store.layer_tree(&layer) == Path::new(path)).then_some(Named::Tree(layer))
+    }
+
+    /// Is what this part was taken from still there?
+    pub(in crate::snapshotter) fn still_has(&self, part: &Part) -> bool {
+        match part {
+            Part::Files { name, at, .. } => self.find(name).is_ok_and(|record| self.files_of(&record) == *at),
+            Part::Layer { layer, .. } => self.is_used(layer),
+        }
+    }
+
+    /// How overlayfs marks what it hides, in the mounts that we tell of.
+    pub(in crate::snapshotter) fn marks(&self) -> Marks {
+        if self.overlay.userxattr { Marks::User } else { Marks::Trusted }
+    }
+
+    pub(in crate::snapshotter) fn store(&self) -> &Store {
+        &self.store
+    }
+}
+
+/// What the path of a [`Part`] says.
+enum Named {
+    Files(u64),
+    Layer(u64),
+    Tree(ImageId),
+}
+
+impl Named {
+    fn number(&self) -> Option<u64> {
+        match self {
+            Named::Files(number) | Named::Layer(number) => Some(*number),
+            Named::Tree(_) => None,
+        }
+    }
+}
+
+fn text(path: &Path) -> String {
+    path.to_string_lossy().into_owned()
+}
