@@ -45,6 +45,7 @@ use super::{
 use crate::plan::Ownership;
 use crate::volume::Access;
 
+pub(in crate::tree) use attrs::unmap;
 pub use fds::{FdPool, Shares};
 pub use handover::{Handover, Keeper};
 pub use identity::ActAs;

@@ -113,6 +113,16 @@ impl ImageTree {
         (first..first + count).map(|at| Ok(self.check(self.index.name(at))?.name.to_vec())).collect()
     }
 
+    /// How owners are presented.
+    pub(super) fn ownership(&self) -> &Ownership {
+        &self.ownership
+    }
+
+    /// User and group as the image has them.
+    pub(super) fn owner_of(&self, node: Node) -> Result<(u32, u32)> {
+        self.inode(node).map(|inode| (inode.uid, inode.gid))
+    }
+
     /// The extended attributes that are presented, with their values.
     pub(super) fn xattrs_of(&self, node: Node) -> Result<Vec<(CString, Vec<u8>)>> {
         let inode = self.inode(node)?;

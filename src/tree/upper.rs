@@ -209,7 +209,7 @@ impl UpperTree {
     /// The attributes of an upper file as those of `node`.
     fn attr_above(&self, node: Node, upper: Node, mut attr: Attr) -> Result<Attr> {
         if self.owners == Owners::Noted {
-            let noted = self.upper.with_path(upper, |path| Ok(owners::noted(path.as_bytes(), attr.mode)))?;
+            let noted = self.upper.with_path(upper, |path| Ok(self.noted(path.as_bytes(), attr.mode)))?;
             owners::dress(&mut attr, noted);
         }
         Ok(numbered(node, attr))

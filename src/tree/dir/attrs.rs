@@ -25,7 +25,7 @@ const MAX_XATTR: usize = 65_536;
 const USUAL_XATTR: usize = 512;
 
 /// The id on disk of a presented one. None: no id on disk is presented so.
-fn unmap(ranges: &[IdRange], id: u32) -> Option<u32> {
+pub(in crate::tree) fn unmap(ranges: &[IdRange], id: u32) -> Option<u32> {
     if ranges.is_empty() {
         return Some(id);
     }

@@ -150,7 +150,7 @@ impl UpperTree {
         let node = told.inspect_err(|_| self.upper.forget(upper, 1))?;
         let mut attr = entry.attr;
         if self.owners == Owners::Noted {
-            let noted = owners::noted(&marks::path_of(place, name), attr.mode);
+            let noted = self.noted(&marks::path_of(place, name), attr.mode);
             owners::dress(&mut attr, noted);
         }
         Ok(told_as(node, Entry { attr, ..entry }))

@@ -7,8 +7,9 @@
 use std::time::Duration;
 
 use super::{DIRECTORY, REGULAR, TYPE_BITS, UpperTree, marks};
-use crate::tree::dir::ActAs;
-use crate::tree::{Attr, Caller, Change, Handle, Node, Result, Tree as _};
+use crate::plan::Ownership;
+use crate::tree::dir::{ActAs, unmap};
+use crate::tree::{Attr, Caller, Change, Errno, Handle, Node, Result, Tree as _};
 
 /// Permission bits, setuid, setgid and sticky among them.
 pub(super) const PERMISSION_BITS: u32 = 0o7777;
@@ -64,11 +65,6 @@ impl Owner {
     }
 }
 
-/// What is noted of the file at `path`.
-pub(super) fn noted(path: &[u8], mode: u32) -> Option<Owner> {
-    marks::noted(path, mode).and_then(|text| Owner::parse(&text))
-}
-
 /// The mode on the disk of a file that is shown with `mode`.
 pub(super) fn mode_on_disk(mode: u32) -> u32 {
     match mode & TYPE_BITS {
@@ -86,6 +82,26 @@ pub(super) fn dress(attr: &mut Attr, noted: Option<Owner>) {
 }
 
 impl UpperTree {
+    /// What is noted of the file at `path`, as it is shown. Noted are the image's ids, which other programs know too.
+    pub(super) fn noted(&self, path: &[u8], mode: u32) -> Option<Owner> {
+        let owner = marks::noted(path, mode).and_then(|text| Owner::parse(&text))?;
+        let ownership = self.lower.ownership();
+        let mapped = || (Ownership::map(&ownership.uids, owner.uid), Ownership::map(&ownership.gids, owner.gid));
+        let (uid, gid) = ownership.squash.unwrap_or_else(mapped);
+        Some(Owner { uid, gid, ..owner })
+    }
+
+    /// The same the other way. EINVAL: no id of the image is shown so (chown(2)).
+    fn in_image(&self, owner: Owner) -> Result<Owner> {
+        let ownership = self.lower.ownership();
+        if ownership.squash.is_some() {
+            return Ok(owner);
+        }
+        let uid = unmap(&ownership.uids, owner.uid).ok_or(Errno::INVAL)?;
+        let gid = unmap(&ownership.gids, owner.gid).ok_or(Errno::INVAL)?;
+        Ok(Owner { uid, gid, ..owner })
+    }
+
     /// Have an upper file shown with this owner and mode. What can have no attribute (links, FIFOs) keeps what the disk says.
     pub(super) fn note(&self, upper: Node, owner: Owner) -> Result<()> {
         let (real, _) = self.upper.getattr(upper, None)?;
@@ -94,7 +110,7 @@ impl UpperTree {
         }
         let on_disk = mode_on_disk(real.mode & TYPE_BITS | owner.mode);
         let differs = owner != Owner { uid: real.uid, gid: real.gid, mode: on_disk & PERMISSION_BITS };
-        let text = differs.then(|| owner.text());
+        let text = if differs { Some(self.in_image(owner)?.text()) } else { None };
         self.upper.with_path(upper, |path| marks::note(path.as_bytes(), text.as_deref()))?;
         if real.mode & PERMISSION_BITS != on_disk & PERMISSION_BITS {
             let change = Change { mode: Some(on_disk & PERMISSION_BITS), ..Change::default() };

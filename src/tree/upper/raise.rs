@@ -121,7 +121,8 @@ fn imitate(lower: &ImageTree, node: Node, copy: impl AsFd, owners: Owners) -> Re
     let mut xattrs = lower.xattrs_of(node)?;
     let shown = Owner { uid: stat.st_uid, gid: stat.st_gid, mode: mode & PERMISSION_BITS };
     if owners == Owners::Noted && shown != owner && matches!(attr.mode & TYPE_BITS, DIRECTORY | REGULAR) {
-        xattrs.push((marks::owner_name(), owner.text().into_bytes()));
+        let (uid, gid) = lower.owner_of(node)?;
+        xattrs.push((marks::owner_name(), Owner { uid, gid, ..owner }.text().into_bytes()));
     }
     let xattrs: Vec<(CString, &[u8])> = xattrs.iter().map(|(name, value)| (name.clone(), &value[..])).collect();
     attrs::set(&xattrs, &stat, copy, SetId::Kept).map(drop)
