@@ -94,10 +94,7 @@ impl Provisioner {
                 .iter()
                 .filter_map(|id| record::read_or_log(&self.paths.container(id)))
                 .find(|record| upper_of(record).is_some() && stands_on(record))
-                .ok_or_else(|| {
-                    Error::new(Kind::Unsupported, OP, &outer.plan.id, "it is read-only")
-                        .hint("mount it with --writable")
-                })?,
+                .ok_or_else(|| not_to_be_read(&outer))?,
         };
         let below = match self.lower_of(&top) {
             Some(lower) => lower,
@@ -128,6 +125,14 @@ impl Provisioner {
         let (outer, _) = top.plan.id.as_str().rsplit_once('.')?;
         let outer = record::read_or_log(&self.paths.container(&outer.parse().ok()?))?;
         top.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs).then_some(outer)
+    }
+}
+
+fn not_to_be_read(record: &Record) -> Error {
+    let refuse = |why| Error::new(Kind::Unsupported, OP, &record.plan.id, why);
+    match &record.plan.scratch {
+        None => refuse("it is read-only").hint("mount it with --writable"),
+        Some(_) => refuse("the changes of a fuse rootfs cannot be read yet").hint("mount it with --backend overlay"),
     }
 }
 
