@@ -44,8 +44,8 @@ pub(super) struct SeenSource {
 /// Look. `form_in_image` tells what the image has at a target: what a source becomes that is missing and to be filled from there.
 pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> Result<Form>) -> Result<Seen> {
     let rootfs = mount_point(&request.rootfs)?;
-    let sandbox = request.sandbox.as_deref().map(|path| find_directory(SANDBOX, path)).transpose()?;
-    let upper = request.upper.as_deref().map(|path| find_directory(UPPER, path)).transpose()?;
+    let sandbox = request.sandbox.as_deref().map(|path| find_directory("--sandbox", path)).transpose()?;
+    let upper = request.upper.as_deref().map(|path| find_directory("--upper", path)).transpose()?;
     if let (Changes::Ephemeral, Some(sandbox), Some(id)) = (request.changes, &sandbox, &request.id) {
         refuse_taken(&sandbox.path.join(changes_name(id)))?;
     }
@@ -72,9 +72,6 @@ fn refuse_taken(path: &Path) -> Result<()> {
 
 const OP: &str = "find the source of volume";
 
-const SANDBOX: &str = "open sandbox";
-const UPPER: &str = "open the directory for changes";
-
 /// Where a directory is, or will be.
 struct Found {
     /// Absolute.
@@ -85,11 +82,18 @@ struct Found {
     missing: Vec<PathBuf>,
 }
 
-fn find_directory(op: &'static str, wanted: &Path) -> Result<Found> {
+/// `option` is the one that names it.
+fn find_directory(option: &'static str, wanted: &Path) -> Result<Found> {
+    let op = if option == "--sandbox" { "open sandbox" } else { "open the directory for changes" };
     let nearest = nearest(op, wanted, &|path, e| explain_named(op, path, e))?;
     let fail = |e: Errno| explain_named(op, wanted, e);
     if !FileType::from_raw_mode(fstat(&nearest.found).map_err(fail)?.st_mode).is_dir() {
-        return Err(Error::new(Kind::Usage, op, show(&nearest.base), "it is a file, where a directory is needed"));
+        return Err(Error::new(
+            Kind::Usage,
+            op,
+            show(&nearest.base),
+            format!("it is a file; {option} takes a directory"),
+        ));
     }
     let (path, missing) = nearest.beyond();
     let there = missing.is_empty().then_some(nearest.found);
@@ -299,7 +303,7 @@ mod tests {
         std::os::unix::fs::symlink("/etc", base.join("out")).unwrap();
         std::os::unix::fs::symlink("a/b", base.join("in")).unwrap();
         std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
-        let sandbox = find_directory(SANDBOX, &base).unwrap();
+        let sandbox = find_directory("--sandbox", &base).unwrap();
         let find = |text: &str| relative(&spec(text), Some(&sandbox), &|_| Ok(Form::Directory));
         for (text, path, missing) in
             [("a/b:/x", "a/b", 0), ("in:/x", "a/b", 0), ("in/c/d:/x", "a/b/c/d", 2), ("new:/x", "new", 1)]
@@ -311,7 +315,7 @@ mod tests {
             assert_eq!(find(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
         }
         assert_eq!(find("dangling:/x").unwrap_err().kind(), Kind::NotFound);
-        let later = find_directory(SANDBOX, &base.join("x/y")).unwrap();
+        let later = find_directory("--sandbox", &base.join("x/y")).unwrap();
         assert_eq!(later.missing, [base.join("x"), base.join("x/y")]);
         let found = relative(&spec("in/c:/x"), Some(&later), &|_| Ok(Form::Directory)).unwrap();
         assert_eq!((found.path, found.missing), (base.join("x/y/in/c"), 2));

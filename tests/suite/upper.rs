@@ -4,7 +4,7 @@
 use std::ffi::OsString;
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read as _, Write as _};
-use std::os::unix::fs::{FileExt as _, MetadataExt as _, PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _, symlink};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -49,6 +49,14 @@ case!("a_writable_fuse_rootfs_keeps_its_changes", on::fuse, |stage: &Stage| {
         .open(rootfs.join("usr/link-a"))
         .and_then(|mut f| f.write_all(b"!"))
         .expect("append");
+    // As dpkg and git make files.
+    for mode in [0, 0o444] {
+        let (path, open) =
+            (rootfs.join("etc/closed"), OpenOptions::new().write(true).create_new(true).mode(mode).to_owned());
+        open.open(&path).and_then(|mut file| file.write_all(b"x")).expect("make a file that its owner may not write");
+        assert_eq!(fs::metadata(&path).expect("stat").mode() & 0o7777, mode);
+        fs::remove_file(&path).expect("remove");
+    }
     assert_eq!(fs::metadata(rootfs.join("etc/hosts")).expect("stat").ino(), number, "the same file");
     assert_eq!(fs::read_to_string(rootfs.join("usr/share/doc/link-c")).expect("read"), "linked!", "one file");
     stage

@@ -111,12 +111,16 @@ impl UpperTree {
         let on_disk = mode_on_disk(real.mode & TYPE_BITS | owner.mode);
         let differs = owner != Owner { uid: real.uid, gid: real.gid, mode: on_disk & PERMISSION_BITS };
         let text = if differs { Some(self.in_image(owner)?.text()) } else { None };
-        self.upper.with_path(upper, |path| marks::note(path.as_bytes(), text.as_deref()))?;
-        if real.mode & PERMISSION_BITS != on_disk & PERMISSION_BITS {
+        let set_mode = || {
+            if real.mode & PERMISSION_BITS == on_disk & PERMISSION_BITS {
+                return Ok(());
+            }
             let change = Change { mode: Some(on_disk & PERMISSION_BITS), ..Change::default() };
-            self.upper.setattr(&super::SERVER, upper, None, &change)?;
-        }
-        Ok(())
+            self.upper.setattr(&super::SERVER, upper, None, &change).map(drop)
+        };
+        let note = || self.upper.with_path(upper, |path| marks::note(path.as_bytes(), text.as_deref()));
+        // One that was made a moment ago may be closed to its maker, and so to the note (xattr(7)).
+        if real.mode & 0o200 == 0 { set_mode().and_then(|()| note()) } else { note().and_then(|()| set_mode()) }
     }
 
     /// A new file belongs to who made it; in a directory with set-group-id, to the directory's group.
