@@ -40,7 +40,8 @@
 //! | read the configuration files | [`config::Settings`] |
 //!
 //! Programs in `examples/` do each. The feature `cli` (on by default) is the `fsprov` program: a library does without it and without what it
-//! needs (`default-features = false`). What is not in these pages is not for use: it changes without notice.
+//! needs (`default-features = false`). The feature `signatures` (on by default too) checks OpenPGP signatures, and brings as many crates as all
+//! the rest: without it a configured keyring is an error. What is not in these pages is not for use: it changes without notice.
 
 // Which items are used, and which are public for nobody, is asked where the tests' door is open (see `internals`).
 #![cfg_attr(

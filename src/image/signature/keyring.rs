@@ -13,10 +13,9 @@ use pgp::crypto::hash::HashAlgorithm;
 use pgp::packet::{Signature, SignatureType};
 use pgp::types::{KeyDetails, Tag, Timestamp};
 
+use super::Signer;
 use crate::error::{Error, Kind, Result, show};
 
-/// Longest signature read: one is below 1 KiB, a file may hold those of several people.
-pub const MAX_SIGNATURE_BYTES: u64 = 64 << 10;
 /// Longest file of keys, and most files of a keyring.
 const MAX_KEYS_BYTES: u64 = 16 << 20;
 const MAX_KEY_FILES: usize = 1024;
@@ -39,21 +38,6 @@ type Prefix = Option<String>;
 /// The directory of a keyring whose directories have keys for some names only.
 const PREFIXES: &str = "prefix.d";
 
-/// Who made a good signature.
-#[derive(Clone, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-pub struct Signer {
-    /// The fingerprint of the (primary) key, in hex.
-    pub key: String,
-    /// The first user id of the key, as it says itself.
-    pub user: String,
-}
-
-impl std::fmt::Display for Signer {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "{} ({})", self.user, self.key)
-    }
-}
-
 /// Can a key sign, and why not?
 type Usable = std::result::Result<(), &'static str>;
 
@@ -71,7 +55,7 @@ impl Keyring {
                     for entry in entries {
                         let entry = entry.map_err(fail)?;
                         let prefix = entry.file_name().to_string_lossy().replace(',', "/");
-                        if !super::appc::is_ac_identifier(&prefix) {
+                        if !crate::image::appc::is_ac_identifier(&prefix) {
                             let why =
                                 "not the beginning of a name: write an AC identifier, with a comma for each slash";
                             return Err(Error::new(Kind::Invalid, "read keyring", show(entry.path()), why));
