@@ -347,7 +347,14 @@ case!("operations_on_everything_answer_as_in_a_copy_and_as_overlayfs", on::fuse,
         mounted.arg(&dirs[2]).run().ok();
         let of_overlay = run_table(&rows, &dirs[2]);
         stage.tool("umount", [&dirs[2]]).run().ok();
-        let wrong = compare(&rows, &of_overlay, &got, "overlayfs");
+        let mut wrong = compare(&rows, &of_overlay, &got, "overlayfs");
+        if !stage.lane.is_real_root() {
+            // With userxattr overlayfs has no index, and breaks hard links (Documentation/filesystems/overlayfs.rst); ours are the copy's.
+            let has_links = |line: &String| {
+                line.starts_with("link ") || line.split([' ', ':']).take(4).any(|w| w.starts_with("hard"))
+            };
+            wrong.retain(|line| !has_links(line));
+        }
         assert!(wrong.is_empty(), "{} of {} rows differ:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
     }
     let seen = still(&rootfs);
