@@ -202,6 +202,13 @@ pub struct IndexFile(#[serde(with = "crate::pathtext")] pub PathBuf);
 #[serde(transparent)]
 pub struct Scratch(#[serde(with = "crate::pathtext")] pub PathBuf);
 
+impl Scratch {
+    /// In it: what was changed, overlayfs's upper layer or one like it.
+    pub const UPPER: &str = "upper";
+    /// In it: what is on its way there.
+    pub const WORK: &str = "work";
+}
+
 impl Plan {
     /// The error of every backend for an image without a layer.
     pub fn require_layers(&self) -> Result<()> {

@@ -23,7 +23,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::host::{Finding, Host};
 use crate::index::Damaged;
 use crate::place::Places;
-use crate::plan::{BackendKind, Plan};
+use crate::plan::{BackendKind, Plan, Scratch};
 use crate::sys::mountinfo::Table;
 use crate::traces::{Journal, Shelved, Traces};
 
@@ -51,12 +51,9 @@ impl Support {
 
 pub use crate::sys::usage::Usage;
 
-/// What was changed, in the directory of a rootfs's own changes ([`crate::plan::Scratch`]): overlayfs's upper layer, or one like it.
-pub(crate) const UPPER: &str = "upper";
-
 /// What changes take that are kept there.
 fn usage_of_upper(plan: &Plan) -> Option<Usage> {
-    let upper = plan.scratch.as_ref()?.0.join(UPPER);
+    let upper = plan.scratch.as_ref()?.0.join(Scratch::UPPER);
     crate::sys::usage::measure(&upper).map_err(|e| log::warn!("{e}")).ok()
 }
 
@@ -139,8 +136,8 @@ pub trait Backend {
         None
     }
 
-    /// The directory with the rootfs's own changes, in the form of the kernel's overlayfs.
-    fn upper(&self, _: &Plan) -> Option<std::path::PathBuf> {
+    /// The directory for the rootfs's own changes, if they have the form of the kernel's overlayfs.
+    fn overlay_changes<'a>(&self, _: &'a Plan) -> Option<&'a Scratch> {
         None
     }
 

@@ -15,13 +15,13 @@ use rustix::io::Errno;
 
 use super::surplus;
 use super::whiteout::{self, HiddenDirs, Mark};
-use super::{Backend, Detach, Health, Support, UPPER, Usage, attach, detach, usage_of_upper};
+use super::{Backend, Detach, Health, Support, Usage, attach, detach, usage_of_upper};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::host::Host;
 use crate::index::Index;
 use crate::place::{Place, Places};
-use crate::plan::{BackendKind, Plan};
+use crate::plan::{BackendKind, Plan, Scratch};
 use crate::sys::attrs;
 use crate::sys::fs::{make_private, open_beneath, open_in_root, path_of};
 use crate::sys::mount::{AttrSet, Piece};
@@ -95,8 +95,8 @@ impl Backend for Overlay {
         usage_of_upper(plan)
     }
 
-    fn upper(&self, plan: &Plan) -> Option<PathBuf> {
-        Some(plan.scratch.as_ref()?.0.join(UPPER))
+    fn overlay_changes<'a>(&self, plan: &'a Plan) -> Option<&'a Scratch> {
+        plan.scratch.as_ref()
     }
 
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
@@ -106,9 +106,6 @@ impl Backend for Overlay {
 
 /// Our own layers lie here, below the plan's `state_dir`.
 const WORK: &str = "overlay";
-
-/// Beside [`UPPER`] in the directory of a rootfs's own changes ([`crate::plan::Scratch`]).
-const UPPER_WORK: &str = "work";
 
 /// How many layers it may become, with ours. What shows only when they are looked at counts: here `auto` can still take another backend.
 /// What layers without an index hide is found by reading them all, and is not asked here.
@@ -159,7 +156,7 @@ impl Changes {
         fault::point("overlay.upper")?;
         let make =
             |name| make_private(top, OsStr::new(name)).map_err(|e| Error::sys(OP, show(top.path().join(name)), e));
-        Ok(Changes { upper: make(UPPER)?, work: make(UPPER_WORK)? })
+        Ok(Changes { upper: make(Scratch::UPPER)?, work: make(Scratch::WORK)? })
     }
 }
 

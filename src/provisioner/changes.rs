@@ -8,15 +8,18 @@ mod apart;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
+use rustix::fs::FileType;
 use serde::{Deserialize, Serialize};
 
+use super::open::open_kind;
 use super::record::{self, Record};
 use super::{Now, Provisioner, Selector};
 use crate::backend;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::index::Index;
-use crate::plan::Ownership;
+use crate::place::Identity;
+use crate::plan::{Ownership, Scratch};
 use crate::store::{Below, Change, Imported, Limits, Marks, Said, Store, Upper};
 use crate::sys::process::{Namespace, in_initial_user_namespace, user_namespace_of};
 
@@ -27,8 +30,9 @@ const OP: &str = "read changes of";
 /// Where they are, and what they are upon.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Changes {
-    #[serde(with = "crate::pathtext")]
-    upper: PathBuf,
+    at: Scratch,
+    /// What the record says was there: its parent may be another user's.
+    known: Option<Identity>,
     owners: Ownership,
     limits: Limits,
     below: Lower,
@@ -48,7 +52,10 @@ enum Lower {
 impl Changes {
     fn open(&self) -> Result<Upper> {
         let marks = if in_initial_user_namespace()? { Marks::Trusted } else { Marks::User };
-        Upper::open(&self.upper, marks, self.owners.clone(), &self.limits)
+        let place = open_kind("open the directory for changes", &self.at.0, FileType::Directory)?;
+        place.check("directory for changes", self.known.as_ref())?;
+        let upper = self.at.0.join(Scratch::UPPER);
+        Upper::open_in(&place, Scratch::UPPER, &upper, marks, self.owners.clone(), &self.limits)
     }
 
     fn list(&self) -> Result<Vec<Change>> {
@@ -85,7 +92,7 @@ impl Provisioner {
 
     fn changes_of(&self, selector: &Selector) -> Result<(Record, Changes)> {
         let Some((outer, nested)) = self.with_nested(selector)? else { return Err(self.not_found(selector)) };
-        let upper_of = |record: &Record| backend::of(record.backend).upper(&record.plan);
+        let upper_of = |record: &Record| backend::of(record.backend).overlay_changes(&record.plan).cloned();
         let stands_on = |record: &Record| record.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs);
         // `fsprov run` of an ordinary user lays what it changes over a read-only rootfs of its own.
         let top = match upper_of(&outer) {
@@ -100,7 +107,7 @@ impl Provisioner {
             Some(lower) => lower,
             None => top.clone(),
         };
-        let upper = upper_of(&top).ok_or_else(|| self.not_found(selector))?;
+        let at = upper_of(&top).ok_or_else(|| self.not_found(selector))?;
         let lower = match (&below.plan.index, &below.plan.layers[..]) {
             (Some(index), _) => Lower::Index(index.0.clone()),
             (None, [only]) => Lower::Directory(only.root.clone()),
@@ -110,7 +117,8 @@ impl Provisioner {
             }
         };
         let changes = Changes {
-            upper,
+            at,
+            known: top.places.as_ref().and_then(|places| places.scratch),
             owners: below.plan.ownership.clone(),
             limits: self.policy.limits.clone(),
             below: lower,

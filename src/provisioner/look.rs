@@ -12,6 +12,7 @@ use rustix::io::Errno;
 use super::{Changes, Request};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
+use crate::place::{Identity, Place};
 use crate::sys::fs::{explain_named, is_empty, open_named, open_within, path_of};
 use crate::volume::{ContainerPath, Fill, Form, VolumeSpec};
 
@@ -44,8 +45,13 @@ pub(super) struct SeenSource {
 /// Look. `form_in_image` tells what the image has at a target: what a source becomes that is missing and to be filled from there.
 pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> Result<Form>) -> Result<Seen> {
     let rootfs = mount_point(&request.rootfs)?;
-    let sandbox = request.sandbox.as_deref().map(|path| find_directory("--sandbox", path)).transpose()?;
-    let upper = request.upper.as_deref().map(|path| find_directory("--upper", path)).transpose()?;
+    let sandbox =
+        request.sandbox.as_deref().map(|path| find_directory("open sandbox", "--sandbox", path)).transpose()?;
+    let upper = request
+        .upper
+        .as_deref()
+        .map(|path| find_directory("open the directory for changes", "--upper", path))
+        .transpose()?;
     if let (Changes::Ephemeral, Some(sandbox), Some(id)) = (request.changes, &sandbox, &request.id) {
         refuse_taken(&sandbox.path.join(changes_name(id)))?;
     }
@@ -83,8 +89,7 @@ struct Found {
 }
 
 /// `option` is the one that names it.
-fn find_directory(option: &'static str, wanted: &Path) -> Result<Found> {
-    let op = if option == "--sandbox" { "open sandbox" } else { "open the directory for changes" };
+fn find_directory(op: &'static str, option: &str, wanted: &Path) -> Result<Found> {
     let nearest = nearest(op, wanted, &|path, e| explain_named(op, path, e))?;
     let fail = |e: Errno| explain_named(op, wanted, e);
     if !FileType::from_raw_mode(fstat(&nearest.found).map_err(fail)?.st_mode).is_dir() {
@@ -98,6 +103,12 @@ fn find_directory(option: &'static str, wanted: &Path) -> Result<Found> {
     let (path, missing) = nearest.beyond();
     let there = missing.is_empty().then_some(nearest.found);
     Ok(Found { path, there, missing })
+}
+
+/// Does a path that the user wrote lead to this very file or directory?
+pub(super) fn leads_to(wanted: &Path, known: &Identity) -> bool {
+    let found = open_named(wanted).and_then(|fd| Place::new(fd, wanted.to_owned()));
+    found.is_ok_and(|place| known.is_same(&place.identity()))
 }
 
 /// An absolute source exists, or is to be filled and lies in a directory that does.
@@ -303,7 +314,7 @@ mod tests {
         std::os::unix::fs::symlink("/etc", base.join("out")).unwrap();
         std::os::unix::fs::symlink("a/b", base.join("in")).unwrap();
         std::os::unix::fs::symlink("nowhere", base.join("dangling")).unwrap();
-        let sandbox = find_directory("--sandbox", &base).unwrap();
+        let sandbox = find_directory("open sandbox", "--sandbox", &base).unwrap();
         let find = |text: &str| relative(&spec(text), Some(&sandbox), &|_| Ok(Form::Directory));
         for (text, path, missing) in
             [("a/b:/x", "a/b", 0), ("in:/x", "a/b", 0), ("in/c/d:/x", "a/b/c/d", 2), ("new:/x", "new", 1)]
@@ -315,7 +326,7 @@ mod tests {
             assert_eq!(find(bad).unwrap_err().kind(), Kind::Usage, "{bad}");
         }
         assert_eq!(find("dangling:/x").unwrap_err().kind(), Kind::NotFound);
-        let later = find_directory("--sandbox", &base.join("x/y")).unwrap();
+        let later = find_directory("open sandbox", "--sandbox", &base.join("x/y")).unwrap();
         assert_eq!(later.missing, [base.join("x"), base.join("x/y")]);
         let found = relative(&spec("in/c:/x"), Some(&later), &|_| Ok(Form::Directory)).unwrap();
         assert_eq!((found.path, found.missing), (base.join("x/y/in/c"), 2));

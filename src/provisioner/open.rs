@@ -174,7 +174,7 @@ fn open_image(plan: &Plan, recorded: Recorded<'_>) -> Result<Image> {
     Ok(Image { layers, index, in_use: in_use.transpose()? })
 }
 
-fn open_kind(op: &'static str, path: &Path, wanted: FileType) -> Result<Place> {
+pub(super) fn open_kind(op: &'static str, path: &Path, wanted: FileType) -> Result<Place> {
     let place = Place::open(path).map_err(|e| match e {
         Errno::LOOP | Errno::XDEV => {
             Error::new(Kind::Usage, op, show(path), "its path was changed: a symlink is in it now")

@@ -4,7 +4,7 @@
 //! path to it.
 
 use super::build::Making;
-use super::look::parent_resolved;
+use super::look::{leads_to, parent_resolved};
 use super::{Changes, Condition, Now, Provisioner, Record, Request, State, destroy, lock};
 use crate::backend::{self, Detach};
 use crate::error::Result;
@@ -114,7 +114,8 @@ fn is_for(record: &Record, request: &Request) -> bool {
         && plan.scratch.is_some() == (request.changes == Changes::Ephemeral)
         && plan.changes_stay == request.upper.is_some()
         && request.upper.as_deref().is_none_or(|said| {
-            std::fs::canonicalize(said).ok().as_ref() == plan.scratch.as_ref().map(|scratch| &scratch.0)
+            let known = record.places.as_ref().and_then(|places| places.scratch);
+            known.is_some_and(|known| leads_to(said, &known))
         })
         && request.ownership.as_ref().is_none_or(|said| *said == plan.ownership)
         && plan.live == request.live

@@ -29,6 +29,13 @@ pub const ROOT: Node = 1;
 /// Node ids lie below this.
 pub const NODE_LIMIT: Node = 1 << 56;
 
+/// The type bits of a mode (S_IFMT).
+pub(crate) const TYPE_BITS: u32 = 0o170_000;
+/// Of a directory (S_IFDIR).
+pub(crate) const DIRECTORY: u32 = 0o040_000;
+/// Of a regular file (S_IFREG).
+pub(crate) const REGULAR: u32 = 0o100_000;
+
 /// An open file or directory of one tree; 0 where the tree works by node alone.
 pub type Handle = u64;
 
@@ -231,7 +238,7 @@ pub struct New {
 
 /// The answer of [`Tree::access`] for a node of this mode where nothing can be written.
 pub(crate) fn access_read_only(mode: u32, mask: i32) -> Result<()> {
-    let is_regular = mode & libc::S_IFMT == libc::S_IFREG;
+    let is_regular = mode & TYPE_BITS == REGULAR;
     if mask & libc::W_OK != 0 {
         return Err(Errno::ROFS);
     }

@@ -21,8 +21,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use super::{
-    Attr, Caching, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, NODE_LIMIT, New,
-    Node, Opened, ROOT, Result, Statfs, Tree, Writer, access_read_only,
+    Attr, Caching, Caller, Change, DIRECTORY, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup,
+    NODE_LIMIT, New, Node, Opened, ROOT, Result, Statfs, TYPE_BITS, Tree, Writer, access_read_only,
 };
 pub use build::target_attr;
 
@@ -30,9 +30,6 @@ pub use build::target_attr;
 const TREE_SHIFT: u32 = 56;
 /// The number of the directories made up.
 const MADE_UP: u64 = 255;
-
-const TYPE_BITS: u32 = 0o170_000;
-const DIRECTORY: u32 = 0o040_000;
 
 /// A tree's number, the tree, and a node in it.
 type TreeNode<'a> = (u64, &'a Arc<dyn Tree>, Node);

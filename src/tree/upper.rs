@@ -52,29 +52,24 @@ use rustix::fs::{self, Mode, OFlags};
 use super::dir::{ActAs, DirOptions, DirTree, FdPool, Handover};
 use super::image::ImageTree;
 use super::{
-    Attr, Caller, Change, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, New, Node, Opened, ROOT,
-    Result, Statfs, Tree, Writer,
+    Attr, Caller, Change, DIRECTORY, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, New, Node, Opened,
+    REGULAR, ROOT, Result, Statfs, TYPE_BITS, Tree, Writer,
 };
 use crate::error::{Error, Kind, show};
+use crate::plan::Scratch;
 use crate::volume::Access;
 use owners::Owners;
 use pairs::Pairs;
 use raise::{Content, Locks};
 
 const TARGET: &str = "fsprov::tree::upper";
-/// What was changed, below the directory for changes.
-const UPPER: &str = "upper";
-/// What is on its way there.
-const WORK: &str = "work";
+const UPPER: &str = Scratch::UPPER;
+const WORK: &str = Scratch::WORK;
 /// Says which image the changes belong to.
 const IMAGE: &str = "image";
 
 /// Set in the id of a node that the image does not have.
 const MADE: Node = 1 << 55;
-
-const TYPE_BITS: u32 = 0o170_000;
-const DIRECTORY: u32 = 0o040_000;
-const REGULAR: u32 = 0o100_000;
 
 /// Who asks where nobody does.
 const SERVER: Caller = Caller { uid: 0, gid: 0, pid: 0 };
@@ -137,7 +132,7 @@ impl UpperTree {
     ) -> crate::Result<(Self, Arc<DirTree>)> {
         let shown = show(crate::sys::fs::path_of(&place).unwrap_or_default());
         let fail = |e: Errno| Error::sys("open changes in", &shown, e);
-        check_image(&place, &lower, &shown)?;
+        check_image(&place, &lower, options.durable, &shown)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match fs::mkdirat(&place, WORK, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => {}
@@ -227,7 +222,7 @@ fn numbered(node: Node, mut attr: Attr) -> Attr {
 }
 
 /// Refuse changes that were made to another image: whiteouts and copies of it would hide files of this one.
-fn check_image(place: &OwnedFd, lower: &ImageTree, shown: &str) -> crate::Result<()> {
+fn check_image(place: &OwnedFd, lower: &ImageTree, durable: bool, shown: &str) -> crate::Result<()> {
     const OP: &str = "open changes in";
     let fail = |e: Errno| Error::sys(OP, shown, e);
     let ours = format!("{:016x}\n", lower.index().fingerprint());
@@ -245,10 +240,13 @@ fn check_image(place: &OwnedFd, lower: &ImageTree, shown: &str) -> crate::Result
         }
         Err(Errno::NOENT) => {
             let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-            // Whole or not there: an empty one that a kill left is refused, so it gets its name when it is written.
+            // Whole or not there: an empty one that a kill or a power cut left is refused, so it gets its name when it is written.
             let staged = format!("{IMAGE}.new");
             let file = fs::openat(place, &staged, flags | OFlags::TRUNC, Mode::RUSR | Mode::WUSR).map_err(fail)?;
             rustix::io::write(&file, ours.as_bytes()).map_err(fail)?;
+            if durable {
+                fs::fsync(&file).map_err(fail)?;
+            }
             fs::renameat(place, &staged, place, IMAGE).map_err(fail)
         }
         Err(e) => Err(fail(e)),

@@ -127,3 +127,27 @@ case!("a_program_that_runs_is_committed", lanes, NEEDS, |stage: &Stage| {
     assert!(gone, "{:?}", stage.records());
     stage.assert_nothing_left("after all");
 });
+
+// Who owns the sandbox must not have something else read as the changes of a rootfs.
+case!("changes_are_read_where_they_were_made", on::overlay, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("box");
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web", "--sandbox", "box"]);
+    change(&rootfs);
+    let changes = fs::read_dir(stage.path("box")).expect("list").next().expect("changes").expect("an entry").path();
+    let aside = stage.path("box/aside");
+    fs::create_dir_all(stage.path("elsewhere/upper")).expect("make");
+    fs::write(stage.path("elsewhere/upper/secret"), "").expect("write");
+    fs::rename(&changes, &aside).expect("rename");
+    symlink(stage.path("elsewhere"), &changes).expect("link");
+    stage.fsprov(["diff", "web"]).run().fails_saying(&["a symlink is in it now"]);
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().fails_saying(&["a symlink is in it now"]);
+    fs::remove_file(&changes).expect("remove");
+    fs::create_dir_all(changes.join("upper")).expect("make");
+    stage.fsprov(["diff", "web"]).run().fails_saying(&["another file or directory is there"]);
+    fs::remove_dir_all(&changes).expect("remove");
+    fs::rename(&aside, &changes).expect("rename");
+    assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), sorted(CHANGES));
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after all");
+});

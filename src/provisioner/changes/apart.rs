@@ -32,14 +32,14 @@ enum Job {
 
 pub(super) fn list(changes: &Changes) -> Result<Vec<Change>> {
     let (mut child, out) = start(&Job::List(changes.clone()))?;
-    let read = read_bounded(OP, show(&changes.upper), out, MAX_LIST_BYTES);
+    let read = read_bounded(OP, show(&changes.at.0), out, MAX_LIST_BYTES);
     end(&mut child, changes)?;
-    serde_json::from_slice(&read?).map_err(|e| Error::new(Kind::Helper, OP, show(&changes.upper), e))
+    serde_json::from_slice(&read?).map_err(|e| Error::new(Kind::Helper, OP, show(&changes.at.0), e))
 }
 
 pub(super) fn write_layer(changes: &Changes, to: &mut dyn Write) -> Result<()> {
     let (mut child, mut out) = start(&Job::Layer(changes.clone()))?;
-    let copied = std::io::copy(&mut out, to).map_err(|e| Error::io(OP, show(&changes.upper), e));
+    let copied = std::io::copy(&mut out, to).map_err(|e| Error::io(OP, show(&changes.at.0), e));
     drop(out);
     end(&mut child, changes)?;
     copied.map(|_| ())
@@ -72,7 +72,7 @@ fn end(child: &mut Child, changes: &Changes) -> Result<()> {
         return Ok(());
     }
     // It said why.
-    Err(Error::new(Kind::Helper, OP, show(&changes.upper), format!("the process that read them failed ({status})")))
+    Err(Error::new(Kind::Helper, OP, show(&changes.at.0), format!("the process that read them failed ({status})")))
 }
 
 /// What the child does. It says itself what is wrong.
@@ -96,7 +96,7 @@ pub(crate) fn read_apart() -> Result<()> {
 /// Into the user namespace: its owner has every power in it.
 fn enter(changes: &Changes) -> Result<()> {
     let Some(process) = changes.inside else { return Ok(()) };
-    let gone = || Error::new(Kind::Busy, OP, show(&changes.upper), "the rootfs went away meanwhile");
+    let gone = || Error::new(Kind::Busy, OP, show(&changes.at.0), "the rootfs went away meanwhile");
     let path = format!("/proc/{}/ns/user", process.pid);
     let namespace: OwnedFd = std::fs::File::open(&path).map_err(|e| Error::io("open", &path, e))?.into();
     // It was its own when the descriptor was opened.

@@ -13,7 +13,7 @@ mod owners;
 mod walk;
 
 use std::ffi::CStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, openat};
@@ -66,8 +66,20 @@ pub(crate) struct Upper {
 impl Upper {
     /// The one at `at`, which lies in a directory of ours.
     pub(crate) fn open(at: &Path, marks: Marks, owners: Ownership, limits: &Limits) -> Result<Self> {
-        let root = openat(rustix::fs::CWD, at, walk::OPEN_DIR, Mode::empty())
-            .map_err(|e| Error::sys("open changes", show(at), e))?;
+        Upper::open_in(rustix::fs::CWD, at, at, marks, owners, limits)
+    }
+
+    /// The one of this name in a directory; messages call it `at`.
+    pub(crate) fn open_in(
+        dir: impl AsFd,
+        name: impl rustix::path::Arg,
+        at: &Path,
+        marks: Marks,
+        owners: Ownership,
+        limits: &Limits,
+    ) -> Result<Self> {
+        let root =
+            openat(dir, name, walk::OPEN_DIR, Mode::empty()).map_err(|e| Error::sys("open changes", show(at), e))?;
         Ok(Upper { root, at: at.to_owned(), marks, owners, limits: limits.clone() })
     }
 }

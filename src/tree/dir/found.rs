@@ -7,13 +7,9 @@ use rustix::fs::{self, AtFlags, Statx, StatxFlags};
 use crate::plan::Ownership;
 use crate::tree::{Attr, Errno, Node, Result, Timespec};
 
-/// The bits of a mode that tell the file type.
-pub(super) const TYPE_BITS: u32 = 0o170_000;
-/// A directory's type.
-pub(super) const DIRECTORY: u32 = 0o040_000;
-/// A regular file's type.
-pub(super) const REGULAR: u32 = 0o100_000;
-/// A symbolic link's type.
+pub(super) use crate::tree::{DIRECTORY, REGULAR, TYPE_BITS};
+
+/// The type bits of a symbolic link (S_IFLNK).
 pub(super) const SYMLINK: u32 = 0o120_000;
 
 /// What tells a file from every other: the device and inode number, and when the inode was made, since numbers are reused.
