@@ -7,8 +7,6 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::sync::Arc;
 
-use sha2::{Digest as _, Sha256};
-
 use super::chain;
 use super::content::Content;
 use super::messages::{Mount, Timestamp};
@@ -17,7 +15,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::image::oci::{Digest, is_tar_layer, media_type};
 use crate::index::Time;
 use crate::plan::Ownership;
-use crate::store::{Blob, Compression, Upper};
+use crate::store::{Blob, Compression, Hashed, Upper};
 
 /// `containerd.types.Descriptor`.
 #[derive(Clone, PartialEq, Eq, prost::Message)]
@@ -130,13 +128,13 @@ impl Differ {
         let namespace = namespace.ok_or_else(|| not_made("whose image it is for is not known"))?;
         let latest = asked.source_date_epoch.map(|time| Time { secs: time.seconds, nanos: time.nanos as u32 });
         let blob = self.content.ingest(namespace)?;
-        let mut hashed = Hashed { out: compression.encoder(blob)?, sha: Sha256::new() };
+        let mut hashed = Hashed::new(compression.encoder(blob)?);
         self.write(&part, latest, &mut hashed)?;
         if !self.snapshots.still_has(&part) {
             return Err(Error::new(Kind::NotFound, "make layer of", format!("{name:?}"), "it was removed meanwhile"));
         }
         let mut labels = asked.labels;
-        let diff_id = format!("sha256:{}", data_encoding::HEXLOWER.encode(&hashed.sha.finalize()));
+        let diff_id = format!("sha256:{}", data_encoding::HEXLOWER.encode(&hashed.sha256()));
         labels.insert(UNCOMPRESSED.into(), diff_id);
         let (digest, size) = hashed.out.finish()?.finish(&labels)?;
         Ok(Made { diff: Some(Descriptor { media_type, digest, size, annotations: BTreeMap::new() }) })
@@ -168,22 +166,4 @@ impl Differ {
 
 fn not_made(why: impl Into<String>) -> Error {
     Error::new(Kind::Unsupported, "make layer", "", why.into())
-}
-
-/// Hashes what passes.
-struct Hashed<W> {
-    out: W,
-    sha: Sha256,
-}
-
-impl<W: Write> Write for Hashed<W> {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        let count = self.out.write(data)?;
-        self.sha.update(&data[..count]);
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.out.flush()
-    }
 }

@@ -10,6 +10,7 @@ use serde_json::{Map, Value, json};
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
+use super::archive::digest::Hashed;
 use super::import::{ImageSource, ImportOptions, Imported, Layout};
 use super::meta::{ImageKind, Meta, read_bounded};
 use super::names::{Held, check_name};
@@ -172,32 +173,13 @@ impl Blobs {
     /// A layer, uncompressed: its digest is its diff id.
     fn layer(&self, write: WriteLayer<'_>) -> Result<Descriptor> {
         let made = self.0.join(".layer");
-        let mut out = Hashed { out: std::io::BufWriter::new(create_new(&made)?), sha: Sha256::new(), bytes: 0 };
+        let mut out = Hashed::new(std::io::BufWriter::new(create_new(&made)?));
         write(&mut out)?;
         out.flush().map_err(|e| Error::io("write", show(&made), e))?;
-        let digest = Digest::from_sha256(&out.sha.finalize().into());
+        let digest = Digest::from_sha256(&out.sha256());
         let to = self.0.join(digest.hex());
         std::fs::rename(&made, &to).map_err(|e| Error::io("write", show(&to), e))?;
         Ok(Descriptor::new(media_type::LAYER, digest, out.bytes))
-    }
-}
-
-struct Hashed<W> {
-    out: W,
-    sha: Sha256,
-    bytes: u64,
-}
-
-impl<W: std::io::Write> std::io::Write for Hashed<W> {
-    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
-        let count = self.out.write(data)?;
-        self.sha.update(&data[..count]);
-        self.bytes += count as u64;
-        Ok(count)
-    }
-
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.out.flush()
     }
 }
 

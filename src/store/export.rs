@@ -8,6 +8,7 @@ use rustix::fs::{CWD, RenameFlags, renameat_with};
 use sha2::{Digest as _, Sha256};
 
 use super::Store;
+use super::archive::digest::Hashed;
 use super::archive::input::Progress;
 use super::import::{ImageSource, ImportOptions, Imported};
 use super::meta::{ImageKind, Meta, read_bounded};
@@ -80,16 +81,14 @@ impl Store {
         let blobs = dir.join("blobs/sha256");
         std::fs::create_dir(dir).and_then(|()| std::fs::create_dir_all(&blobs)).map_err(fail)?;
         let new_layer = blobs.join(".layer");
-        let mut layer = Hashed {
-            out: std::io::BufWriter::new(std::fs::File::create(&new_layer).map_err(fail)?),
-            sha: Sha256::new(),
-            bytes: 0,
+        let mut layer = Counting {
+            out: Hashed::new(std::io::BufWriter::new(std::fs::File::create(&new_layer).map_err(fail)?)),
             told,
             total: meta.bytes,
         };
         tree.write_tar(&mut layer)?;
         layer.flush().map_err(fail)?;
-        let layer_digest = Digest::from_sha256(&layer.sha.finalize().into());
+        let layer_digest = Digest::from_sha256(&layer.out.sha256());
         std::fs::rename(&new_layer, blobs.join(layer_digest.hex())).map_err(fail)?;
         let blob = |media: &str, bytes: &[u8]| {
             fault::point("store.export_blob")?;
@@ -102,7 +101,7 @@ impl Store {
             schema_version: 2,
             media_type: Some(media_type::MANIFEST.into()),
             config,
-            layers: vec![Descriptor::new(media_type::LAYER, layer_digest, layer.bytes)],
+            layers: vec![Descriptor::new(media_type::LAYER, layer_digest, layer.out.bytes)],
         };
         let mut manifest = blob(media_type::MANIFEST, &json(&manifest)?)?;
         manifest.annotations = meta.names.first().map(|name| [(REF_NAME.to_owned(), name.clone())].into());
@@ -212,21 +211,18 @@ fn json(value: &impl serde::Serialize) -> Result<Vec<u8>> {
     serde_json::to_vec(value).map_err(|e| Error::new(Kind::Io, "write", "JSON", e))
 }
 
-struct Hashed<'a, W> {
-    out: W,
-    sha: Sha256,
-    bytes: u64,
+/// Says how much has passed.
+struct Counting<'a, W> {
+    out: Hashed<W>,
     told: &'a dyn Fn(Progress) -> Result<()>,
     total: u64,
 }
 
-impl<W: Write> Write for Hashed<'_, W> {
+impl<W: Write> Write for Counting<'_, W> {
     fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
         let count = self.out.write(data)?;
-        self.sha.update(&data[..count]);
-        self.bytes += count as u64;
-        let total = Some(self.total.max(self.bytes));
-        (self.told)(Progress { read: self.bytes, total }).map_err(std::io::Error::other)?;
+        let read = self.out.bytes;
+        (self.told)(Progress { read, total: Some(self.total.max(read)) }).map_err(std::io::Error::other)?;
         Ok(count)
     }
 

@@ -52,7 +52,7 @@ pub use verify::{Damage, Repair};
 
 pub(crate) use archive::apart::dispatch;
 #[cfg(feature = "containerd")]
-pub(crate) use archive::compression::Compression;
+pub(crate) use archive::{compression::Compression, digest::Hashed};
 #[cfg(feature = "cli")]
 pub(crate) use changes::{Below, Marks, Upper};
 #[cfg(feature = "cli")]

@@ -29,7 +29,7 @@ pub(super) fn check_key(what: &'static str, key: &str) -> Result<()> {
     Ok(())
 }
 
-/// Labels that may be kept. An empty value means that there is none, as in containerd.
+/// Labels that may be kept. As in containerd, one with an empty value is dropped.
 pub(super) fn check_labels(mut labels: BTreeMap<String, String>) -> Result<BTreeMap<String, String>> {
     labels.retain(|_, value| !value.is_empty());
     let size = |(name, value): (&String, &String)| name.len() + value.len();

@@ -1,8 +1,42 @@
 //! SHA-512 by ring, whose assembly takes a fifth less time than `sha2` (170 MiB: 0.49 s beside 0.63 s): what an import of an ACI waits for.
 
+use std::io::Write;
+
 use ring::digest::{Context, SHA512};
 use sha2::digest::consts::U64;
 use sha2::digest::{FixedOutput, HashMarker, Output, OutputSizeUser, Update};
+use sha2::{Digest, Sha256};
+
+/// Passes bytes on, and tells their SHA-256 and how many they were.
+pub(crate) struct Hashed<W> {
+    pub(crate) out: W,
+    pub(crate) bytes: u64,
+    sha: Sha256,
+}
+
+impl<W> Hashed<W> {
+    pub(crate) fn new(out: W) -> Self {
+        Hashed { out, bytes: 0, sha: Sha256::new() }
+    }
+
+    /// Of all that came so far.
+    pub(crate) fn sha256(&self) -> [u8; 32] {
+        self.sha.clone().finalize().into()
+    }
+}
+
+impl<W: Write> Write for Hashed<W> {
+    fn write(&mut self, data: &[u8]) -> std::io::Result<usize> {
+        let count = self.out.write(data)?;
+        Digest::update(&mut self.sha, &data[..count]);
+        self.bytes += count as u64;
+        Ok(count)
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        self.out.flush()
+    }
+}
 
 /// As `sha2::Sha512`.
 pub(in crate::store) struct Sha512(Context);

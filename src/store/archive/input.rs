@@ -93,7 +93,7 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
     }
 }
 
-/// Read until `room` is full or there is no more.
+/// Fill `room`, or read to the end.
 fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
     let mut count = 0;
     while count < room.len() {

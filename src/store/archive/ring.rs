@@ -27,10 +27,13 @@ const ALL: usize = SLOT * SLOTS;
 /// What one end is made of: a pipe's end for the lengths, the memory, a pipe's end for what is free.
 pub(super) type End = [OwnedFd; 3];
 
+pub(super) fn pipe() -> Result<(OwnedFd, OwnedFd)> {
+    pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::sys("make a pipe", "", e))
+}
+
 /// Memory and pipes: the writer's end and the reader's.
 fn ends(for_whom: &str) -> Result<(End, End)> {
     let fail = |e| Error::sys("make memory for", for_whom, e);
-    let pipe = || pipe_with(PipeFlags::CLOEXEC).map_err(|e| Error::sys("make a pipe", "", e));
     let memory = memfd_create("archive", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(fail)?;
     ftruncate(&memory, ALL as u64).map_err(fail)?;
     fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).map_err(fail)?;
@@ -136,10 +139,10 @@ impl Slot {
         Slot { lengths: lengths.into(), freed: freed.into(), number: SLOTS - 1, length: 0 }
     }
 
-    /// Give it back and wait for the next. False: there is none.
+    /// Give it back and wait for the next. False at the end.
     fn next(&mut self) -> std::io::Result<bool> {
         if self.length > 0 {
-            // Nobody may be there any more: then there is no next one either.
+            // If the writer is gone, the read below says so.
             let _ = self.freed.write_all(&[0]);
         }
         self.length = 0;
@@ -166,7 +169,7 @@ impl Mapped {
         Ok(Mapped { memory, slot: Slot::new(lengths, freed) })
     }
 
-    /// Give back the slot at hand and wait for the next. False: there is none.
+    /// Give back the slot at hand and wait for the next. False at the end.
     pub(super) fn next(&mut self) -> std::io::Result<bool> {
         self.slot.next()
     }

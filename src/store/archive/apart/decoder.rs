@@ -8,7 +8,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::super::compression::{Compression, decoder};
-use super::super::ring::{Copied, Ring};
+use super::super::ring::{Copied, Ring, pipe};
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
 use crate::store::limits::Limits;
@@ -34,8 +34,7 @@ pub(in crate::store) fn decode(
     limits: &Limits,
     name: &str,
 ) -> Result<Decoded> {
-    let (compressed, feed_to) =
-        rustix::pipe::pipe_with(rustix::pipe::PipeFlags::CLOEXEC).map_err(|e| Error::sys("make a pipe", "", e))?;
+    let (compressed, feed_to) = pipe()?;
     let (plain, [lengths, memory, freed]) = Copied::from_decoder()?;
     let job = Job { compression, limits: limits.clone(), name: name.to_owned() };
     let apart = Apart::start(

@@ -7,7 +7,7 @@
 //!            lies in the file            is unpacked
 //! ```
 //!
-//! * `decoder`: the decoder has a pipe to read from and a ring of memory to write to, and nothing else; there is none for what is not compressed
+//! * `decoder`: the decoder has a pipe to read from and a ring of memory to write to, and nothing else; an uncompressed archive needs none
 //! * `unpacker`, `work`, `aci`: the unpacker has a ring of memory to read from, and may write below one directory made for it
 //! * `walls`: what the two may do
 //!
