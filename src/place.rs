@@ -4,7 +4,7 @@
 //! No policy: what is opened, made or refused is the provisioner's business (`provisioner/open.rs`).
 
 use std::ffi::{OsStr, OsString};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatxFlags};
@@ -154,7 +154,7 @@ impl Place {
             return fs::openat(&self.fd, ".", OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
         }
         let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC;
-        fs::open(format!("/proc/self/fd/{}", self.fd.as_raw_fd()), flags, Mode::empty())
+        fs::open(crate::sys::fs::proc_path(&self.fd), flags, Mode::empty())
     }
 
     /// Does its path still lead to it, as the kernel tells without following it? Somebody may have renamed a part of it.

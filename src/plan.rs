@@ -148,6 +148,7 @@ pub struct Layer {
 
 /// All that a backend is told.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Plan {
     /// The rootfs's id.
     pub id: ContainerId,
@@ -210,6 +211,25 @@ impl Scratch {
 }
 
 impl Plan {
+    /// A read-only rootfs with nothing in it yet.
+    pub fn new(id: ContainerId, rootfs: PathBuf, state_dir: PathBuf) -> Plan {
+        Plan {
+            id,
+            rootfs,
+            layers: Vec::new(),
+            index: None,
+            is_filtered: false,
+            has_whiteouts: false,
+            volumes: Vec::new(),
+            ownership: Ownership::default(),
+            scratch: None,
+            changes_stay: false,
+            live: Live::default(),
+            restraint: Restraint::default(),
+            state_dir,
+        }
+    }
+
     /// The error of every backend for an image without a layer.
     pub fn require_layers(&self) -> Result<()> {
         if self.layers.is_empty() {

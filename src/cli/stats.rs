@@ -199,21 +199,7 @@ mod tests {
             "worker": {"uptime_s": 5, "requests": {"read": 3, "lookup": 4}, "latency_us_below_power_of_two": [1, 0, 2]},
             "restarts": 2,
         });
-        let plan = Plan {
-            id: "c1".parse().unwrap(),
-            rootfs: "/r".into(),
-            layers: Vec::new(),
-            index: None,
-            is_filtered: false,
-            has_whiteouts: false,
-            volumes: Vec::new(),
-            ownership: crate::plan::Ownership::default(),
-            scratch: None,
-            changes_stay: false,
-            live: crate::plan::Live::default(),
-            restraint: crate::plan::Restraint::default(),
-            state_dir: "/s".into(),
-        };
+        let plan = Plan::new("c1".parse().unwrap(), "/r".into(), "/s".into());
         let text = prometheus(&plan, &stats);
         for line in [
             "fsprov_uptime_seconds{id=\"c1\"} 5",

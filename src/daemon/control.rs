@@ -4,7 +4,7 @@
 //! The supervisor answers between two looks at its worker, so it gives a client little time.
 
 use std::io::{BufRead as _, BufReader, Write as _};
-use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -98,7 +98,7 @@ pub fn ask_within(plan: &Plan, question: &Question, patience: Duration) -> Resul
 
 /// Through a descriptor: a socket's path has 107 bytes at most (unix(7)), a state directory's may be longer.
 fn socket_path(dir: &OwnedFd) -> PathBuf {
-    Path::new(&format!("/proc/self/fd/{}", dir.as_raw_fd())).join(names::CONTROL)
+    Path::new(&crate::sys::fs::proc_path(dir)).join(names::CONTROL)
 }
 
 /// The server's end.
@@ -231,21 +231,7 @@ mod tests {
     use crate::plan::Ownership;
 
     fn plan(state_dir: PathBuf) -> Plan {
-        Plan {
-            id: "a".parse::<ContainerId>().unwrap(),
-            rootfs: "/r".into(),
-            layers: Vec::new(),
-            index: None,
-            is_filtered: false,
-            has_whiteouts: false,
-            volumes: Vec::new(),
-            ownership: Ownership::default(),
-            scratch: None,
-            changes_stay: false,
-            live: crate::plan::Live::default(),
-            restraint: crate::plan::Restraint::default(),
-            state_dir,
-        }
+        Plan::new("a".parse::<ContainerId>().unwrap(), "/r".into(), state_dir)
     }
 
     #[test]

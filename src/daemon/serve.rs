@@ -2,7 +2,7 @@
 //!
 //! Its exit code speaks to the supervisor: 0 the connection is gone, anything else is a death.
 
-use std::os::fd::{AsRawFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{BorrowedFd, OwnedFd};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -459,7 +459,6 @@ fn image_tree(job: &Job, index: &OwnedFd, layers: Vec<OwnedFd>) -> Result<ImageT
 
 /// An O_PATH descriptor of a regular file opened again for reading, through /proc: the same file, wherever its name leads by now.
 fn reopen(fd: &OwnedFd) -> Result<OwnedFd> {
-    let path = format!("/proc/self/fd/{}", fd.as_raw_fd());
-    rustix::fs::openat(rustix::fs::CWD, &path, OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
+    rustix::fs::openat(rustix::fs::CWD, crate::sys::fs::proc_path(fd), OFlags::RDONLY | OFlags::CLOEXEC, Mode::empty())
         .map_err(|e| Error::sys("open index", show(crate::sys::fs::path_of(fd).unwrap_or_default()), e))
 }

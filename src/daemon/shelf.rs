@@ -188,19 +188,9 @@ mod tests {
 
     fn plan() -> Plan {
         Plan {
-            id: "a".parse().unwrap(),
-            rootfs: "/nowhere".into(),
             layers: vec![Layer { root: "/l".into() }],
             index: Some(IndexFile("/i/index".into())),
-            is_filtered: false,
-            has_whiteouts: false,
-            volumes: Vec::new(),
-            ownership: Ownership::default(),
-            scratch: None,
-            changes_stay: false,
-            live: Live::default(),
-            restraint: crate::plan::Restraint::default(),
-            state_dir: "/s".into(),
+            ..Plan::new("a".parse().unwrap(), "/nowhere".into(), "/s".into())
         }
     }
 

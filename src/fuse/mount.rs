@@ -4,7 +4,7 @@
 //! about a mount comes from the mount table.
 
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsRawFd as _, OwnedFd};
 use std::path::PathBuf;
 
 use rustix::fs::{self, AtFlags, CWD, Mode, OFlags, StatxFlags};
@@ -279,7 +279,7 @@ fn attach_classic(request: &MountOptions<'_>, connection: &OwnedFd) -> rustix::i
     flags.set(MountFlags::NOSUID, request.nosuid);
     flags.set(MountFlags::NODEV, request.nodev);
     // Through /proc/self/fd: the directory that was opened, whatever its name means by now.
-    let target = format!("/proc/self/fd/{}", request.point.place.as_fd().as_raw_fd());
+    let target = crate::sys::fs::proc_path(&request.point.place);
     mount::mount(request.source, target, FS_TYPE, flags, Some(data.as_c_str()))
 }
 

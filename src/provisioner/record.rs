@@ -249,21 +249,7 @@ mod tests {
     use super::*;
 
     fn sample(id: &str) -> Record {
-        let plan = Plan {
-            id: id.parse().unwrap(),
-            rootfs: "/mnt/a b\n".into(),
-            layers: Vec::new(),
-            index: None,
-            is_filtered: false,
-            has_whiteouts: false,
-            volumes: Vec::new(),
-            ownership: crate::plan::Ownership::default(),
-            scratch: None,
-            changes_stay: false,
-            live: crate::plan::Live::default(),
-            restraint: crate::plan::Restraint::default(),
-            state_dir: "/s".into(),
-        };
+        let plan = Plan::new(id.parse().unwrap(), "/mnt/a b\n".into(), "/s".into());
         let image = ImageNote { reference: "./x".into(), id: None, name: None };
         let planned = Planned {
             plan,

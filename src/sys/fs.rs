@@ -13,6 +13,11 @@ use rustix::io::Errno;
 use super::walk::{Links, open_by_steps};
 use crate::error::{Error, Kind, Result, show};
 
+/// The path of a descriptor, for calls that take none: what it was opened as, wherever its name leads by now.
+pub fn proc_path(fd: impl AsFd) -> String {
+    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
+}
+
 /// openat2(2) for a path whose `..` and symlinks must stay below `root` (RESOLVE_IN_ROOT): what is absolute starts there.
 pub fn open_in_root(root: impl AsFd, path: &Path, flags: OFlags) -> rustix::io::Result<OwnedFd> {
     open_below(root, path, flags, ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS)

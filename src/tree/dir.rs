@@ -262,7 +262,7 @@ impl DirTree {
     /// A path to this node for calls that take no descriptor, good until `work` returns.
     pub(in crate::tree) fn with_path<T>(&self, node: Node, work: impl FnOnce(&str) -> Result<T>) -> Result<T> {
         let (fd, _) = self.fd(node)?;
-        work(&attrs::proc_path(&fd))
+        work(&crate::sys::fs::proc_path(&fd))
     }
 }
 

@@ -85,21 +85,10 @@ impl Place {
     }
 
     fn plan(&self, volumes: Vec<Volume>) -> Plan {
-        Plan {
-            id: "test".parse().unwrap(),
-            rootfs: self.path("rootfs"),
-            layers: vec![Layer { root: self.path("layer") }],
-            index: None,
-            is_filtered: false,
-            has_whiteouts: false,
-            volumes: fsprov::volume::order(volumes).unwrap(),
-            ownership: Ownership::default(),
-            scratch: None,
-            changes_stay: false,
-            live: fsprov::internals::plan::Live::default(),
-            restraint: fsprov::internals::plan::Restraint::default(),
-            state_dir: self.path("state"),
-        }
+        let mut plan = Plan::new("test".parse().unwrap(), self.path("rootfs"), self.path("state"));
+        plan.layers = vec![Layer { root: self.path("layer") }];
+        plan.volumes = fsprov::volume::order(volumes).unwrap();
+        plan
     }
 
     /// Mounts below this test's directories.

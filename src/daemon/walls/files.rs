@@ -56,19 +56,8 @@ mod tests {
             powers: crate::volume::Powers::default(),
         };
         let plan = Plan {
-            id: "a".parse().unwrap(),
-            rootfs: "/r".into(),
-            layers: Vec::new(),
-            index: None,
-            is_filtered: false,
-            has_whiteouts: false,
             volumes: vec![volume("rw", Access::Rw), volume("ro", Access::Ro)],
-            ownership: crate::plan::Ownership::default(),
-            live: crate::plan::Live::default(),
-            restraint: crate::plan::Restraint::default(),
-            scratch: None,
-            changes_stay: false,
-            state_dir: "/s".into(),
+            ..Plan::new("a".parse().unwrap(), "/r".into(), "/s".into())
         };
         std::thread::spawn(move || {
             rustix::thread::set_no_new_privs(true).unwrap();

@@ -3,7 +3,6 @@
 //! Everything is done on a descriptor of the node. Calls that refuse O_PATH descriptors get its name in /proc/self/fd.
 
 use std::ffi::OsStr;
-use std::os::fd::{AsFd, AsRawFd as _};
 use std::os::unix::ffi::OsStrExt as _;
 
 use rustix::fs::{self, AtFlags, Gid, Mode, OFlags, Timestamps, Uid, XattrFlags};
@@ -15,6 +14,7 @@ use super::handover::Intent;
 use super::names::{PERMISSION_BITS, SET_GID};
 use super::{Attr, Caller, Change, DirTree, Errno, Handle, Node, Result, SetTime, Statfs};
 use crate::plan::IdRange;
+use crate::sys::fs::proc_path;
 use crate::tree::access_read_only;
 use crate::volume::Access;
 use std::time::Duration;
@@ -30,11 +30,6 @@ pub(in crate::tree) fn unmap(ranges: &[IdRange], id: u32) -> Option<u32> {
         return Some(id);
     }
     ranges.iter().find_map(|r| id.checked_sub(r.outside).filter(|d| *d < r.count).and_then(|d| r.inside.checked_add(d)))
-}
-
-/// The path of a descriptor, for calls that take no directory.
-pub(super) fn proc_path(fd: impl AsFd) -> String {
-    format!("/proc/self/fd/{}", fd.as_fd().as_raw_fd())
 }
 
 impl DirTree {

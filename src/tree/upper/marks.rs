@@ -7,7 +7,7 @@
 
 use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
-use std::os::fd::{AsFd, AsRawFd as _, OwnedFd};
+use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
 
@@ -134,13 +134,11 @@ pub(super) fn take_whiteout(dir: impl AsFd, name: &[u8]) -> Result<()> {
 
 /// The path of a name in an open directory, for calls that take no directory.
 pub(super) fn path_of(dir: impl AsFd, name: &[u8]) -> Vec<u8> {
-    let mut path = format!("/proc/self/fd/{}/", dir.as_fd().as_raw_fd()).into_bytes();
-    path.extend_from_slice(name);
-    path
+    [crate::sys::fs::proc_path(dir).as_bytes(), b"/", name].concat()
 }
 
 /// Does nothing of the image show in this directory?
-pub(super) fn is_opaque(path: &[u8]) -> Result<bool> {
+pub(crate) fn is_opaque(path: &[u8]) -> Result<bool> {
     let list = names(path)?;
     for name in OPAQUE.iter().filter(|name| has(&list, name)) {
         // Not what overlayfs says of a directory whose files have attributes ("x").
@@ -189,7 +187,7 @@ pub(super) fn set_origin(path: &[u8], lower: Node, upper: Node) -> Result<()> {
 }
 
 /// The owner and mode that are noted of the file at `path`, as text; what its type can have no note of has none.
-pub(super) fn noted(path: &[u8], mode: u32) -> Option<Vec<u8>> {
+pub(crate) fn noted(path: &[u8], mode: u32) -> Option<Vec<u8>> {
     if !matches!(mode & TYPE_BITS, DIRECTORY | REGULAR) {
         return None;
     }
@@ -244,18 +242,18 @@ fn value(path: &[u8], name: &[u8]) -> Result<Option<Vec<u8>>> {
 
 /// The names in an upper directory.
 #[derive(Debug, Default)]
-pub(super) struct Names {
+pub(crate) struct Names {
     /// Files that are to be seen, with the type that the listing tells (0: it does not).
-    pub(super) shown: HashMap<Vec<u8>, u32>,
+    pub(crate) shown: HashMap<Vec<u8>, u32>,
     /// Names of the image that are hidden.
-    pub(super) hidden: HashSet<Vec<u8>>,
+    pub(crate) hidden: HashSet<Vec<u8>>,
     /// Files that hide them.
     marks: Vec<Vec<u8>>,
 }
 
 impl Names {
     /// Read them all.
-    pub(super) fn of(dir: impl AsFd) -> Result<Self> {
+    pub(crate) fn of(dir: impl AsFd) -> Result<Self> {
         let mut names = Names::default();
         for entry in entries(&dir)? {
             let entry = entry?;
