@@ -685,7 +685,9 @@ pub fn exercise(index: &Index) {
         let _ = (index.content_path(&inode, &mut path), index.home_path(&inode, &mut path));
         let _ = index.lookup(&inode, b"file-3");
         if let InodeKind::Directory { first, count } = inode.kind {
-            for at in first..first + count.min(1000) {
+            // Thousands of directories may claim the same names: the ends of each will do.
+            let end = first.saturating_add(count);
+            for at in (first..end).take(32).chain(end.saturating_sub(32)..end) {
                 let _ = index.name(at).and_then(|n| index.inode(n.row));
             }
         }
