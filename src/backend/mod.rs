@@ -136,11 +136,6 @@ pub trait Backend {
         None
     }
 
-    /// The directory for the rootfs's own changes, if they have the form of the kernel's overlayfs.
-    fn overlay_changes<'a>(&self, _: &'a Plan) -> Option<&'a Scratch> {
-        None
-    }
-
     /// What `traces` would be if they were noted now: a worker may have been replaced since.
     fn refresh(&self, _: &Plan, traces: &Traces) -> Traces {
         traces.clone()

@@ -95,10 +95,6 @@ impl Backend for Overlay {
         usage_of_upper(plan)
     }
 
-    fn overlay_changes<'a>(&self, plan: &'a Plan) -> Option<&'a Scratch> {
-        plan.scratch.as_ref()
-    }
-
     fn health(&self, plan: &Plan, traces: &Traces, mounts: &Table) -> Health {
         detach::health(&plan.rootfs, traces, mounts)
     }

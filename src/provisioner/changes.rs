@@ -8,18 +8,17 @@ mod apart;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use rustix::fs::FileType;
+use rustix::fs::{FileType, Mode, OFlags};
 use serde::{Deserialize, Serialize};
 
 use super::open::open_kind;
 use super::record::{self, Record};
 use super::{Now, Provisioner, Selector};
-use crate::backend;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::index::Index;
 use crate::place::Identity;
-use crate::plan::{Ownership, Scratch};
+use crate::plan::{BackendKind, Ownership, Scratch};
 use crate::store::{Below, Change, Imported, Limits, Marks, Said, Store, Upper};
 use crate::sys::process::{Namespace, in_initial_user_namespace, user_namespace_of};
 
@@ -31,6 +30,8 @@ const OP: &str = "read changes of";
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Changes {
     at: Scratch,
+    /// Who writes them.
+    backend: BackendKind,
     /// What the record says was there: its parent may be another user's.
     known: Option<Identity>,
     owners: Ownership,
@@ -51,7 +52,11 @@ enum Lower {
 
 impl Changes {
     fn open(&self) -> Result<Upper> {
-        let marks = if in_initial_user_namespace()? { Marks::Trusted } else { Marks::User };
+        let marks = match self.backend {
+            BackendKind::Fuse => Marks::Tree,
+            _ if in_initial_user_namespace()? => Marks::Trusted,
+            _ => Marks::User,
+        };
         let place = open_kind("open the directory for changes", &self.at.0, FileType::Directory)?;
         place.check("directory for changes", self.known.as_ref())?;
         let upper = self.at.0.join(Scratch::UPPER);
@@ -92,22 +97,21 @@ impl Provisioner {
 
     fn changes_of(&self, selector: &Selector) -> Result<(Record, Changes)> {
         let Some((outer, nested)) = self.with_nested(selector)? else { return Err(self.not_found(selector)) };
-        let upper_of = |record: &Record| backend::of(record.backend).overlay_changes(&record.plan).cloned();
         let stands_on = |record: &Record| record.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs);
         // `fsprov run` of an ordinary user lays what it changes over a read-only rootfs of its own.
-        let top = match upper_of(&outer) {
+        let top = match changes_at(&outer) {
             Some(_) => outer.clone(),
             None => nested
                 .iter()
                 .filter_map(|id| record::read_or_log(&self.paths.container(id)))
-                .find(|record| upper_of(record).is_some() && stands_on(record))
+                .find(|record| changes_at(record).is_some() && stands_on(record))
                 .ok_or_else(|| not_to_be_read(&outer))?,
         };
         let below = match self.lower_of(&top) {
             Some(lower) => lower,
             None => top.clone(),
         };
-        let at = upper_of(&top).ok_or_else(|| self.not_found(selector))?;
+        let at = changes_at(&top).cloned().ok_or_else(|| self.not_found(selector))?;
         let lower = match (&below.plan.index, &below.plan.layers[..]) {
             (Some(index), _) => Lower::Index(index.0.clone()),
             (None, [only]) => Lower::Directory(only.root.clone()),
@@ -118,6 +122,7 @@ impl Provisioner {
         };
         let changes = Changes {
             at,
+            backend: top.backend,
             known: top.places.as_ref().and_then(|places| places.scratch),
             owners: below.plan.ownership.clone(),
             limits: self.policy.limits.clone(),
@@ -125,6 +130,9 @@ impl Provisioner {
             image: below.image.id.clone(),
             inside: namespace_of(&top)?,
         };
+        if top.backend == BackendKind::Fuse && top.plan.live.writeback {
+            settle(&top)?;
+        }
         Ok((top, changes))
     }
 
@@ -136,11 +144,32 @@ impl Provisioner {
     }
 }
 
+/// Have the kernel write what it has gathered for the server.
+fn settle(record: &Record) -> Result<()> {
+    const FUSE: rustix::fs::FsWord = 0x6573_5546;
+    let rootfs = match rustix::fs::open(&record.plan.rootfs, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
+        Ok(rootfs) => rootfs,
+        // It is unmounted, or its server is dead: nothing is gathered.
+        Err(_) => return Ok(()),
+    };
+    let fail = |e| Error::sys("write what is gathered for", show(&record.plan.rootfs), e);
+    match rustix::fs::fstatfs(&rootfs).map_err(fail)?.f_type {
+        FUSE => rustix::fs::syncfs(&rootfs).map_err(fail),
+        _ => Ok(()),
+    }
+}
+
+/// Where they are kept apart from the image.
+fn changes_at(record: &Record) -> Option<&Scratch> {
+    record.plan.scratch.as_ref().filter(|_| record.backend != BackendKind::Copy)
+}
+
 fn not_to_be_read(record: &Record) -> Error {
     let refuse = |why| Error::new(Kind::Unsupported, OP, &record.plan.id, why);
-    match &record.plan.scratch {
-        None => refuse("it is read-only").hint("mount it with --writable"),
-        Some(_) => refuse("the changes of a fuse rootfs cannot be read yet").hint("mount it with --backend overlay"),
+    match record.backend {
+        BackendKind::Copy => refuse("a copy of an image does not keep its changes apart")
+            .hint("mount it with --writable --backend overlay, or fuse"),
+        _ => refuse("it is read-only").hint("mount it with --writable"),
     }
 }
 

@@ -31,7 +31,7 @@
 //! could wait for another request.
 
 mod list;
-mod marks;
+pub(crate) mod marks;
 mod names;
 mod owners;
 mod pairs;
@@ -58,6 +58,7 @@ use super::{
 use crate::error::{Error, Kind, show};
 use crate::plan::Scratch;
 use crate::volume::Access;
+pub(crate) use owners::Owner;
 use owners::Owners;
 use pairs::Pairs;
 use raise::{Content, Locks};

@@ -40,7 +40,11 @@ fn sorted(text: &str) -> String {
     lines.iter().map(|line| format!("{line}\n")).collect()
 }
 
-case!("changes_are_listed_and_become_an_image", on::overlay, |stage: &Stage| {
+fn keeps_changes(lane: &Lane) -> bool {
+    on::overlay(lane) || on::fuse(lane)
+}
+
+case!("changes_are_listed_and_become_an_image", keeps_changes, |stage: &Stage| {
     import(stage);
     let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
     assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), "", "nothing yet");
@@ -78,6 +82,56 @@ case!("changes_are_listed_and_become_an_image", on::overlay, |stage: &Stage| {
     stage.unmount(&last);
     stage.fsprov(["image", "verify"]).run().ok();
     stage.assert_nothing_left("after all");
+});
+
+// With --writeback the kernel gathers what a program writes: it is in no file of the server's yet.
+case!("what_the_kernel_gathered_is_committed", on::fuse, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--writeback", "--id", "web"]);
+    let mut open = fs::File::create(rootfs.join("etc/open")).expect("create");
+    std::io::Write::write_all(&mut open, &[b'x'; 100_000]).expect("write");
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
+    drop(open);
+    stage.unmount(&rootfs);
+    let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
+    assert!(fs::read(next.join("etc/open")).expect("read") == [b'x'; 100_000]);
+    stage.unmount(&next);
+    stage.assert_nothing_left("after all");
+});
+
+// Owners and modes that an ordinary user may not set are noted beside the files: the image has them.
+case!("owners_that_are_noted_are_committed", |lane: &Lane| lane.name == "fuse-user", |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web", "--upper", "changes"]);
+    let file = rootfs.join("etc/noted");
+    fs::write(&file, "x").expect("write");
+    fs::create_dir(rootfs.join("etc/closed")).expect("make");
+    for (path, mode) in [(&file, 0o4000), (&rootfs.join("etc/closed"), 0o2001)] {
+        fs::set_permissions(path, fs::Permissions::from_mode(mode)).expect("chmod");
+    }
+    // As fuse-overlayfs and podman write them: another owner, a veil and a mark of an opaque directory as files.
+    let upper = stage.path("changes/upper");
+    let noted = "33:42:0100640";
+    rustix::fs::setxattr(
+        upper.join("etc/noted"),
+        "user.containers.override_stat",
+        noted.as_bytes(),
+        rustix::fs::XattrFlags::empty(),
+    )
+    .expect("note");
+    fs::write(upper.join("etc/.wh.hosts"), "").expect("veil");
+    fs::create_dir_all(upper.join("home/u")).expect("make");
+    fs::write(upper.join("home/u/.wh..wh..opq"), "").expect("mark");
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
+    let listed = stage.fsprov(["diff", "web"]).run().ok().out();
+    assert_eq!(listed, "C /etc\nA /etc/closed\nD /etc/hosts\nA /etc/noted\nC /home\nC /home/u\nD /home/u/notes\n");
+    stage.unmount(&rootfs);
+    stage.fsprov(["image", "export", "--format", "tar", "example.com/next:1", "next.tar"]).run().ok();
+    let shown = stage.tool("tar", ["--numeric-owner", "-tvf", "next.tar"]).run().ok().out();
+    let (uid, gid) = (rustix::process::geteuid().as_raw(), rustix::process::getegid().as_raw());
+    for want in ["-rw-r----- 33/42 ", &format!("d-----S--x {uid}/{gid} ")] {
+        assert!(shown.lines().any(|line| line.starts_with(want)), "{want}: {shown}");
+    }
 });
 
 case!("what_has_no_changes_of_its_own", on::overlay, |stage: &Stage| {

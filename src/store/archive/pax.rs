@@ -67,7 +67,7 @@ fn put_xattr(xattrs: &mut Vec<Xattr>, xattr: Xattr) {
 /// `user.containers.*`, which are the like for fuse-overlayfs; nor labels (`security.selinux`, `security.ima`), which
 /// belong to the host.
 pub(crate) fn is_xattr_taken(name: &[u8]) -> bool {
-    const REFUSED: [&[u8]; 3] = [b"user.overlay.", b"user.fuseoverlayfs.", b"user.containers."];
+    const REFUSED: [&[u8]; 4] = [b"user.overlay.", b"user.fuseoverlayfs.", b"user.containers.", b"user.fsprov."];
     name == b"security.capability"
         || (name.starts_with(b"user.") && name.len() > 5 && !REFUSED.iter().any(|prefix| name.starts_with(prefix)))
 }
@@ -304,6 +304,7 @@ mod tests {
             ("trusted.overlay.opaque", false),
             ("user.overlay.redirect", false),
             ("user.containers.override_stat", false),
+            ("user.fsprov.origin", false),
             ("security.selinux", false),
             ("system.posix_acl_access", false),
             ("user.", false),

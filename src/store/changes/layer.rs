@@ -8,7 +8,7 @@ use rustix::fs::{FileType, SeekFrom, Stat};
 use rustix::io::Errno;
 
 use super::Upper;
-use super::owners::{capability_of_image, of_image};
+use super::owners::capability_of_image;
 use super::walk::{Found, Is, Shows, Visitor};
 use crate::error::{Error, Result};
 use crate::index::{Entry, Time, What, Xattr};
@@ -100,7 +100,7 @@ impl Layer<'_> {
         let xattrs = xattrs.iter().map(|xattr| capability_of_image(owners, xattr.clone())).collect();
         let entry = Entry::of_stat(Vec::new(), what, stat, xattrs);
         let mtime = self.latest.map_or(entry.mtime, |latest| latest.min(entry.mtime));
-        Entry { mtime, uid: of_image(&owners.uids, entry.uid), gid: of_image(&owners.gids, entry.gid), ..entry }
+        Entry { mtime, ..entry }
     }
 
     fn file(&mut self, path: &[u8], stat: &Stat, file: &OwnedFd, xattrs: &[Xattr]) -> Result<()> {

@@ -4,7 +4,6 @@ use std::collections::BTreeSet;
 
 use super::Upper;
 use super::below::{Below, Seen};
-use super::owners::of_image;
 use super::walk::{Found, Is, Shows, Visitor};
 use crate::error::Result;
 use crate::index::Time;
@@ -91,9 +90,9 @@ impl Lister<'_> {
     }
 
     /// Does a directory look other than the layers' one?
-    fn stays(&self, found: &Found<'_>, seen: Seen) -> Stays {
-        let (stat, owners) = (&found.stat, &self.upper.owners);
-        let owner = (of_image(&owners.uids, stat.st_uid), of_image(&owners.gids, stat.st_gid));
+    fn stays(found: &Found<'_>, seen: Seen) -> Stays {
+        let stat = &found.stat;
+        let owner = (stat.st_uid, stat.st_gid);
         let mtime = Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 };
         if !seen.is_directory || (stat.st_mode & 0o7777, owner) != (seen.mode, seen.owner) {
             Stays::Yes
@@ -126,7 +125,7 @@ impl Visitor for Lister<'_> {
             let stays = match seen {
                 None if is_to_run => Stays::No,
                 None => Stays::Yes,
-                Some(seen) => self.stays(found, seen),
+                Some(seen) => Lister::stays(found, seen),
             };
             let is_hiding = shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
             let hidden = if is_hiding { self.below.names(path)?.into_iter().collect() } else { BTreeSet::new() };

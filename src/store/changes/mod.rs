@@ -1,4 +1,4 @@
-//! What was changed upon an image: the upper directory of an overlay, read as the kernel's overlayfs wrote it.
+//! What was changed upon an image: an upper directory, read as the kernel's overlayfs or the writable FUSE tree wrote it.
 //!
 //! [`Upper::write_layer`] makes a layer of it, as an archive that every engine reads; [`Upper::list`] says what is new, changed and gone. One walk
 //! ([`walk`]) feeds both, in an order that depends on names alone: one upper directory gives one archive.
@@ -25,28 +25,24 @@ use super::limits::Limits;
 use crate::error::{Error, Result, show};
 use crate::plan::Ownership;
 
-/// In which attributes overlayfs keeps its marks.
+/// In which form an upper directory has its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Marks {
     /// `trusted.overlay.`: mounted in the machine's first user namespace.
     Trusted,
     /// `user.overlay.`: mounted with the option `userxattr`. On the other sort of mount a program inside may have set those itself: they mean nothing there.
     User,
+    /// As [`crate::tree::upper`] reads and writes them: every form that there is, and owners that are noted.
+    Tree,
 }
 
 impl Marks {
-    fn opaque(self) -> &'static CStr {
-        match self {
-            Marks::Trusted => c"trusted.overlay.opaque",
-            Marks::User => c"user.overlay.opaque",
-        }
-    }
-
     /// What is elsewhere than here: a directory's lower entries, a file's content. Our mounts make none of these.
-    fn elsewhere(self) -> [&'static CStr; 2] {
+    fn elsewhere(self) -> &'static [&'static CStr] {
         match self {
-            Marks::Trusted => [c"trusted.overlay.redirect", c"trusted.overlay.metacopy"],
-            Marks::User => [c"user.overlay.redirect", c"user.overlay.metacopy"],
+            Marks::Trusted => &[c"trusted.overlay.redirect", c"trusted.overlay.metacopy"],
+            Marks::User => &[c"user.overlay.redirect", c"user.overlay.metacopy"],
+            Marks::Tree => &[],
         }
     }
 }

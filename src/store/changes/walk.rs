@@ -1,5 +1,6 @@
 //! The walk over an upper directory: what each name in it means, told to a [`Visitor`].
 
+use std::collections::BTreeSet;
 use std::ffi::OsStr;
 use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
@@ -7,11 +8,15 @@ use std::os::unix::ffi::OsStrExt as _;
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
-use super::{OPEN_FILE, Upper};
+use super::owners::of_image;
+use super::{Marks, OPEN_FILE, Upper};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::Xattr;
+use crate::plan::Ownership;
 use crate::store::archive::write::read_xattrs;
+use crate::sys::fs::proc_path;
+use crate::tree::upper::{Owner, marks};
 
 pub(super) const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
@@ -22,6 +27,7 @@ const WHITEOUT: &[u8] = b".wh.";
 /// Something in the upper directory, by its path below the root; the root's is empty.
 pub(super) struct Found<'a> {
     pub(super) path: &'a [u8],
+    /// Owner and mode are those of the image.
     pub(super) stat: Stat,
     pub(super) is: Is<'a>,
 }
@@ -74,7 +80,7 @@ impl Upper {
     pub(super) fn walk(&self, visitor: &mut dyn Visitor) -> Result<()> {
         let stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
         let mut walk = Walk { upper: self, visitor, device: stat.st_dev, path: Vec::new(), seen: 0 };
-        walk.directory(&self.root, stat, 0)
+        walk.directory(&self.root, stat, false, 0)
     }
 }
 
@@ -82,6 +88,8 @@ impl Upper {
 #[derive(Default)]
 struct Names {
     hidden: Vec<Vec<u8>>,
+    /// Those of `names` whose entry in the layers is hidden, whatever it is.
+    veiled: BTreeSet<Vec<u8>>,
     names: Vec<Vec<u8>>,
 }
 
@@ -126,7 +134,7 @@ impl Walk<'_> {
         read_xattrs(fd.as_fd()).map_err(|e| self.fail(e))
     }
 
-    fn directory(&mut self, dir: &OwnedFd, stat: Stat, depth: usize) -> Result<()> {
+    fn directory(&mut self, dir: &OwnedFd, stat: Stat, is_veiled: bool, depth: usize) -> Result<()> {
         let limits = &self.upper.limits;
         if depth > limits.depth {
             return Err(self.refuse(Kind::Limit, format!("it lies more than {} directories deep", limits.depth)));
@@ -135,16 +143,16 @@ impl Walk<'_> {
             return Err(self.refuse(Kind::Unsupported, "another file system is mounted there"));
         }
         let xattrs = self.attributes(dir)?;
-        let is_opaque = has(dir, self.upper.marks.opaque()).map_err(|e| self.fail(e))?.as_deref() == Some(b"y");
-        let shows = if is_opaque { Shows::ItselfAlone } else { Shows::Both };
+        let shows = if is_veiled || self.is_opaque(dir)? { Shows::ItselfAlone } else { Shows::Both };
+        let stat = self.as_in_image(stat, Some(dir));
         self.visitor.found(&Found { path: &self.path, stat, is: Is::Directory { xattrs, shows } })?;
         fault::point("changes.directory")?;
-        let Names { hidden, names } = self.names(dir)?;
+        let Names { hidden, veiled, names } = self.names(dir)?;
         for name in &hidden {
             self.below(name, |walk| walk.visitor.hidden(&walk.path))?;
         }
         for name in &names {
-            self.below(name, |walk| walk.entry(dir.as_fd(), name, depth))?;
+            self.below(name, |walk| walk.entry(dir.as_fd(), name, veiled.contains(name), depth))?;
         }
         self.visitor.end(&self.path)
     }
@@ -160,19 +168,47 @@ impl Walk<'_> {
         Ok(())
     }
 
+    fn is_opaque(&self, dir: &OwnedFd) -> Result<bool> {
+        let is = |mark| has(dir, mark).map(|value| value.as_deref() == Some(b"y"));
+        match self.upper.marks {
+            Marks::Trusted => is(c"trusted.overlay.opaque"),
+            Marks::User => is(c"user.overlay.opaque"),
+            Marks::Tree => marks::is_opaque(proc_path(dir).as_bytes()),
+        }
+        .map_err(|e| self.fail(e))
+    }
+
+    /// Owner and mode as the image has them. `file`: what can have a note of them.
+    fn as_in_image(&self, mut stat: Stat, file: Option<&OwnedFd>) -> Stat {
+        const PERMISSIONS: u32 = 0o7777;
+        let noted = file.filter(|_| self.upper.marks == Marks::Tree);
+        let noted = noted.and_then(|file| marks::noted(proc_path(file).as_bytes(), stat.st_mode));
+        if let Some(Owner { uid, gid, mode }) = noted.as_deref().and_then(Owner::parse) {
+            (stat.st_uid, stat.st_gid, stat.st_mode) = (uid, gid, stat.st_mode & !PERMISSIONS | mode);
+        } else {
+            let Ownership { uids, gids, .. } = &self.upper.owners;
+            (stat.st_uid, stat.st_gid) = (of_image(uids, stat.st_uid), of_image(gids, stat.st_gid));
+        }
+        stat
+    }
+
     fn names(&mut self, dir: &OwnedFd) -> Result<Names> {
-        let Names { mut hidden, mut names } = Names::default();
+        if self.upper.marks == Marks::Tree {
+            let all = marks::Names::of(dir).map_err(|e| self.fail(e))?;
+            self.count(all.shown.len() + all.hidden.len())?;
+            let (veiled, hidden): (BTreeSet<_>, BTreeSet<_>) =
+                all.hidden.into_iter().partition(|name| all.shown.contains_key(name));
+            let names: BTreeSet<_> = all.shown.into_keys().collect();
+            return Ok(Names { hidden: hidden.into_iter().collect(), veiled, names: names.into_iter().collect() });
+        }
+        let Names { mut hidden, mut names, veiled } = Names::default();
         for item in fs::Dir::read_from(dir).map_err(|e| self.fail(e))? {
             let item = item.map_err(|e| self.fail(e))?;
             let name = item.file_name().to_bytes();
             if matches!(name, b"." | b"..") {
                 continue;
             }
-            self.seen += 1;
-            let most = self.upper.limits.entries;
-            if self.seen > most {
-                return Err(self.refuse(Kind::Limit, format!("there are more than {most} entries")));
-            }
+            self.count(1)?;
             let may_hide = matches!(item.file_type(), FileType::CharacterDevice | FileType::Unknown);
             let is_whiteout = may_hide
                 && fs::statat(dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW)
@@ -182,10 +218,19 @@ impl Walk<'_> {
         }
         hidden.sort_unstable();
         names.sort_unstable();
-        Ok(Names { hidden, names })
+        Ok(Names { hidden, veiled, names })
     }
 
-    fn entry(&mut self, dir: BorrowedFd<'_>, name: &[u8], depth: usize) -> Result<()> {
+    fn count(&mut self, entries: usize) -> Result<()> {
+        self.seen += entries as u64;
+        let most = self.upper.limits.entries;
+        if self.seen > most {
+            return Err(self.refuse(Kind::Limit, format!("there are more than {most} entries")));
+        }
+        Ok(())
+    }
+
+    fn entry(&mut self, dir: BorrowedFd<'_>, name: &[u8], is_veiled: bool, depth: usize) -> Result<()> {
         if name.starts_with(WHITEOUT) {
             // In a layer it would hide what it is not about.
             log::warn!("{} is left out: in a layer, names that begin with .wh. hide others", self.shown());
@@ -201,11 +246,12 @@ impl Walk<'_> {
         let is = match FileType::from_raw_mode(stat.st_mode) {
             FileType::Directory => {
                 let (fd, stat) = opened(OPEN_DIR)?;
-                return self.directory(&fd, stat, depth + 1);
+                return self.directory(&fd, stat, is_veiled, depth + 1);
             }
             FileType::RegularFile => {
                 let (file, stat) = opened(OPEN_FILE)?;
                 let is = Is::File { file: &file, xattrs: self.attributes(&file)? };
+                let stat = self.as_in_image(stat, Some(&file));
                 return self.visitor.found(&Found { path: &self.path, stat, is });
             }
             FileType::Symlink => {
@@ -223,6 +269,7 @@ impl Walk<'_> {
             // It was something else when the directory was read.
             return Err(self.changed());
         }
+        let stat = self.as_in_image(stat, None);
         self.visitor.found(&Found { path: &self.path, stat, is })
     }
 }

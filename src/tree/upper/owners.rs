@@ -29,11 +29,11 @@ pub(super) enum Owners {
 
 /// Owner and mode of a file as they are shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Owner {
-    pub(super) uid: u32,
-    pub(super) gid: u32,
+pub(crate) struct Owner {
+    pub(crate) uid: u32,
+    pub(crate) gid: u32,
     /// Permission bits.
-    pub(super) mode: u32,
+    pub(crate) mode: u32,
 }
 
 impl Owners {
@@ -57,7 +57,7 @@ impl Owner {
     }
 
     /// Fields after the third tell types, which the file itself does.
-    pub(super) fn parse(text: &[u8]) -> Option<Self> {
+    pub(crate) fn parse(text: &[u8]) -> Option<Self> {
         let mut fields = std::str::from_utf8(text).ok()?.trim_end_matches('\0').split(':');
         let (uid, gid) = (fields.next()?.parse().ok()?, fields.next()?.parse().ok()?);
         let mode = u32::from_str_radix(fields.next()?, 8).ok()? & PERMISSION_BITS;
