@@ -228,7 +228,6 @@ fn reply(stream: &OwnedFd, answer: &Answer) {
 mod tests {
     use super::*;
     use crate::id::ContainerId;
-    use crate::plan::Ownership;
 
     fn plan(state_dir: PathBuf) -> Plan {
         Plan::new("a".parse::<ContainerId>().unwrap(), "/r".into(), state_dir)

@@ -184,7 +184,7 @@ pub(super) fn send_all(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{IndexFile, Layer, Live, Ownership};
+    use crate::plan::{IndexFile, Layer};
 
     fn plan() -> Plan {
         Plan {

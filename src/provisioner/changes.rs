@@ -147,11 +147,9 @@ impl Provisioner {
 /// Have the kernel write what it has gathered for the server.
 fn settle(record: &Record) -> Result<()> {
     const FUSE: rustix::fs::FsWord = 0x6573_5546;
-    let rootfs = match rustix::fs::open(&record.plan.rootfs, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) {
-        Ok(rootfs) => rootfs,
-        // It is unmounted, or its server is dead: nothing is gathered.
-        Err(_) => return Ok(()),
-    };
+    let opened = rustix::fs::open(&record.plan.rootfs, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    // It is unmounted, or its server is dead: nothing is gathered.
+    let Ok(rootfs) = opened else { return Ok(()) };
     let fail = |e| Error::sys("write what is gathered for", show(&record.plan.rootfs), e);
     match rustix::fs::fstatfs(&rootfs).map_err(fail)?.f_type {
         FUSE => rustix::fs::syncfs(&rootfs).map_err(fail),

@@ -48,7 +48,7 @@ const MADE_TO_RUN: [&[u8]; 12] = [
 impl Upper {
     /// What was changed upon `below`, in byte order. A directory is there if itself was changed, or something in it.
     pub(crate) fn list(&self, below: &Below) -> Result<Vec<Change>> {
-        let mut list = Lister { upper: self, below, changes: Vec::new(), open: Vec::new() };
+        let mut list = Lister { below, changes: Vec::new(), open: Vec::new() };
         self.walk(&mut list)?;
         let mut changes = list.changes;
         changes.sort_by(|a, b| a.path.cmp(&b.path));
@@ -78,7 +78,6 @@ enum Stays {
 }
 
 struct Lister<'a> {
-    upper: &'a Upper,
     below: &'a Below,
     changes: Vec<Change>,
     open: Vec<Open>,

@@ -385,17 +385,18 @@ impl UpperTree {
         target.unveil()
     }
 
-    /// What is to be moved lies above from now on. A directory of the image cannot: all that is in it would have to go with it.
+    /// What is to be moved lies above from now on, a directory of the image with all that is in it.
     fn raise_to_move(&self, spot: &mut Spot<'_>, (parent, name): (Node, &OsStr)) -> Result<()> {
         let is_of_image = match (spot.above, spot.below) {
             (Above::File(_), _) => spot.is_merged()?,
             (_, Some((_, mode))) => is_directory(mode),
             _ => false,
         };
-        if is_of_image {
-            return Err(Errno::XDEV); // as overlayfs without redirect_dir: mv(1) copies
-        }
-        if let (Above::Nothing, Some((lower, mode))) = (spot.above, spot.below) {
+        if let (true, Some((lower, mode))) = (is_of_image, spot.below) {
+            self.raise_all(lower)?;
+            marks::set_opaque(&spot.path())?;
+            spot.above = Above::File(mode);
+        } else if let (Above::Nothing, Some((lower, mode))) = (spot.above, spot.below) {
             self.raise(lower, Content::Whole)?;
             if marks::look(&spot.place, spot.name)? == Above::Nothing {
                 log::error!(target: TARGET, "{} of {parent:x} was copied up and is not there", name.display());

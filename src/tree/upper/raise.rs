@@ -13,7 +13,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, Timestamps};
 
-use super::marks::{self, Above};
+use super::marks::{self, Above, Names};
 use super::owners::{self, Owner, Owners, PERMISSION_BITS};
 use super::{DIRECTORY, MADE, REGULAR, SERVER, TARGET, TYPE_BITS, UPPER, UpperTree, WORK, step};
 use crate::sys::attrs::{self, SetId};
@@ -243,6 +243,27 @@ impl UpperTree {
             _ => return Ok(None),
         }
         self.pair(lower, parent, &name).map(Some)
+    }
+
+    /// Copy up a directory with all that is seen in it. Nothing of the image comes back meanwhile, so all of it is above then.
+    pub(super) fn raise_all(&self, top: Node) -> Result<()> {
+        let mut waiting = vec![top];
+        while let Some(lower) = waiting.pop() {
+            // An opaque one below the top, or what is no directory above, shows nothing of the image.
+            let Some(dir) = self.raise_directory(lower)? else { continue };
+            let above = Names::of(self.upper.place(dir)?)?;
+            for name in self.lower.names_in(lower)? {
+                let Some((child, mode)) = self.below(Some(lower), &name)? else { continue };
+                match mode & TYPE_BITS {
+                    _ if above.hidden.contains(&name) => {}
+                    DIRECTORY => waiting.push(child),
+                    _ if above.shown.contains_key(&name) => {}
+                    _ => drop(self.raise(child, Content::Whole)?),
+                }
+                step("upper.raised")?;
+            }
+        }
+        Ok(())
     }
 
     fn make_directory(&self, lower: Node, place: &OwnedFd, name: &[u8]) -> Result<()> {

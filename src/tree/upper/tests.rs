@@ -341,8 +341,22 @@ fn moving_names() {
     assert_eq!((w.read("l"), w.find("d/a").unwrap().attr.mode & TYPE_BITS), ("more".into(), libc::S_IFLNK));
     assert_eq!(w.rename("h", "linked/h", 0), Ok(()), "two links to one file");
     assert_eq!((w.read("h"), w.rename("none", "x", 0)), ("linked".into(), Err(Errno::NOENT)));
-    // Directories of the image stay where they are.
-    assert_eq!(w.rename("d", "e", 0), Err(Errno::XDEV));
+    // A directory of the image takes all along that is in it.
+    let deep = w.node("d/sub/deep");
+    w.rename("d", "e", 0).unwrap();
+    assert_eq!(
+        (w.find("d").unwrap_err(), w.node("e/sub/deep"), w.read("e/sub/deep")),
+        (Errno::NOENT, deep, "deep".into())
+    );
+    w.mkdir("d").unwrap();
+    assert_eq!(w.names("d"), [""; 0]);
+    w.rename("e/sub", "sub", 0).unwrap();
+    let w = w.again();
+    assert_eq!((w.node("sub/deep"), w.read("sub/deep"), w.names("d")), (deep, "deep".into(), vec![]));
+    w.rename("sub", "e/sub", 0).unwrap();
+    w.rename("e", "d", 0).unwrap();
+    let w = w.again();
+    assert_eq!((w.node("d/sub/deep"), w.names("d/sub")), (deep, vec!["deep".into()]));
     w.mkdir("new").unwrap();
     w.create("new/x", "x").unwrap();
     assert_eq!(w.rename("new", "d", 0), Err(Errno::NOTEMPTY));
