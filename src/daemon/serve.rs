@@ -165,6 +165,7 @@ fn begin(adapter: FuseAdapter, server: &Server, notes: Notes, channel: &Channel)
         *count = failed;
         watch_for_lost(connection, minor, Arc::clone(&server.counters))?;
     }
+    crate::fault::point("worker.serving")?;
     channel.send(&FromWorker::Serving { reply: hex(&running.reply), in_flight: running.in_flight, poisoned }, &[])?;
     Ok(running)
 }

@@ -113,7 +113,7 @@ impl Supervisor {
         let mut worker = Worker::start(&program, &job)?;
         let prepare = || -> Result<_> {
             let (me, signals) = (ProcessId::current()?, catch_signals()?);
-            let (sources, handover, start) = if course == Course::Adopt {
+            let (sources, mut handover, start) = if course == Course::Adopt {
                 let Unshelved { sources, handover, mounted, init, reply } =
                     Unshelved::receive(&job.plan, &caller.channel)?;
                 (sources, handover, Start::Adopt(LiveMount { mounted, init, reply }))
@@ -130,16 +130,16 @@ impl Supervisor {
             fault::point("server.worker")?;
             let live = match start {
                 Start::Adopt(live) => {
-                    worker.built()?;
+                    worker.built(&mut handover)?;
                     caller.ask(&Report::Built { worker: worker.id })?;
-                    live.adopt(&job, &mut worker)?
+                    live.adopt(&job, &mut worker, &mut handover)?
                 }
                 Start::Mount(point) => {
                     let prepared = Prepared::new(&job, &point)?;
-                    worker.built()?;
+                    worker.built(&mut handover)?;
                     prepared.begin(&worker)?;
                     caller.ask(&Report::Built { worker: worker.id })?;
-                    LiveMount::mount(&job, &mut worker, &point, prepared)?
+                    LiveMount::mount(&job, &mut worker, &point, prepared, &mut handover)?
                 }
             };
             Ok((me, signals, sources, handover, control, live))
@@ -348,17 +348,22 @@ impl Supervisor {
     fn start_again(&mut self) -> std::result::Result<InFlight, (Error, Death)> {
         let mut worker = Worker::start(&self.program, &self.job).map_err(|e| (e, Death::Failed))?;
         let given = worker.give(&self.job.plan, &self.job_file, &self.sources, self.control.as_ref(), &self.handover);
-        let begun = given.and_then(|()| worker.built()).and_then(|()| {
+        let begun = given.and_then(|()| worker.built(&mut self.handover)).and_then(|()| {
             let start =
                 Begin::Again { reply: hex(&self.live.reply), resend: self.job.resend, with_care: self.with_care };
-            self.live.resume(&mut worker, start)
+            self.live.resume(&mut worker, start, &mut self.handover)
         });
         match begun {
             Ok((_, in_flight)) => {
                 self.worker = Some(worker);
                 Ok(in_flight)
             }
-            Err(error) => Err((error, worker.kill())),
+            Err(error) => {
+                let death = worker.kill();
+                // It may have answered some requests.
+                let heard = worker.hear_last(&mut self.handover);
+                Err((heard.err().unwrap_or(error), death))
+            }
         }
     }
 
@@ -434,9 +439,7 @@ impl Supervisor {
         // Killed, not asked: what it was answering is sent again, which is what every death relies on.
         if let Some(mut old) = self.worker.take() {
             old.kill();
-            while let Some((message, fds)) = old.channel.receive_now()? {
-                self.handover.hear(message, fds);
-            }
+            old.hear_last(&mut self.handover)?;
         }
         let old_program = std::mem::replace(&mut self.program, new);
         let Err((error, _)) = self.start_again() else { return Ok(()) };

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -165,11 +165,23 @@ fn data_base(load: &Load, w: &Path, written: &AtomicU64) {
 }
 
 case!("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+    workers_die(stage, "sandbox/w", || stage.mount(stage.small_image(), "rootfs", with_w(stage)));
+});
+
+// What they wrote to is an image's file at first, copied up under them.
+case!("workers_of_a_writable_rootfs_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| {
+    workers_die(stage, "changes/upper/w", || {
+        super::upper::import(stage, &stage.path("sandbox"));
+        stage.mount("image", "rootfs", ["--id", "k", "--upper", "changes"])
+    });
+});
+
+/// Kill the server's worker again and again while programs work in `w` of the rootfs, of which `below` has what was written in the end.
+fn workers_die(stage: &Stage, below: &str, mount: impl FnOnce() -> PathBuf) {
     if needs::kernel() < (6, 9) {
         // Requests in flight are not sent again there: deaths_cost_what_was_in_flight.
         return;
     }
-    let image = stage.small_image();
     stage.mkdir("sandbox/w");
     let big = content(7, 3 << 20);
     stage.write("sandbox/w/big", &big);
@@ -184,8 +196,7 @@ case!("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| 
         stage.write(format!("sandbox/w/list/e{n}"), "");
     }
     fs::copy(needs::find_tool("sqlite3").expect("sqlite3"), stage.path("sandbox/w/sqlite3")).expect("copy sqlite3");
-    let rootfs = stage.mount(&image, "rootfs", with_w(stage));
-    let w = rootfs.join("w");
+    let w = mount().join("w");
     let supervisor = supervisor(stage);
 
     let (load, kills) = (Load::default(), number_of("FSPROV_TEST_KILLS").unwrap_or(KILLS));
@@ -282,9 +293,9 @@ case!("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| 
         &failures[..failures.len().min(10)]
     );
     let want = (0..appended.load(Ordering::Relaxed)).fold(String::new(), |text, n| text + &format!("{n:08}\n"));
-    assert!(fs::read_to_string(stage.path("sandbox/w/log")).expect("the log") == want, "lines are missing or double");
-    let said =
-        stage.tool("sqlite3", [stage.path("sandbox/w/base.db")]).arg("pragma integrity_check; select count(*) from t;");
+    let below = stage.path(below);
+    assert!(fs::read_to_string(below.join("log")).expect("the log") == want, "lines are missing or double");
+    let said = stage.tool("sqlite3", [below.join("base.db")]).arg("pragma integrity_check; select count(*) from t;");
     let rows = rows.load(Ordering::Relaxed);
     assert_eq!(said.run().ok().out(), format!("ok\n{rows}\n"), "what was written to the data base");
     let done = load.done.load(Ordering::Relaxed);
@@ -300,7 +311,7 @@ case!("workers_die_unseen", on::fuse, &[Need::Tool("sqlite3")], |stage: &Stage| 
     drop(failures);
     stage.fsprov(["unmount", "k"]).run().ok();
     stage.assert_nothing_left("after kills and unmount");
-});
+}
 
 fn ms(us: u64) -> f64 {
     Duration::from_micros(us).as_secs_f64() * 1e3
@@ -440,6 +451,35 @@ case!("requests_that_cannot_be_sent_again_fail", on::fuse, &[Need::Failpoints], 
 });
 
 // The same where the worker dies between reading a request and writing down that it did, which it does in every round here.
+// A worker answers before it says that it does: a file that it removes then is handed over like any other.
+case!("a_file_that_is_removed_while_a_worker_begins_stays_open", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    if needs::kernel() < (6, 9) {
+        return; // nothing is sent again
+    }
+    let image = stage.small_image();
+    let call = stage.mount_call(&image, "rootfs", with_w(stage)).env("FAILPOINTS", "worker.serving=sleep(300)");
+    call.run().ok();
+    let (rootfs, supervisor) = (stage.path("rootfs"), supervisor(stage));
+    let mut worker = new_worker(supervisor, 0);
+    for round in 0..3 {
+        let name = rootfs.join(format!("w/{round}"));
+        let mut file = File::options().read(true).write(true).create_new(true).open(&name).expect("create");
+        file.write_all(b"still here").expect("write");
+        system::kill(worker);
+        fs::remove_file(&name).expect("remove");
+        worker = new_worker(supervisor, worker);
+        system::kill(worker);
+        let mut text = String::new();
+        file.seek(SeekFrom::Start(0)).and_then(|_| file.read_to_string(&mut text)).expect("read a file without a name");
+        assert_eq!(text, "still here");
+        worker = new_worker(supervisor, worker);
+    }
+    let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
+    assert!(!log.contains("unexpected message"), "{log}");
+    stage.fsprov(["unmount", "k"]).run().ok();
+    stage.assert_nothing_left("after unmount");
+});
+
 case!("requests_that_were_read_and_not_noted_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
     const ROUNDS: u64 = 5;
     let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).args(["--volume-ttl", "0"]);

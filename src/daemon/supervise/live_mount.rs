@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use super::super::protocol::{Begin, Job};
+use super::super::sources::HandoverFiles;
 use super::super::{TARGET, has_mounts_for_volumes, hex};
 use super::worker::Worker;
 use crate::error::{Error, Kind, Result, show};
@@ -55,7 +56,13 @@ fn options<'a>(job: &Job, source: &'a str, point: &'a Point) -> MountOptions<'a>
 
 impl LiveMount {
     /// Mount, and see the worker serve. On an error nothing is mounted.
-    pub(super) fn mount(job: &Job, worker: &mut Worker, point: &Point, Prepared(prepared): Prepared) -> Result<Self> {
+    pub(super) fn mount(
+        job: &Job,
+        worker: &mut Worker,
+        point: &Point,
+        Prepared(prepared): Prepared,
+        handover: &mut HandoverFiles,
+    ) -> Result<Self> {
         fault::point("server.mount")?;
         let (detached, init) = prepared.unzip();
         let mounted = mount::mount(&job.method, &options(job, &job.source(), point), detached)?;
@@ -67,7 +74,7 @@ impl LiveMount {
             };
             Ok(init)
         });
-        match begun.and_then(|init| Ok((init, worker.serving()?.0))) {
+        match begun.and_then(|init| Ok((init, worker.serving(handover)?.0))) {
             Ok((init, reply)) => Ok(LiveMount { mounted, init, reply }),
             Err(error) => {
                 Err(error.with_undo(mount::unmount(&mounted.info, Unmount::Lazy, Some(&job.method)).map(drop)))
@@ -76,17 +83,22 @@ impl LiveMount {
     }
 
     /// Let the worker begin on a connection that a dead supervisor held. On an error it is as before.
-    pub(super) fn adopt(self, job: &Job, worker: &mut Worker) -> Result<Self> {
+    pub(super) fn adopt(self, job: &Job, worker: &mut Worker, handover: &mut HandoverFiles) -> Result<Self> {
         let start = Begin::Again { reply: hex(&self.reply), resend: job.resend, with_care: false };
-        let (_, in_flight) = self.resume(worker, start)?;
+        let (_, in_flight) = self.resume(worker, start, handover)?;
         log::info!(target: TARGET, "{}: adopted, requests in flight: {in_flight:?}", show(&job.plan.rootfs));
         Ok(self)
     }
 
     /// Let a worker go on with it.
-    pub(super) fn resume(&self, worker: &mut Worker, start: Begin) -> Result<(Vec<u8>, InFlight)> {
+    pub(super) fn resume(
+        &self,
+        worker: &mut Worker,
+        start: Begin,
+        handover: &mut HandoverFiles,
+    ) -> Result<(Vec<u8>, InFlight)> {
         worker.begin(&self.mounted.connection, self.info().dev.1, &self.init, start)?;
-        worker.serving()
+        worker.serving(handover)
     }
 
     pub(super) fn info(&self) -> &MountInfo {

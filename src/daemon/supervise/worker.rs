@@ -86,30 +86,49 @@ impl Worker {
     }
 
     /// See its trees built, of what it was given.
-    pub(super) fn built(&mut self) -> Result<()> {
-        match self.expect("build its trees")? {
+    pub(super) fn built(&mut self, handover: &mut HandoverFiles) -> Result<()> {
+        match self.expect("build its trees", handover)? {
             FromWorker::Built => Ok(()),
             other => Err(unexpected(&other)),
         }
     }
 
-    /// Its next message, while it lives and does not take too long.
-    fn expect(&mut self, what: &str) -> Result<FromWorker> {
+    /// Its next message, while it lives and does not take too long. It may be answering already, and hand over files meanwhile.
+    fn expect(&mut self, what: &str, handover: &mut HandoverFiles) -> Result<FromWorker> {
         let failed = |cause: String| Error::new(Kind::Helper, "wait for worker to", what, cause);
-        let mut fds = [PollFd::new(&self.channel, PollFlags::IN)];
-        let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&timespec(WORKER_PATIENCE))))
-            .map_err(|e| Error::sys("wait for worker to", what, e))?;
-        if ready == 0 {
-            return Err(failed(format!("it did not within {} s", WORKER_PATIENCE.as_secs())));
-        }
-        match self.channel.receive()? {
-            Some((FromWorker::Failed(told), _)) => Err(told.into()),
-            Some((message, _)) => Ok(message),
-            None => {
-                let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
-                Err(failed(format!("it ended ({status})")))
+        let end = Instant::now() + WORKER_PATIENCE;
+        loop {
+            let mut fds = [PollFd::new(&self.channel, PollFlags::IN)];
+            let left = timespec(end.saturating_duration_since(Instant::now()));
+            let ready = rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left)))
+                .map_err(|e| Error::sys("wait for worker to", what, e))?;
+            if ready == 0 {
+                return Err(failed(format!("it did not within {} s", WORKER_PATIENCE.as_secs())));
+            }
+            match self.channel.receive() {
+                // A file that will not outlive the worker, nothing more.
+                Err(e) if e.kind() == Kind::Limit => log::warn!(target: TARGET, "{e}"),
+                Err(e) => return Err(e),
+                Ok(Some((FromWorker::Failed(told), _))) => return Err(told.into()),
+                Ok(Some((message, fds))) => {
+                    if let Some(message) = handover.hear(message, fds) {
+                        return Ok(message);
+                    }
+                }
+                Ok(None) => {
+                    let status = self.child.wait().map_or_else(|e| e.to_string(), |s| s.to_string());
+                    return Err(failed(format!("it ended ({status})")));
+                }
             }
         }
+    }
+
+    /// What it said last, now that it is dead.
+    pub(super) fn hear_last(&self, handover: &mut HandoverFiles) -> Result<()> {
+        while let Some((message, fds)) = self.channel.receive_now()? {
+            handover.hear(message, fds);
+        }
+        Ok(())
     }
 
     /// Let it begin to serve this connection, whose INIT this is.
@@ -118,8 +137,8 @@ impl Worker {
     }
 
     /// It has begun: its answer to INIT, and what became of requests in flight.
-    pub(super) fn serving(&mut self) -> Result<(Vec<u8>, InFlight)> {
-        match self.expect("begin")? {
+    pub(super) fn serving(&mut self, handover: &mut HandoverFiles) -> Result<(Vec<u8>, InFlight)> {
+        match self.expect("begin", handover)? {
             FromWorker::Serving { reply, in_flight, poisoned } => {
                 self.poisoned = poisoned;
                 self.serving_since = Some(Instant::now());
