@@ -47,6 +47,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 use std::time::Duration;
 
+use dashmap::DashSet;
 use rustix::fs::{self, Mode, OFlags};
 
 use super::dir::{ActAs, DirOptions, DirTree, FdPool, Handover};
@@ -96,6 +97,8 @@ pub struct UpperTree {
     work: OwnedFd,
     pairs: Pairs,
     owners: Owners,
+    /// Upper files that are shown with setuid or setgid by a note.
+    set_id: DashSet<Node>,
     durable: bool,
     locks: Locks,
     /// Numbers the copies on their way up.
@@ -163,6 +166,7 @@ impl UpperTree {
             work,
             pairs,
             owners,
+            set_id: DashSet::new(),
             durable: options.durable,
             locks: Locks::default(),
             staged: AtomicU64::new(0),
@@ -206,7 +210,7 @@ impl UpperTree {
     fn attr_above(&self, node: Node, upper: Node, mut attr: Attr) -> Result<Attr> {
         if self.owners == Owners::Noted {
             let noted = self.upper.with_path(upper, |path| Ok(self.noted(path.as_bytes(), attr.mode)))?;
-            owners::dress(&mut attr, noted);
+            self.dress(upper, &mut attr, noted);
         }
         Ok(numbered(node, attr))
     }
@@ -476,7 +480,11 @@ impl Tree for UpperTree {
         self.upper.copy_file_range(writer, (source, from.1, from.2), (self.written(to.0)?, to.1, to.2), length)
     }
     fn lost_set_id(&self, node: Node) -> bool {
-        matches!(self.side(node), Side::Upper(upper) if self.upper.lost_set_id(upper))
+        match self.side(node) {
+            Side::Upper(upper) if self.owners == Owners::Noted => self.lose_noted_set_id(upper),
+            Side::Upper(upper) => self.upper.lost_set_id(upper),
+            Side::Lower(_) => false,
+        }
     }
     fn setxattr(&self, caller: &Caller, node: Node, name: &OsStr, value: &[u8], flags: i32) -> Result<()> {
         if marks::is_ours(name.as_bytes()) {

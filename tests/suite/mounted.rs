@@ -378,13 +378,51 @@ case!("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Sta
     let mut options: Vec<std::ffi::OsString> = vec!["--volume-ttl".into(), "0".into()];
     options.extend(volume(&backing, "/data", "rw"));
     let rootfs = stage.mount(&image, "rootfs", options);
-    let steps = number("FSPROV_TEST_MODEL_STEPS").unwrap_or(STEPS);
-    let seed = number("FSPROV_TEST_MODEL_SEED").unwrap_or_else(|| {
+    let (volume, model, seed) = (rootfs.join("data"), Model::default(), a_seed());
+    let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
+    walk_at_random(stage, &mut world, seed);
+});
+
+// The same in a writable rootfs, whose image has what such steps left: it is copied up, hidden and moved from then on. The next mount and a
+// committed image have it all.
+case!("random_operations_in_a_writable_rootfs_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
+    let (plain, image, seed) = (stage.mkdir("plain"), stage.mkdir("image"), a_seed());
+    let before = stage.mkdir("image/data");
+    let (volume, backing, model) = (before.clone(), before, Model::default());
+    let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
+    for _ in 0..400 {
+        world.step(&mut Vec::new());
+    }
+    world.open.clear();
+    super::upper::import(stage, &image);
+    let options = ["--id", "k", "--upper", "changes"];
+    let rootfs = stage.mount("image", "rootfs", options);
+    world.volume = rootfs.join("data");
+    // Nobody else may change what lies in the directory for changes.
+    world.backing.clone_from(&world.volume);
+    walk_at_random(stage, &mut world, seed);
+    world.open.clear();
+    stage.fsprov(["restart", "k"]).run().ok();
+    world.model.check_all(&world.volume);
+    stage.unmount(&rootfs);
+    let rootfs = stage.mount("image", "rootfs", options);
+    world.model.check_all(&rootfs.join("data"));
+    stage.fsprov(["commit", "k", "next"]).run().ok();
+    stage.unmount(&rootfs);
+    let next = stage.mount("next", "next", [] as [&str; 0]);
+    world.model.check_all(&next.join("data"));
+    stage.unmount(&next);
+});
+
+fn a_seed() -> u64 {
+    number("FSPROV_TEST_MODEL_SEED").unwrap_or_else(|| {
         let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).expect("after 1970");
         now.as_nanos() as u64 ^ u64::from(std::process::id()) << 40
-    });
-    let (volume, model) = (rootfs.join("data"), Model::default());
-    let mut world = World { volume, backing, plain, model, open: Vec::new(), random: Random(seed) };
+    })
+}
+
+fn walk_at_random(stage: &Stage, world: &mut World, seed: u64) {
+    let steps = number("FSPROV_TEST_MODEL_STEPS").unwrap_or(STEPS);
     let mut last = Vec::new();
     // A long run says every 10,000 steps where it is.
     let told = std::env::var_os("FSPROV_TEST_MODEL_STEPS").map(|_| {
@@ -417,7 +455,7 @@ case!("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Sta
     }
     stage.note(format!("FSPROV_TEST_MODEL_SEED={seed}: {steps} steps\n"));
     tell(&format!("all {steps} steps"));
-});
+}
 
 /// How long [`ATTACKED`] runs where FSPROV_TEST_ATTACK_S says nothing.
 const ATTACK: Duration = Duration::from_secs(2);

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
 
 use super::marks::{self, Above, Names};
-use super::owners::{self, Owners};
+use super::owners::Owners;
 use super::pairs::Joined;
 use super::spot::{Spot, is_directory};
 use super::{Content, DIRECTORY, MADE, REGULAR, SERVER, Side, TARGET, TYPE_BITS, UpperTree, numbered};
@@ -151,7 +151,7 @@ impl UpperTree {
         let mut attr = entry.attr;
         if self.owners == Owners::Noted {
             let noted = self.noted(&marks::path_of(place, name), attr.mode);
-            owners::dress(&mut attr, noted);
+            self.dress(upper, &mut attr, noted);
         }
         Ok(told_as(node, Entry { attr, ..entry }))
     }

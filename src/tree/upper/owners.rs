@@ -51,6 +51,11 @@ impl Owner {
         Owner { uid: attr.uid, gid: attr.gid, mode: attr.mode & PERMISSION_BITS }
     }
 
+    /// Setuid goes, and setgid where the group may execute: when a file is given away (chown(2)) or an ordinary writer changes it (write(2)).
+    fn without_set_id(self) -> Self {
+        Owner { mode: self.mode & if self.mode & 0o010 != 0 { !0o6000 } else { !0o4000 }, ..self }
+    }
+
     /// As the attribute has it.
     pub(super) fn text(self) -> String {
         format!("{}:{}:0{:o}", self.uid, self.gid, self.mode)
@@ -73,15 +78,17 @@ pub(super) fn mode_on_disk(mode: u32) -> u32 {
     }
 }
 
-/// Show what is noted in place of what is on the disk.
-pub(super) fn dress(attr: &mut Attr, noted: Option<Owner>) {
-    if let Some(owner) = noted {
+impl UpperTree {
+    /// Show what is noted of an upper file in place of what is on the disk.
+    pub(super) fn dress(&self, upper: Node, attr: &mut Attr, noted: Option<Owner>) {
+        let Some(owner) = noted else { return };
         (attr.uid, attr.gid) = (owner.uid, owner.gid);
         attr.mode = attr.mode & TYPE_BITS | owner.mode;
+        if owner.mode & 0o6000 != 0 && attr.mode & TYPE_BITS == REGULAR {
+            self.set_id.insert(upper);
+        }
     }
-}
 
-impl UpperTree {
     /// What is noted of the file at `path`, as it is shown. Noted are the image's ids, which other programs know too.
     pub(super) fn noted(&self, path: &[u8], mode: u32) -> Option<Owner> {
         let owner = marks::noted(path, mode).and_then(|text| Owner::parse(&text))?;
@@ -102,13 +109,12 @@ impl UpperTree {
         Ok(Owner { uid, gid, ..owner })
     }
 
-    /// Have an upper file shown with this owner and mode. What can have no attribute (links, FIFOs) keeps what the disk says.
+    /// Have an upper file shown with this owner and mode. What can have no attribute (links, FIFOs, sockets) keeps its owner on the disk, and has
+    /// its mode there.
     pub(super) fn note(&self, upper: Node, owner: Owner) -> Result<()> {
         let (real, _) = self.upper.getattr(upper, None)?;
-        if !matches!(real.mode & TYPE_BITS, DIRECTORY | REGULAR) {
-            return Ok(());
-        }
-        let on_disk = mode_on_disk(real.mode & TYPE_BITS | owner.mode);
+        let can_have_note = matches!(real.mode & TYPE_BITS, DIRECTORY | REGULAR);
+        let on_disk = if can_have_note { mode_on_disk(real.mode & TYPE_BITS | owner.mode) } else { owner.mode };
         let differs = owner != Owner { uid: real.uid, gid: real.gid, mode: on_disk & PERMISSION_BITS };
         let text = if differs { Some(self.in_image(owner)?.text()) } else { None };
         let set_mode = || {
@@ -118,9 +124,30 @@ impl UpperTree {
             let change = Change { mode: Some(on_disk & PERMISSION_BITS), ..Change::default() };
             self.upper.setattr(&super::SERVER, upper, None, &change).map(drop)
         };
+        match real.mode & TYPE_BITS {
+            libc::S_IFLNK => return Ok(()),
+            _ if !can_have_note => return set_mode(),
+            _ => {}
+        }
         let note = || self.upper.with_path(upper, |path| marks::note(path.as_bytes(), text.as_deref()));
         // One that was made a moment ago may be closed to its maker, and so to the note (xattr(7)).
         if real.mode & 0o200 == 0 { set_mode().and_then(|()| note()) } else { note().and_then(|()| set_mode()) }
+    }
+
+    /// An ordinary writer changed this file. Was it shown with setuid or setgid, and lost it by that?
+    pub(super) fn lose_noted_set_id(&self, upper: Node) -> bool {
+        if self.set_id.remove(&upper).is_none() {
+            return false;
+        }
+        let lost = self.upper.getattr(upper, None).and_then(|(real, _)| {
+            let was = Owner::of(&self.attr_above(upper, upper, real)?);
+            self.note(upper, was.without_set_id())?;
+            Ok(was.without_set_id() != was)
+        });
+        lost.unwrap_or_else(|e| {
+            log::warn!(target: super::TARGET, "take setuid away from {upper:x}: {e}");
+            true
+        })
     }
 
     /// A new file belongs to who made it; in a directory with set-group-id, to the directory's group.
@@ -152,8 +179,7 @@ impl UpperTree {
             let mut owner = Owner { uid: change.uid.unwrap_or(was.uid), gid: change.gid.unwrap_or(was.gid), ..was };
             let is_given = change.uid.is_some() || change.gid.is_some();
             if is_given && real.mode & TYPE_BITS == REGULAR {
-                // chown(2): setuid goes, and setgid where the group may execute.
-                owner.mode &= if owner.mode & 0o010 != 0 { !0o6000 } else { !0o4000 };
+                owner = owner.without_set_id();
             }
             owner.mode = change.mode.map_or(owner.mode, |mode| mode & PERMISSION_BITS);
             self.note(upper, owner)?;
@@ -162,7 +188,11 @@ impl UpperTree {
         if rest == Change::default() {
             self.upper.getattr(upper, handle)
         } else {
-            self.upper.setattr(caller, upper, handle, &rest)
+            let changed = self.upper.setattr(caller, upper, handle, &rest)?;
+            if change.size.is_some() && caller.uid != 0 {
+                self.lose_noted_set_id(upper);
+            }
+            Ok(changed)
         }
     }
 }
