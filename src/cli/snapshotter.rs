@@ -6,7 +6,7 @@ use clap::Args;
 
 use super::{Global, output};
 use crate::error::{Error, Kind, Result};
-use crate::snapshotter::{Known, Places, Socket, metrics_of, serve};
+use crate::snapshotter::{Known, LowerForm, Places, Socket, metrics_of, serve};
 use crate::store::Store;
 
 /// Where the units of scripts/ have it.
@@ -33,9 +33,18 @@ pub(super) struct Snapshotter {
     /// Let containerd download layers that the store has, too: Docker lists and pushes images by what it downloaded
     #[arg(long)]
     no_claims: bool,
+    /// How what lies below snapshots is shown: auto, as the layers' directories, and by FUSE where those cannot be mounted; fuse, always by FUSE
+    #[arg(long, value_name = "FORM", value_enum, default_value = "auto", hide_possible_values = true)]
+    lower: Lower,
     /// Print what the snapshotter on this socket did and has, in Prometheus's text format
     #[arg(long)]
     metrics: bool,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum Lower {
+    Auto,
+    Fuse,
 }
 
 impl Snapshotter {
@@ -61,11 +70,15 @@ impl Snapshotter {
         };
         let store = Store::open(&global.paths()?)?.with_policy(super::settings()?.policy());
         let known = if self.no_claims { Known::Downloaded } else { Known::Committed };
+        let lower = match self.lower {
+            Lower::Auto => LowerForm::Auto,
+            Lower::Fuse => LowerForm::Fuse,
+        };
         let ready = || {
             if let Err(e) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                 log::warn!("tell systemd: {e}");
             }
         };
-        serve(&Places { state, containerd: self.containerd.clone() }, store, known, listen, ready)
+        serve(&Places { state, containerd: self.containerd.clone() }, store, (known, lower), listen, ready)
     }
 }

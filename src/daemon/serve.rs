@@ -118,6 +118,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
         posix_acl: job.checks_permissions() && has_live,
         // Volumes and changes are opened as the caller.
         idmappable: job.checks_permissions() && !has_live,
+        answers_xattrs: job.plan.live.answers_xattrs,
     };
     let longest = if job.is_read_only() { session::MIN_READ_BUFFER } else { MAX_REQUEST };
     let buffers = Arc::new(Buffers::new(job.threads, longest));

@@ -43,6 +43,8 @@ pub struct AdapterOptions {
     /// Mounts of this one may be idmapped (FUSE_ALLOW_IDMAP, Linux 6.12). The kernel then tells who asks only where something is made: right
     /// only where that matters to no tree, and beside `default_permissions`, without which it ends the connection (process_init_reply).
     pub idmappable: bool,
+    /// Each question for extended attributes is answered, also where no tree has any.
+    pub answers_xattrs: bool,
 }
 
 /// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
@@ -54,7 +56,7 @@ const UNIQUE_RESEND: u64 = 1 << 63;
 /// A tree as a FUSE file system.
 pub struct FuseAdapter {
     pub(super) tree: Arc<dyn Tree>,
-    options: AdapterOptions,
+    pub(super) options: AdapterOptions,
     counters: Arc<Counters>,
     /// The kernel takes ENOSYS from open for "never ask again".
     pub(super) no_open: bool,

@@ -64,7 +64,7 @@ use crate::backend::{self, Health, Usage};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageId};
 use crate::paths::StatePaths;
-use crate::store::{Policy, Store};
+use crate::store::{Policy, ResolvedImage, Store};
 use crate::traces::{Meter, Shelf};
 
 /// Fewest characters of an id's beginning that are taken for it.
@@ -194,14 +194,19 @@ impl Provisioner {
     ///
     /// The steps, each in the file of its name.
     pub fn provision(&self, request: &Request) -> Result<Record> {
-        let id = match &request.id {
-            Some(id) => id.clone(),
-            None => ContainerId::random()?,
-        };
         let store = Store::open(&self.paths)?.with_policy(self.policy.clone());
         // Held until the record names the image: from then on `image rm` and gc see that it is in use.
         let in_use = store.lock_shared()?;
         let image = store.resolve(&request.image)?;
+        self.provision_resolved(request, image, in_use)
+    }
+
+    /// The same of an image that is found already. `kept`: what keeps it until the record is there.
+    pub(crate) fn provision_resolved<K>(&self, request: &Request, image: ResolvedImage, kept: K) -> Result<Record> {
+        let id = match &request.id {
+            Some(id) => id.clone(),
+            None => ContainerId::random()?,
+        };
         let ownership = owners::presented(request, &image)?;
         let seen = look::look(request, &|target| fill::form_in(&image, &ownership, target))?;
         let planned = planning::plan(&id, request, ownership, &image, seen, &self.paths.container(&id))?;
@@ -211,7 +216,7 @@ impl Provisioner {
         let mut record = Record::new(note, choice.backend, &planned)?;
         record.ends_with = request.ends_with;
         let mut making = self.claim(record)?;
-        drop(in_use);
+        drop(kept);
         let made = open::open_new(&planned)
             .and_then(|opened| making.opened(opened))
             .and_then(|opened| fill::fill(opened, &planned, &self.paths))

@@ -229,6 +229,7 @@ impl<'a> Inside<'a> {
             // takes the changes.
             let below = dir.join(job.id.as_str()).join("image");
             let mut lower = Request::new(image, &below).backend(BackendKind::Fuse).id(job.id.clone());
+            lower.live.answers_xattrs = true;
             lower.ownership = Some(Ownership { uids: self.ids.0.clone(), gids: self.ids.1.clone(), squash: None });
             self.provision(lower)?;
             self.provision(self.upper(ImageRef::Path(below), path.clone(), self.upper_id()?))?;

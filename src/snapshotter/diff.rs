@@ -156,6 +156,9 @@ impl Differ {
         let store = self.snapshots.store();
         let (at, owners) = match part {
             Part::Files { at, owners, .. } => (at.clone(), owners.clone()),
+            Part::Layer { by_index: true, .. } => {
+                return Err(not_made("what lies on the disk of this layer is not all of it"));
+            }
             // Its whiteouts lie there as those of containers do.
             Part::Layer { layer, .. } => (store.layer_tree(layer), Ownership::default()),
         };

@@ -11,6 +11,7 @@
 //! ├── l/<number>s       the same, to its layer in the store
 //! ├── b/<digest>        which layer of the store is in this blob: its diff id, as Apply found it
 //! ├── m/<map>/          what lies below snapshots with these owners (see `mapped`)
+//! ├── f/                what lies below snapshots in one FUSE mount (see `merged`)
 //! ├── new/<number>/     snapshots being made; whatever is here at the start is deleted
 //! └── gone/<number>/    removed ones, deleted by Cleanup and at the start
 //! ```
@@ -73,6 +74,9 @@ impl Dirs {
     /// What is shown with other owners.
     pub(super) fn mapped(&self) -> PathBuf {
         self.state.join("m")
+    }
+    pub(super) fn merged(&self) -> PathBuf {
+        self.state.join("f")
     }
     pub(super) fn blobs(&self) -> PathBuf {
         self.state.join("b")

@@ -63,6 +63,7 @@ impl Metrics {
             ("layers", "Layers of the store that snapshots are made of.", counts.layers),
             ("removed", "Removed snapshots that are still on the disk.", counts.removed),
             ("id_maps", "User namespaces for which layers are shown with other owners.", counts.maps),
+            ("fuse_mounts", "FUSE mounts of what lies below snapshots.", counts.merged),
         ] {
             head(&mut text, name, "gauge", what);
             let _ = writeln!(text, "fsprov_snapshotter_{name} {value}");

@@ -1,7 +1,7 @@
 //! containerd's snapshotter: its Snapshots service over this program's store and the kernel's overlayfs, on a unix socket.
 //!
-//! Here tokio has its place: waiting for requests is the work; what a call does runs on threads of its own. The one process that is forked meanwhile holds a
-//! user namespace for the moment in which a mount is made, and does nothing else.
+//! Here tokio has its place: waiting for requests is the work; what a call does runs on threads of its own. Processes that are started
+//! meanwhile are this program again (readers of archives, FUSE servers), or hold a user namespace for the moment in which a mount is made.
 
 mod chain;
 mod content;
@@ -9,6 +9,7 @@ mod diff;
 mod dirs;
 mod filter;
 mod mapped;
+mod merged;
 mod messages;
 mod metrics;
 mod record;
@@ -20,7 +21,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
-pub(crate) use snapshots::Known;
+pub(crate) use snapshots::{Known, LowerForm};
 pub(crate) use socket::Socket;
 
 use crate::error::{Error, Kind, Result, show};
@@ -76,7 +77,7 @@ pub(crate) fn metrics_of(socket: &Path) -> Result<String> {
 pub(crate) fn serve(
     places: &Places,
     store: Store,
-    known: Known,
+    (known, lower): (Known, LowerForm),
     listen: impl FnOnce() -> Result<Socket>,
     ready: impl FnOnce(),
 ) -> Result<()> {
@@ -105,7 +106,7 @@ pub(crate) fn serve(
             let _ = end.send(true);
         });
         // Last: a client that sees the socket is answered, and a signal is heeded.
-        let snapshots = Snapshots::open(&places.state, store, known)?;
+        let snapshots = Snapshots::open(&places.state, store, known, lower)?;
         log::info!("{} snapshots in {}", snapshots.count(), show(snapshots.state()));
         let socket = listen()?;
         let accepted = socket.accepted()?;

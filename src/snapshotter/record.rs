@@ -68,6 +68,9 @@ pub(super) struct Record {
     /// The layer of the store that it is, or is made upon.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) layer: Option<ImageId>,
+    /// Only that layer's index says all: its tree on the disk lacks owners or devices.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub(super) by_index: bool,
     /// The chain id of all up to it, where it is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) chain: Option<String>,
@@ -99,6 +102,7 @@ impl Record {
             usage: (0, 0),
             has_files: true,
             layer: None,
+            by_index: false,
             chain: None,
             maps: None,
         }

@@ -5,6 +5,7 @@
 
 mod checks;
 mod layers;
+mod merge;
 mod mounts;
 mod table;
 mod upkeep;
@@ -14,20 +15,24 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, PermissionsExt as 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 
+use rustix::io::Errno;
+
 use super::chain;
 use super::dirs::{Dirs, FILES, WORK};
 use super::filter::Filters;
 use super::mapped;
+use super::merged::Merged;
 use super::messages::{Commit, Info, Keyed, Mounts, Prepare, Told, Update, Usage};
 use super::record::{Kind, Record};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::fault;
 use crate::plan::Ownership;
-use crate::store::Store;
+use crate::store::{Showing, Store};
 use crate::sys::durable::sync_dir;
 use crate::sys::remove::remove_tree;
 use crate::sys::usage::measure;
 use checks::{check_key, check_labels};
+pub(crate) use mounts::LowerForm;
 use mounts::OverlayOptions;
 pub(super) use mounts::Part;
 use table::Table;
@@ -57,6 +62,10 @@ pub(crate) struct Snapshots {
     holder: String,
     /// Whether layers of the store are committed when they are asked for.
     known: Known,
+    /// How what lies below is shown, and so which layers can be.
+    lower: LowerForm,
+    showing: Showing,
+    merged: Merged,
     overlay: OverlayOptions,
     /// Held while something changes; the number of the next snapshot.
     changing: Mutex<u64>,
@@ -75,6 +84,8 @@ pub(super) struct Counts {
     pub(super) removed: usize,
     /// Maps of ids.
     pub(super) maps: usize,
+    /// FUSE mounts.
+    pub(super) merged: usize,
 }
 
 /// Files of ours that are not where they should be are not an answer to a question for a snapshot: NotFound means that there is none.
@@ -91,25 +102,29 @@ fn not_found(key: &str) -> Error {
 
 impl Snapshots {
     /// Open a state directory, made where it is missing, and finish or take back what was cut short.
-    pub(crate) fn open(state: &Path, store: Store, known: Known) -> Result<Self> {
+    pub(crate) fn open(state: &Path, store: Store, known: Known, lower: LowerForm) -> Result<Self> {
         let dirs = Dirs::open(state)?;
         let (table, next) = upkeep::load(&dirs)?;
-        let holder = chain::holder(state, store.paths());
-        store.claims_of(&holder).set(&table.layers.keys().cloned().collect())?;
+        let merged = Merged::open(&dirs.merged())?;
         let all = Snapshots {
+            holder: chain::holder(state, store.paths()),
+            showing: Self::check_lower(&merged, lower)?,
             dirs,
             store,
-            holder,
             known,
+            lower,
+            merged,
             overlay: OverlayOptions::of_host()?,
             changing: Mutex::new(next),
             mapping: Mutex::new(()),
             table: RwLock::new(table),
         };
+        all.claims().set(&all.read(|table| table.layers.keys().cloned().collect()))?;
         Self::clear(&all.dirs.fresh())?;
         all.cleanup()?;
         all.clear_links();
         all.clear_mapped();
+        all.reconcile_merged();
         all.clear_blobs();
         Ok(all)
     }
@@ -139,6 +154,7 @@ impl Snapshots {
     /// What there is, by what it is.
     pub(super) fn counts(&self) -> Counts {
         let removed = std::fs::read_dir(self.dirs.gone()).map_or(0, Iterator::count);
+        let merged = self.merged.count();
         self.read(|table| {
             let count = |kind| table.by_name.values().filter(|record| record.kind == kind).count();
             let maps = table.by_name.values().filter_map(|record| record.maps.as_ref().map(mapped::name));
@@ -147,6 +163,7 @@ impl Snapshots {
                 layers: table.layers.len(),
                 removed,
                 maps: maps.collect::<std::collections::HashSet<_>>().len(),
+                merged,
             }
         })
     }
@@ -176,7 +193,7 @@ impl Snapshots {
         record.maps = mapped::of_labels(&labels)?;
         record.labels = labels;
         let mounts = self.mounts_of(&record)?;
-        self.make(&record)?;
+        self.make(&record).inspect_err(|_| self.merged.release(record.number))?;
         *next += 1;
         self.write(|table| table.insert(record));
         Ok(mounts)
@@ -227,9 +244,11 @@ impl Snapshots {
             if record.kind == Kind::Active {
                 mkdir(&dir.join(WORK), 0o711)?;
             }
-            let below = self.below(record)?;
             // It covers the top directory of what is below: it must look the same.
-            imitate(below.first().map_or(&files, |top| &top.files), &files, record.maps.as_ref())?;
+            match self.model_of(record)? {
+                Some((model, maps)) => imitate(&model, &files, maps)?,
+                None => imitate(&files, &files, record.maps.as_ref())?,
+            }
         }
         record.write(dir)
     }
@@ -282,10 +301,12 @@ impl Snapshots {
         record.usage = usage;
         fault::point("snapshotter.commit")?;
         record.write(&self.dirs.snapshot(record.number)).map_err(inside)?;
+        let number = record.number;
         self.write(|table| {
             table.remove(&key);
             table.insert(record);
         });
+        self.merged.release(number);
         Ok(())
     }
 
@@ -308,8 +329,10 @@ impl Snapshots {
         if record.maps.is_some() {
             self.clear_mapped();
         }
+        self.merged.release(record.number);
+        let _ = std::fs::remove_file(self.merged.own_index(record.number));
         match &record.layer {
-            Some(layer) if !self.is_used(layer) => self.store.claims_of(&self.holder).release(layer).map_err(inside),
+            Some(layer) if !self.is_used(layer) => self.claims().release(layer).map_err(inside),
             _ => Ok(()),
         }
     }
@@ -406,6 +429,10 @@ fn imitate(model: &Path, dir: &Path, maps: Option<&Ownership>) -> Result<()> {
     let (uid, gid) = maps.map_or((meta.uid(), meta.gid()), |maps| {
         (Ownership::map(&maps.uids, meta.uid()), Ownership::map(&maps.gids, meta.gid()))
     });
-    std::os::unix::fs::chown(dir, Some(uid), Some(gid)).map_err(fail)?;
+    match std::os::unix::fs::chown(dir, Some(uid), Some(gid)) {
+        // Nobody whom this user namespace has: the container's root stays the owner.
+        Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => log::debug!("own {}: {e}", show(dir)),
+        other => other.map_err(fail)?,
+    }
     std::fs::set_permissions(dir, std::fs::Permissions::from_mode(meta.mode() & 0o7777)).map_err(fail)
 }

@@ -19,10 +19,21 @@ use crate::id::ImageId;
 use crate::paths::image;
 use crate::sys::durable::{Survives, sync_dir, write_file};
 
-/// A layer that a mount can show as it lies on the disk.
+/// What a holder can show of layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Showing {
+    /// Their trees as they lie on the disk.
+    Tree,
+    /// What their indexes say, too.
+    Index,
+}
+
+/// A layer that its holder can show.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) struct ClaimedLayer {
     pub(crate) diff_id: ImageId,
+    /// Only its index says all.
+    pub(crate) by_index: bool,
     /// Bytes of its files, and entries.
     pub(crate) usage: (u64, u64),
 }
@@ -32,12 +43,13 @@ pub(crate) struct ClaimedLayer {
 pub(crate) struct Claims<'a> {
     store: &'a Store,
     dir: PathBuf,
+    showing: Showing,
 }
 
 impl Store {
     /// The claims of `holder`, a name of one component.
-    pub(crate) fn claims_of(&self, holder: &str) -> Claims<'_> {
-        Claims { store: self, dir: self.paths.claims().join(holder) }
+    pub(crate) fn claims_of(&self, holder: &str, showing: Showing) -> Claims<'_> {
+        Claims { store: self, dir: self.paths.claims().join(holder), showing }
     }
 
     /// All claimed layers, no matter whose. An error keeps every layer.
@@ -54,13 +66,13 @@ impl Store {
         Ok(all)
     }
 
-    /// The layer that gives this chain id upon layers of the chain id `below` (image-spec, config.md), if the store has it and a mount can
-    /// show it as it lies on the disk.
-    pub(crate) fn layer_of_chain(&self, below: Option<&str>, chain: &str) -> Result<Option<ImageId>> {
+    /// The layer that gives this chain id upon layers of the chain id `below` (image-spec, config.md), if the store has it and it
+    /// can be shown.
+    pub(crate) fn layer_of_chain(&self, below: Option<&str>, chain: &str, showing: Showing) -> Result<Option<ImageId>> {
         let _in_use = self.lock_shared()?;
         let fits = |id: &ImageId| chain_id(below, id).is_some_and(|made| made == chain);
         let found = ids_below(&self.paths.layers())?.into_iter().find(fits);
-        Ok(found.filter(|id| self.is_mountable(id)))
+        Ok(found.filter(|id| self.is_shown(id, showing)))
     }
 
     /// The layers that have this chain id, bottom first, where an image of the store has them.
@@ -78,10 +90,10 @@ impl Store {
         Ok(None)
     }
 
-    /// Does the tree on the disk show all that the layer is?
-    fn is_mountable(&self, id: &ImageId) -> bool {
-        self.check_layer(id).is_ok()
-            && LayerMeta::read(&self.paths.layer(id)).is_ok_and(|meta| meta.on_disk == OnDisk::Exact)
+    /// Can all be shown that the layer is?
+    fn is_shown(&self, id: &ImageId, showing: Showing) -> bool {
+        let is_exact = || LayerMeta::read(&self.paths.layer(id)).is_ok_and(|meta| meta.on_disk == OnDisk::Exact);
+        self.check_layer(id).is_ok() && (showing == Showing::Index || is_exact())
     }
 
     /// Where a layer's tree lies.
@@ -103,15 +115,16 @@ pub(crate) fn chain_id(below: Option<&str>, layer: &ImageId) -> Option<String> {
 }
 
 impl Claims<'_> {
-    /// Claim a layer, so that it stays. `None`: it is not there, or a mount cannot show it.
+    /// Claim a layer, so that it stays. `None`: it is not there, or cannot be shown.
     pub(crate) fn claim(&self, id: &ImageId) -> Result<Option<ClaimedLayer>> {
         let _in_use = self.store.lock_shared()?;
-        if !self.store.is_mountable(id) {
+        if !self.store.is_shown(id, self.showing) {
             return Ok(None);
         }
         let meta = LayerMeta::read(&self.store.paths.layer(id))?;
         self.note(id)?;
-        Ok(Some(ClaimedLayer { diff_id: id.clone(), usage: (meta.bytes, meta.entries) }))
+        let by_index = meta.on_disk != OnDisk::Exact;
+        Ok(Some(ClaimedLayer { diff_id: id.clone(), by_index, usage: (meta.bytes, meta.entries) }))
     }
 
     pub(super) fn store(&self) -> &Store {

@@ -21,6 +21,8 @@ mod import;
 mod layer;
 mod limits;
 mod lock;
+#[cfg(feature = "containerd")]
+mod merged;
 mod mesos;
 mod meta;
 mod names;
@@ -38,7 +40,7 @@ use std::path::PathBuf;
 pub use archive::input::{Progress, ProgressFn};
 pub use archive::whiteout::LayerWhiteouts;
 #[cfg_attr(not(feature = "containerd"), allow(unused_imports, reason = "who claims is the snapshotter"))]
-pub(crate) use claims::{ClaimedLayer, chain_id};
+pub(crate) use claims::{ClaimedLayer, Claims, Showing, chain_id};
 pub use download::Download;
 pub use gc::{Collected, Prune, Usage};
 pub use import::{ImageSource, ImportOptions, Imported, Outcome};
@@ -61,6 +63,8 @@ pub use changes::{Change, Changed};
 pub(crate) use commit::Said;
 #[cfg(feature = "containerd")]
 pub(crate) use import::Blob;
+#[cfg(feature = "containerd")]
+pub(crate) use merged::{Stacked, write_own_index};
 
 pub use crate::image::Strictness;
 pub use crate::image::oci::Platform;

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"testing"
 	"time"
@@ -21,6 +22,7 @@ import (
 func newSnapshotter(ctx context.Context, root string) (snapshots.Snapshotter, func() error, error) {
 	socket := filepath.Join(root, "socket")
 	args := []string{"--root", filepath.Join(root, "root"), "snapshotter", "--socket", socket}
+	args = append(args, strings.Fields(os.Getenv("FSPROV_ARGS"))...)
 	program := exec.Command(os.Getenv("FSPROV_BIN"), args...)
 	program.Stderr = os.Stderr
 	if err := program.Start(); err != nil {
@@ -40,7 +42,13 @@ func newSnapshotter(ctx context.Context, root string) (snapshots.Snapshotter, fu
 	end := func() error {
 		conn.Close()
 		program.Process.Signal(syscall.SIGTERM)
-		return program.Wait()
+		err := program.Wait()
+		// FUSE servers outlive it, and end with their mounts. A case that failed may leave some.
+		lowers, _ := filepath.Glob(filepath.Join(root, "root/snapshotter/f/m/*/rootfs"))
+		for _, lower := range lowers {
+			syscall.Unmount(lower, syscall.MNT_DETACH)
+		}
+		return err
 	}
 	return proxy.NewSnapshotter(snapshotsapi.NewSnapshotsClient(conn), "fsprov"), end, nil
 }

@@ -6,7 +6,7 @@ use tonic::Code;
 
 use crate::client::{COMMITTED, Client, Labels, code, labels};
 use crate::images::{self, Entry::Dir, Entry::File, Image, layers_in_store};
-use crate::served::Served;
+use crate::served::{Served, is_by_fuse};
 
 crate::tests![
     layers_of_the_store_are_committed_on_request,
@@ -85,8 +85,9 @@ fn layers_of_the_store_are_committed_on_request() {
     let names = claim_all(&client, &image);
     let mounts = client.prepare("web", names.last().expect("names")).expect("prepare");
     let lower = mounts[0].options.iter().find(|option| option.starts_with("lowerdir=")).expect("lower layers");
-    assert_eq!(lower.split(':').count(), 3, "the empty layer is there once: {lower}");
-    assert!(lower.split(':').all(|one| one.len() < served.state().as_os_str().len() + 20), "short: {lower}");
+    assert_eq!(lower.split(':').count(), if is_by_fuse() { 1 } else { 3 }, "the empty layer is there once: {lower}");
+    let is_short = |one: &str| one.len() < served.state().as_os_str().len() + 20;
+    assert!(is_by_fuse() || lower.split(':').all(is_short), "short: {lower}");
     let at = served.mount(&mounts, "web");
     assert_eq!(
         (at.read("etc/base").as_str(), at.read("etc/mid").as_str(), at.read("var/a/new").as_str()),
@@ -193,7 +194,7 @@ fn a_lost_state_is_made_again_of_the_store() {
     images::import(&served, &image);
     let names = claim_all(&served.client(), &image);
     served.kill();
-    std::fs::remove_dir_all(served.state()).expect("remove");
+    served.lose_state();
     served.start(&[]);
     let client = served.client();
     assert_eq!(client.names(&[]), Vec::<String>::new());
@@ -213,7 +214,7 @@ fn a_lost_state_is_made_again_of_the_store() {
     assert_eq!(code_of(&served, &["image", "gc", "--unused"]).0, 0);
     assert_eq!(layers_in_store(&served), 3);
     served.kill();
-    std::fs::remove_dir_all(served.state()).expect("remove");
+    served.lose_state();
     served.start(&[]);
     assert_eq!(code_of(&served, &["image", "gc", "--unused"]).0, 0);
     assert_eq!(layers_in_store(&served), 0, "nobody claims them");

@@ -10,7 +10,7 @@ use crate::client::{Answer, Client, Labels, Mount, code, labels};
 use crate::content::{Descriptor, GZIP, PLAIN, node};
 use crate::diff::apply;
 use crate::images::{self, Entry::Dir, Entry::File, sha256};
-use crate::served::Served;
+use crate::served::{Served, is_by_fuse};
 
 crate::tests![
     what_a_container_changed_is_a_layer_that_gives_it_again,
@@ -228,7 +228,8 @@ fn what_a_container_changed_is_a_layer_that_gives_it_again() {
     }
     assert_eq!(got.len(), want.len());
     let holes = std::fs::metadata(again.path("new/holes")).expect("stat");
-    assert!(holes.len() == 64 << 20 && holes.blocks() < 100, "{}", holes.blocks());
+    // A FUSE mount tells no holes.
+    assert!(holes.len() == 64 << 20 && (holes.blocks() < 100 || is_by_fuse()), "{}", holes.blocks());
 }
 
 fn the_same_changes_give_the_same_bytes() {

@@ -33,6 +33,11 @@ fn run(command: &mut Command) {
 
 /// The tar of a layer.
 pub(crate) fn tar(served: &Served, name: &str, layer: Layer<'_>) -> PathBuf {
+    tar_of(served, name, layer, None)
+}
+
+/// The same; `owner`: whose all of it is.
+fn tar_of(served: &Served, name: &str, layer: Layer<'_>, owner: Option<u32>) -> PathBuf {
     use std::os::unix::fs::PermissionsExt as _;
     let (tree, tar) = (served.path(&format!("{name}.tree")), served.path(&format!("{name}.tar")));
     std::fs::create_dir_all(&tree).expect("make");
@@ -50,7 +55,9 @@ pub(crate) fn tar(served: &Served, name: &str, layer: Layer<'_>) -> PathBuf {
         }
     }
     run(Command::new("tar")
-        .args(["--numeric-owner", "--mtime=@1000000000", "--sort=name", "-cf"])
+        .args(["--numeric-owner", "--mtime=@1000000000", "--sort=name"])
+        .args(owner.into_iter().flat_map(|id| [format!("--owner=:{id}"), format!("--group=:{id}")]))
+        .arg("-cf")
         .arg(&tar)
         .arg("-C")
         .arg(&tree)
@@ -60,11 +67,16 @@ pub(crate) fn tar(served: &Served, name: &str, layer: Layer<'_>) -> PathBuf {
 
 /// An unpacked docker archive of these layers, not in the store yet.
 pub(crate) fn make(served: &Served, name: &str, layers: &[Layer<'_>]) -> Image {
+    make_of(served, name, layers, None)
+}
+
+/// The same; `owner`: whose all files are.
+pub(crate) fn make_of(served: &Served, name: &str, layers: &[Layer<'_>], owner: Option<u32>) -> Image {
     let dir = served.path(name);
     std::fs::create_dir_all(&dir).expect("make");
     let (mut diff_ids, mut chains, mut files) = (Vec::new(), Vec::<String>::new(), Vec::new());
     for (number, layer) in layers.iter().enumerate() {
-        let from = tar(served, &format!("{name}-{number}"), layer);
+        let from = tar_of(served, &format!("{name}-{number}"), layer, owner);
         let file = format!("{number}.tar");
         std::fs::copy(&from, dir.join(&file)).expect("copy");
         let diff_id = sha256(&std::fs::read(&from).expect("read"));

@@ -15,6 +15,7 @@ mod cri;
 mod diff;
 mod hostile;
 mod images;
+mod lower;
 mod mapped;
 mod real;
 mod served;
@@ -39,7 +40,8 @@ fn main() -> ExitCode {
         Err(_) => Some(enter_namespace()),
     };
     let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let mut tests = vec![service::TESTS, claims::TESTS, diff::TESTS, compare::TESTS, mapped::TESTS, hostile::TESTS];
+    let mut tests =
+        vec![service::TESTS, claims::TESTS, diff::TESTS, compare::TESTS, mapped::TESTS, lower::TESTS, hostile::TESTS];
     if std::env::var_os(real::PLACE).is_some() {
         tests = vec![real::TESTS];
     }

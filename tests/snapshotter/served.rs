@@ -65,6 +65,9 @@ impl Served {
     pub(crate) fn start_with(&mut self, args: &[&str], env: &[(&str, &str)]) {
         let log = std::fs::File::options().create(true).append(true).open(self.path("log")).expect("a log");
         let mut command = self.command();
+        if let Some(form) = lower().filter(|_| !args.contains(&"--lower")) {
+            command.args(["--lower", &form]);
+        }
         command.args(args).envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().expect("start fsprov"));
         let until = Instant::now() + WAIT;
@@ -131,8 +134,15 @@ impl Served {
         let at = self.path(name);
         std::fs::create_dir_all(&at).expect("make a mount point");
         let [mount] = mounts else { panic!("one mount was expected: {mounts:?}") };
+        // containerd does likewise: options are a page at most.
+        let links = format!("{}/", self.state().join("l").display());
         let run = |args: &[&str]| {
-            let said = Command::new("mount").args(args).arg(&at).output().expect("run mount");
+            let args: Vec<String> = args.iter().map(|arg| arg.replace(&links, "")).collect();
+            let mut command = Command::new("mount");
+            if self.state().join("l").exists() {
+                command.current_dir(&links);
+            }
+            let said = command.args(&args).arg(&at).output().expect("run mount");
             assert!(said.status.success(), "mount {args:?}: {}", String::from_utf8_lossy(&said.stderr));
         };
         let options: Vec<&str> = mount.options.iter().map(String::as_str).collect();
@@ -157,9 +167,53 @@ impl Served {
     }
 }
 
+/// What the environment says about `--lower`, for all tests.
+pub(crate) fn lower() -> Option<String> {
+    std::env::var("FSPROV_TEST_LOWER").ok()
+}
+
+/// Is everything that lies below snapshots shown by FUSE?
+pub(crate) fn is_by_fuse() -> bool {
+    lower().as_deref() == Some("fuse")
+}
+
+impl Served {
+    /// The FUSE mounts of what lies below snapshots, by their names.
+    pub(crate) fn fuse_mounts(&self) -> Vec<String> {
+        let table = std::fs::read_to_string("/proc/self/mountinfo").expect("mountinfo");
+        let below = format!("{}/", self.state().join("f/m").display());
+        let name = |line: &str| Some(line.split(' ').nth(4)?.strip_prefix(&below)?.strip_suffix("/rootfs")?.to_owned());
+        table.lines().filter_map(name).collect()
+    }
+
+    /// The processes that serve one of these: the supervisor, and the worker.
+    pub(crate) fn fuse_servers(&self, name: &str) -> [i32; 2] {
+        let record = self.state().join("f/containers").join(name).join("record.json");
+        let text = std::fs::read_to_string(record).expect("a record");
+        let record: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        ["supervisor", "worker"].map(|which| record["traces"][which]["pid"].as_i64().expect("a pid") as i32)
+    }
+}
+
+impl Served {
+    /// Their servers end with them.
+    fn unmount_fuse(&self) {
+        for name in self.fuse_mounts() {
+            let _ = Command::new("umount").arg("-l").arg(self.state().join("f/m").join(name).join("rootfs")).status();
+        }
+    }
+
+    /// Delete the state directory of one that is stopped.
+    pub(crate) fn lose_state(&self) {
+        self.unmount_fuse();
+        std::fs::remove_dir_all(self.state()).expect("remove");
+    }
+}
+
 impl Drop for Served {
     fn drop(&mut self) {
         self.kill();
+        self.unmount_fuse();
     }
 }
 

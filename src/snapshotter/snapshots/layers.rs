@@ -40,7 +40,7 @@ impl Snapshots {
         if found.is_some() {
             return Ok(found);
         }
-        let Some(layer) = self.store.layer_of_chain(below_chain, target)? else { return Ok(None) };
+        let Some(layer) = self.store.layer_of_chain(below_chain, target, self.showing)? else { return Ok(None) };
         self.commit_layer(&layer, target, &parent, labels.clone(), next)
     }
 
@@ -53,7 +53,7 @@ impl Snapshots {
         labels: BTreeMap<String, String>,
         next: &mut u64,
     ) -> Result<Option<String>> {
-        let claims = self.store.claims_of(&self.holder);
+        let claims = self.claims();
         let Some(claimed) = claims.claim(layer)? else { return Ok(None) };
         // Made of the chain id, so that a state directory that was lost can be rebuilt. It is taken where others stand on another parent.
         let mut name = chain::name(chain_id);
@@ -65,6 +65,7 @@ impl Snapshots {
         record.usage = claimed.usage;
         record.has_files = false;
         record.layer = Some(layer.clone());
+        record.by_index = claimed.by_index;
         record.chain = Some(chain_id.to_owned());
         self.make(&record).map_err(|e| {
             let undo = if self.is_used(layer) { Ok(()) } else { claims.release(layer) };
@@ -115,7 +116,7 @@ impl Snapshots {
     /// Make an active snapshot of this layer of the store. False: the store does not have it, or not so that a mount can show it.
     pub(in crate::snapshotter) fn put_layer(&self, key: &str, layer: &ImageId) -> Result<bool> {
         let _changing = self.change();
-        let Some(claimed) = self.store.claims_of(&self.holder).claim(layer)? else { return Ok(false) };
+        let Some(claimed) = self.claims().claim(layer)? else { return Ok(false) };
         self.put(key, &claimed).map(|()| true).map_err(|e| e.with_undo(self.release_unused(layer)))
     }
 
@@ -127,7 +128,7 @@ impl Snapshots {
         input: Box<dyn std::io::Read + Send>,
     ) -> Result<ImageId> {
         // Others need not wait for that.
-        let claims = self.store.claims_of(&self.holder);
+        let claims = self.claims();
         let claimed = claims.import(blob, input)?;
         let _changing = self.change();
         let Some(claimed) = claimed else {
@@ -145,7 +146,7 @@ impl Snapshots {
     }
 
     pub(super) fn release_unused(&self, layer: &ImageId) -> Result<()> {
-        if self.is_used(layer) { Ok(()) } else { self.store.claims_of(&self.holder).release(layer) }
+        if self.is_used(layer) { Ok(()) } else { self.claims().release(layer) }
     }
 
     pub(super) fn put(&self, key: &str, claimed: &ClaimedLayer) -> Result<()> {
@@ -161,6 +162,7 @@ impl Snapshots {
             return refuse("it has files");
         }
         record.layer = Some(claimed.diff_id.clone());
+        record.by_index = claimed.by_index;
         record.usage = claimed.usage;
         record.touch();
         record.write(&self.dirs.snapshot(record.number)).map_err(inside)?;

@@ -15,13 +15,32 @@ use crate::snapshotter::record::{Kind, Record};
 use crate::store::{Marks, Store};
 
 /// Most lower layers of one overlay: OVL_MAX_STACK of Linux.
-const MAX_LAYERS: usize = 500;
+pub(super) const MAX_LAYERS: usize = 500;
 
-/// A lower directory of an overlay.
+/// How what lies below snapshots is shown.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum LowerForm {
+    /// As the layers' own directories, and by FUSE where those cannot be mounted.
+    Auto,
+    /// By FUSE.
+    Fuse,
+}
+
+/// A directory below a snapshot.
 pub(super) struct Lower {
     /// The name of its link.
     pub(super) link: String,
     pub(super) files: PathBuf,
+    pub(super) what: What,
+    /// Only its index says all.
+    pub(super) by_index: bool,
+}
+
+/// Whose it is.
+pub(super) enum What {
+    /// Those of the snapshot of this number.
+    Files(u64),
+    Layer(ImageId),
 }
 
 /// What every overlay of this host is mounted with.
@@ -66,7 +85,7 @@ pub(in crate::snapshotter) enum Part {
     /// What the snapshot of this name wrote.
     Files { name: String, at: PathBuf, owners: Ownership },
     /// A layer of the store, and the snapshot that has it.
-    Layer { name: String, layer: ImageId },
+    Layer { name: String, layer: ImageId, by_index: bool },
 }
 
 impl Snapshots {
@@ -77,12 +96,19 @@ impl Snapshots {
             let why = "it is committed, and neither active nor a view";
             return Err(Error::new(ErrorKind::Busy, "mount snapshot", format!("{:?}", asked.key), why));
         }
-        self.mounts_of(&record)
+        let mounts = self.mounts_of(&record)?;
+        // Nobody else would take away what was mounted for it.
+        if self.find(&asked.key).is_ok_and(|now| now.number == record.number) {
+            return Ok(mounts);
+        }
+        self.merged.release(record.number);
+        Err(not_found(&asked.key))
     }
 
     /// How a snapshot is mounted. It need not be there yet.
     pub(super) fn mounts_of(&self, record: &Record) -> Result<Mounts> {
-        let below = self.below(record)?;
+        let stack = self.stack(record)?;
+        let below = without_repeats(&stack);
         let own = self.dirs.snapshot(record.number);
         let bind = |source: &Path, mode: &str| Mount {
             r#type: "bind".into(),
@@ -90,48 +116,51 @@ impl Snapshots {
             target: String::new(),
             options: vec![mode.into(), "rbind".into()],
         };
+        let overlay = |lower: String| {
+            let mut options = self.overlay.list();
+            if record.kind == Kind::Active {
+                options.push(format!("workdir={}", text(&own.join(WORK))));
+                options.push(format!("upperdir={}", text(&own.join(FILES))));
+            }
+            options.push(format!("lowerdir={lower}"));
+            Mount { r#type: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+        };
         let mount = match (&below[..], record.kind) {
             ([], Kind::View) => bind(&own.join(FILES), "ro"),
             ([], _) => bind(&own.join(FILES), "rw"),
+            (below, kind) if self.must_merge(below) => {
+                let at = self.show_merged(record, &stack)?;
+                if kind == Kind::View { bind(&at, "ro") } else { overlay(text(&at)) }
+            }
             ([only], Kind::View) => match &record.maps {
                 None => bind(&only.files, "ro"),
                 Some(maps) => bind(&self.mapped(maps)?.join(self.place_of(only)), "ro"),
             },
             _ => {
-                if below.len() > MAX_LAYERS {
-                    let why = format!("it has {} layers, and overlayfs takes at most {MAX_LAYERS}", below.len());
-                    return Err(Error::new(ErrorKind::Limit, "mount snapshot", format!("{:?}", record.name), why)
-                        .hint("rebuild the image with fewer layers, or run `fsprov image flatten` and push what comes of it"));
-                }
-                let mut options = self.overlay.list();
-                if record.kind == Kind::Active {
-                    options.push(format!("workdir={}", text(&own.join(WORK))));
-                    options.push(format!("upperdir={}", text(&own.join(FILES))));
-                }
                 let links = match &record.maps {
                     None => below.iter().map(|lower| self.link(&self.dirs.links(), lower, &lower.files)).collect(),
                     Some(maps) => {
                         let dir = self.mapped(maps)?;
-                        let link = |lower: &Lower| self.link(&dir, lower, &dir.join(self.place_of(lower)));
+                        let link = |lower: &&Lower| self.link(&dir, lower, &dir.join(self.place_of(lower)));
                         below.iter().map(link).collect::<Result<Vec<_>>>()
                     }
                 }?;
-                options.push(format!("lowerdir={}", links.join(":")));
-                Mount { r#type: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+                overlay(links.join(":"))
             }
         };
         Ok(Mounts { mounts: vec![mount] })
     }
 
-    /// What lies below a snapshot's own files, topmost first. A layer that comes twice is there once, as overlayfs wants it: the topmost of its
-    /// places counts, for there it brings and hides all that it brought and hid below.
-    pub(super) fn below(&self, record: &Record) -> Result<Vec<Lower>> {
+    /// What lies below a snapshot's own files, topmost first.
+    pub(super) fn stack(&self, record: &Record) -> Result<Vec<Lower>> {
         let mut below = Vec::new();
-        let mut seen = HashSet::new();
-        let mut of_layer = |record: &Record, below: &mut Vec<Lower>| {
-            if let Some(layer) = record.layer.as_ref().filter(|layer| seen.insert((*layer).clone())) {
-                below.push(Lower { link: format!("{}s", record.number), files: self.store.layer_tree(layer) });
-            }
+        let of_layer = |record: &Record, below: &mut Vec<Lower>| {
+            below.extend(record.layer.as_ref().map(|layer| Lower {
+                link: format!("{}s", record.number),
+                files: self.store.layer_tree(layer),
+                what: What::Layer(layer.clone()),
+                by_index: record.by_index,
+            }));
         };
         of_layer(record, &mut below);
         let chain = self.read(|table| {
@@ -151,7 +180,8 @@ impl Snapshots {
         for record in chain {
             if record.has_files {
                 let files = self.dirs.snapshot(record.number).join(FILES);
-                below.push(Lower { link: record.number.to_string(), files });
+                let what = What::Files(record.number);
+                below.push(Lower { link: record.number.to_string(), files, what, by_index: false });
             }
             of_layer(&record, &mut below);
         }
@@ -224,7 +254,13 @@ impl Snapshots {
             "bind" => paths.push(&mount.source),
             _ => return None,
         }
-        let named: Vec<Named> = paths.into_iter().map(|path| self.named(path)).collect::<Option<_>>()?;
+        let mut named = Vec::new();
+        for path in paths {
+            match self.merged.user_of(Path::new(path)) {
+                Some(user) => named.extend(self.named_below(user)?),
+                None => named.push(self.named(path)?),
+            }
+        }
         let found: HashMap<u64, Arc<Record>> = self.read(|table| {
             let numbers: HashSet<u64> = named.iter().filter_map(Named::number).collect();
             let wanted = table.by_name.values().filter(|record| numbers.contains(&record.number));
@@ -242,17 +278,31 @@ impl Snapshots {
                 }
                 Named::Layer(number) => {
                     let record = found.get(&number)?;
-                    parts.push(Part::Layer { name: record.name.clone(), layer: record.layer.clone()? });
+                    let (name, by_index) = (record.name.clone(), record.by_index);
+                    parts.push(Part::Layer { name, layer: record.layer.clone()?, by_index });
                 }
                 Named::Tree(layer) => {
                     let has_it = |record: &&Arc<Record>| record.layer.as_ref() == Some(&layer);
-                    let name =
-                        self.read(|table| table.by_name.values().find(has_it).map(|record| record.name.clone()))?;
-                    parts.push(Part::Layer { name, layer });
+                    let record = self.read(|table| table.by_name.values().find(has_it).cloned())?;
+                    parts.push(Part::Layer { name: record.name.clone(), layer, by_index: record.by_index });
                 }
             }
         }
         Some(parts)
+    }
+
+    /// What the one mount shows that lies below this snapshot.
+    fn named_below(&self, number: u64) -> Option<Vec<Named>> {
+        let is_it = |record: &&Arc<Record>| record.number == number;
+        let record = self.read(|table| table.by_name.values().find(is_it).cloned())?;
+        let stack = self.stack(&record).ok()?;
+        let named =
+            without_repeats(&stack).into_iter().map(|lower| match (&lower.what, lower.link.strip_suffix('s')) {
+                (What::Files(number), _) => Some(Named::Files(*number)),
+                (What::Layer(_), Some(number)) => number.parse().ok().map(Named::Layer),
+                (What::Layer(_), None) => None,
+            });
+        named.collect()
     }
 
     /// What a directory in the options of a mount is.
@@ -291,6 +341,17 @@ impl Snapshots {
     pub(in crate::snapshotter) fn store(&self) -> &Store {
         &self.store
     }
+}
+
+/// A layer that comes twice is there once, as overlayfs wants it: the topmost of its places counts, for there it brings and hides all that it brought and
+/// hid below.
+pub(super) fn without_repeats(stack: &[Lower]) -> Vec<&Lower> {
+    let mut seen = HashSet::new();
+    let is_new = |lower: &&Lower| match &lower.what {
+        What::Layer(layer) => seen.insert(layer.clone()),
+        What::Files(_) => true,
+    };
+    stack.iter().filter(is_new).collect()
 }
 
 /// What the path of a [`Part`] says.

@@ -79,13 +79,13 @@ impl Visitor for Layer<'_> {
 }
 
 /// The kernel's 32-bit encoding, as entries have it.
-fn device(stat: &Stat) -> u32 {
+pub(super) fn device(stat: &Stat) -> u32 {
     let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
     (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
 /// An empty file of no time and nobody's.
-fn whiteout() -> Entry {
+pub(super) fn whiteout() -> Entry {
     let what = What::File { size: 0, content: None, sha256: None };
     Entry { path: Vec::new(), what, mode: 0, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new() }
 }

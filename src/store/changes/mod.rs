@@ -7,6 +7,8 @@
 //! what is not as it was a moment ago is an error.
 
 mod below;
+#[cfg(feature = "containerd")]
+mod indexed;
 mod layer;
 mod list;
 mod owners;

@@ -47,7 +47,7 @@ impl Store {
 }
 
 impl Claims<'_> {
-    /// Unpack a layer, and claim it. Its id is the digest of its uncompressed bytes. `None`: it cannot be shown by a mount as it lies on the disk, and
+    /// Unpack a layer, and claim it. Its id is the digest of its uncompressed bytes. `None`: it cannot be shown as it lies on the disk, and
     /// is not kept.
     pub(crate) fn import(&self, blob: &Blob, input: Box<dyn Read + Send>) -> Result<Option<ClaimedLayer>> {
         let store = self.store();
