@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use crate::client::Client;
 use crate::cri::{self, Cri};
 use crate::images::{self, Entry, Image};
-use crate::served::Served;
+use crate::served::{Served, is_by_fuse};
 
 crate::tests![
     ctr_pulls_runs_and_survives_a_kill,
@@ -357,8 +357,11 @@ fn pods_eight_at_a_time_leave_nothing() {
 const WORK: &str = "n=0; while true; do n=$((n+1)); echo $n > /work; [ \"$(/bin/cat /work)\" = $n ] || exit 1; \
                     [ \"$(/bin/cat /layers/1)\" = 'app 1' ] || exit 2; echo $n > /tmp/c && /bin/mv /tmp/c /count || exit 3; /bin/sleep 0.02; done";
 
-/// SIGKILL of the snapshotter, of containerd, and of both. FSPROV_TEST_KILLS: how many.
+/// SIGKILL of the snapshotter, of containerd, of both; by FUSE also of the worker below the containers, and of all three. FSPROV_TEST_KILLS: how many.
 fn kills_under_eight_containers_are_not_felt() {
+    /// Of the snapshotter, of containerd, of the worker.
+    const KILLS: [(bool, bool, bool); 5] =
+        [(true, false, false), (false, true, false), (true, true, false), (false, false, true), (true, true, true)];
     let kills: usize = std::env::var("FSPROV_TEST_KILLS").ok().and_then(|n| n.parse().ok()).unwrap_or(6);
     let mut node = Node::new();
     let image = image(&node.served, "app", 4);
@@ -377,18 +380,24 @@ fn kills_under_eight_containers_are_not_felt() {
     wait_for("the containers", || (0..8).all(|id| seen(&node, id) > 0));
     for round in 0..kills {
         let before: Vec<u64> = (0..8).map(|id| seen(&node, id)).collect();
-        if round % 3 != 1 {
+        let (of_snapshotter, of_containerd, of_worker) = KILLS[round % if is_by_fuse() { 5 } else { 3 }];
+        if of_worker {
+            for name in node.served.fuse_mounts() {
+                node.served.kill_worker(&name);
+            }
+        }
+        if of_snapshotter {
             node.served.kill();
         }
-        if round % 3 != 0 {
+        if of_containerd {
             node.containerd = None;
         }
         // Another container is being made while it happens.
         std::thread::sleep(Duration::from_millis(100 + (round as u64 * 37) % 200));
-        if round % 3 != 1 {
+        if of_snapshotter {
             node.served.start(&[]);
         }
-        if node.containerd.is_none() {
+        if of_containerd {
             node.start_containerd();
         }
         wait_for("the containers to go on", || (0..8).all(|id| seen(&node, id) > before[id] + 1));
@@ -411,7 +420,7 @@ fn kills_under_eight_containers_are_not_felt() {
     wait_for("the collection of garbage", || client.names(&[]).is_empty());
     wait_for("the disk", || node.served.entries("s").is_empty() && node.served.entries("gone").is_empty());
     assert_eq!(node.mounts(), 0);
-    println!("{kills} kills under 8 containers");
+    println!("{kills} kills under 8 containers, by FUSE: {}", is_by_fuse());
 }
 
 /// From RunPodSandbox to the first line that the container wrote.

@@ -210,6 +210,17 @@ impl Served {
     }
 }
 
+impl Served {
+    /// SIGKILL of the process that answers for one of these.
+    pub(crate) fn kill_worker(&self, name: &str) {
+        let which = self.state().join("f/containers").join(name).join("backend/worker.json");
+        let text = std::fs::read_to_string(which).expect("which process answers");
+        let worker: serde_json::Value = serde_json::from_str(&text).expect("JSON");
+        let pid = rustix::process::Pid::from_raw(worker["pid"].as_i64().expect("a pid") as i32).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    }
+}
+
 impl Drop for Served {
     fn drop(&mut self) {
         self.kill();
