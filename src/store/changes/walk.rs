@@ -88,9 +88,9 @@ impl Upper {
 #[derive(Default)]
 struct Names {
     hidden: Vec<Vec<u8>>,
-    /// Those of `names` whose entry in the layers is hidden, whatever it is.
+    /// Those of `shown` whose entry in the layers is hidden, whatever it is.
     veiled: BTreeSet<Vec<u8>>,
-    names: Vec<Vec<u8>>,
+    shown: Vec<Vec<u8>>,
 }
 
 struct Walk<'a> {
@@ -147,11 +147,11 @@ impl Walk<'_> {
         let stat = self.as_in_image(stat, Some(dir));
         self.visitor.found(&Found { path: &self.path, stat, is: Is::Directory { xattrs, shows } })?;
         fault::point("changes.directory")?;
-        let Names { hidden, veiled, names } = self.names(dir)?;
+        let Names { hidden, veiled, shown } = self.names(dir)?;
         for name in &hidden {
             self.below(name, |walk| walk.visitor.hidden(&walk.path))?;
         }
-        for name in &names {
+        for name in &shown {
             self.below(name, |walk| walk.entry(dir.as_fd(), name, veiled.contains(name), depth))?;
         }
         self.visitor.end(&self.path)
@@ -198,10 +198,10 @@ impl Walk<'_> {
             self.count(all.shown.len() + all.hidden.len())?;
             let (veiled, hidden): (BTreeSet<_>, BTreeSet<_>) =
                 all.hidden.into_iter().partition(|name| all.shown.contains_key(name));
-            let names: BTreeSet<_> = all.shown.into_keys().collect();
-            return Ok(Names { hidden: hidden.into_iter().collect(), veiled, names: names.into_iter().collect() });
+            let shown: BTreeSet<_> = all.shown.into_keys().collect();
+            return Ok(Names { hidden: hidden.into_iter().collect(), veiled, shown: shown.into_iter().collect() });
         }
-        let Names { mut hidden, mut names, veiled } = Names::default();
+        let Names { mut hidden, mut shown, veiled } = Names::default();
         for item in fs::Dir::read_from(dir).map_err(|e| self.fail(e))? {
             let item = item.map_err(|e| self.fail(e))?;
             let name = item.file_name().to_bytes();
@@ -214,11 +214,11 @@ impl Walk<'_> {
                 && fs::statat(dir, item.file_name(), AtFlags::SYMLINK_NOFOLLOW)
                     .map_err(|e| self.fail(e))
                     .map(|stat| is_whiteout(&stat))?;
-            if is_whiteout { &mut hidden } else { &mut names }.push(name.to_vec());
+            if is_whiteout { &mut hidden } else { &mut shown }.push(name.to_vec());
         }
         hidden.sort_unstable();
-        names.sort_unstable();
-        Ok(Names { hidden, veiled, names })
+        shown.sort_unstable();
+        Ok(Names { hidden, veiled, shown })
     }
 
     fn count(&mut self, entries: usize) -> Result<()> {

@@ -249,7 +249,7 @@ impl UpperTree {
     pub(super) fn raise_all(&self, top: Node) -> Result<()> {
         let mut waiting = vec![top];
         while let Some(lower) = waiting.pop() {
-            // An opaque one below the top, or what is no directory above, shows nothing of the image.
+            // An opaque one below the top, or what is not a directory above, shows nothing of the image.
             let Some(dir) = self.raise_directory(lower)? else { continue };
             let above = Names::of(self.upper.place(dir)?)?;
             for name in self.lower.names_in(lower)? {
