@@ -86,7 +86,7 @@ impl Ownership {
     }
 }
 
-/// What the FUSE server is asked again, and what the kernel answers in its place; the other backends have the kernel's own coherence and need none of it.
+/// How volumes are served by the FUSE server; the other backends have the kernel's own coherence and need none of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Live {
     /// How long names and attributes of a volume may be used before they are asked for again: how late a change made on the
@@ -94,15 +94,11 @@ pub struct Live {
     pub ttl_ms: u64,
     /// Writes gather in the kernel (`--writeback`): the host sees them late, and its own are not seen inside while a file is in use.
     pub writeback: bool,
-    /// Each question for extended attributes is answered, though the image has none (`--xattrs`). Else the kernel, after the first, says EOPNOTSUPP and does
-    /// not ask; programs that copy or compare trees want ENODATA.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub answers_xattrs: bool,
 }
 
 impl Default for Live {
     fn default() -> Self {
-        Live { ttl_ms: 1000, writeback: false, answers_xattrs: false }
+        Live { ttl_ms: 1000, writeback: false }
     }
 }
 

@@ -192,8 +192,11 @@ fn mount_volumes(plan: &Plan, places: &Places, method: &Method, traces: &mut Tra
     assembly.cover(plan)?;
     traces.note_parts(assembly.parts()?);
     fault::point("fuse.volumes")?;
-    if *method == (Method::Kernel { initial_user_namespace: true }) {
-        sysmount::clear_attr(assembly.root(), &clear)?;
+    match method {
+        Method::Kernel { initial_user_namespace: true } => sysmount::clear_attr(assembly.root(), &clear)?,
+        // Setuid works for those in the namespace alone (mnt_may_suid in fs/namespace.c), devices for nobody.
+        Method::Kernel { .. } => sysmount::clear_attr(assembly.root(), &AttrSet { nodev: false, ..clear })?,
+        Method::Helper(_) => {}
     }
     assembly.keep();
     Ok(())
@@ -210,12 +213,15 @@ fn check_flags(host: &Host, plan: &Plan) -> Result<()> {
         Err(Error::new(Kind::Unsupported, "mount FUSE", "", format!("{what}: a FUSE mount made {why} {cause}"))
             .hint("leave the option out, or run as root"))
     };
-    if plan.restraint.nosuid == Some(false) || plan.restraint.nodev == Some(false) {
+    if !may_mount && plan.restraint.nosuid == Some(false) {
         return refuse("--suid".into(), "is nosuid and nodev");
     }
     for volume in &plan.volumes {
-        if volume.powers.suid || (volume.powers.dev == Some(true) && volume.form != Form::Special) {
-            return refuse(format!("volume {} with suid or dev", volume.target), "is nosuid and nodev");
+        if volume.powers.suid && !may_mount {
+            return refuse(format!("volume {} with suid", volume.target), "is nosuid and nodev");
+        }
+        if volume.powers.dev == Some(true) && volume.form != Form::Special {
+            return refuse(format!("volume {} with dev", volume.target), "is nodev");
         }
         if !volume.powers.exec && !may_mount {
             return refuse(format!("volume {} with noexec", volume.target), "has the same flags everywhere");

@@ -93,10 +93,6 @@ pub(super) struct Mount {
     /// synced), and the rootfs does not see the host's changes to an open file (fuse)
     #[arg(long)]
     writeback: bool,
-    /// Say that a file has no extended attributes each time that a program asks, where the image has none, instead of once that there is no such thing
-    /// (EOPNOTSUPP): `cp -a` and programs that compare trees want that; `ls -l` takes longer (fuse)
-    #[arg(long)]
-    xattrs: bool,
     /// Stay, and unmount on SIGINT or SIGTERM; a dead rootfs of the same --id is cleaned up first. Under systemd, say when it is ready
     /// (Type=notify), and keep in its descriptor store what the next start needs to go on if this one is killed
     #[arg(long)]
@@ -172,11 +168,7 @@ impl Mount {
                 idmap::Files::of_host(),
             )?,
             restraint: self.restraint(),
-            live: Live {
-                ttl_ms: self.volume_ttl.as_millis() as u64,
-                writeback: self.writeback,
-                answers_xattrs: self.xattrs,
-            },
+            live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
             ends_with: None,
         })
     }

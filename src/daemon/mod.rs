@@ -72,7 +72,7 @@ pub(crate) fn mount_source(plan: &Plan) -> String {
 /// nodev, until the volumes are mounted over it. What `fusermount3` mounts is one mount with one set of flags.
 pub(crate) fn has_mounts_for_volumes(plan: &Plan, method: &Method) -> bool {
     let Method::Kernel { initial_user_namespace } = method else { return false };
-    let nosuid = plan.restraint.nosuid() || !initial_user_namespace;
+    let nosuid = plan.restraint.nosuid();
     let nodev = plan.restraint.nodev() || !initial_user_namespace;
     plan.volumes.iter().any(|volume| {
         // A device is served as a regular file.

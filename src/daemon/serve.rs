@@ -115,10 +115,9 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     let options = AdapterOptions {
         kills_privileges: true,
         writeback: job.plan.live.writeback && !job.is_read_only(),
-        posix_acl: job.checks_permissions() && has_live,
+        posix_acl: job.checks_permissions() && (has_live || trees.whole.is_without_xattrs()),
         // Volumes and changes are opened as the caller.
         idmappable: job.checks_permissions() && !has_live,
-        answers_xattrs: job.plan.live.answers_xattrs,
     };
     let longest = if job.is_read_only() { session::MIN_READ_BUFFER } else { MAX_REQUEST };
     let buffers = Arc::new(Buffers::new(job.threads, longest));

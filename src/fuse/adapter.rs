@@ -34,7 +34,7 @@ pub struct AdapterOptions {
     /// Writes gather in the kernel (FUSE_WRITEBACK_CACHE): faster small writes, seen late by readers on the host.
     pub writeback: bool,
     /// The kernel evaluates POSIX ACLs (FUSE_POSIX_ACL), at the price of one request for those of each file that somebody
-    /// other than its owner uses. Turns `default_permissions` on (process_init_reply in fs/fuse/inode.c): right only where
+    /// other than its owner uses; of none where no tree has attributes, and then who asks for an ACL gets ENODATA (__fuse_get_acl). Turns `default_permissions` on (process_init_reply in fs/fuse/inode.c): right only where
     /// that is on anyway.
     pub posix_acl: bool,
     /// The file system below takes setuid and setgid away when it should (FUSE_HANDLE_KILLPRIV_V2): true of directory trees,
@@ -43,8 +43,6 @@ pub struct AdapterOptions {
     /// Mounts of this one may be idmapped (FUSE_ALLOW_IDMAP, Linux 6.12). The kernel then tells who asks only where something is made: right
     /// only where that matters to no tree, and beside `default_permissions`, without which it ends the connection (process_init_reply).
     pub idmappable: bool,
-    /// Each question for extended attributes is answered, also where no tree has any.
-    pub answers_xattrs: bool,
 }
 
 /// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
@@ -212,7 +210,8 @@ impl FuseAdapter {
             }
         }
         self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
-        self.no_opendir = freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
+        let lists_freely = self.tree.opens_directories_without_asking();
+        self.no_opendir = lists_freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
         let set = |what: &str, result: std::result::Result<(), u32>| {
             if let Err(nearest) = result {
                 log::debug!(target: TARGET, "{what}: the nearest possible is {nearest}");

@@ -138,7 +138,7 @@ impl FuseAdapter {
         });
     }
 
-    /// With extended attributes, or with ENOSYS where no tree has any: then it is never asked again, and the kernel says EOPNOTSUPP.
+    /// With extended attributes: a value, or a list of names.
     pub(super) fn xattrs(
         &self,
         request: &Request,
@@ -148,9 +148,6 @@ impl FuseAdapter {
         reply: ReplyXattr,
         work: impl FnOnce(&dyn Tree, &mut dyn FnMut(&[u8])) -> Result<()>,
     ) {
-        if self.tree.is_without_xattrs() && !self.options.answers_xattrs {
-            return self.request(request, operation, |_| reply.error(fuser::Errno::ENOSYS));
-        }
         self.bytes(request, operation, node, reply, |reply, bytes| give_xattr(reply, size, bytes), work);
     }
 }

@@ -341,6 +341,10 @@ impl Filesystem for FuseAdapter {
     }
 
     fn getxattr(&self, request: &Request, node: INodeNo, name: &OsStr, size: u32, reply: ReplyXattr) {
+        if self.tree.is_without_xattrs() {
+            // Never asked again: `ls -l` asks for each file, and overlayfs does. Lists are asked for by who copies, and wants an answer.
+            return self.request(request, Operation::GetXattr, |_| reply.error(fuser::Errno::ENOSYS));
+        }
         self.xattrs(request, Operation::GetXattr, node, size, reply, |tree, out| {
             tree.getxattr(&caller(request), node.0, name, out)
         });

@@ -123,7 +123,7 @@ pub struct Detached {
 pub fn prepare(method: &Method, request: &MountOptions<'_>) -> Result<Option<Detached>> {
     let request = match method {
         Method::Kernel { initial_user_namespace: true } => request.clone(),
-        Method::Kernel { .. } => MountOptions { nosuid: true, nodev: true, ..request.clone() },
+        Method::Kernel { .. } => MountOptions { nodev: true, ..request.clone() },
         Method::Helper(_) => return Ok(None),
     };
     let connection = open_device()?;
@@ -143,7 +143,7 @@ pub fn mount(method: &Method, request: &MountOptions<'_>, prepared: Option<Detac
             connection
         }
         (None, Method::Kernel { initial_user_namespace: true }) => mount_classic(request)?,
-        (None, Method::Kernel { .. }) => mount_classic(&MountOptions { nosuid: true, nodev: true, ..request.clone() })?,
+        (None, Method::Kernel { .. }) => mount_classic(&MountOptions { nodev: true, ..request.clone() })?,
         // It follows the path, as the user who may only mount where that user may write: what it mounted on is compared.
         (None, Method::Helper(program)) => fusermount::mount(program, point.path(), &helper_options(request))?,
     };

@@ -13,8 +13,9 @@ const MAX_DEPTH: usize = 2048;
 
 /// What is held back in a rootfs whose mount point lies in `parent`, after what the user `asked`.
 pub(super) fn restrain(host: &Host, backend: BackendKind, parent: &Place, asked: Restraint) -> Result<Restraint> {
-    // What an ordinary user mounts is nosuid and nodev no matter who reaches it; a copy lies there as files.
-    let matters = backend == BackendKind::Copy || host.mount.is_yes();
+    // What an ordinary user mounts is nosuid and nodev no matter who reaches it, and what is mounted in a user namespace lets setuid work for those in
+    // there alone (mnt_may_suid in fs/namespace.c); a copy lies there as files.
+    let matters = backend == BackendKind::Copy || (host.mount.is_yes() && host.initial_user_namespace);
     if !matters || process::is_among_itself() || !is_open_to_others(parent)? {
         return Ok(asked);
     }

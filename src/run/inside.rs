@@ -3,7 +3,7 @@
 
 use std::os::fd::OwnedFd;
 use std::os::unix::process::ExitStatusExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -23,8 +23,6 @@ use crate::id::{ContainerId, ImageRef};
 use crate::paths::StatePaths;
 use crate::plan::{BackendKind, IdRange, Ownership, Restraint};
 use crate::provisioner::{Detach, Provisioner, Request, Selector};
-use crate::sys::fs::open_resolved;
-use crate::sys::mount::{AttrSet, clear_attr};
 use crate::sys::process::ProcessId;
 use crate::sys::raw::{self, Users};
 
@@ -229,11 +227,9 @@ impl<'a> Inside<'a> {
             // takes the changes.
             let below = dir.join(job.id.as_str()).join("image");
             let mut lower = Request::new(image, &below).backend(BackendKind::Fuse).id(job.id.clone());
-            lower.live.answers_xattrs = true;
             lower.ownership = Some(Ownership { uids: self.ids.0.clone(), gids: self.ids.1.clone(), squash: None });
             self.provision(lower)?;
             self.provision(self.upper(ImageRef::Path(below), path.clone(), self.upper_id()?))?;
-            let_setuid_work(&path)?;
         }
         Ok(Root { path, is_writable: true })
     }
@@ -351,13 +347,6 @@ impl<'a> Inside<'a> {
         self.watch.state().runtime = None;
         status.map(Some)
     }
-}
-
-/// An overlay has the flags of what lies below it, and an ordinary user's FUSE mount is nosuid, for the sake of others. In this namespace, where
-/// this was mounted, there are none.
-fn let_setuid_work(rootfs: &Path) -> Result<()> {
-    let root = open_resolved(rootfs).map_err(|e| Error::sys("open rootfs", show(rootfs), e))?;
-    clear_attr(root, &AttrSet { nosuid: true, ..AttrSet::default() })
 }
 
 /// Is cgroup v2 all there is?

@@ -189,7 +189,6 @@ impl Merged {
         request.id = Some(id);
         request.backend = Some(BackendKind::Fuse);
         // Containers copy and compare what they see.
-        request.live.answers_xattrs = true;
         request.ownership = Some(wanted.maps.cloned().unwrap_or_default());
         let image = ResolvedImage {
             id: None,

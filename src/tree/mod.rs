@@ -297,6 +297,10 @@ pub trait Tree: Send + Sync {
     fn opens_without_asking(&self) -> bool {
         false
     }
+    /// The same of directories alone. The kernel then keeps what they list until it changes something in them itself.
+    fn opens_directories_without_asking(&self) -> bool {
+        self.opens_without_asking()
+    }
     /// True where no node has an extended attribute and none can get one: the kernel need not ask.
     fn is_without_xattrs(&self) -> bool {
         false

@@ -294,6 +294,10 @@ impl Tree for RouteTree {
         self.trees.iter().all(|tree| tree.opens_without_asking())
     }
 
+    fn opens_directories_without_asking(&self) -> bool {
+        self.trees.iter().all(|tree| tree.opens_directories_without_asking())
+    }
+
     fn is_without_xattrs(&self) -> bool {
         self.without_xattrs
     }

@@ -43,11 +43,12 @@ mod tests;
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
-use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use dashmap::DashSet;
+use lru::LruCache;
 use rustix::fs::{self, Mode, OFlags};
 
 use super::dir::{ActAs, DirOptions, DirTree, FdPool, Handover};
@@ -59,6 +60,7 @@ use super::{
 use crate::error::{Error, Kind, show};
 use crate::plan::Scratch;
 use crate::volume::Access;
+use list::Listing;
 pub(crate) use owners::Owner;
 use owners::Owners;
 use pairs::Pairs;
@@ -97,6 +99,10 @@ pub struct UpperTree {
     work: OwnedFd,
     pairs: Pairs,
     owners: Owners,
+    /// Counts the changes of names: the kernel lists no directory while it changes.
+    changes: AtomicU64,
+    /// The names of upper directories that are being listed.
+    listings: Mutex<LruCache<Node, Listing>>,
     /// Upper files that are shown with setuid or setgid by a note.
     set_id: DashSet<Node>,
     durable: bool,
@@ -166,6 +172,8 @@ impl UpperTree {
             work,
             pairs,
             owners,
+            changes: AtomicU64::new(0),
+            listings: Mutex::new(LruCache::new(list::LISTINGS)),
             set_id: DashSet::new(),
             durable: options.durable,
             locks: Locks::default(),
@@ -355,6 +363,9 @@ impl Tree for UpperTree {
         false
     }
     fn takes_names(&self) -> bool {
+        true
+    }
+    fn opens_directories_without_asking(&self) -> bool {
         true
     }
     fn opendir(&self, caller: &Caller, node: Node) -> Result<Opened> {

@@ -260,10 +260,27 @@ case!(
     |lane| ["fuse-user", "fuse-userns"].contains(&lane.name),
     |stage: &Stage| {
         let image = stage.small_image();
-        stage.mount_call(&image, "rootfs", ["--suid"]).run().fails(5, &["--suid", "nosuid and nodev"]);
-        for flags in ["suid", "dev"] {
-            let options = volume(stage.mkdir("vol"), "/data", flags);
-            stage.mount_call(&image, "rootfs", options).run().fails(5, &["/data", flags, "nosuid and nodev"]);
+        let options = volume(stage.mkdir("vol"), "/data", "dev");
+        stage.mount_call(&image, "rootfs", options).run().fails(5, &["/data", "dev", "nodev"]);
+        let options = volume(stage.mkdir("vol"), "/data", "suid");
+        if stage.lane.enter == Enter::User {
+            stage.mount_call(&image, "rootfs", options).run().fails(5, &["/data", "suid", "nosuid and nodev"]);
+            stage.mount_call(&image, "rootfs", ["--suid"]).run().fails(5, &["--suid", "nosuid and nodev"]);
+        } else {
+            // In a user namespace setuid works, for those in there, and devices for nobody.
+            let rootfs = stage.mount(&image, "rootfs", [] as [&str; 0]);
+            assert!(!has_flag(&rootfs, "nosuid") && has_flag(&rootfs, "nodev"));
+            stage.unmount(&rootfs);
+            stage.mount(&image, "rootfs", options);
+            assert!(!has_flag(&rootfs, "nosuid"), "one mount, with the volume");
+            stage.unmount(&rootfs);
+            let options = volume(stage.path("vol"), "/data", "rw");
+            stage.mount(&image, "rootfs", options.iter().cloned().chain(["--nosuid".into()]));
+            assert!(has_flag(&rootfs, "nosuid"), "one mount again");
+            stage.unmount(&rootfs);
+            stage.mount(&image, "rootfs", options);
+            assert!(!has_flag(&rootfs, "nosuid") && has_flag(&rootfs.join("data"), "nosuid"), "a volume is nosuid");
+            stage.unmount(&rootfs);
         }
         let options = volume(stage.mkdir("vol"), "/data", "noexec");
         let outcome = stage.mount_call(&image, "rootfs", options).run();

@@ -1,7 +1,10 @@
 //! Directories: the names that the image has come first, in its order, then those that only the upper directory has. So a name that is
 //! copied up, hidden or shown again while somebody lists its directory keeps its place.
 
+use std::num::NonZeroUsize;
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, PoisonError};
 
 use super::marks::{self, Names};
 use super::{Halves, MADE, TYPE_BITS, UpperTree};
@@ -11,6 +14,16 @@ use crate::tree::{Caller, DirItem, Entry, Fit, Handle, ListMode, Lookup, Node, R
 /// with one name in 2^29; others count up from 0. The route table has those above for itself.
 const OF_IMAGE: u64 = (1 << 63) - (1 << 35);
 const OF_IMAGE_END: u64 = OF_IMAGE + (1 << 33);
+
+/// Most directories whose names are kept while they are listed.
+pub(super) const LISTINGS: NonZeroUsize = NonZeroUsize::new(16).unwrap();
+
+/// What an upper directory had when so many changes had been made.
+#[derive(Debug)]
+pub(super) struct Listing {
+    version: u64,
+    names: Arc<Names>,
+}
 
 impl UpperTree {
     pub(super) fn list(
@@ -27,7 +40,8 @@ impl UpperTree {
             && (cookie == 0 || is_in_image)
         {
             let from = cookie.saturating_sub(OF_IMAGE);
-            if self.list_image(caller, (node, lower), halves.upper, from, mode, out)? == Fit::Full {
+            let above = self.names_above(halves.upper)?;
+            if self.list_image(caller, (node, lower), &above, from, mode, out)? == Fit::Full {
                 return Ok(());
             }
         }
@@ -36,21 +50,35 @@ impl UpperTree {
         self.list_upper(caller, (node, upper, handle), halves, from, mode, out)
     }
 
+    /// What an upper directory has: read when a listing begins, and after a change, not for each page.
+    fn names_above(&self, upper: Option<Node>) -> Result<Arc<Names>> {
+        let Some(upper) = upper else { return Ok(Arc::default()) };
+        let listings = || self.listings.lock().unwrap_or_else(PoisonError::into_inner);
+        let version = self.changes.load(Ordering::Relaxed);
+        if let Some(known) = listings().get(&upper).filter(|known| known.version == version) {
+            return Ok(Arc::clone(&known.names));
+        }
+        let names = Arc::new(Names::of(self.upper.place(upper)?)?);
+        listings().push(upper, Listing { version, names: Arc::clone(&names) });
+        Ok(names)
+    }
+
     fn list_image(
         &self,
         caller: &Caller,
         (node, lower): (Node, Node),
-        upper: Option<Node>,
+        above: &Names,
         from: u64,
         mode: ListMode,
         out: &mut dyn FnMut(&DirItem<'_>) -> Fit,
     ) -> Result<Fit> {
-        let above = upper.map(|upper| self.upper.place(upper).and_then(Names::of)).transpose()?.unwrap_or_default();
         let (mut fit, mut failed) = (Fit::Taken, None);
         self.lower.readdir(caller, lower, 0, from, mode, &mut |item| {
             let cookie = OF_IMAGE + item.cookie;
             let name = item.name.as_bytes();
-            let is_covered = above.shown.contains_key(name);
+            // It may have been copied up since the names above were read.
+            let is_copied = || !matches!(name, b"." | b"..") && self.pairs.upper(item.node).is_some();
+            let is_covered = above.shown.contains_key(name) || is_copied();
             if above.hidden.contains(name) && !is_covered {
                 return Fit::Taken;
             }

@@ -166,7 +166,7 @@ pub(super) fn set_opaque(path: &[u8]) -> Result<()> {
     fs::openat(fs::CWD, &file[..], flags, Mode::RUSR | Mode::WUSR).map(drop)
 }
 
-/// Which file of the image the regular file at `path`, which is `upper`, was copied from.
+/// Which file of the image the regular file at `path`, which is `upper`, was copied from, or a directory was before it was moved.
 pub(super) fn origin(path: &[u8], upper: Node) -> Result<Option<Node>> {
     let told = value(path, ORIGIN)?;
     let text = told.as_deref().and_then(|value| std::str::from_utf8(value).ok());

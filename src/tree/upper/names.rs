@@ -7,6 +7,7 @@
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
 use std::os::unix::ffi::OsStrExt as _;
+use std::sync::atomic::Ordering;
 
 use super::marks::{self, Above, Names};
 use super::owners::Owners;
@@ -14,7 +15,7 @@ use super::pairs::Joined;
 use super::spot::{Spot, is_directory};
 use super::{Content, DIRECTORY, MADE, REGULAR, SERVER, Side, TARGET, TYPE_BITS, UpperTree, numbered};
 use crate::tree::resend::is_resent;
-use crate::tree::{Caller, Entry, Errno, FOREVER, Lookup, New, Node, Opened, Result, Tree as _};
+use crate::tree::{Attr, Caller, Entry, Errno, FOREVER, Lookup, New, Node, Opened, Result, Tree as _};
 
 /// A name that a program may give: not one that would be a mark.
 fn proper(name: &OsStr) -> Result<()> {
@@ -90,23 +91,25 @@ impl UpperTree {
             return Ok(Some(lower));
         }
         match mode & TYPE_BITS {
-            DIRECTORY => match self.below(lower_dir, name)? {
-                Some((lower, mode)) if is_directory(mode) => {
-                    let is_cut = marks::is_veiled(place, name)? || marks::is_opaque(&marks::path_of(place, name))?;
-                    Ok((!is_cut).then_some(lower))
+            DIRECTORY => {
+                if let Some((lower, mode)) = self.below(lower_dir, name)?
+                    && is_directory(mode)
+                    && !marks::is_veiled(place, name)?
+                    && !marks::is_opaque(&marks::path_of(place, name))?
+                {
+                    return Ok(Some(lower));
                 }
-                _ => Ok(None),
-            },
-            REGULAR => {
-                let told = marks::origin(&marks::path_of(place, name), upper)?;
-                let is_file = |lower: &Node| {
-                    *lower & MADE == 0
-                        && self.lower.getattr(*lower, None).is_ok_and(|(a, _)| a.mode & TYPE_BITS == REGULAR)
-                };
-                Ok(told.filter(is_file))
             }
-            _ => Ok(None),
+            REGULAR => {}
+            _ => return Ok(None),
         }
+        // A copy, or a directory that was moved.
+        let told = marks::origin(&marks::path_of(place, name), upper)?;
+        let is_like_it = |lower: &Node| {
+            let same = |(attr, _): (Attr, _)| attr.mode & TYPE_BITS == mode & TYPE_BITS;
+            *lower & MADE == 0 && self.lower.getattr(*lower, None).is_ok_and(same)
+        };
+        Ok(told.filter(is_like_it))
     }
 
     /// The number that an upper file goes by, without telling the kernel of it.
@@ -157,6 +160,7 @@ impl UpperTree {
     }
 
     fn spot<'a>(&self, parent: Node, name: &'a OsStr) -> Result<Spot<'a>> {
+        self.changes.fetch_add(1, Ordering::Relaxed);
         let dir = match self.side(parent) {
             Side::Upper(upper) => upper,
             Side::Lower(lower) => self.raise_directory(lower)?.ok_or(Errno::NOENT)?,
@@ -393,8 +397,13 @@ impl UpperTree {
             _ => false,
         };
         if let (true, Some((lower, mode))) = (is_of_image, spot.below) {
-            self.raise_all(lower)?;
+            let upper = self.raise_all(lower)?;
             marks::set_opaque(&spot.path())?;
+            // The kernel may know it by the image's number, also when another server serves.
+            marks::set_origin(&spot.path(), lower, upper)?;
+            if marks::origin(&spot.path(), upper)? != Some(lower) {
+                return Err(Errno::XDEV); // without attributes: mv(1) copies
+            }
             spot.above = Above::File(mode);
         } else if let (Above::Nothing, Some((lower, mode))) = (spot.above, spot.below) {
             self.raise(lower, Content::Whole)?;

@@ -246,7 +246,7 @@ impl UpperTree {
     }
 
     /// Copy up a directory with all that is seen in it. Nothing of the image comes back meanwhile, so all of it is above then.
-    pub(super) fn raise_all(&self, top: Node) -> Result<()> {
+    pub(super) fn raise_all(&self, top: Node) -> Result<Node> {
         let mut waiting = vec![top];
         while let Some(lower) = waiting.pop() {
             // An opaque one below the top, or what is not a directory above, shows nothing of the image.
@@ -263,7 +263,7 @@ impl UpperTree {
                 step("upper.raised")?;
             }
         }
-        Ok(())
+        self.pairs.upper(top).ok_or(Errno::STALE)
     }
 
     fn make_directory(&self, lower: Node, place: &OwnedFd, name: &[u8]) -> Result<()> {
