@@ -12,6 +12,7 @@ mod mapped;
 mod merged;
 mod messages;
 mod metrics;
+mod mounted;
 mod record;
 mod service;
 mod snapshots;
@@ -21,6 +22,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
+pub(crate) use mounted::{Mounted, mounted};
 pub(crate) use snapshots::{Known, LowerForm};
 pub(crate) use socket::Socket;
 

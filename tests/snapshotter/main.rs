@@ -20,6 +20,7 @@ mod mapped;
 mod real;
 mod served;
 mod service;
+mod shown;
 
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
@@ -40,8 +41,16 @@ fn main() -> ExitCode {
         Err(_) => Some(enter_namespace()),
     };
     let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
-    let mut tests =
-        vec![service::TESTS, claims::TESTS, diff::TESTS, compare::TESTS, mapped::TESTS, lower::TESTS, hostile::TESTS];
+    let mut tests = vec![
+        service::TESTS,
+        claims::TESTS,
+        diff::TESTS,
+        compare::TESTS,
+        mapped::TESTS,
+        lower::TESTS,
+        shown::TESTS,
+        hostile::TESTS,
+    ];
     if std::env::var_os(real::PLACE).is_some() {
         tests = vec![real::TESTS];
     }
