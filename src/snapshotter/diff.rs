@@ -146,7 +146,9 @@ impl Differ {
         let (Some(left), Some(mut right)) = (parts(left), parts(right)) else {
             return Err(not_made("the mounts are not those of snapshots"));
         };
-        if right.len() != left.len() + 1 || right[1..] != left {
+        let is_upon =
+            right.len() == left.len() + 1 && right[1..].iter().zip(&left).all(|(one, other)| one.is_same(other));
+        if !is_upon {
             return Err(not_made("the one snapshot does not stand on the other"));
         }
         Ok(right.swap_remove(0))

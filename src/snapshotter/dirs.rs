@@ -7,7 +7,7 @@
 //! │   ├── record.json   what it is
 //! │   ├── fs/           its files, unless they are a layer of the store
 //! │   └── work/         overlayfs's own, of one that is written to
-//! ├── l/<number>        symlink to the files of a committed one: so short that hundreds of them fit into a mount's options
+//! ├── l/<number>        symlink to the files of a committed one, for mounts of so many that their own paths do not fit
 //! ├── l/<number>s       the same, to its layer in the store
 //! ├── b/<digest>        which layer of the store is in this blob: its diff id, as Apply found it
 //! ├── m/<map>/          what lies below snapshots with these owners (see `mapped`)

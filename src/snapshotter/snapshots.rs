@@ -189,8 +189,9 @@ impl Snapshots {
             let why = format!("the store has its layer: it is committed as {name:?}");
             return Err(Error::new(ErrorKind::Exists, "make snapshot", format!("{key:?}"), why));
         }
+        let maps = mapped::of_labels(&labels)?.filter(|maps| !mapped::is_done(&parent, maps));
         let mut record = Record::new(*next, key, parent, kind);
-        record.maps = mapped::of_labels(&labels)?;
+        record.maps = maps;
         record.labels = labels;
         let mounts = self.mounts_of(&record)?;
         self.make(&record).inspect_err(|_| self.merged.release(record.number))?;

@@ -86,8 +86,9 @@ fn layers_of_the_store_are_committed_on_request() {
     let mounts = client.prepare("web", names.last().expect("names")).expect("prepare");
     let lower = mounts[0].options.iter().find(|option| option.starts_with("lowerdir=")).expect("lower layers");
     assert_eq!(lower.split(':').count(), if is_by_fuse() { 1 } else { 3 }, "the empty layer is there once: {lower}");
-    let is_short = |one: &str| one.len() < served.state().as_os_str().len() + 20;
-    assert!(is_by_fuse() || lower.split(':').all(is_short), "short: {lower}");
+    // BuildKit walks them: a link would seem to have nothing in it.
+    let dirs = &lower["lowerdir=".len()..];
+    assert!(dirs.split(':').all(|one| std::fs::symlink_metadata(one).is_ok_and(|meta| meta.is_dir())), "{lower}");
     let at = served.mount(&mounts, "web");
     assert_eq!(
         (at.read("etc/base").as_str(), at.read("etc/mid").as_str(), at.read("var/a/new").as_str()),

@@ -38,9 +38,27 @@ messages! {
         #[prost(string, tag = "3")]
         namespace: String,
     }
+    IdMapping {
+        #[prost(uint32, tag = "1")]
+        host_id: u32,
+        #[prost(uint32, tag = "2")]
+        container_id: u32,
+        #[prost(uint32, tag = "3")]
+        length: u32,
+    }
+    Users {
+        #[prost(int32, tag = "1")]
+        mode: i32,
+        #[prost(message, repeated, tag = "2")]
+        uids: Vec<IdMapping>,
+        #[prost(message, repeated, tag = "3")]
+        gids: Vec<IdMapping>,
+    }
     Namespaces {
         #[prost(int32, tag = "1")]
         network: i32,
+        #[prost(message, optional, tag = "5")]
+        users: Option<Users>,
     }
     Security {
         #[prost(message, optional, tag = "1")]
@@ -125,11 +143,22 @@ fn image(name: &str) -> Option<ImageSpec> {
 }
 
 pub(crate) fn sandbox(name: &str, logs: &Path) -> Sandbox {
+    sandbox_in(name, logs, Namespaces { network: NODE, users: None })
+}
+
+/// `hostUsers: false`: with a user namespace, whose first id is this one of the host; and a network of its own, as it must be there.
+pub(crate) fn sandbox_of_users(name: &str, logs: &Path, first: u32) -> Sandbox {
+    let map = vec![IdMapping { host_id: first, container_id: 0, length: 65_536 }];
+    let users = Users { mode: 0, uids: map.clone(), gids: map };
+    sandbox_in(name, logs, Namespaces { network: 0, users: Some(users) })
+}
+
+fn sandbox_in(name: &str, logs: &Path, namespaces: Namespaces) -> Sandbox {
     Sandbox {
         metadata: Some(Metadata { name: name.into(), uid: format!("{name}-uid"), namespace: "default".into() }),
         log_directory: logs.join(name).to_string_lossy().into_owned(),
         labels: Labels::new(),
-        linux: Some(Linux { security: Some(Security { namespaces: Some(Namespaces { network: NODE }) }) }),
+        linux: Some(Linux { security: Some(Security { namespaces: Some(namespaces) }) }),
     }
 }
 
@@ -154,8 +183,9 @@ impl Cri {
 
     /// Create and start one. Gives its id.
     pub(crate) fn start(&self, sandbox_id: &str, sandbox: &Sandbox, from: &str, command: &[&str]) -> Answer<String> {
-        let linux =
-            ContainerLinux { security: Some(ContainerSecurity { namespaces: Some(Namespaces { network: NODE }) }) };
+        let security = sandbox.linux.as_ref().and_then(|linux| linux.security.as_ref());
+        let namespaces = security.and_then(|security| security.namespaces.clone());
+        let linux = ContainerLinux { security: Some(ContainerSecurity { namespaces }) };
         let config = Container {
             metadata: Some(ContainerName { name: "main".into() }),
             image: image(from),

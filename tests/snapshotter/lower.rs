@@ -125,6 +125,13 @@ fn more_layers_than_an_overlay_takes() {
         top = format!("k8s.io/{number}/done");
         client.commit(&top, &key).expect("commit");
         let is_plain = !crate::served::is_by_fuse();
+        let lower = option(&mounts, "lowerdir=");
+        let is_directory = |one: &str| std::fs::symlink_metadata(one).is_ok_and(|meta| meta.is_dir());
+        assert!(
+            number % 30 != 0 || lower.contains("/f/m/") || lower.split(':').all(is_directory),
+            "no link itself: {lower}"
+        );
+        assert!(lower.len() < 500 * 50, "{}", lower.len());
         assert!(!is_plain || mounts[0].options.iter().any(|o| o.contains("/f/m/")) == (20 + number > 500), "{number}");
     }
     nothing_left(&served);

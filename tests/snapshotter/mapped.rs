@@ -10,7 +10,12 @@ use crate::diff::apply;
 use crate::images::{self, Entry::Dir, Entry::File};
 use crate::served::{Mounted, Served, is_by_fuse};
 
-crate::tests![layers_show_the_owners_of_the_namespace, mounts_of_maps_come_and_go, labels_that_are_no_maps,];
+crate::tests![
+    a_copy_with_the_owners_is_left_as_it_is,
+    layers_show_the_owners_of_the_namespace,
+    mounts_of_maps_come_and_go,
+    labels_that_are_no_maps,
+];
 
 fn maps(first: u32) -> Labels {
     let map = format!("0:{first}:65536");
@@ -110,6 +115,28 @@ fn layers_show_the_owners_of_the_namespace() {
     let client = served.client();
     let twice = served.mount(&client.mounts("k8s.io/5/other").expect("mounts"), "twice");
     assert_eq!(owner(&twice, "etc/b"), (500_000, 500_000));
+}
+
+/// As containerd 1.7 does it, where the configuration does not say that we can.
+fn a_copy_with_the_owners_is_left_as_it_is() {
+    if !is_root() {
+        return;
+    }
+    let served = Served::new();
+    let client = served.client();
+    let at = served.mount(&client.prepare("k8s.io/1/sha256:0-200000-200000-remap", "").expect("prepare"), "copy");
+    at.write("a", "1");
+    for name in ["", "a"] {
+        std::os::unix::fs::chown(at.path(name), Some(200_000), Some(200_000)).expect("chown");
+    }
+    drop(at);
+    let copy = "k8s.io/2/sha256:0-200000-200000";
+    client.commit(copy, "k8s.io/1/sha256:0-200000-200000-remap").expect("commit");
+    let at = served.mount(&client.prepare_with("k8s.io/3/web", copy, maps(200_000)).expect("prepare"), "web");
+    assert_eq!((owner(&at, ""), owner(&at, "a")), ((200_000, 200_000), (200_000, 200_000)));
+    // Another map is another matter.
+    let at = served.mount(&client.prepare_with("k8s.io/4/other", copy, maps(300_000)).expect("prepare"), "other");
+    assert_eq!(owner(&at, "a"), (65_534, 65_534));
 }
 
 fn mounts_of_maps_come_and_go() {

@@ -15,10 +15,13 @@ crate::tests![
     pods_eight_at_a_time_leave_nothing,
     kills_under_eight_containers_are_not_felt,
     times_beside_overlayfs,
+    pods_with_user_namespaces_copy_nothing,
 ];
 
 /// Where Debian's packages are unpacked.
 pub(crate) const PLACE: &str = "FSPROV_TEST_CONTAINERD";
+/// Where those of a newer Debian are: containerd 1.7, and CNI's plugins. Without it there is nothing to do for a test that needs them.
+const NEWER: &str = "FSPROV_TEST_CONTAINERD_NEWER";
 
 fn debian() -> PathBuf {
     std::env::var_os(PLACE).expect("scripts/containerd sets it").into()
@@ -62,15 +65,25 @@ struct Node {
     served: Served,
     /// Which one CRI uses.
     snapshotter: &'static str,
+    kind: Containerd,
+}
+
+/// Which containerd.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Containerd {
+    /// 1.6.
+    Old,
+    /// 1.7, from this place; with or without the capability of fsprov to show other owners.
+    New(PathBuf, bool),
 }
 
 impl Node {
     fn new() -> Self {
         cover_run();
-        Self::with("fsprov")
+        Self::with("fsprov", Containerd::Old)
     }
 
-    fn with(snapshotter: &'static str) -> Self {
+    fn with(snapshotter: &'static str, kind: Containerd) -> Self {
         let served = Served::new();
         let port = std::net::TcpListener::bind("127.0.0.1:0").expect("bind").local_addr().expect("address").port();
         let log =
@@ -89,13 +102,48 @@ impl Node {
             .spawn()
             .expect("run docker-registry");
         wait_for("the registry", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-        let mut node = Node { containerd: None, _registry: Running(registry), port, served, snapshotter };
+        let mut node = Node { containerd: None, _registry: Running(registry), port, served, snapshotter, kind };
         node.start_containerd();
         node
     }
 
     fn address(&self) -> PathBuf {
         self.served.containerd()
+    }
+
+    /// Where its programs are.
+    fn theirs(&self) -> PathBuf {
+        match &self.kind {
+            Containerd::Old => debian(),
+            Containerd::New(place, _) => place.clone(),
+        }
+    }
+
+    /// With its shim, and this Debian's runc, which runs on this libc.
+    fn path(&self) -> std::ffi::OsString {
+        let Containerd::New(place, _) = &self.kind else { return path_with_theirs() };
+        let bin = self.served.path("bin");
+        std::fs::create_dir_all(&bin).expect("make");
+        let _ = std::os::unix::fs::symlink(
+            place.join("usr/bin/containerd-shim-runc-v2"),
+            bin.join("containerd-shim-runc-v2"),
+        );
+        std::env::join_paths([bin].into_iter().chain(std::env::split_paths(&path_with_theirs()))).expect("no colon")
+    }
+
+    /// A network for pods that have one of their own.
+    fn cni(&self) -> String {
+        let Containerd::New(place, _) = &self.kind else { return String::new() };
+        let dir = self.served.path("cni");
+        std::fs::create_dir_all(&dir).expect("make");
+        let config = r#"{"cniVersion": "0.4.0", "name": "pods", "plugins": [{"type": "ptp", "ipam": {"type": "host-local", "subnet": "10.99.0.0/16"}}]}"#;
+        std::fs::write(dir.join("10-pods.conflist"), config).expect("write");
+        let bin = place.join("usr/lib/cni");
+        format!(
+            "[plugins.\"io.containerd.grpc.v1.cri\".cni]\nbin_dir = \"{}\"\nconf_dir = \"{}\"\n",
+            bin.display(),
+            dir.display()
+        )
     }
 
     fn start_containerd(&mut self) {
@@ -106,11 +154,11 @@ impl Node {
         std::fs::write(hosts.join("hosts.toml"), format!("server = \"{url}\"\n[host.\"{url}\"]\n")).expect("write");
         let config = format!(
             "version = 2\nroot = \"{root}\"\nstate = \"{state}\"\n[grpc]\naddress = \"{address}\"\n\
-             [proxy_plugins.fsprov]\ntype = \"snapshot\"\naddress = \"{socket}\"\n\
+             [proxy_plugins.fsprov]\ntype = \"snapshot\"\naddress = \"{socket}\"\n{capabilities}\
              [plugins.\"io.containerd.grpc.v1.cri\"]\nsandbox_image = \"127.0.0.1:{port}/pause:1\"\nrestrict_oom_score_adj = true\n\
              disable_apparmor = true\n[plugins.\"io.containerd.grpc.v1.cri\".containerd]\nsnapshotter = \"{snapshotter}\"\n\
              disable_snapshot_annotations = false\n\
-             [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"{certs}\"\n\
+             [plugins.\"io.containerd.grpc.v1.cri\".registry]\nconfig_path = \"{certs}\"\n{cni}\
              [plugins.\"io.containerd.gc.v1.scheduler\"]\nstartup_delay = \"100ms\"\nschedule_delay = \"0ms\"\nmutation_threshold = 1\n",
             root = at("cd/root"),
             state = at("cd/state"),
@@ -119,16 +167,19 @@ impl Node {
             port = self.port,
             snapshotter = self.snapshotter,
             certs = at("certs"),
+            capabilities =
+                if matches!(self.kind, Containerd::New(_, true)) { "capabilities = [\"remap-ids\"]\n" } else { "" },
+            cni = self.cni(),
         );
         std::fs::write(self.served.path("containerd.toml"), config).expect("write");
         // A kubelet stats it (ImageFsInfo).
         std::fs::create_dir_all(self.served.path("cd/root/io.containerd.snapshotter.v1.fsprov")).expect("make");
         let log =
             std::fs::File::options().create(true).append(true).open(self.served.path("containerd.log")).expect("a log");
-        let child = Command::new(debian().join("usr/bin/containerd"))
+        let child = Command::new(self.theirs().join("usr/bin/containerd"))
             .arg("--config")
             .arg(self.served.path("containerd.toml"))
-            .env("PATH", path_with_theirs())
+            .env("PATH", self.path())
             .stdin(Stdio::null())
             .stdout(log.try_clone().expect("clone"))
             .stderr(log)
@@ -449,7 +500,7 @@ fn kib(paths: &[PathBuf]) -> u64 {
 fn times_beside_overlayfs() {
     let Some(rounds) = std::env::var("FSPROV_TEST_TIMES").ok().and_then(|n| n.parse::<usize>().ok()) else { return };
     cover_run();
-    let nodes = [Node::with("fsprov"), Node::with("overlayfs")];
+    let nodes = [Node::with("fsprov", Containerd::Old), Node::with("overlayfs", Containerd::Old)];
     // Some thousand files of a real tree, in the fourth layer of ten.
     let tree = debian().join("usr/share/gocode/src/github.com/containerd");
     let made = |node: &Node, name: &str| {
@@ -522,4 +573,69 @@ fn times_beside_overlayfs() {
         sizes[0] as f64 / sizes[1] as f64
     );
     println!("load at the end: {}", load.trim());
+}
+
+/// Pods with `hostUsers: false`: by fsprov's capability, and as containerd does it without, by a copy with other owners.
+fn pods_with_user_namespaces_copy_nothing() {
+    let Some(newer) = std::env::var_os(NEWER).map(PathBuf::from) else { return };
+    cover_run();
+    let used = |node: &Node| {
+        let own: Vec<PathBuf> = ["layers", "snapshotter/s"].map(|name| node.served.path("root").join(name)).into();
+        kib(&own)
+    };
+    let mut told = Vec::new();
+    for can_remap in [true, false] {
+        let node = Node::with("fsprov", Containerd::New(newer.clone(), can_remap));
+        // Some thousand files, which a copy has to copy.
+        let tree = node.served.path("app-3.tree/src");
+        std::fs::create_dir_all(&tree).expect("make");
+        let from = debian().join("usr/share/gocode/src/github.com/containerd");
+        assert!(Command::new("cp").arg("-a").arg(&from).arg(&tree).status().expect("cp").success());
+        let made = [image(&node.served, "app", 10), image(&node.served, "pause", 1)];
+        let names = [node.push(&made[0], "app"), node.push(&made[1], "pause")];
+        for one in &made {
+            images::import(&node.served, one);
+        }
+        let cri = Cri::new(&node.address());
+        for name in &names {
+            cri.pull(name).unwrap_or_else(|e| panic!("pull {name}: {e}\n{}", node.log()));
+        }
+        let before = used(&node);
+        let mut took = Vec::new();
+        for number in 0..3_u32 {
+            let first = 200_000 + number * 65_536;
+            let name = format!("pod-{number}");
+            let config = cri::sandbox_of_users(&name, &node.served.path("pods"), first);
+            let begin = Instant::now();
+            let pod = cri.run_sandbox(&config).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+            let script = "echo out; exec /bin/sleep 1000";
+            let container = cri
+                .start(&pod, &config, &names[0], &["/bin/sh", "-c", script])
+                .unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+            let log = node.served.path(&format!("pods/{name}/main.log"));
+            wait_for("output", || std::fs::metadata(&log).is_ok_and(|meta| meta.len() > 0));
+            took.push(begin.elapsed());
+            let exec = |words: &[&str]| cri.exec(&container, words).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+            let map = exec(&["/bin/cat", "/proc/self/uid_map"]);
+            assert_eq!(map.split_whitespace().collect::<Vec<_>>(), ["0", &first.to_string(), "65536"]);
+            // Owners are right inside, and what it writes has the host's ids of it.
+            assert!(
+                exec(&["/bin/ls", "-ln", "/layers/last"]).contains(" 0        0 "),
+                "{}",
+                exec(&["/bin/ls", "-ln", "/layers/last"])
+            );
+            assert_eq!(exec(&["/bin/cat", "/layers/last"]), "app 9");
+            exec(&["/bin/sh", "-c", "echo mine > /layers/new && echo mine > /layers/last"]);
+        }
+        let grown = used(&node).saturating_sub(before);
+        took.sort();
+        told.push((can_remap, took[1], grown));
+        let client = node.served.client();
+        assert_eq!(client.names(&["kind==active"]).len(), 6, "{:?}", client.names(&[]));
+        println!("remap-ids {can_remap}: time to first output {took:?}, {grown} KiB more on the disk for three pods");
+        if can_remap {
+            assert!(grown < 300, "nothing is copied: {grown} KiB");
+        }
+        drop(cri);
+    }
 }

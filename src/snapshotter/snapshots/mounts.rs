@@ -17,6 +17,11 @@ use crate::store::{Marks, Store};
 /// Most lower layers of one overlay: OVL_MAX_STACK of Linux.
 pub(super) const MAX_LAYERS: usize = 500;
 
+/// Longest list of lower directories by their own paths: mount(2) takes a page of options, and the others have room beside it.
+const MAX_OWN_PATHS: usize = 3072;
+/// What is behind a link, and not the link.
+const THROUGH_LINK: &str = "/.";
+
 /// How what lies below snapshots is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LowerForm {
@@ -80,12 +85,23 @@ impl OverlayOptions {
 }
 
 /// A directory of a snapshot's stack.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug)]
 pub(in crate::snapshotter) enum Part {
     /// What the snapshot of this name wrote.
     Files { name: String, at: PathBuf, owners: Ownership },
     /// A layer of the store, and the snapshot that has it.
     Layer { name: String, layer: ImageId, by_index: bool },
+}
+
+impl Part {
+    /// Is it the same directory? One layer may be that of several snapshots.
+    pub(in crate::snapshotter) fn is_same(&self, other: &Part) -> bool {
+        match (self, other) {
+            (Part::Files { at, .. }, Part::Files { at: other, .. }) => at == other,
+            (Part::Layer { layer, .. }, Part::Layer { layer: other, .. }) => layer == other,
+            _ => false,
+        }
+    }
 }
 
 impl Snapshots {
@@ -136,19 +152,31 @@ impl Snapshots {
                 None => bind(&only.files, "ro"),
                 Some(maps) => bind(&self.mapped(maps)?.join(self.place_of(only)), "ro"),
             },
-            _ => {
-                let links = match &record.maps {
-                    None => below.iter().map(|lower| self.link(&self.dirs.links(), lower, &lower.files)).collect(),
-                    Some(maps) => {
-                        let dir = self.mapped(maps)?;
-                        let link = |lower: &&Lower| self.link(&dir, lower, &dir.join(self.place_of(lower)));
-                        below.iter().map(link).collect::<Result<Vec<_>>>()
-                    }
-                }?;
-                overlay(links.join(":"))
-            }
+            _ => overlay(self.lower_dirs(record, &below)?),
         };
         Ok(Mounts { mounts: vec![mount] })
+    }
+
+    /// The lower directories of an overlay, as its option has them: their own paths, if they fit, else by short links. What is named there is a directory, and
+    /// no link itself: BuildKit walks it, and finds nothing in a link.
+    fn lower_dirs(&self, record: &Record, below: &[&Lower]) -> Result<String> {
+        let (links, files): (_, Vec<PathBuf>) = match &record.maps {
+            None => (self.dirs.links(), below.iter().map(|lower| lower.files.clone()).collect()),
+            Some(maps) => {
+                let dir = self.mapped(maps)?;
+                let files = below.iter().map(|lower| dir.join(self.place_of(lower))).collect();
+                (dir, files)
+            }
+        };
+        let own = files.iter().map(|path| text(path)).collect::<Vec<_>>().join(":");
+        if own.len() <= MAX_OWN_PATHS {
+            return Ok(own);
+        }
+        let short = below
+            .iter()
+            .zip(&files)
+            .map(|(lower, files)| self.link(&links, lower, files).map(|link| format!("{link}{THROUGH_LINK}")));
+        Ok(short.collect::<Result<Vec<_>>>()?.join(":"))
     }
 
     /// What lies below a snapshot's own files, topmost first.
@@ -307,19 +335,30 @@ impl Snapshots {
 
     /// What a directory in the options of a mount is.
     fn named(&self, path: &str) -> Option<Named> {
-        if let Some(number) = self.number_of(path) {
-            return Some(Named::Files(number));
-        }
-        let mapped = Path::new(path)
-            .strip_prefix(self.dirs.mapped())
-            .ok()
-            .and_then(|below| below.strip_prefix(below.iter().next()?).ok());
-        if let Some(link) = mapped.or_else(|| Path::new(path).strip_prefix(self.dirs.links()).ok()) {
-            let link = link.to_str()?;
+        if let Some(link) = path.strip_suffix(THROUGH_LINK) {
+            let mapped = Path::new(link).strip_prefix(self.dirs.mapped()).ok().and_then(|below| {
+                let map = below.iter().next()?;
+                below.strip_prefix(map).ok()
+            });
+            let link = mapped.or_else(|| Path::new(link).strip_prefix(self.dirs.links()).ok())?.to_str()?;
             return match link.strip_suffix('s') {
                 Some(number) => number.parse().ok().map(Named::Layer),
                 None => link.parse().ok().map(Named::Files),
             };
+        }
+        // Shown with other owners, it is still the same.
+        let own = Path::new(path).strip_prefix(self.dirs.mapped()).ok().and_then(|below| {
+            let mut parts = below.iter().skip(1);
+            let base = match parts.next()?.to_str()? {
+                mapped::OWN => self.dirs.snapshots(),
+                mapped::STORE => self.store.paths().layers(),
+                _ => return None,
+            };
+            Some(parts.fold(base, |path, part| path.join(part)))
+        });
+        let path = &own.as_deref().map_or(path.into(), text);
+        if let Some(number) = self.number_of(path) {
+            return Some(Named::Files(number));
         }
         let layer: ImageId = Path::new(path).parent()?.file_name()?.to_str()?.parse().ok()?;
         (self.store.layer_tree(&layer) == Path::new(path)).then_some(Named::Tree(layer))
