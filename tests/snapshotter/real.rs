@@ -558,8 +558,12 @@ fn times_beside_overlayfs() {
         .zip(&cris)
         .zip(&names)
         .map(|((node, cri), name)| {
-            cri.remove_image(name).expect("remove the image");
-            std::thread::sleep(Duration::from_secs(1));
+            // The pods' own image, too: it has a layer in common.
+            for one in [name, &format!("127.0.0.1:{}/pause:1", node.port)] {
+                cri.remove_image(one).expect("remove the image");
+            }
+            std::thread::sleep(Duration::from_secs(2));
+            node.served.client().cleanup().expect("clean up");
             let done = node.served.fsprov().args(["image", "import"]).arg(node.served.path("app")).status();
             assert!(done.expect("import").success());
             cri.pull(name).expect("pull");
