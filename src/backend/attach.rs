@@ -169,12 +169,15 @@ impl<'a> Assembly<'a> {
                 .map_err(|e| Error::sys(MOUNT_VOLUME, &volume.target, e))?;
             fault::point("attach.volume")?;
             let made = self.put(Prepared { volume, piece }, &target)?;
-            // It has the flags of the root, as every copy, which hold back more than was asked for.
-            let asked =
-                AttrSet { nosuid: volume.powers.suid, nodev: volume.powers.dev == Some(true), ..AttrSet::default() };
-            if asked.nosuid || asked.nodev {
-                mount::clear_attr(&made, &asked)?;
-            }
+            // It has the flags of what it is a copy of, the root or another volume, which hold back more than was asked for.
+            let asked = AttrSet {
+                read_only: volume.access == Access::Rw,
+                nosuid: volume.powers.suid,
+                nodev: volume.powers.dev == Some(true),
+                noexec: volume.powers.exec,
+                ..AttrSet::default()
+            };
+            mount::clear_attr(&made, &asked)?;
         }
         Ok(())
     }

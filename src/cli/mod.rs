@@ -324,7 +324,9 @@ mod tests {
                 check(sub, &path);
             }
         }
-        check(&Cli::command(), "");
+        let mut command = Cli::command();
+        command.build();
+        check(&command, "");
     }
 
     #[test]

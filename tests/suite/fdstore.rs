@@ -281,7 +281,9 @@ case!("what_was_kept_of_another_mount_is_let_go", on::fuse, &[Need::Tool("bash")
         assert_eq!(store.kept.len(), names.split(' ').count() + more, "{how}: {:?}", store.names());
         assert_eq!(health(stage), "ready", "{how}");
         assert!(stage.path("rootfs/etc/hosts").exists() && stage.path("rootfs/w").exists(), "{how}");
-        assert_eq!(system::mounts_below(&stage.path("rootfs")).len(), 1, "{how}");
+        // In a user namespace setuid works in the rootfs and in no volume: each is a mount of its own.
+        let volumes = if stage.lane.name == "fuse-userns" { 1 + usize::from(how == "another volume") } else { 0 };
+        assert_eq!(system::mounts_below(&stage.path("rootfs")).len(), 1 + volumes, "{how}");
     }
     stop(stage, &mut store, service);
 });
