@@ -605,13 +605,14 @@ fn pods_with_user_namespaces_copy_nothing() {
             cri.pull(name).unwrap_or_else(|e| panic!("pull {name}: {e}\n{}", node.log()));
         }
         let before = used(&node);
-        let mut took = Vec::new();
+        let (mut took, mut pods) = (Vec::new(), Vec::new());
         for number in 0..3_u32 {
             let first = 200_000 + number * 65_536;
             let name = format!("pod-{number}");
             let config = cri::sandbox_of_users(&name, &node.served.path("pods"), first);
             let begin = Instant::now();
             let pod = cri.run_sandbox(&config).unwrap_or_else(|e| panic!("{e}\n{}", node.log()));
+            pods.push(pod.clone());
             let script = "echo out; exec /bin/sleep 1000";
             let container = cri
                 .start(&pod, &config, &names[0], &["/bin/sh", "-c", script])
@@ -637,6 +638,9 @@ fn pods_with_user_namespaces_copy_nothing() {
         let client = node.served.client();
         assert_eq!(client.names(&["kind==active"]).len(), 6, "{:?}", client.names(&[]));
         println!("remap-ids {can_remap}: time to first output {took:?}, {grown} KiB more on the disk for three pods");
+        for pod in &pods {
+            cri.remove_sandbox(pod).expect("remove the pod");
+        }
         if can_remap {
             assert!(grown < 300, "nothing is copied: {grown} KiB");
         }
