@@ -316,10 +316,11 @@ mod tests {
     fn every_verb_has_an_example() {
         fn check(command: &clap::Command, path: &str) {
             let path = format!("{path} {}", command.get_name());
-            if command.get_name() != "help" {
-                let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
-                assert!(help.contains("Example"), "{path} --help has no example");
+            if command.get_name() == "help" {
+                return;
             }
+            let help = command.get_after_help().map(ToString::to_string).unwrap_or_default();
+            assert!(help.contains("Example"), "{path} --help has no example");
             for sub in command.get_subcommands() {
                 check(sub, &path);
             }
