@@ -72,14 +72,11 @@ class Inside:
         """Private memory of the servers in KiB."""
         if subject.startswith('native'):
             return 0
-        word = 'fuse-overlayfs' if subject == 'fuse-overlayfs' else 'fsprov'
+        begins = 'fuse-overlayfs' if subject == 'fuse-overlayfs' else f'fsprov: {self.work}/{self.id(subject)}/'
         total = 0
         for path in glob.glob('/proc/[0-9]*/cmdline'):
             try:
-                words = open(path, 'rb').read().decode(errors='replace').split('\0')
-                if word not in os.path.basename(words[0]) and not words[0].startswith('/proc/self/fd'):
-                    continue
-                if word == 'fsprov' and self.id(subject) not in ' '.join(words):
+                if not open(path, 'rb').read().decode(errors='replace').startswith(begins):
                     continue
                 for line in open(os.path.dirname(path) + '/smaps_rollup'):
                     if line.startswith(('Private_Dirty:', 'Private_Clean:')):
