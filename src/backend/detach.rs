@@ -82,7 +82,7 @@ pub(super) fn clear_stage(stage: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Unmount the volumes with these ids at or below `rootfs`, which is a plain directory. Gives `false` if none were mounted.
+/// Unmount the volumes with these ids at or below `rootfs`, which is a plain directory. Returns `false` if no volume was mounted.
 pub(super) fn take_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
     let table = mountinfo::read()?;
     let below = mountinfo::subtree_below(table.clone(), rootfs);
@@ -105,7 +105,7 @@ pub(super) fn take_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> 
     Ok(true)
 }
 
-/// Unmount the volumes of a rootfs whose directory is no longer where it was. Gives `false` if none were mounted.
+/// Unmount the volumes of a rootfs whose directory was moved. Returns `false` if no volume was mounted.
 pub(super) fn take_moved_volumes_away(rootfs: &Path, traces: &Traces, how: Detach) -> Result<bool> {
     let (certain, others): (Vec<_>, Vec<_>) = traces.parts().partition(|part| part.is_certain());
     let table = mountinfo::read()?;

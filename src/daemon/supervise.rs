@@ -361,8 +361,10 @@ impl Supervisor {
             Err(error) => {
                 let death = worker.kill();
                 // It may have answered some requests.
-                let heard = worker.hear_last(&mut self.handover);
-                Err((heard.err().unwrap_or(error), death))
+                if let Err(e) = worker.hear_last(&mut self.handover) {
+                    log::warn!(target: TARGET, "{e}");
+                }
+                Err((error, death))
             }
         }
     }

@@ -20,6 +20,9 @@ use crate::index::Index;
 use crate::place::Identity;
 use crate::plan::{BackendKind, Ownership, Scratch};
 use crate::store::{Below, Change, Imported, Limits, Marks, Said, Store, Upper};
+use crate::sys::fs::open_resolved;
+use crate::sys::mount::mount_id;
+use crate::sys::mountinfo::Known;
 use crate::sys::process::{Namespace, in_initial_user_namespace, user_namespace_of};
 
 pub(crate) use apart::{READER, read_apart};
@@ -144,17 +147,18 @@ impl Provisioner {
     }
 }
 
-/// Have the kernel write what it has gathered for the server.
+/// Have the kernel write what it has gathered for the server. The path may lead to another's mount by now, which is not waited for.
 fn settle(record: &Record) -> Result<()> {
-    const FUSE: rustix::fs::FsWord = 0x6573_5546;
-    let opened = rustix::fs::open(&record.plan.rootfs, OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    // It is unmounted, or its server is dead: nothing is gathered.
-    let Ok(rootfs) = opened else { return Ok(()) };
-    let fail = |e| Error::sys("write what is gathered for", show(&record.plan.rootfs), e);
-    match rustix::fs::fstatfs(&rootfs).map_err(fail)?.f_type {
-        FUSE => rustix::fs::syncfs(&rootfs).map_err(fail),
-        _ => Ok(()),
+    let rootfs = &record.plan.rootfs;
+    let fail = |e| Error::sys("write what is gathered for", show(rootfs), e);
+    let Some(id) = record.traces.mount().and_then(Known::current_id) else { return Ok(()) };
+    let Ok(found) = open_resolved(rootfs) else { return Ok(()) };
+    if mount_id(&found)? != id {
+        return Ok(());
     }
+    // Where the server is dead, nothing is gathered.
+    let opened = rustix::fs::openat(&found, ".", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
+    opened.map_or(Ok(()), |rootfs| rustix::fs::syncfs(rootfs).map_err(fail))
 }
 
 /// Where they are kept apart from the image.

@@ -188,7 +188,6 @@ impl Merged {
         let mut request = Request::new(ImageRef::Name(wanted.label.to_owned()), self.rootfs(name));
         request.id = Some(id);
         request.backend = Some(BackendKind::Fuse);
-        // Containers copy and compare what they see.
         request.ownership = Some(wanted.maps.cloned().unwrap_or_default());
         let image = ResolvedImage {
             id: None,

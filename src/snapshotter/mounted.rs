@@ -54,7 +54,7 @@ impl What {
     }
 }
 
-/// Those of the snapshots in this state directory. None where there is none.
+/// The mounts of the snapshots in this state directory. If there is no such directory, the list is empty.
 pub(crate) fn mounted(state: &Path) -> Result<Vec<Mounted>> {
     let Ok(state) = std::fs::canonicalize(state) else { return Ok(Vec::new()) };
     let table = mountinfo::read()?;

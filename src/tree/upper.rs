@@ -61,8 +61,8 @@ use crate::error::{Error, Kind, show};
 use crate::plan::Scratch;
 use crate::volume::Access;
 use list::Listing;
-pub(crate) use owners::Owner;
 use owners::Owners;
+pub(crate) use owners::{Owner, PERMISSION_BITS};
 use pairs::Pairs;
 use raise::{Content, Locks};
 

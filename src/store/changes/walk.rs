@@ -16,13 +16,10 @@ use crate::index::Xattr;
 use crate::plan::Ownership;
 use crate::store::archive::write::read_xattrs;
 use crate::sys::fs::proc_path;
-use crate::tree::upper::{Owner, marks};
+use crate::tree::upper::{Owner, PERMISSION_BITS, marks};
 
 pub(super) const OPEN_DIR: OFlags =
     OFlags::RDONLY.union(OFlags::DIRECTORY).union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC).union(OFlags::NONBLOCK);
-
-/// How names of a layer begin that hide others (image-spec, layer.md, "Whiteouts").
-const WHITEOUT: &[u8] = b".wh.";
 
 /// Something in the upper directory, by its path below the root; the root's is empty.
 pub(super) struct Found<'a> {
@@ -180,11 +177,10 @@ impl Walk<'_> {
 
     /// Owner and mode as the image has them. `file`: what can have a note of them.
     fn as_in_image(&self, mut stat: Stat, file: Option<&OwnedFd>) -> Stat {
-        const PERMISSIONS: u32 = 0o7777;
         let noted = file.filter(|_| self.upper.marks == Marks::Tree);
         let noted = noted.and_then(|file| marks::noted(proc_path(file).as_bytes(), stat.st_mode));
         if let Some(Owner { uid, gid, mode }) = noted.as_deref().and_then(Owner::parse) {
-            (stat.st_uid, stat.st_gid, stat.st_mode) = (uid, gid, stat.st_mode & !PERMISSIONS | mode);
+            (stat.st_uid, stat.st_gid, stat.st_mode) = (uid, gid, stat.st_mode & !PERMISSION_BITS | mode);
         } else {
             let Ownership { uids, gids, .. } = &self.upper.owners;
             (stat.st_uid, stat.st_gid) = (of_image(uids, stat.st_uid), of_image(gids, stat.st_gid));
@@ -231,8 +227,8 @@ impl Walk<'_> {
     }
 
     fn entry(&mut self, dir: BorrowedFd<'_>, name: &[u8], is_veiled: bool, depth: usize) -> Result<()> {
-        if name.starts_with(WHITEOUT) {
-            // In a layer it would hide what it is not about.
+        if marks::is_reserved(name) {
+            // In a layer it would hide what it is not about (image-spec, layer.md, "Whiteouts").
             log::warn!("{} is left out: in a layer, names that begin with .wh. hide others", self.shown());
             return Ok(());
         }

@@ -41,7 +41,7 @@ pub(super) fn is_ours(name: &[u8]) -> bool {
 }
 
 /// Is it a name that nothing may have that is to be seen?
-pub(super) fn is_reserved(name: &[u8]) -> bool {
+pub(crate) fn is_reserved(name: &[u8]) -> bool {
     name.starts_with(VEIL)
 }
 

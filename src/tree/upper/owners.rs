@@ -12,7 +12,7 @@ use crate::tree::dir::{ActAs, unmap};
 use crate::tree::{Attr, Caller, Change, Errno, Handle, Node, Result, Tree as _};
 
 /// Permission bits, setuid, setgid and sticky among them.
-pub(super) const PERMISSION_BITS: u32 = 0o7777;
+pub(crate) const PERMISSION_BITS: u32 = 0o7777;
 /// What a file's maker keeps of it, whatever mode is shown.
 const OWN_FILE: u32 = 0o600;
 /// And of a directory.
