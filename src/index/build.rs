@@ -33,7 +33,8 @@ const XATTRS_HELD: usize = 1 << 20;
 ///
 /// Of what entries say a bounded part is held in memory, the rest in files without names ([`Builder::in_dir`]).
 ///
-/// ```
+#[cfg_attr(feature = "internals", doc = "```")]
+#[cfg_attr(not(feature = "internals"), doc = "```ignore")]
 /// use fsprov::internals::index::{Builder, Entry, Index, Time, What, Whiteouts};
 /// let entry = |path: &[u8], what, mode| Entry {
 ///     path: path.to_vec(), what, mode, uid: 0, gid: 0, mtime: Time::default(), xattrs: Vec::new(),
