@@ -124,6 +124,11 @@ pub fn usual(user: (u32, u32), files: Files<'_>) -> Result<Ownership> {
     Ok(Ownership { uids: ids(user.0, files.subuid)?, gids: ids(user.1, files.subgid)?, squash: None })
 }
 
+/// What that file gives to a name that need be no user's.
+pub(crate) fn subordinate_of(name: &str, file: &Path) -> Result<Vec<IdRange>> {
+    Ok(subordinate(u32::MAX, Some(name), &read_if_there(file)?))
+}
+
 fn ranges(flag: &str, args: &[MapArg], auto: impl FnOnce() -> Result<Vec<IdRange>>) -> Result<Vec<IdRange>> {
     let refuse = |why: &'static str| Error::new(Kind::Usage, "read", flag, why);
     let mut ranges = match args {

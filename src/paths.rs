@@ -15,6 +15,7 @@
 //! ├── cache/download/<key>/        what is being downloaded, or broke off; its holder has a flock on it
 //! ├── claims/<holder>/<diff id>    layers that somebody outside the store stands on (`crate::store`)
 //! ├── snapshotter/                 containerd's snapshots (`crate::snapshotter::dirs`)
+//! ├── ids/<number>                  which subordinate ids a run has (`crate::run::auto`)
 //! ├── run/<container id>/           where `fsprov run` mounts
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
 //! └── containers/<container id>/   one provisioned rootfs; a flock on the directory: held to change this rootfs
@@ -100,6 +101,10 @@ impl StatePaths {
     /// Where the rootfses of `fsprov run` are mounted, by their ids.
     pub fn run(&self) -> PathBuf {
         self.root.join("run")
+    }
+    /// Which subordinate ids a `fsprov run --userns=auto` has taken: locks.
+    pub fn ids(&self) -> PathBuf {
+        self.root.join("ids")
     }
     /// One provisioned rootfs.
     pub fn container(&self, id: &ContainerId) -> ContainerPaths {

@@ -1,17 +1,20 @@
 //! The process in the middle: in the namespaces of an ordinary user, or root's own, it makes the rootfs and the bundle, has the runtime run
 //! it, and takes everything away. It ends with the process that started it.
 
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rustix::fs::{FileType, Gid, Stat, Uid, fchown, fstat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::Signal;
 
+use super::auto::{self, Spare, Taken};
 use super::bundle::{self, Bundle, Root};
+use super::passage;
 use super::runtime::Call;
 use super::users::{self, Maps};
 use super::{Answer, BY_SIGNAL, FAILED, Job, Order, TARGET, UserNs};
@@ -68,7 +71,7 @@ fn begin(start_log: impl FnOnce(&str), complain: &impl Fn(&Error)) -> Result<u8>
     let watch = Arc::new(Watch::default());
     let (theirs, channel) = (Arc::clone(&watch), channel);
     std::thread::spawn(move || theirs.listen(&channel));
-    let inside = Inside::new(&job, &watch);
+    let inside = Inside::new(&job, &watch)?;
     if job.is_over { inside.clear().map(|()| 0) } else { inside.run(stdin, complain) }
 }
 
@@ -186,23 +189,36 @@ struct Inside<'a> {
     paths: StatePaths,
     /// What is mounted, of the ids of this namespace.
     ids: (Vec<IdRange>, Vec<IdRange>),
+    /// They are this run's alone.
+    _taken: Option<Taken>,
 }
 
 impl<'a> Inside<'a> {
-    fn new(job: &'a Job, watch: &'a Watch) -> Self {
+    fn new(job: &'a Job, watch: &'a Watch) -> Result<Self> {
         let paths = StatePaths::new(job.root.clone());
         let provisioner = Provisioner::new(paths.clone(), Host::probe());
-        Inside { job, watch, provisioner, paths, ids: Self::own_ids(job) }
-    }
-
-    /// The ids of a user namespace of the container's own, in those of this one; empty: it has none.
-    fn own_ids(job: &Job) -> (Vec<IdRange>, Vec<IdRange>) {
-        match (job.options.userns, &job.maps) {
-            (Some(UserNs::KeepId), Some(Maps { uids, gids })) => {
+        let is_auto = job.options.userns == Some(UserNs::Auto) && !job.is_over;
+        let taken = if is_auto { Some(Self::take_ids(job, &paths)?) } else { None };
+        // The ids of a user namespace of the container's own, in those of this one; empty: it has none.
+        let ids = match (&taken, job.options.userns, &job.maps) {
+            (Some(taken), ..) => (taken.uids.clone(), taken.gids.clone()),
+            (None, Some(UserNs::KeepId), Some(Maps { uids, gids })) => {
                 (users::keep_id(job.own.0, uids), users::keep_id(job.own.1, gids))
             }
             _ => (Vec::new(), Vec::new()),
-        }
+        };
+        Ok(Inside { job, watch, provisioner, paths, ids, _taken: taken })
+    }
+
+    fn take_ids(job: &Job, paths: &StatePaths) -> Result<Taken> {
+        let spare = match &job.maps {
+            Some(Maps { uids, gids }) => Spare::of_user(uids, gids),
+            None => Spare::of_root()?,
+        };
+        let of_files = job.image.index.as_deref().map_or(Ok(0), auto::highest_owner)?;
+        let user = job.options.user.as_deref().unwrap_or(&job.image.execution.user);
+        let named = user.split(':').filter_map(|id| id.parse().ok()).max().unwrap_or(0);
+        auto::take(spare, of_files.max(named), &paths.ids())
     }
 
     fn run(&self, stdin: OwnedFd, complain: &impl Fn(&Error)) -> Result<u8> {
@@ -237,7 +253,7 @@ impl<'a> Inside<'a> {
     /// Do the layers on the disk look as the container is to see them?
     fn is_direct(&self) -> bool {
         let image = &self.job.image;
-        let is_exact = !image.has_index || (self.job.maps.is_none() && !image.is_filtered);
+        let is_exact = image.index.is_none() || (self.job.maps.is_none() && !image.is_filtered);
         is_exact && self.ids.0.is_empty()
     }
 
@@ -308,8 +324,9 @@ impl<'a> Inside<'a> {
         fault::point("run.bundle")?;
         let call = Call { id: &job.id, bundle: &dir };
         let stop = written.stop_signal().and_then(signal_named);
+        let _owners = Owners::of_streams(&stdin);
         let status = std::thread::scope(|scope| {
-            let runs = scope.spawn(|| self.run_apart(&call, stdin, stop));
+            let runs = scope.spawn(|| self.run_apart(&call, root, stdin, stop));
             runs.join().unwrap_or_else(|_| Err(Error::new(Kind::Helper, "run", &job.id, "its thread ended")))
         })?;
         let Some(status) = status else {
@@ -327,9 +344,18 @@ impl<'a> Inside<'a> {
     }
 
     /// Run the runtime from this thread, which has a mount namespace of its own where that helps. `None`: a signal came before.
-    fn run_apart(&self, call: &Call<'_>, stdin: OwnedFd, stop: Option<Signal>) -> Result<Option<ExitStatus>> {
+    fn run_apart(
+        &self,
+        call: &Call<'_>,
+        root: &Root,
+        stdin: OwnedFd,
+        stop: Option<Signal>,
+    ) -> Result<Option<ExitStatus>> {
         if self.job.runtime.is_crun() && !has_pure_cgroups() {
             show_pure_cgroups()?;
+        }
+        if self.job.options.userns == Some(UserNs::Auto) {
+            passage::open(self.paths.root(), &[&root.path, call.bundle], self.job.runtime.path())?;
         }
         let mut command = self.job.runtime.run(call, stdin);
         let mut child = {
@@ -346,6 +372,32 @@ impl<'a> Inside<'a> {
         let status = child.wait().map_err(|e| Error::io("wait for", self.job.runtime.name(), e));
         self.watch.state().runtime = None;
         status.map(Some)
+    }
+}
+
+/// To whom the files belong that are the program's stdin, stdout and stderr. Runtimes give them to the program's user; when it has ended
+/// they belong to who they did before (`fsprov run -u www-data ... >out`).
+struct Owners(Vec<(OwnedFd, Stat)>);
+
+impl Owners {
+    fn of_streams(stdin: &OwnedFd) -> Self {
+        let streams = [stdin.as_fd(), std::io::stdout().as_fd(), std::io::stderr().as_fd()].map(|fd| {
+            let stat = fstat(fd).ok().filter(|stat| FileType::from_raw_mode(stat.st_mode) == FileType::RegularFile)?;
+            Some((fd.try_clone_to_owned().ok()?, stat))
+        });
+        Owners(streams.into_iter().flatten().collect())
+    }
+}
+
+impl Drop for Owners {
+    fn drop(&mut self) {
+        for (file, before) in &self.0 {
+            let is_changed = fstat(file).is_ok_and(|now| (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid));
+            let ids = (Uid::from_raw(before.st_uid), Gid::from_raw(before.st_gid));
+            if is_changed && let Err(e) = fchown(file, Some(ids.0), Some(ids.1)) {
+                log::warn!(target: TARGET, "a file of stdin, stdout or stderr belongs to the program's user now: {e}");
+            }
+        }
     }
 }
 

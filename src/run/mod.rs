@@ -13,18 +13,21 @@
 //! | --- | --- |
 //! | `options` | what is asked for, and what of it and the image becomes the program: data |
 //! | `config` | config.json: data in, data out |
-//! | `seccomp`, `files`, `user`, `users` | the profile; /etc/hosts and the like; who runs it; id maps |
+//! | `seccomp`, `files`, `user`, `users`, `auto` | the profile; /etc/hosts and the like; who runs it; id maps |
 //! | `bundle` | a bundle from all that |
 //! | `runtime` | which runtime, how it is called, what it says |
 //! | `inside` | the process in the middle |
+//! | `passage` | its rootfs, for a runtime whose root is nobody here |
 //!
 //! Either of the two processes ends when the other one does, and takes away what there is: whichever was killed, nothing stays.
 
+mod auto;
 mod bundle;
 mod config;
 mod files;
 mod inside;
 mod options;
+mod passage;
 mod runtime;
 mod seccomp;
 mod user;
@@ -91,8 +94,9 @@ pub(crate) struct Image {
     /// Where it lies, where it does not.
     #[serde(with = "path_or_none")]
     path: Option<std::path::PathBuf>,
-    /// Does an index say what its tree is? Then the layers on the disk may lack owners.
-    has_index: bool,
+    /// The index that says what its tree is: the layers on the disk may lack owners.
+    #[serde(with = "path_or_none")]
+    index: Option<std::path::PathBuf>,
     /// Do the layers hold what the image does not show?
     is_filtered: bool,
     /// How it wants to be run.
@@ -113,8 +117,8 @@ impl Image {
         Ok(Image {
             reference: image.to_string(),
             execution: store.execution(&found)?,
-            has_index: found.index.is_some(),
             is_filtered: found.is_filtered,
+            index: found.index,
             id: found.id,
             path,
         })

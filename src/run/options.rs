@@ -38,6 +38,8 @@ pub(crate) enum UserNs {
     Host,
     /// You are yourself, and every other id one of your subordinate ids
     KeepId,
+    /// Each run has subordinate ids of its own, as many as the image needs: no other run's program, nor yours, has any of them
+    Auto,
 }
 
 /// What a user asks of a program and its surroundings.

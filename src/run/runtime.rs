@@ -86,6 +86,11 @@ impl Runtime {
         })
     }
 
+    /// Its program.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
     /// Its name, for people.
     pub(crate) fn name(&self) -> String {
         self.path.file_name().unwrap_or_default().to_string_lossy().into_owned()

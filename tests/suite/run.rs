@@ -165,6 +165,69 @@ fn kept_id(stage: &Stage, runtime: &str) {
     assert_eq!(root.ok().out(), "0\ndone\n", "{runtime}");
 }
 
+// `--userns=auto`: two at once share no id, their root is nobody here, and a closed directory above the rootfs hinders neither. For root
+// the ids are those that subuid(5) gives to the name `containers`.
+case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    let is_root = stage.lane.enter != Enter::User;
+    if is_root {
+        run(stage, "crun", &["--userns", "auto"], "true").fails(125, &["containers", "/etc/subuid"]);
+        stage.write("subid", "containers:300000:4096\n");
+    }
+    stage.mkdir("vol");
+    stage.write("vol/f", "from outside\n");
+    let first = if is_root { 300_000 } else { 1 };
+    let begin = if is_root {
+        "unshare -m sh -c 'mount --bind subid /etc/subuid && mount --bind subid /etc/subgid && . ./both'"
+    } else {
+        ". ./both"
+    };
+    for runtime in RUNTIMES {
+        let program = "grep -o '[0-9].*' /proc/self/uid_map /proc/self/gid_map | tr -s ' ' | cut -d: -f2; stat -c %a-%U:%G /etc/shadow /bin/su
+            touch /new && chown www-data:tty /new && stat -c %U:%G /new; stat -c %U /mnt/v; cat /mnt/v/f; id -u; sleep 0.1";
+        let wait = "echo >/mnt/s/$0; until test -e /mnt/s/one && test -e /mnt/s/two; do sleep 0.05; done";
+        let one = |name: &str| {
+            format!(
+                "\"$F\" run --runtime {runtime} --userns auto -v ./vol:/mnt/v:ro -v ./shared:/mnt/s {NAME} sh -c \"$P; $W\" {name} >{name} &"
+            )
+        };
+        stage.write(
+            "both",
+            &format!(
+                "P='{}'\nW='{wait}'\nrm -rf shared; mkdir shared; chmod 777 shared\n{}\n{}\nwait\n",
+                program.replace('\'', "'\\''"),
+                one("one"),
+                one("two")
+            ),
+        );
+        script(stage, begin).ok();
+        for name in ["one", "two"] {
+            let owner = fs::metadata(stage.path(name)).expect("stat").uid();
+            assert_eq!(owner, rustix::process::getuid().as_raw(), "{runtime}: stdout's file belongs to who began it");
+        }
+        let said = ["one", "two"].map(|name| fs::read_to_string(stage.path(name)).expect("read"));
+        let starts: std::collections::BTreeSet<u32> = said
+            .iter()
+            .map(|said| {
+                let lines: Vec<&str> = said.lines().collect();
+                let map: Vec<u32> = lines[0].split(' ').map(|n| n.parse().expect("a number")).collect();
+                assert_eq!((map[0], map[2]), (0, 1024), "{said}");
+                assert_eq!(lines[0], lines[1], "user and group ids: {said}");
+                let rest = ["640-root:shadow", "4755-root:root", "www-data:tty", "nobody", "from outside", "0"];
+                assert_eq!(lines[2..], rest, "{runtime}");
+                map[1]
+            })
+            .collect();
+        assert_eq!(starts, [first, first + 1024].into(), "{runtime}: {said:?}");
+        stage.assert_nothing_left("after two with ids of their own");
+    }
+    if !is_root {
+        run(stage, "crun", &["--userns", "auto", "-u", "65536"], "true")
+            .fails(125, &["needs 66560 ids", "/etc/subuid"]);
+        assert_eq!(run(stage, "crun", &["--userns", "auto", "-u", "2000"], "id -u").ok().out(), "2000\n");
+    }
+});
+
 case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
     import(stage);
     for runtime in RUNTIMES {
