@@ -215,15 +215,19 @@ impl Client {
         Ok(answer.info.expect("an info"))
     }
 
-    pub(crate) fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {
+    async fn stream_of(&self, filters: &[&str]) -> Answer<tonic::Streaming<InfosAnswer>> {
         let filters = filters.iter().map(|filter| (*filter).to_owned()).collect();
         let asked = ListAsked { snapshotter: "fsprov".into(), filters };
+        let mut grpc = tonic::client::Grpc::new(self.channel.clone());
+        grpc.ready().await.map_err(|e| Status::unavailable(e.to_string()))?;
+        let path = PathAndQuery::from_static("/containerd.services.snapshots.v1.Snapshots/List");
+        let codec = ProstCodec::<ListAsked, InfosAnswer>::default();
+        grpc.server_streaming(Request::new(asked), path, codec).await.map(tonic::Response::into_inner)
+    }
+
+    pub(crate) fn list(&self, filters: &[&str]) -> Answer<Vec<Info>> {
         self.runtime.block_on(async {
-            let mut grpc = tonic::client::Grpc::new(self.channel.clone());
-            grpc.ready().await.map_err(|e| Status::unavailable(e.to_string()))?;
-            let path = PathAndQuery::from_static("/containerd.services.snapshots.v1.Snapshots/List");
-            let codec = ProstCodec::<ListAsked, InfosAnswer>::default();
-            let mut stream = grpc.server_streaming(Request::new(asked), path, codec).await?.into_inner();
+            let mut stream = self.stream_of(filters).await?;
             let mut all = Vec::new();
             while let Some(message) = stream.message().await? {
                 all.extend(message.info);
@@ -232,9 +236,37 @@ impl Client {
         })
     }
 
+    /// How many there are; only one message is held at a time.
+    pub(crate) fn count(&self, filters: &[&str]) -> Answer<usize> {
+        self.runtime.block_on(async {
+            let mut stream = self.stream_of(filters).await?;
+            let mut count = 0;
+            while let Some(message) = stream.message().await? {
+                assert!(message.info.len() <= 100, "no message has more than containerd's have");
+                count += message.info.len();
+            }
+            Ok(count)
+        })
+    }
+
+    /// Begin to list, and read one message of the answer.
+    pub(crate) fn begin_list(&self) -> Answer<Begun> {
+        self.runtime.block_on(async {
+            let mut stream = self.stream_of(&[]).await?;
+            let read = stream.message().await?.map_or(0, |message| message.info.len());
+            Ok(Begun { _stream: stream, read })
+        })
+    }
+
     pub(crate) fn names(&self, filters: &[&str]) -> Vec<String> {
         self.list(filters).expect("list").into_iter().map(|info| info.name).collect()
     }
+}
+
+/// A list of which not all was read.
+pub(crate) struct Begun {
+    _stream: tonic::Streaming<InfosAnswer>,
+    pub(crate) read: usize,
 }
 
 /// The code of a call that must fail.

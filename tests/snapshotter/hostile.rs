@@ -3,12 +3,17 @@
 use std::io::{Read as _, Write as _};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 
-use crate::client::{Client, Labels, labels};
+use tonic::Code;
+
+use crate::client::{Client, Labels, code, labels};
+use crate::images::sha256;
 use crate::served::Served;
 
 crate::tests![
     many_snapshots_are_listed_in_little_memory,
+    a_list_is_sent_as_it_is_read,
     noise_on_the_socket_harms_nobody,
     a_copy_of_the_state_at_any_moment_opens,
 ];
@@ -62,6 +67,100 @@ fn many_snapshots_are_listed_in_little_memory() {
     );
     assert!(full - empty < 2 * count as u64 + 8192, "{empty} -> {full} KiB for {count}");
     assert!(listed < full + 16 * 1024, "{full} -> {listed} KiB by listing");
+}
+
+/// Records of committed snapshots, ten upon each other, as the snapshotter writes them: as many calls that each wait for the disk take hours.
+fn seed(served: &Served, count: usize) {
+    std::fs::create_dir_all(served.state().join("s")).expect("make");
+    let name = |number: usize| format!("k8s.io/{number}/sha256:{number:064x}");
+    let write = |number: usize| {
+        let dir = served.state().join("s").join(number.to_string());
+        std::fs::create_dir(&dir).expect("make");
+        std::fs::create_dir(dir.join("fs")).expect("make");
+        let parent = if number % 10 == 1 { String::new() } else { name(number - 1) };
+        let record = format!(
+            r#"{{"version":1,"number":{number},"name":"{}","parent":"{parent}","kind":"committed","created":[1,2],"updated":[3,4],"labels":{{"containerd.io/snapshot/cri.image-ref":"registry.example.com/team/app-{number}:1","n":"{number}","padding":"{}"}},"usage":[8192,2],"has_files":true}}"#,
+            name(number),
+            "x".repeat(300),
+        );
+        let check = sha256(record.as_bytes());
+        let check = check.trim_start_matches("sha256:");
+        std::fs::write(dir.join("record.json"), format!(r#"{{"record":{record},"check":"{check}"}}"#)).expect("write");
+    };
+    std::thread::scope(|scope| {
+        for worker in 0..2 {
+            scope.spawn(move || (1..=count).skip(worker).step_by(2).for_each(write));
+        }
+    });
+}
+
+/// The most memory that it had while `work` ran, beyond what it has before.
+fn peak_kib(served: &Served, work: impl FnOnce()) -> u64 {
+    // Makes the peak what is resident now: Linux 4.0, proc(5).
+    std::fs::write(format!("/proc/{}/clear_refs", served.pid()), "5").expect("clear_refs");
+    let before = resident_kib(served);
+    work();
+    let text = std::fs::read_to_string(format!("/proc/{}/status", served.pid())).expect("status");
+    let line = text.lines().find(|line| line.starts_with("VmHWM:")).expect("VmHWM");
+    let peak: u64 = line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number");
+    peak.saturating_sub(before)
+}
+
+/// FSPROV_TEST_LISTED: how many; FSPROV_TEST_LIST_DIR: where, as a million does not fit a tmpfs (`scripts/containerd list`).
+fn a_list_is_sent_as_it_is_read() {
+    /// No matter how many there are: all of 20,000 at once take 38 MiB.
+    const MOST_KIB: u64 = 4096;
+    let count = number("FSPROV_TEST_LISTED", 20_000);
+    let dir = std::env::var_os("FSPROV_TEST_LIST_DIR").map_or_else(|| "/tmp".into(), std::path::PathBuf::from);
+    let mut served = Served::stopped_in(&dir);
+    let begin = Instant::now();
+    seed(&served, count);
+    println!("{count} snapshots: written in {:?}", begin.elapsed());
+    served.patience = Duration::from_secs(600);
+    let begin = Instant::now();
+    served.start(&[]);
+    println!("started in {:?}, {} KiB", begin.elapsed(), resident_kib(&served));
+    let client = served.client();
+    let timed = |what: &str, want: usize, filters: &[&str]| {
+        let begin = Instant::now();
+        let grown = peak_kib(&served, || assert_eq!(client.count(filters).expect("list"), want, "{what}"));
+        println!("{what}: {want} in {:?}, {grown} KiB more at its peak", begin.elapsed());
+        grown
+    };
+    // The first one brings what every call needs.
+    let _ = timed("all", count, &[]);
+    for what in ["all again", "all a third time"] {
+        assert!(timed(what, count, &[]) < MOST_KIB, "{what}");
+    }
+    let one = format!("labels.n=={}", count / 2);
+    assert!(timed("one, by a label", 1, &[&one]) < MOST_KIB);
+    assert!(timed("none, by an expression", 0, &["labels.padding~=\"^x+y\""]) < MOST_KIB);
+    let begin = Instant::now();
+    assert_eq!(code(client.count(&["labels.n==\"1"])), Code::InvalidArgument);
+    println!("a malformed filter: refused in {:?}", begin.elapsed());
+    // Some who stop reading, and one who works meanwhile.
+    let slow: Vec<Client> = (0..16).map(|_| served.client()).collect();
+    let mut begun = Vec::new();
+    let grown = peak_kib(&served, || {
+        begun.extend(slow.iter().map(|client| client.begin_list().expect("list")));
+        assert!(begun.iter().all(|list| list.read == 100));
+        std::thread::scope(|scope| {
+            scope.spawn(|| assert!(served.client().count(&[]).expect("list") >= count));
+            let mut longest = Duration::ZERO;
+            for number in 0..50 {
+                let begin = Instant::now();
+                client.prepare(&format!("default/{number}/web"), "").expect("prepare");
+                longest = longest.max(begin.elapsed());
+            }
+            println!("50 snapshots made while one lists and 16 do not read on: the longest took {longest:?}");
+            assert!(longest < Duration::from_secs(2), "{longest:?}");
+        });
+    });
+    println!("16 who do not read on: {grown} KiB");
+    assert!(grown < 16 * 512 + MOST_KIB, "{grown} KiB");
+    // They go away in the middle.
+    drop((begun, slow));
+    assert!(timed("all after that", count + 50, &[]) < MOST_KIB);
 }
 
 fn noise_on_the_socket_harms_nobody() {

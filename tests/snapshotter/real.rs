@@ -552,6 +552,15 @@ fn times_beside_overlayfs() {
             middle(0) / middle(1)
         );
     }
+    // How much of it was in calls of the snapshotter.
+    let asked =
+        nodes[0].served.fsprov().args(["snapshotter", "--metrics", "--socket"]).arg(nodes[0].served.socket()).output();
+    let asked = asked.expect("run fsprov");
+    for line in
+        String::from_utf8_lossy(&asked.stdout).lines().filter(|line| line.contains("_total{") && !line.ends_with(" 0"))
+    {
+        println!("{line}");
+    }
     // The image in fsprov's store, for `fsprov mount`, and with containerd.
     let sizes: Vec<u64> = nodes
         .iter()

@@ -13,6 +13,8 @@ const WAIT: Duration = Duration::from_secs(20);
 pub(crate) struct Served {
     dir: tempfile::TempDir,
     child: Option<Child>,
+    /// Longest that it may take to begin.
+    pub(crate) patience: Duration,
 }
 
 impl Served {
@@ -24,7 +26,11 @@ impl Served {
     }
 
     pub(crate) fn stopped() -> Self {
-        Served { dir: tempfile::tempdir_in("/tmp").expect("a directory"), child: None }
+        Self::stopped_in(Path::new("/tmp"))
+    }
+
+    pub(crate) fn stopped_in(dir: &Path) -> Self {
+        Served { dir: tempfile::tempdir_in(dir).expect("a directory"), child: None, patience: WAIT }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -72,7 +78,7 @@ impl Served {
         }
         command.args(args).envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().expect("start fsprov"));
-        let until = Instant::now() + WAIT;
+        let until = Instant::now() + self.patience;
         while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
             assert!(Instant::now() < until, "it does not listen: {}", self.log());
             if let Some(status) = self.child.as_mut().expect("it was started").try_wait().expect("wait") {
