@@ -191,15 +191,10 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
                 "\"$F\" run --runtime {runtime} --userns auto -v ./vol:/mnt/v:ro -v ./shared:/mnt/s {NAME} sh -c \"$P; $W\" {name} >{name} &"
             )
         };
-        stage.write(
-            "both",
-            &format!(
-                "P='{}'\nW='{wait}'\nrm -rf shared; mkdir shared; chmod 777 shared\n{}\n{}\nwait\n",
-                program.replace('\'', "'\\''"),
-                one("one"),
-                one("two")
-            ),
-        );
+        let (program, one, two) = (program.replace('\'', "'\\''"), one("one"), one("two"));
+        let both =
+            format!("P='{program}'\nW='{wait}'\nrm -rf shared; mkdir shared; chmod 777 shared\n{one}\n{two}\nwait\n");
+        stage.write("both", &both);
         script(stage, begin).ok();
         for name in ["one", "two"] {
             let owner = fs::metadata(stage.path(name)).expect("stat").uid();
