@@ -16,6 +16,8 @@ use crate::plan::{IdRange, OVERFLOW_ID};
 
 /// Ids of one block: the fewest that a run gets, as of podman (its `AUTO_USERNS_MIN`).
 const BLOCK: u32 = 1024;
+/// The most that a run gets: an image says how many it needs. As of podman, too (`AUTO_USERNS_MAX`).
+const MOST: u32 = 65_536;
 const OP: &str = "take ids for --userns=auto";
 
 /// Ids that may be given out.
@@ -36,16 +38,17 @@ impl Spare {
     }
 
     /// Of root: those of the name `containers` in /etc/subuid and /etc/subgid, which podman takes, too.
-    pub(super) fn of_root() -> Result<Self> {
+    pub(super) fn of_root(files: idmap::Files<'_>) -> Result<Self> {
         const NAME: &str = "containers";
         let ranges = |file| {
             let all = idmap::subordinate_of(NAME, file)?;
-            all.into_iter().max_by_key(|r| r.count).ok_or_else(|| {
+            // No id beyond 4294967294: what comes after it would be root's again.
+            let within = |r: IdRange| IdRange { count: r.count.min(u32::MAX - r.outside), ..r };
+            all.into_iter().map(within).max_by_key(|r| r.count).ok_or_else(|| {
                 Error::new(Kind::NotFound, OP, show(file), format!("it gives the name {NAME} no ids"))
                     .hint(format!("echo {NAME}:2147483647:2147483648 >> {}", show(file)))
             })
         };
-        let files = idmap::Files::of_host();
         Ok(Spare { uids: ranges(files.subuid)?, gids: ranges(files.subgid)? })
     }
 }
@@ -64,21 +67,23 @@ pub(super) fn take(spare: Spare, highest: u32, locks: &Path) -> Result<Taken> {
     std::fs::create_dir_all(locks).map_err(|e| Error::io("make", show(locks), e))?;
     let wanted = highest / BLOCK + 1;
     let all = spare.uids.count.min(spare.gids.count) / BLOCK;
+    let needs = format!("the image needs {} ids", u64::from(wanted) * u64::from(BLOCK));
+    let refuse = |why: String| Error::new(Kind::Limit, OP, "", format!("{needs}; {why}"));
+    let exhausted = || {
+        refuse(format!("of the {} that there are, no such range is free", u64::from(all) * u64::from(BLOCK)))
+            .hint("wait for another run to end, or give this user more in /etc/subuid and /etc/subgid")
+    };
+    if wanted > all {
+        return Err(exhausted());
+    }
+    if wanted > MOST / BLOCK {
+        return Err(refuse(format!("a run gets {MOST} at most")).hint("leave out --userns=auto"));
+    }
     let (mut first, mut held) = (0, Vec::new());
     while held.len() < wanted as usize {
         let next = first + held.len() as u32;
         if next >= all {
-            let ids = u64::from(wanted) * u64::from(BLOCK);
-            return Err(Error::new(
-                Kind::Limit,
-                OP,
-                "",
-                format!(
-                    "the image needs {ids} ids; of the {} that there are, no such range is free",
-                    u64::from(all) * u64::from(BLOCK)
-                ),
-            )
-            .hint("wait for another run to end, or give this user more in /etc/subuid and /etc/subgid"));
+            return Err(exhausted());
         }
         if let Some(file) = lock(&locks.join(next.to_string()))? {
             held.push(file);
@@ -140,6 +145,28 @@ mod tests {
         assert_eq!(take(999).unwrap().uids[0].outside, 1);
         drop(second);
         assert_eq!(take(4095).unwrap().uids[0].count, 4096);
+    }
+
+    #[test]
+    fn an_image_does_not_say_how_many_locks_there_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let spare = IdRange { inside: 0, outside: 1 << 31, count: 1 << 31 };
+        let take = |highest| take(Spare { uids: spare, gids: spare }, highest, dir.path());
+        let error = take(70_000).unwrap_err();
+        assert!(error.kind() == Kind::Limit && error.to_string().contains("65536 at most"), "{error}");
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 0);
+        assert_eq!(take(65_535).unwrap().uids[0].count, 65_536);
+    }
+
+    #[test]
+    fn what_subuid_gives_ends_with_the_last_id() {
+        let dir = tempfile::tempdir().unwrap();
+        let file = dir.path().join("subid");
+        std::fs::write(&file, "containers:4294964000:4294967295\n").unwrap();
+        let spare = Spare::of_root(idmap::Files { passwd: &file, subuid: &file, subgid: &file }).unwrap();
+        let taken: Vec<_> = (0..3).map(|_| take(spare, 0, dir.path()).unwrap()).collect();
+        assert_eq!(taken[2].uids[0].outside, 4_294_964_000 + 2048);
+        assert_eq!(take(spare, 0, dir.path()).unwrap_err().kind(), Kind::Limit, "the next would reach root's");
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{FileType, Gid, Stat, Uid, fchown, fstat};
+use rustix::fs::{FileType, Gid, Stat, Uid, fchmod, fchown, fstat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::Signal;
 
@@ -213,7 +213,7 @@ impl<'a> Inside<'a> {
     fn take_ids(job: &Job, paths: &StatePaths) -> Result<Taken> {
         let spare = match &job.maps {
             Some(Maps { uids, gids }) => Spare::of_user(uids, gids),
-            None => Spare::of_root()?,
+            None => Spare::of_root(crate::idmap::Files::of_host())?,
         };
         let of_files = job.image.index.as_deref().map_or(Ok(0), auto::highest_owner)?;
         let user = job.options.user.as_deref().unwrap_or(&job.image.execution.user);
@@ -351,10 +351,15 @@ impl<'a> Inside<'a> {
         stdin: OwnedFd,
         stop: Option<Signal>,
     ) -> Result<Option<ExitStatus>> {
-        if self.job.runtime.is_crun() && !has_pure_cgroups() {
+        let is_mixed = self.job.runtime.is_crun() && !has_pure_cgroups();
+        let is_auto = self.job.options.userns == Some(UserNs::Auto);
+        if is_mixed || is_auto {
+            be_apart(is_mixed)?;
+        }
+        if is_mixed {
             show_pure_cgroups()?;
         }
-        if self.job.options.userns == Some(UserNs::Auto) {
+        if is_auto {
             passage::open(self.paths.root(), &[&root.path, call.bundle], self.job.runtime.path())?;
         }
         let mut command = self.job.runtime.run(call, stdin);
@@ -394,7 +399,9 @@ impl Drop for Owners {
         for (file, before) in &self.0 {
             let is_changed = fstat(file).is_ok_and(|now| (now.st_uid, now.st_gid) != (before.st_uid, before.st_gid));
             let ids = (Uid::from_raw(before.st_uid), Gid::from_raw(before.st_gid));
-            if is_changed && let Err(e) = fchown(file, Some(ids.0), Some(ids.1)) {
+            // While the file was its own, the program could have let everyone write it.
+            let restore = || fchmod(file, before.st_mode.into()).and_then(|()| fchown(file, Some(ids.0), Some(ids.1)));
+            if is_changed && let Err(e) = restore() {
                 log::warn!(target: TARGET, "a file of stdin, stdout or stderr belongs to the program's user now: {e}");
             }
         }
@@ -406,12 +413,17 @@ fn has_pure_cgroups() -> bool {
     rustix::fs::statfs(CGROUPS).is_ok_and(|found| found.f_type as u64 == CGROUP2_MAGIC)
 }
 
+/// A mount namespace for this thread and what it starts, and a cgroup namespace too. What the host mounts later is seen there.
+fn be_apart(has_cgroups: bool) -> Result<()> {
+    let done = if has_cgroups { raw::unshare_mounts_and_cgroups() } else { raw::unshare_mounts(Users::Same) };
+    done.and_then(|()| mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC))
+        .map_err(|e| Error::sys("make a mount namespace for", "the runtime", e))
+}
+
 /// For this thread and what it starts, cgroup v2 alone: crun refuses a mixed layout, even where it is to make no cgroup.
 fn show_pure_cgroups() -> Result<()> {
     const OP: &str = "mount cgroup2 for the runtime at";
     let fail = |e| Error::sys(OP, CGROUPS, e);
-    raw::unshare_mounts_and_cgroups().map_err(fail)?;
-    mount_change("/", MountPropagationFlags::DOWNSTREAM | MountPropagationFlags::REC).map_err(fail)?;
     let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
     mount("cgroup2", CGROUPS, "cgroup2", flags, None).map_err(fail)
 }

@@ -38,7 +38,7 @@ pub(crate) enum UserNs {
     Host,
     /// You are yourself, and every other id one of your subordinate ids
     KeepId,
-    /// Each run has subordinate ids of its own, as many as the image needs: no other run's program, nor yours, has any of them
+    /// Each run gets subordinate ids that no other run has, as many as the image needs
     Auto,
 }
 

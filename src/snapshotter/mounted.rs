@@ -54,7 +54,7 @@ impl What {
     }
 }
 
-/// The mounts of the snapshots in this state directory. If there is no such directory, the list is empty.
+/// Lists the mounts of the snapshots in this state directory; empty if the directory does not exist.
 pub(crate) fn mounted(state: &Path) -> Result<Vec<Mounted>> {
     let Ok(state) = std::fs::canonicalize(state) else { return Ok(Vec::new()) };
     let table = mountinfo::read()?;

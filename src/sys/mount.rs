@@ -7,9 +7,12 @@ use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rustix::fs::{self, AtFlags, StatxFlags};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, StatxFlags};
 use rustix::io::Errno;
-use rustix::mount::{self, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags, UnmountFlags};
+use rustix::mount::{
+    self, FsMountFlags, FsOpenFlags, MountAttrFlags, MountFlags, MountPropagationFlags, MoveMountFlags, OpenTreeFlags,
+    UnmountFlags,
+};
 
 use super::{mountinfo, raw};
 use crate::error::{Error, Kind, Result, show};
@@ -194,6 +197,42 @@ pub fn make_private(root: impl AsFd) -> Result<()> {
 pub fn move_mount_to(tree: impl AsFd, target: impl AsFd) -> rustix::io::Result<()> {
     let flags = MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH | MoveMountFlags::MOVE_MOUNT_T_EMPTY_PATH;
     mount::move_mount(tree, "", target, "", flags)
+}
+
+/// A tmpfs of 64 KiB that is attached nowhere yet (fsopen(2), Linux 5.2): for directories and what is attached in it.
+pub(crate) fn empty_tmpfs() -> Result<OwnedFd> {
+    let fail = |call: &'static str| move |e: Errno| Error::sys("make a tmpfs", call, e);
+    let context = mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("fsopen"))?;
+    mount::fsconfig_set_string(&context, "size", "64k").map_err(fail("fsconfig"))?;
+    mount::fsconfig_create(&context).map_err(fail("fsconfig"))?;
+    let attributes =
+        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
+    mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(fail("fsmount"))
+}
+
+/// Attach what is detached at `place` below `root`, a file system that nobody else changes; the directory or file there is made. `mode` is that of
+/// the directories, whatever the umask.
+pub(crate) fn attach_below(root: &OwnedFd, place: &Path, tree: &OwnedFd, mode: u32) -> Result<()> {
+    let fail = |e: Errno| Error::sys("attach", show(place), e);
+    let make = |at: &Path| {
+        fs::mkdirat(root, at, Mode::from_raw_mode(mode))?;
+        fs::chmodat(root, at, Mode::from_raw_mode(mode), AtFlags::empty())
+    };
+    let mut above: Vec<&Path> = place.ancestors().skip(1).filter(|at| !at.as_os_str().is_empty()).collect();
+    above.reverse();
+    for at in above {
+        match make(at) {
+            Ok(()) | Err(Errno::EXIST) => {}
+            Err(e) => return Err(fail(e)),
+        }
+    }
+    if FileType::from_raw_mode(fs::fstat(tree).map_err(fail)?.st_mode) == FileType::Directory {
+        make(place).map_err(fail)?;
+    } else {
+        fs::mknodat(root, place, FileType::RegularFile, Mode::from_raw_mode(0o600), 0).map_err(fail)?;
+    }
+    let target = fs::openat(root, place, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
+    move_mount_to(tree, &target).map_err(fail)
 }
 
 /// How to unmount.

@@ -9,9 +9,9 @@ use std::io::Read as _;
 use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
-use rustix::fs::{self, FileType, Mode, OFlags};
+use rustix::fs::{self, Mode, OFlags};
 use rustix::io::Errno;
-use rustix::mount::{FsMountFlags, FsOpenFlags, MountAttrFlags, UnmountFlags};
+use rustix::mount::UnmountFlags;
 use rustix::thread::CapabilitySet;
 
 use crate::error::{Error, Result, show};
@@ -194,12 +194,7 @@ const PLACES: &str = "sources";
 fn leave(copies: &[MountCopy], wanted: &Wanted<'_>) -> Result<()> {
     let fail = |call: &'static str| move |e: Errno| Error::sys(OP, call, e);
     mount::make_private(root_now()?)?;
-    let context = rustix::mount::fsopen("tmpfs", FsOpenFlags::FSOPEN_CLOEXEC).map_err(fail("fsopen"))?;
-    rustix::mount::fsconfig_set_string(&context, "size", "64k").map_err(fail("fsconfig"))?;
-    rustix::mount::fsconfig_create(&context).map_err(fail("fsconfig"))?;
-    let attributes =
-        MountAttrFlags::MOUNT_ATTR_NOSUID | MountAttrFlags::MOUNT_ATTR_NODEV | MountAttrFlags::MOUNT_ATTR_NOEXEC;
-    let empty = rustix::mount::fsmount(&context, FsMountFlags::FSMOUNT_CLOEXEC, attributes).map_err(fail("fsmount"))?;
+    let empty = mount::empty_tmpfs()?;
     let proc = crate::sys::fs::open_path(Path::new("/proc")).map_err(fail("open /proc"))?;
     // First: before Linux 6.15 nothing can be attached to what is attached nowhere.
     mount::move_mount_to(&empty, root_now()?).map_err(fail("move_mount"))?;
@@ -207,14 +202,14 @@ fn leave(copies: &[MountCopy], wanted: &Wanted<'_>) -> Result<()> {
         match crate::sys::fs::open_path(Path::new(place)) {
             Ok(there) => {
                 let kept = mount::open_tree_clone(&there, Depth::One).map_err(|e| Error::sys(OP, *place, e))?;
-                attach(&kept, place.trim_start_matches('/'), &empty)?;
+                mount::attach_below(&empty, Path::new(place.trim_start_matches('/')), &kept, 0o755)?;
             }
             Err(Errno::NOENT | Errno::ACCESS) if wanted.kept.first() != Some(place) => {}
             Err(e) => return Err(Error::sys(OP, *place, e)),
         }
     }
     for (number, copy) in copies.iter().enumerate() {
-        attach(&copy.fd, &format!("{PLACES}/{number}"), &empty)?;
+        mount::attach_below(&empty, &Path::new(PLACES).join(number.to_string()), &copy.fd, 0o755)?;
     }
     rustix::process::fchdir(&empty).map_err(fail("fchdir"))?;
     // The new root over the old one, and the old one over that (pivot_root(2), "." twice).
@@ -256,27 +251,4 @@ fn close(proc: &OwnedFd, copies: &[MountCopy], is_foreign: fn(&MountInfo) -> boo
         }
     }
     Ok(())
-}
-
-/// Attach what is detached at `place` in the new root, a directory or a file as it is one.
-fn attach(tree: &OwnedFd, place: &str, root: &OwnedFd) -> Result<()> {
-    let fail = |e: Errno| Error::sys(OP, place, e);
-    let (dirs, name) = place.rsplit_once('/').unwrap_or(("", place));
-    let mut at = PathBuf::new();
-    for dir in dirs.split('/').filter(|dir| !dir.is_empty()) {
-        at.push(dir);
-        match fs::mkdirat(root, &at, Mode::from_raw_mode(0o755)) {
-            Ok(()) | Err(Errno::EXIST) => {}
-            Err(e) => return Err(fail(e)),
-        }
-    }
-    at.push(name);
-    let kind = FileType::from_raw_mode(fs::fstat(tree).map_err(fail)?.st_mode);
-    if kind == FileType::Directory {
-        fs::mkdirat(root, &at, Mode::from_raw_mode(0o755)).map_err(fail)?;
-    } else {
-        fs::mknodat(root, &at, FileType::RegularFile, Mode::from_raw_mode(0o600), 0).map_err(fail)?;
-    }
-    let target = fs::openat(root, &at, OFlags::PATH | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
-    mount::move_mount_to(tree, &target).map_err(fail)
 }

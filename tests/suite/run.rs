@@ -216,6 +216,16 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
         assert_eq!(starts, [first, first + 1024].into(), "{runtime}: {said:?}");
         stage.assert_nothing_left("after two with ids of their own");
     }
+    // A runtime in a directory that is covered, by its name and by a link's.
+    let covered = stage.state().join("crun");
+    fs::copy("/usr/bin/crun", &covered).expect("copy");
+    std::os::unix::fs::symlink("crun", stage.state().join("link-to-crun")).expect("link");
+    for name in ["crun", "link-to-crun"] {
+        let runtime = stage.state().join(name);
+        let text = format!("\"$F\" run --runtime {} --userns auto {NAME} echo it runs", runtime.display());
+        stage.write("both", &text);
+        assert_eq!(script(stage, begin).ok().out(), "it runs\n", "{name}");
+    }
     if !is_root {
         run(stage, "crun", &["--userns", "auto", "-u", "65536"], "true")
             .fails(125, &["needs 66560 ids", "/etc/subuid"]);
