@@ -19,6 +19,7 @@ const BLOCK: u32 = 1024;
 /// The most that a run gets: an image says how many it needs. As of podman, too (`AUTO_USERNS_MAX`).
 const MOST: u32 = 65_536;
 const OP: &str = "take ids for --userns=auto";
+const MORE: &str = "give this user more in /etc/subuid and /etc/subgid";
 
 /// Ids that may be given out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,10 +72,10 @@ pub(super) fn take(spare: Spare, highest: u32, locks: &Path) -> Result<Taken> {
     let refuse = |why: String| Error::new(Kind::Limit, OP, "", format!("{needs}; {why}"));
     let exhausted = || {
         refuse(format!("of the {} that there are, no such range is free", u64::from(all) * u64::from(BLOCK)))
-            .hint("wait for another run to end, or give this user more in /etc/subuid and /etc/subgid")
+            .hint(format!("wait for another run to end, or {MORE}"))
     };
     if wanted > all {
-        return Err(exhausted());
+        return Err(refuse(format!("there are {}", all * BLOCK)).hint(MORE));
     }
     if wanted > MOST / BLOCK {
         return Err(refuse(format!("a run gets {MOST} at most")).hint("leave out --userns=auto"));
