@@ -8,7 +8,7 @@ mod apart;
 use std::ffi::OsStr;
 use std::path::PathBuf;
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{FileType, Mode, OFlags, ResolveFlags, openat, openat2};
 use serde::{Deserialize, Serialize};
 
 use super::open::open_kind;
@@ -134,7 +134,7 @@ impl Provisioner {
             inside: namespace_of(&top)?,
         };
         if top.backend == BackendKind::Fuse && top.plan.live.writeback {
-            settle(&top)?;
+            settle(&top, &changes)?;
         }
         Ok((top, changes))
     }
@@ -148,17 +148,24 @@ impl Provisioner {
 }
 
 /// Have the kernel write what it has gathered for the server. The path may lead to another's mount by now, which is not waited for.
-fn settle(record: &Record) -> Result<()> {
+fn settle(record: &Record, changes: &Changes) -> Result<()> {
     let rootfs = &record.plan.rootfs;
-    let fail = |e| Error::sys("write what is gathered for", show(rootfs), e);
     let Some(id) = record.traces.mount().and_then(Known::current_id) else { return Ok(()) };
     let Ok(found) = open_resolved(rootfs) else { return Ok(()) };
     if mount_id(&found)? != id {
         return Ok(());
     }
     // Where the server is dead, nothing is gathered.
-    let opened = rustix::fs::openat(&found, ".", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty());
-    opened.map_or(Ok(()), |rootfs| rustix::fs::syncfs(rootfs).map_err(fail))
+    let Ok(rootfs) = openat(&found, ".", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()) else { return Ok(()) };
+    rustix::fs::syncfs(&rootfs).map_err(|e| Error::sys("write what is gathered for", show(&record.plan.rootfs), e))?;
+    // On FUSE that begins all writes and waits for none (sync_inodes_sb, fs/fs-writeback.c); closing a file waits for its own (fuse_flush,
+    // fs/fuse/file.c, since Linux 5.8). Not for one that is gone, or may not be read, or has another mount over it, which may be anyone's.
+    let flags = OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
+    let how = ResolveFlags::BENEATH | ResolveFlags::NO_SYMLINKS | ResolveFlags::NO_XDEV;
+    for file in changes.open()?.files()? {
+        drop(openat2(&rootfs, &file, flags, Mode::empty(), how));
+    }
+    Ok(())
 }
 
 /// Where they are kept apart from the image.

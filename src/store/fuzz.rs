@@ -1,9 +1,14 @@
 //! Entry points for the fuzzer, and for tests: the readers of bytes from outside, with small limits.
 
+use std::io::Read as _;
 use std::path::Path;
 
+use sha2::Digest as _;
+
 use super::archive::apart::one_layer;
-use super::archive::input::{Archive, digest};
+use super::archive::compression::{Compression, decoder};
+use super::archive::digest::Sha512;
+use super::archive::input::check_ratio;
 use super::archive::read::{BLOCK, Content, EndMarker, Member, TarReader};
 use super::archive::unpack::{Again, Placer, normalize};
 use super::limits::Limits;
@@ -66,13 +71,21 @@ pub fn read(archive: &[u8]) -> Result<Builder> {
     Ok(index)
 }
 
-/// Read a compressed archive from memory as an import does, with the limits of one, and hash it.
+/// Decompress an archive in memory by the decoder of an import, with the limits of one, and hash it. In this thread: what hands the bytes from one
+/// process to the next does not look at them.
 pub fn stream(archive: &[u8]) -> Result<[u8; 64]> {
-    // As Rust's own `main` has it, which a fuzzer's is not: a pipe that nobody reads any more is an error.
-    static IGNORED: std::sync::Once = std::sync::Once::new();
-    IGNORED.call_once(|| drop(signal_hook::flag::register(signal_hook::consts::SIGPIPE, std::sync::Arc::default())));
-    let input = Box::new(std::io::Cursor::new(archive.to_vec()));
-    digest(Archive { name: "archive".into(), input, total: None }, &limits())
+    let limits = limits();
+    let mut bytes = decoder(Compression::of(archive), archive, &limits, "archive")?;
+    let (mut sha, mut buffer, mut grown) = (Sha512::new(), vec![0; 64 << 10], 0);
+    loop {
+        let count = bytes.read(&mut buffer).map_err(|e| Error::io("read", "archive", e))?;
+        if count == 0 {
+            return Ok(sha.finalize().into());
+        }
+        grown += count as u64;
+        check_ratio(&limits, "archive", archive.len() as u64, grown)?;
+        sha.update(&buffer[..count]);
+    }
 }
 
 /// Place an archive below `dir`, an empty directory of the caller's, as a layer (`replace`) or as an AppC image's tree is.

@@ -84,10 +84,12 @@ case!("changes_are_listed_and_become_an_image", keeps_changes, |stage: &Stage| {
     stage.assert_nothing_left("after all");
 });
 
-// With --writeback the kernel gathers what a program writes: it is in no file of the server's yet.
+// With --writeback the kernel gathers what a program writes: it is in no file of the server's yet, and not at once when the kernel is asked to write it.
 case!("what_the_kernel_gathered_is_committed", on::fuse, |stage: &Stage| {
     import(stage);
-    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--writeback", "--id", "web"]);
+    let call = stage.mount_call(NAME, "rootfs", ["--writable", "--writeback", "--id", "web"]);
+    call.env("FAILPOINTS", "serve.write=sleep(1000)").run().ok();
+    let rootfs = stage.path("rootfs");
     // By a process that starts no other: each close of a copy of its descriptor would write it out.
     let text = "exec >etc/open; printf gathered; : 3>\"$1\"; read line";
     let mut program = std::process::Command::new("sh");

@@ -31,7 +31,7 @@ impl Compression {
     }
 }
 
-pub(super) fn decoder<'a>(
+pub(crate) fn decoder<'a>(
     compression: Compression,
     input: impl BufRead + Send + 'a,
     limits: &Limits,

@@ -14,8 +14,9 @@ mod list;
 mod owners;
 mod walk;
 
-use std::ffi::CStr;
+use std::ffi::{CStr, OsStr};
 use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{Mode, OFlags, openat};
@@ -79,6 +80,28 @@ impl Upper {
         let root =
             openat(dir, name, walk::OPEN_DIR, Mode::empty()).map_err(|e| Error::sys("open changes", show(at), e))?;
         Ok(Upper { root, at: at.to_owned(), marks, owners, limits: limits.clone() })
+    }
+
+    /// The regular files in it, by their paths below the root.
+    pub(crate) fn files(&self) -> Result<Vec<PathBuf>> {
+        let mut files = Files(Vec::new());
+        self.walk(&mut files)?;
+        Ok(files.0)
+    }
+}
+
+struct Files(Vec<PathBuf>);
+
+impl walk::Visitor for Files {
+    fn found(&mut self, found: &walk::Found<'_>) -> Result<()> {
+        if matches!(found.is, walk::Is::File { .. }) {
+            self.0.push(OsStr::from_bytes(found.path).into());
+        }
+        Ok(())
+    }
+
+    fn hidden(&mut self, _path: &[u8]) -> Result<()> {
+        Ok(())
     }
 }
 

@@ -393,6 +393,8 @@ impl DirTree {
         data: &[u8],
         flags: OFlags,
     ) -> Result<usize> {
+        // A test holds a request here.
+        let _ = crate::fault::point("serve.write");
         let act_as = self.options.act_as;
         let file = self.file(node, handle)?;
         if flags.contains(OFlags::APPEND)
