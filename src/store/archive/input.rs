@@ -94,7 +94,7 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
 }
 
 /// Fill `room`, or read to the end.
-fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
+pub(super) fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
     let mut count = 0;
     while count < room.len() {
         match bytes.read(&mut room[count..]) {

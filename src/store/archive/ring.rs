@@ -20,8 +20,8 @@ use crate::sys::raw;
 
 /// Bytes of a slot: so many that a hand-over costs nothing beside hashing them.
 const SLOT: usize = 128 << 10;
-/// What is read ahead of the slower of hashing and unpacking.
-const SLOTS: usize = 8;
+/// What is read ahead of the slower of hashing and unpacking: large files and small ones come in bursts, and take one of the two longer.
+pub(super) const SLOTS: usize = 16;
 const ALL: usize = SLOT * SLOTS;
 
 /// What one end is made of: a pipe's end for the lengths, the memory, a pipe's end for what is free.

@@ -9,11 +9,8 @@ use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use sha2::Digest;
 use sha2::digest::Output;
 
-use super::ring::{Ring, Turns};
+use super::ring::{Ring, SLOTS, Turns};
 use crate::error::{Error, Kind, Result};
-
-/// How many slots wait to be hashed at most, which takes longest: a thread does nothing else.
-const WAITING: usize = 4;
 
 /// Where the bytes go.
 pub(crate) struct Sink<'a> {
@@ -96,7 +93,7 @@ where
 {
     const OP: &str = "read archive";
     let (slots, turns) = ring.parts();
-    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(WAITING);
+    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(SLOTS);
     let (free, hashed) = channel();
     for slot in slots {
         // Its other end is here.

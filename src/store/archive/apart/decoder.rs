@@ -8,6 +8,7 @@ use std::thread::JoinHandle;
 use serde::{Deserialize, Serialize};
 
 use super::super::compression::{Compression, decoder};
+use super::super::input::fill;
 use super::super::ring::{Copied, Ring, pipe};
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
@@ -104,8 +105,9 @@ pub(super) fn work(job: &Job, fds: Vec<OwnedFd>) -> Result<()> {
     let (input, mut out) = (fds.file()?, Ring::take(fds.ring()?)?);
     let Job { compression, limits, name } = job;
     let mut bytes = decoder(*compression, std::io::BufReader::with_capacity(FEED, input), limits, name)?;
+    // Each slot to its end: a decoder gives a block or less at a time, and a ring of those holds little.
     out.fill(|slot| {
-        bytes.read(slot).map_err(|e| match e.raw_os_error() {
+        fill(&mut *bytes, slot).map_err(|e| match e.raw_os_error() {
             Some(_) => Error::io("read", name, e),
             None if asks_too_much(&e) => Error::new(
                 Kind::Limit,
