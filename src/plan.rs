@@ -111,6 +111,9 @@ pub struct Restraint {
     /// Can its device nodes not be opened? Likewise.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub nodev: Option<bool>,
+    /// Are its device nodes not there at all?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub no_devices: bool,
     /// Some of this was not asked for: other users of the host reach the rootfs.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub for_others: bool,
@@ -124,7 +127,7 @@ impl Restraint {
             return self;
         }
         let (nosuid, nodev) = (self.nosuid.unwrap_or(true), self.nodev.unwrap_or(true));
-        Restraint { nosuid: Some(nosuid), nodev: Some(nodev), for_others: true }
+        Restraint { nosuid: Some(nosuid), nodev: Some(nodev), for_others: true, ..self }
     }
 
     /// Do setuid programs do nothing?
@@ -257,6 +260,16 @@ impl Plan {
         Ok(())
     }
 
+    /// For backends that show the layers themselves: the error where their device nodes are to be left out.
+    pub fn require_devices(&self, backend: BackendKind) -> Result<()> {
+        if self.restraint.no_devices {
+            let why = format!("the {backend} backend leaves no device nodes out");
+            return Err(Error::new(Kind::Unsupported, "provision", show(&self.rootfs), why)
+                .hint("use --backend fuse or copy; --nodev keeps them from being opened"));
+        }
+        Ok(())
+    }
+
     /// For backends whose rootfs is read-only: the error where it was asked for writable.
     pub fn require_read_only(&self, backend: BackendKind) -> Result<()> {
         if self.scratch.is_some() {
@@ -311,7 +324,7 @@ mod tests {
             (Some(false), Some(false), (false, false, false)),
             (Some(true), Some(true), (true, true, false)),
         ] {
-            let asked = Restraint { nosuid, nodev, for_others: false };
+            let asked = Restraint { nosuid, nodev, ..Restraint::default() };
             let got = asked.for_others();
             assert_eq!((got.nosuid(), got.nodev(), got.for_others), want, "{asked:?}");
             assert_eq!(asked.nosuid(), nosuid == Some(true), "nobody else there: only what was asked for");

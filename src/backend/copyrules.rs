@@ -23,7 +23,7 @@ impl Rules {
         Rules {
             ownership: plan.ownership.clone(),
             set_id: if plan.restraint.nosuid() { SetId::Dropped } else { SetId::Kept },
-            devices: !plan.restraint.nodev(),
+            devices: !plan.restraint.nodev() && !plan.restraint.no_devices,
         }
     }
 

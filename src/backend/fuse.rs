@@ -61,6 +61,12 @@ impl Backend for Fuse {
                 "import it first: `fsprov image import IMAGE`",
             );
         }
+        if plan.restraint.no_devices && plan.index.is_none() {
+            return Support::no(
+                "an image that is a plain directory is shown with its device nodes",
+                "import it first: `fsprov image import IMAGE`",
+            );
+        }
         if let Err(e) = check_flags(host, plan) {
             return Support::no(e.cause(), e.remedy());
         }

@@ -82,6 +82,9 @@ pub(super) struct Mount {
     /// Keep the image's device nodes from being opened
     #[arg(long)]
     nodev: bool,
+    /// Leave the image's device nodes out (fuse, copy)
+    #[arg(long)]
+    no_devices: bool,
     /// Let the image's setuid programs and device nodes work even though other users of this host can reach ROOTFS; without it they
     /// work only below a directory that is closed to others (mode 0700)
     #[arg(long)]
@@ -185,7 +188,12 @@ impl Mount {
 
     fn restraint(&self) -> Restraint {
         let asked = |held_back: bool| if held_back { Some(true) } else { self.suid.then_some(false) };
-        Restraint { nosuid: asked(self.nosuid), nodev: asked(self.nodev), for_others: false }
+        Restraint {
+            nosuid: asked(self.nosuid),
+            nodev: asked(self.nodev),
+            no_devices: self.no_devices,
+            for_others: false,
+        }
     }
 
     fn targets(&self, target: &ContainerPath) -> bool {

@@ -24,6 +24,9 @@ pub(super) struct Shown<'a> {
     /// Do the image's setuid programs, and its device nodes, not work?
     nosuid: bool,
     nodev: bool,
+    /// Are its device nodes not there?
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    no_devices: bool,
     #[serde(skip_serializing_if = "Ownership::is_identity")]
     ownership: &'a Ownership,
     /// Where the changes of a writable rootfs are kept, and what they take.
@@ -74,6 +77,7 @@ impl<'a> Shown<'a> {
             volumes: &record.plan.volumes,
             nosuid: record.plan.restraint.nosuid(),
             nodev: record.plan.restraint.nodev(),
+            no_devices: record.plan.restraint.no_devices,
             ownership: &record.plan.ownership,
             changes: record
                 .plan

@@ -31,7 +31,7 @@ use crate::plan::BackendKind;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
 use crate::tree::dir::{ActAs, DirOptions, DirTree, FdPool, Handover, Keeper, Shares, groups};
-use crate::tree::image::{ImageTree, Trust};
+use crate::tree::image::{Devices, ImageTree, Trust};
 use crate::tree::route::RouteTree;
 use crate::tree::upper::{UpperOptions, UpperTree};
 use crate::tree::{Node, Tree};
@@ -455,7 +455,8 @@ impl Server {
 
 fn image_tree(job: &Job, index: &OwnedFd, layers: Vec<OwnedFd>) -> Result<ImageTree> {
     let index = Index::from_file(&reopen(index)?.into())?;
-    ImageTree::open(index, layers, job.plan.ownership.clone(), Trust::default())
+    let devices = if job.plan.restraint.no_devices { Devices::LeftOut } else { Devices::Shown };
+    Ok(ImageTree::open(index, layers, job.plan.ownership.clone(), Trust::default())?.devices(devices))
 }
 
 /// An O_PATH descriptor of a regular file opened again for reading, through /proc: the same file, wherever its name leads by now.

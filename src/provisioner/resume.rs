@@ -121,6 +121,7 @@ fn is_for(record: &Record, request: &Request) -> bool {
         && plan.live == request.live
         && (request.restraint.nosuid.is_none() || plan.restraint.nosuid == request.restraint.nosuid)
         && (request.restraint.nodev.is_none() || plan.restraint.nodev == request.restraint.nodev)
+        && plan.restraint.no_devices == request.restraint.no_devices
         && plan.volumes.len() == request.volumes.len()
         && request.volumes.iter().all(has_volume)
 }

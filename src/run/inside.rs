@@ -267,7 +267,7 @@ impl<'a> Inside<'a> {
         request.sandbox.clone_from(&self.job.sandbox);
         request.ownership = Some(Ownership::default());
         // Nobody else gets there; and /dev is the runtime's.
-        request.restraint = Restraint { nosuid: Some(false), nodev: Some(true), for_others: false };
+        request.restraint = Restraint { nosuid: Some(false), nodev: Some(true), ..Restraint::default() };
         request
     }
 

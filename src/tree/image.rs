@@ -6,7 +6,7 @@
 //!
 //! What it presents: owners through [`Ownership`]; one time for all three; directories of 4096 bytes; extended attributes
 //! as the image has them but `trusted.*`, which only the first namespace's root may see and FUSE cannot tell apart
-//! (listxattr names no caller), so nobody sees them.
+//! (listxattr names no caller), so nobody sees them. Device nodes are not there where they are to be left out.
 
 mod content;
 #[cfg(test)]
@@ -43,7 +43,17 @@ pub struct ImageTree {
     index: Index,
     content: content::Content,
     ownership: Ownership,
+    devices: Devices,
     errors: AtomicU64,
+}
+
+/// Are the image's device nodes there?
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Devices {
+    /// Like all other files.
+    Shown,
+    /// Not under any name.
+    LeftOut,
 }
 
 impl ImageTree {
@@ -58,7 +68,18 @@ impl ImageTree {
                 .hint("make it again with `fsprov image index IMAGE`"));
         }
         let content = content::Content::new(layers, trust);
-        Ok(ImageTree { index, content, ownership, errors: AtomicU64::new(0) })
+        Ok(ImageTree { index, content, ownership, devices: Devices::Shown, errors: AtomicU64::new(0) })
+    }
+
+    /// With its device nodes, or without.
+    #[must_use]
+    pub fn devices(self, devices: Devices) -> Self {
+        ImageTree { devices, ..self }
+    }
+
+    /// Is a name of a file of this type not there?
+    fn leaves_out(&self, kind: u32) -> bool {
+        self.devices == Devices::LeftOut && matches!(kind, libc::S_IFCHR | libc::S_IFBLK)
     }
 
     /// The index it answers from.
@@ -110,7 +131,14 @@ impl ImageTree {
     /// The names in a directory.
     pub(super) fn names_in(&self, node: Node) -> Result<Vec<Vec<u8>>> {
         let (_, first, count) = self.directory(node)?;
-        (first..first + count).map(|at| Ok(self.check(self.index.name(at))?.name.to_vec())).collect()
+        let mut names = Vec::new();
+        for at in first..first + count {
+            let found = self.check(self.index.name(at))?;
+            if !self.leaves_out(found.kind) {
+                names.push(found.name.to_vec());
+            }
+        }
+        Ok(names)
     }
 
     /// How owners are presented.
@@ -229,8 +257,8 @@ impl Tree for ImageTree {
             return Err(Errno::NAMETOOLONG);
         }
         match self.check(self.index.lookup(&directory, name.as_bytes()))? {
-            Some(found) => Ok(Lookup::Found(self.entry(&self.child(&found)?))),
-            None => Ok(Lookup::Absent(FOREVER)),
+            Some(found) if !self.leaves_out(found.kind) => Ok(Lookup::Found(self.entry(&self.child(&found)?))),
+            _ => Ok(Lookup::Absent(FOREVER)),
         }
     }
 
@@ -295,18 +323,22 @@ impl Tree for ImageTree {
             }
         }
         let start = u32::try_from(cookie.saturating_sub(2)).unwrap_or(u32::MAX).min(count);
+        let mut given = false;
         for at in start..count {
             let found = match self.check(self.index.name(first + at)) {
                 Ok(found) => found,
                 // A page with something in it is answered; the error comes with the next.
-                Err(_) if at > start => break,
+                Err(_) if given => break,
                 Err(e) => return Err(e),
             };
+            if self.leaves_out(found.kind) {
+                continue;
+            }
             let entry = match mode {
                 ListMode::Names => None,
                 ListMode::Plus => match self.child(&found) {
                     Ok(inode) => Some(self.entry(&inode)),
-                    Err(_) if at > start => break,
+                    Err(_) if given => break,
                     Err(e) => return Err(e),
                 },
             };
@@ -320,6 +352,7 @@ impl Tree for ImageTree {
             if out(&item) == Fit::Full {
                 break;
             }
+            given = true;
         }
         Ok(())
     }

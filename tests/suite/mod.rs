@@ -14,6 +14,7 @@ mod commit;
 mod crash;
 mod destroy;
 mod durable;
+mod engines;
 mod enosys;
 mod faults;
 mod fdstore;

@@ -265,3 +265,30 @@ fn the_layers_must_be_those_of_the_index() {
     let error = ImageTree::open(index, one, Ownership::default(), Trust::Size).unwrap_err();
     assert_eq!(error.kind(), crate::Kind::Invalid);
 }
+
+#[test]
+fn device_nodes_may_be_left_out() {
+    let fixture = Fixture::new();
+    let more = [row("d/a", What::Block(0x800)), row("d/pipe", What::Fifo)];
+    let names = |tree: &ImageTree, dir| list(tree, dir, 0, 99).into_iter().map(|item| item.0).collect::<Vec<_>>();
+    let tree = fixture.tree_with(Ownership::default(), Trust::Size, &more);
+    let d = look(&tree, "d").node;
+    let all = names(&tree, d);
+    assert!(all.contains(&"a".to_owned()));
+    let tree = tree.devices(Devices::LeftOut);
+    assert_eq!(tree.lookup(&ASKER, ROOT, OsStr::new("null")), Ok(Lookup::Absent(FOREVER)));
+    assert_eq!(tree.lookup(&ASKER, d, OsStr::new("a")), Ok(Lookup::Absent(FOREVER)));
+    assert_eq!(look(&tree, "d/pipe").mode & libc::S_IFMT, libc::S_IFIFO);
+    assert_eq!(names(&tree, ROOT), [".", "..", "d", "link"]);
+    let without: Vec<_> = all.into_iter().filter(|name| name != "a").collect();
+    assert_eq!(names(&tree, d), without);
+    assert_eq!(tree.names_in(d).unwrap().len(), without.len() - 2);
+    // In pages of one, at every position.
+    let (mut cookie, mut paged) = (0, Vec::new());
+    while let Some(item) = list(&tree, d, cookie, 1).pop() {
+        cookie = item.3;
+        paged.push(item.0);
+    }
+    assert_eq!(paged, without);
+    assert_eq!(look(&tree, "d").nlink, 2);
+}
