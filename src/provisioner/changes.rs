@@ -24,6 +24,7 @@ use crate::sys::fs::open_resolved;
 use crate::sys::mount::mount_id;
 use crate::sys::mountinfo::Known;
 use crate::sys::process::{Namespace, in_initial_user_namespace, user_namespace_of};
+use crate::tree::image::{ImageTree, Trust};
 
 pub(crate) use apart::{READER, read_apart};
 
@@ -40,6 +41,9 @@ struct Changes {
     owners: Ownership,
     limits: Limits,
     below: Lower,
+    /// Directories of the image's layers, for the writable tree, which is read here and not elsewhere.
+    #[serde(skip)]
+    layers: Vec<PathBuf>,
     /// The image, where it lies in the store.
     image: Option<ImageId>,
     /// Whose user namespace they can be read in. `None`: in this one.
@@ -63,7 +67,19 @@ impl Changes {
         let place = open_kind("open the directory for changes", &self.at.0, FileType::Directory)?;
         place.check("directory for changes", self.known.as_ref())?;
         let upper = self.at.0.join(Scratch::UPPER);
-        Upper::open_in(&place, Scratch::UPPER, &upper, marks, self.owners.clone(), &self.limits)
+        let upper = Upper::open_in(&place, Scratch::UPPER, &upper, marks, self.owners.clone(), &self.limits)?;
+        match &self.below {
+            Lower::Index(index) if self.backend == BackendKind::Fuse => {
+                let layers = self
+                    .layers
+                    .iter()
+                    .map(|layer| open_resolved(layer).map_err(|e| Error::sys("open layer", show(layer), e)));
+                let layers = layers.collect::<Result<Vec<_>>>()?;
+                let image = ImageTree::open(Index::open(index)?, layers, Ownership::default(), Trust::default())?;
+                Ok(upper.upon(image))
+            }
+            _ => Ok(upper),
+        }
     }
 
     fn list(&self) -> Result<Vec<Change>> {
@@ -130,6 +146,7 @@ impl Provisioner {
             owners: below.plan.ownership.clone(),
             limits: self.policy.limits.clone(),
             below: lower,
+            layers: below.plan.layers.iter().map(|layer| layer.root.clone()).collect(),
             image: below.image.id.clone(),
             inside: namespace_of(&top)?,
         };

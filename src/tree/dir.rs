@@ -264,6 +264,12 @@ impl DirTree {
         let (fd, _) = self.fd(node)?;
         work(&crate::sys::fs::proc_path(&fd))
     }
+
+    /// This node's file, opened by the server for itself.
+    pub(in crate::tree) fn reopen(&self, node: Node, flags: OFlags) -> Result<OwnedFd> {
+        let (fd, _) = self.fd(node)?;
+        self.pool.reopen(&fd, flags)
+    }
 }
 
 /// A device number as mknod(2) takes it, of the kernel's 32-bit encoding.

@@ -167,7 +167,7 @@ impl ImageTree {
     }
 
     /// A regular file's content, opened for reading.
-    pub(super) fn content_fd(&self, node: Node) -> Result<OwnedFd> {
+    pub(crate) fn content_fd(&self, node: Node) -> Result<OwnedFd> {
         self.content.open(&self.index, &self.inode(node)?).map_err(|refusal| self.refused(&refusal))
     }
 

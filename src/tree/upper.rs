@@ -23,6 +23,7 @@
 //! * `marks`: whiteouts, opaque directories, and attributes of ours
 //! * `owners`: owners and modes that this user may not set
 //! * `raise`: copying up
+//! * `bare`: files whose content stays below
 //! * `spot`: a name, and what hides or shows it while it changes
 //! * `names`: lookup, and what makes, moves and removes names
 //! * `list`: directories
@@ -30,6 +31,7 @@
 //! Lock order: one of a file's, then the lock for directories; the maps of `pairs` last. None is held across a request to the trees that
 //! could wait for another request.
 
+mod bare;
 mod list;
 pub(crate) mod marks;
 mod names;
@@ -200,10 +202,14 @@ impl UpperTree {
 
     /// The upper file of a node, copied up if it was not.
     fn above(&self, node: Node, content: Content) -> Result<Node> {
-        match self.side(node) {
-            Side::Upper(upper) => Ok(upper),
-            Side::Lower(lower) => self.raise(lower, content),
+        let upper = match self.side(node) {
+            Side::Upper(upper) => upper,
+            Side::Lower(lower) => self.raise(lower, content)?,
+        };
+        if content != Content::Bare && self.pairs.is_bare(node) {
+            self.fill(node, upper, content)?;
         }
+        Ok(upper)
     }
 
     /// The same, for requests that come through a handle for writing.
@@ -216,6 +222,7 @@ impl UpperTree {
 
     /// The attributes of an upper file as those of `node`.
     fn attr_above(&self, node: Node, upper: Node, mut attr: Attr) -> Result<Attr> {
+        self.show_blocks(node, &mut attr);
         if self.owners == Owners::Noted {
             let noted = self.upper.with_path(upper, |path| Ok(self.noted(path.as_bytes(), attr.mode)))?;
             self.dress(upper, &mut attr, noted);
@@ -299,20 +306,20 @@ impl Tree for UpperTree {
     }
     fn open(&self, caller: &Caller, node: Node, flags: i32) -> Result<Opened> {
         let changes = flags & libc::O_ACCMODE != libc::O_RDONLY || flags & libc::O_TRUNC != 0;
-        match self.side(node) {
-            Side::Upper(upper) => self.upper.open(caller, upper, flags),
-            Side::Lower(lower) if changes => {
-                let content = if flags & libc::O_TRUNC != 0 { Content::Empty } else { Content::Whole };
-                self.upper.open(caller, self.raise(lower, content)?, flags)
-            }
-            Side::Lower(lower) => self.lower.open(caller, lower, flags),
+        if changes {
+            let content = if flags & libc::O_TRUNC != 0 { Content::Empty } else { Content::Whole };
+            return self.upper.open(caller, self.above(node, content)?, flags);
+        }
+        match (self.content_below(node), self.side(node)) {
+            (Some(lower), _) | (None, Side::Lower(lower)) => self.lower.open(caller, lower, flags),
+            (None, Side::Upper(upper)) => self.upper.open(caller, upper, flags),
         }
     }
     fn read(&self, node: Node, handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
-        match self.side(node) {
-            Side::Lower(lower) => self.lower.read(lower, handle, offset, size, out),
+        match (self.content_below(node), self.side(node)) {
+            (Some(lower), _) | (None, Side::Lower(lower)) => self.lower.read(lower, handle, offset, size, out),
             // Handle 0: opened before it was copied up. Read by node, as the image is.
-            Side::Upper(upper) => self.upper.read(upper, handle, offset, size, out),
+            (None, Side::Upper(upper)) => self.upper.read(upper, handle, offset, size, out),
         }
     }
     fn readdir(
@@ -400,9 +407,9 @@ impl Tree for UpperTree {
         }
     }
     fn lseek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
-        match self.side(node) {
-            Side::Upper(upper) => self.upper.lseek(upper, handle, offset, whence),
-            Side::Lower(lower) => {
+        match (self.content_below(node), self.side(node)) {
+            (None, Side::Upper(upper)) => self.upper.lseek(upper, handle, offset, whence),
+            (Some(lower), _) | (None, Side::Lower(lower)) => {
                 // As of a file without holes. ENOSYS, which the image alone would say, is taken for all files of the mount.
                 let size = self.lower.getattr(lower, None)?.0.size as i64;
                 match whence {
@@ -421,8 +428,9 @@ impl Tree for UpperTree {
         handle: Option<Handle>,
         change: &Change,
     ) -> Result<(Attr, Duration)> {
-        let content = if change.size == Some(0) { Content::Empty } else { Content::Whole };
-        let upper = self.above(node, content)?;
+        let upper = self.above(node, bare::needed_for(change))?;
+        // Not while its times are put back.
+        let _alone = self.pairs.is_bare(node).then(|| self.locks.file(node));
         let handle = handle.filter(|&h| h != 0);
         let (attr, ttl) = match self.owners {
             Owners::Set => self.upper.setattr(caller, upper, handle, change)?,
@@ -487,7 +495,9 @@ impl Tree for UpperTree {
         length: u64,
     ) -> Result<usize> {
         // From the image the caller's kernel copies by itself.
-        let Side::Upper(source) = self.side(from.0) else { return Err(Errno::XDEV) };
+        let (None, Side::Upper(source)) = (self.content_below(from.0), self.side(from.0)) else {
+            return Err(Errno::XDEV);
+        };
         self.upper.copy_file_range(writer, (source, from.1, from.2), (self.written(to.0)?, to.1, to.2), length)
     }
     fn lost_set_id(&self, node: Node) -> bool {
@@ -501,7 +511,8 @@ impl Tree for UpperTree {
         if marks::is_ours(name.as_bytes()) {
             return Err(Errno::PERM);
         }
-        self.upper.setxattr(caller, self.above(node, Content::Whole)?, name, value, flags)
+        let content = bare::needed_for_attribute(name.as_bytes());
+        self.upper.setxattr(caller, self.above(node, content)?, name, value, flags)
     }
     fn removexattr(&self, caller: &Caller, node: Node, name: &OsStr) -> Result<()> {
         if marks::is_ours(name.as_bytes()) {
@@ -509,6 +520,6 @@ impl Tree for UpperTree {
         }
         // Not copied up for nothing.
         self.getxattr(caller, node, name, &mut |_| ())?;
-        self.upper.removexattr(caller, self.above(node, Content::Whole)?, name)
+        self.upper.removexattr(caller, self.above(node, Content::Bare)?, name)
     }
 }

@@ -26,12 +26,14 @@ fn change(rootfs: &Path) {
     fs::hard_link(at("home/u/more"), at("home/more")).expect("link");
     symlink("/etc/hosts", at("home/link")).expect("link");
     fs::set_permissions(at("data"), fs::Permissions::from_mode(0o700)).expect("chmod");
+    // Its content stays in the image.
+    fs::set_permissions(at("etc/passwd"), fs::Permissions::from_mode(0o600)).expect("chmod");
     // Made for what is mounted there; and read, which changes nothing.
     fs::create_dir(at("run/secrets")).expect("make");
     fs::read(at("etc/passwd")).expect("read");
 }
 
-const CHANGES: &str = "D /bin/tool\nC /bin\nC /data\nC /etc\nC /etc/hosts\nC /home\nA /home/link\nA /home/more\nC /home/u\nA /home/u/more\n\
+const CHANGES: &str = "D /bin/tool\nC /bin\nC /data\nC /etc\nC /etc/hosts\nC /etc/passwd\nC /home\nA /home/link\nA /home/more\nC /home/u\nA /home/u/more\n\
                        C /usr\nC /usr/share\nD /usr/share/doc\nA /usr/share/new\nA /usr/share/new/file\n";
 
 fn sorted(text: &str) -> String {

@@ -386,6 +386,29 @@ case!("random_operations_do_what_they_do_on_a_directory", on::fuse, |stage: &Sta
 // The same in a writable rootfs, whose image has what such steps left: it is copied up, hidden and moved from then on. The next mount and a
 // committed image have it all.
 case!("random_operations_in_a_writable_rootfs_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
+    let options = ["--id", "k", "--upper", "changes"];
+    let world = change_at_random(stage, &options);
+    stage.unmount(stage.path("rootfs"));
+    let rootfs = stage.mount("image", "rootfs", options);
+    world.model.check_all(&rootfs.join("data"));
+    check_committed(stage, &world.model);
+});
+
+// Where changes end with the rootfs, content comes only when it is written.
+case!("random_operations_in_a_writable_rootfs_that_ends_do_what_they_do_on_a_directory", on::fuse, |stage: &Stage| {
+    let world = change_at_random(stage, &["--id", "k", "--writable"]);
+    check_committed(stage, &world.model);
+});
+
+fn check_committed(stage: &Stage, model: &Model) {
+    stage.fsprov(["commit", "k", "next"]).run().ok();
+    stage.unmount(stage.path("rootfs"));
+    let next = stage.mount("next", "next", [] as [&str; 0]);
+    model.check_all(&next.join("data"));
+    stage.unmount(&next);
+}
+
+fn change_at_random(stage: &Stage, options: &[&str]) -> World {
     let (plain, image, seed) = (stage.mkdir("plain"), stage.mkdir("image"), a_seed());
     let before = stage.mkdir("image/data");
     let (volume, backing, model) = (before.clone(), before, Model::default());
@@ -395,7 +418,6 @@ case!("random_operations_in_a_writable_rootfs_do_what_they_do_on_a_directory", o
     }
     world.open.clear();
     super::upper::import(stage, &image);
-    let options = ["--id", "k", "--upper", "changes"];
     let rootfs = stage.mount("image", "rootfs", options);
     world.volume = rootfs.join("data");
     // Nobody else may change what lies in the directory for changes.
@@ -407,15 +429,8 @@ case!("random_operations_in_a_writable_rootfs_do_what_they_do_on_a_directory", o
         world.model.check_all(&world.volume);
     }
     world.open.clear();
-    stage.unmount(&rootfs);
-    let rootfs = stage.mount("image", "rootfs", options);
-    world.model.check_all(&rootfs.join("data"));
-    stage.fsprov(["commit", "k", "next"]).run().ok();
-    stage.unmount(&rootfs);
-    let next = stage.mount("next", "next", [] as [&str; 0]);
-    world.model.check_all(&next.join("data"));
-    stage.unmount(&next);
-});
+    world
+}
 
 fn a_seed() -> u64 {
     number("FSPROV_TEST_MODEL_SEED").unwrap_or_else(|| {

@@ -125,6 +125,7 @@ fn make_kit(kit: &Path) {
         ("copied", "to be copied up"),
         ("opaque/inside", "to go"),
         ("hard", "two names"),
+        ("bare", "attributes alone"),
     ] {
         fs::write(kit.join(name), text).expect("write");
     }
@@ -138,6 +139,7 @@ fn prepare(kit: &Path) {
     fs::create_dir(kit.join("upper-dir")).expect("mkdir");
     fs::write(kit.join("upper-dir/inside"), "made").expect("write");
     OpenOptions::new().append(true).open(kit.join("copied")).and_then(|mut f| f.write_all(b"!")).expect("append");
+    fs::set_permissions(kit.join("bare"), fs::Permissions::from_mode(0o604)).expect("chmod");
     fs::remove_file(kit.join("gone")).expect("remove");
     fs::remove_dir_all(kit.join("gone-dir")).expect("remove");
     fs::remove_dir_all(kit.join("opaque")).expect("remove");
@@ -145,7 +147,7 @@ fn prepare(kit: &Path) {
     fs::write(kit.join("opaque/new"), "new").expect("write");
 }
 
-const ITEMS: [&str; 13] = [
+const ITEMS: [&str; 14] = [
     "file",
     "dir",
     "empty",
@@ -155,6 +157,7 @@ const ITEMS: [&str; 13] = [
     "upper",
     "upper-dir",
     "copied",
+    "bare",
     "gone",
     "gone-dir",
     "opaque",
@@ -325,10 +328,15 @@ case!("operations_on_everything_answer_as_in_a_copy_and_as_overlayfs", on::fuse,
     import(stage, &image);
     stage.tool("cp", ["-a", "image", "copy"]).run().ok();
     let of_copy = run_table(&rows, &stage.path("copy"));
+    // In one that ends with the rootfs, content stays below where only attributes change.
+    let ends = stage.mount("image", "ends", ["--writable"]);
     let rootfs = stage.mount("image", "rootfs", upper());
-    let got = run_table(&rows, &rootfs);
-    let wrong = compare(&rows, &of_copy, &got, "copy");
-    assert!(wrong.is_empty(), "{} of {} rows differ:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+    let (of_ending, got) = (run_table(&rows, &ends), run_table(&rows, &rootfs));
+    for got in [&of_ending, &got] {
+        let wrong = compare(&rows, &of_copy, got, "copy");
+        assert!(wrong.is_empty(), "{} of {} rows differ:\n{}", wrong.len(), rows.len(), wrong.join("\n"));
+    }
+    stage.unmount(&ends);
     if stage.lane.enter != Enter::User {
         let dirs = ["o-upper", "o-work", "merged"].map(|name| stage.mkdir(name));
         let options =
@@ -419,13 +427,7 @@ const HELD: Duration = Duration::from_millis(150);
 // The worker is killed at each step of each change: who asked gets the one true answer from the next worker, and what lies there then is what
 // an undisturbed change leaves.
 case!("a_worker_that_dies_in_a_change_leaves_it_done", on::fuse, &[Need::Failpoints], |stage: &Stage| {
-    let image = stage.mkdir("image");
-    for number in 0..STEPS.len() * DYING.len() {
-        make_kit(&image.join(format!("kits/{number:04}")));
-    }
-    import(stage, &image);
-    stage.tool("cp", ["-a", "image", "copy"]).run().ok();
-    let kit = |root: &Path, number: usize| root.join(format!("kits/{number:04}"));
+    let kit = make_kits(stage, STEPS.len() * DYING.len());
     let rootfs = stage.mount("image", "rootfs", upper());
     for number in 0..STEPS.len() * DYING.len() {
         prepare(&kit(&rootfs, number));
@@ -461,6 +463,76 @@ case!("a_worker_that_dies_in_a_change_leaves_it_done", on::fuse, &[Need::Failpoi
     assert!(died >= 20, "only {died} workers died");
     let left = fs::read_dir(stage.path("changes/work")).expect("list").count();
     assert_eq!((left, veils(&stage.path("changes/upper"))), (0, Vec::new()), "nothing is left on its way");
+});
+
+/// An image of so many kits, and a copy of it. Gives where each is.
+fn make_kits(stage: &Stage, count: usize) -> impl Fn(&Path, usize) -> PathBuf {
+    let kit = |root: &Path, number: usize| root.join(format!("kits/{number:04}"));
+    let image = stage.mkdir("image");
+    for number in 0..count {
+        make_kit(&kit(&image, number));
+    }
+    import(stage, &image);
+    stage.tool("cp", ["-a", "image", "copy"]).run().ok();
+    kit
+}
+
+/// What dies at each step where content stays below until it is written.
+const DYING_BARE: &[(&str, Change)] = &[
+    ("chmod", |kit| fs::set_permissions(kit.join("file"), fs::Permissions::from_mode(0o600))),
+    ("chmod a group, and write", |kit| {
+        fs::set_permissions(kit.join("hard"), fs::Permissions::from_mode(0o600))?;
+        OpenOptions::new().append(true).open(kit.join("hard-too"))?.write_all(b"!")
+    }),
+    ("open to write", |kit| OpenOptions::new().write(true).open(kit.join("bare")).map(drop)),
+    ("write", |kit| OpenOptions::new().append(true).open(kit.join("bare"))?.write_all(b"!")),
+    ("empty", |kit| fs::write(kit.join("bare"), "")),
+    ("move, and cut", |kit| {
+        fs::rename(kit.join("file"), kit.join("moved"))?;
+        OpenOptions::new().write(true).open(kit.join("moved"))?.set_len(3)
+    }),
+];
+const STEPS_BARE: [&str; 8] = [
+    "upper.staged",
+    "upper.copied",
+    "upper.settled",
+    "upper.group",
+    "upper.linked",
+    "upper.filling",
+    "upper.filled",
+    "upper.whole",
+];
+
+case!("a_worker_that_dies_when_content_comes_leaves_it_done", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    let kit = make_kits(stage, STEPS_BARE.len() * DYING_BARE.len());
+    let mut died = 0;
+    for (at, step) in STEPS_BARE.iter().enumerate() {
+        let points = format!("{step}=1*off->1*sleep(60000)->off");
+        stage.mount_call("image", "rootfs", ["--writable", "--id", "k"]).env("FAILPOINTS", &points).run().ok();
+        let (rootfs, supervisor) = (stage.path("rootfs"), super::crash::supervisor(stage));
+        for (number, (what, change)) in DYING_BARE.iter().enumerate() {
+            let number = at * DYING_BARE.len() + number;
+            let (dying, plain) = (kit(&rootfs, number), kit(&stage.path("copy"), number));
+            // Each server's first time goes by, and is not this one.
+            let changed = through_deaths(supervisor, || {
+                prepare(&dying);
+                change(&dying)
+            });
+            changed.unwrap_or_else(|e| panic!("{what} at {step}: {e}"));
+            prepare(&plain);
+            change(&plain).unwrap_or_else(|e| panic!("{what} in the copy: {e}"));
+            let seen = through_deaths(supervisor, || Ok(still(&dying))).expect("look");
+            assert_same(&still(&plain), &seen, &format!("{what} at {step}"));
+            if *what == "open to write" {
+                let time = |kit: &Path| fs::metadata(kit.join("bare")).and_then(|meta| meta.modified()).expect("stat");
+                assert_eq!(time(&dying), time(&plain), "{what} at {step}: its time is as it was");
+            }
+        }
+        died += stage.fsprov(["stats", "--json", "k"]).run().ok().json()["restarts"].as_u64().unwrap_or(0);
+        stage.unmount(&rootfs);
+    }
+    assert!(died >= 12, "only {died} workers died");
+    stage.assert_nothing_left("after all");
 });
 
 /// Do `work`; a worker that a fault point holds is killed.

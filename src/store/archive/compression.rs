@@ -57,6 +57,20 @@ pub(crate) fn decoder<'a>(
     })
 }
 
+/// Fill `room`, or read to the end.
+pub(super) fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
+    let mut count = 0;
+    while count < room.len() {
+        match bytes.read(&mut room[count..]) {
+            Ok(0) => break,
+            Ok(more) => count += more,
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(count)
+}
+
 /// Compresses what is written to it.
 pub(crate) enum Encoder<W: Write> {
     None(W),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use super::apart;
-use super::compression::{Compression, MAGIC_BYTES};
+use super::compression::{Compression, MAGIC_BYTES, fill};
 use super::digest::Sha512;
 use super::read::from_io;
 use super::ring::Ring;
@@ -91,20 +91,6 @@ fn decompress(archive: Archive, limits: &Limits, progress: Option<&ProgressFn>, 
             return Ok(());
         }
     }
-}
-
-/// Fill `room`, or read to the end.
-pub(super) fn fill(bytes: &mut dyn Read, room: &mut [u8]) -> std::io::Result<usize> {
-    let mut count = 0;
-    while count < room.len() {
-        match bytes.read(&mut room[count..]) {
-            Ok(0) => break,
-            Ok(more) => count += more,
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) => return Err(e),
-        }
-    }
-    Ok(count)
 }
 
 /// The plain bytes of an archive, whatever it is compressed by.

@@ -27,6 +27,7 @@ pub use list::{Change, Changed};
 use super::limits::Limits;
 use crate::error::{Error, Result, show};
 use crate::plan::Ownership;
+use crate::tree::image::ImageTree;
 
 /// In which form an upper directory has its marks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +61,8 @@ pub(crate) struct Upper {
     /// Ids of the image, as the files have them. They are turned back.
     owners: Ownership,
     limits: Limits,
+    /// Has the content of files that changed in attributes or names alone.
+    image: Option<ImageTree>,
 }
 
 impl Upper {
@@ -79,7 +82,12 @@ impl Upper {
     ) -> Result<Self> {
         let root =
             openat(dir, name, walk::OPEN_DIR, Mode::empty()).map_err(|e| Error::sys("open changes", show(at), e))?;
-        Ok(Upper { root, at: at.to_owned(), marks, owners, limits: limits.clone() })
+        Ok(Upper { root, at: at.to_owned(), marks, owners, limits: limits.clone(), image: None })
+    }
+
+    /// Upon this image.
+    pub(crate) fn upon(self, image: ImageTree) -> Self {
+        Upper { image: Some(image), ..self }
     }
 
     /// The regular files in it, by their paths below the root.

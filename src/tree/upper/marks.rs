@@ -9,7 +9,7 @@ use std::collections::{HashMap, HashSet};
 use std::ffi::CString;
 use std::os::fd::{AsFd, OwnedFd};
 
-use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, XattrFlags};
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec, XattrFlags};
 
 use super::{DIRECTORY, REGULAR, TYPE_BITS};
 use crate::tree::{Errno, Node, Result};
@@ -22,6 +22,8 @@ const OPAQUE_FILE: &[u8] = b".wh..wh..opq";
 const OPAQUE: [&[u8]; 3] = [b"trusted.overlay.opaque", b"user.overlay.opaque", b"user.fuseoverlayfs.opaque"];
 /// Which file of the image this one was copied from: its node, and this file's own, without which a copy of this file would say the same.
 const ORIGIN: &[u8] = b"user.fsprov.origin";
+/// Follows it where this file has no content of its own.
+const BARE: &str = "bare";
 /// Owner and mode as they are to be shown.
 const OWNER: &[u8] = b"user.containers.override_stat";
 /// Attributes that are said here and nowhere else: nobody sees them in the rootfs or sets them there.
@@ -166,21 +168,70 @@ pub(super) fn set_opaque(path: &[u8]) -> Result<()> {
     fs::openat(fs::CWD, &file[..], flags, Mode::RUSR | Mode::WUSR).map(drop)
 }
 
-/// Which file of the image the regular file at `path`, which is `upper`, was copied from, or a directory was before it was moved.
-pub(super) fn origin(path: &[u8], upper: Node) -> Result<Option<Node>> {
-    let told = value(path, ORIGIN)?;
-    let text = told.as_deref().and_then(|value| std::str::from_utf8(value).ok());
-    let mut numbers = text.into_iter().flat_map(|text| text.split(' ')).map(str::parse::<Node>);
-    match (numbers.next(), numbers.next()) {
-        (Some(Ok(lower)), Some(Ok(own))) if own == upper => Ok(Some(lower)),
-        _ => Ok(None),
+/// Which file of the image an upper file stands for.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Origin {
+    pub(super) lower: Node,
+    /// The upper file that this was written of: on a copy of it, it says nothing.
+    pub(super) own: Node,
+    /// Does the image still have its content?
+    pub(super) is_bare: bool,
+    /// Its content comes from the image just now, and this is its modification time.
+    pub(super) filling: Option<Timespec>,
+}
+
+impl Origin {
+    pub(super) fn of_copy(lower: Node, own: Node) -> Self {
+        Origin { lower, own, is_bare: false, filling: None }
     }
+
+    /// What the file at `path` says.
+    fn read(path: &[u8]) -> Result<Option<Self>> {
+        let told = value(path, ORIGIN)?;
+        let text = told.as_deref().and_then(|value| std::str::from_utf8(value).ok());
+        Ok(text.and_then(Self::parse))
+    }
+
+    fn parse(text: &str) -> Option<Self> {
+        let mut words = text.split(' ');
+        let mut origin = Origin::of_copy(words.next()?.parse().ok()?, words.next()?.parse().ok()?);
+        origin.is_bare = words.next() == Some(BARE);
+        if let (Some(secs), Some(nanos)) = (words.next(), words.next()) {
+            origin.filling = Some(Timespec { tv_sec: secs.parse().ok()?, tv_nsec: nanos.parse().ok()? });
+        }
+        Some(origin)
+    }
+
+    fn text(&self) -> String {
+        let bare = if self.is_bare { format!(" {BARE}") } else { String::new() };
+        let filling = self.filling.map(|time| format!(" {} {}", time.tv_sec, time.tv_nsec));
+        format!("{} {}{bare}{}", self.lower, self.own, filling.unwrap_or_default())
+    }
+
+    /// Have the file at `path` say it.
+    pub(super) fn write(&self, path: &[u8]) -> Result<()> {
+        fs::setxattr(path, ORIGIN, self.text().as_bytes(), XattrFlags::empty())
+    }
+}
+
+/// Which file of the image the regular file at `path`, which is `upper`, was copied from, or a directory was before it was moved.
+pub(super) fn origin(path: &[u8], upper: Node) -> Result<Option<Origin>> {
+    let told = Origin::read(path)?;
+    match told {
+        // A copy of it, that another program made of the upper directory.
+        Some(origin) if origin.own != upper && origin.is_bare => Err(Errno::IO),
+        told => Ok(told.filter(|origin| origin.own == upper)),
+    }
+}
+
+/// The node of the image that has the content of the upper file at `path`.
+pub(crate) fn content_below(path: &[u8]) -> Result<Option<Node>> {
+    Ok(Origin::read(path)?.filter(|origin| origin.is_bare).map(|origin| origin.lower))
 }
 
 /// Keep which file of the image it was copied from. Where there are no attributes, its inode number is another one for the next server.
 pub(super) fn set_origin(path: &[u8], lower: Node, upper: Node) -> Result<()> {
-    let value = format!("{lower} {upper}");
-    match fs::setxattr(path, ORIGIN, value.as_bytes(), XattrFlags::empty()) {
+    match Origin::of_copy(lower, upper).write(path) {
         Err(Errno::OPNOTSUPP | Errno::PERM | Errno::NOSPC | Errno::DQUOT) | Ok(()) => Ok(()),
         Err(e) => Err(e),
     }
@@ -344,7 +395,16 @@ mod tests {
         let path = path_of(&at, b"f");
         assert_eq!(origin(&path, 7), Ok(None));
         set_origin(&path, 5, 7).unwrap();
-        assert_eq!((origin(&path, 7), origin(&path, 8)), (Ok(Some(5)), Ok(None)));
+        assert_eq!((origin(&path, 7), origin(&path, 8)), (Ok(Some(Origin::of_copy(5, 7))), Ok(None)));
+        let filling = Some(Timespec { tv_sec: -3, tv_nsec: 4 });
+        for bare in [
+            Origin { is_bare: true, ..Origin::of_copy(5, 7) },
+            Origin { is_bare: true, filling, ..Origin::of_copy(5, 7) },
+        ] {
+            bare.write(&path).unwrap();
+            // The content of a copy is nowhere.
+            assert_eq!((origin(&path, 7), origin(&path, 8)), (Ok(Some(bare)), Err(Errno::IO)));
+        }
         assert!(is_ours(ORIGIN) && is_ours(OWNER) && is_ours(OPAQUE[0]) && !is_ours(b"user.x"));
     }
 }

@@ -79,16 +79,16 @@ impl UpperTree {
         Ok(entry)
     }
 
-    /// Which node of the image an upper file stands for, which was found as `name`.
+    /// Which node of the image an upper file stands for, which was found as `name`, and whether the image has its content.
     pub(super) fn lower_of(
         &self,
         lower_dir: Option<Node>,
         place: &OwnedFd,
         name: &[u8],
         (upper, mode): (Node, u32),
-    ) -> Result<Option<Node>> {
+    ) -> Result<Option<(Node, bool)>> {
         if let Some(lower) = self.pairs.lower(upper) {
-            return Ok(Some(lower));
+            return Ok(Some((lower, self.pairs.is_bare(lower))));
         }
         match mode & TYPE_BITS {
             DIRECTORY => {
@@ -97,15 +97,15 @@ impl UpperTree {
                     && !marks::is_veiled(place, name)?
                     && !marks::is_opaque(&marks::path_of(place, name))?
                 {
-                    return Ok(Some(lower));
+                    return Ok(Some((lower, false)));
                 }
             }
             REGULAR => {}
             _ => return Ok(None),
         }
         // A copy, or a directory that was moved.
-        let told = marks::origin(&marks::path_of(place, name), upper)?;
-        let is_like_it = |lower: &Node| {
+        let told = self.told(&marks::path_of(place, name), upper)?;
+        let is_like_it = |(lower, _): &(Node, bool)| {
             let same = |(attr, _): (Attr, _)| attr.mode & TYPE_BITS == mode & TYPE_BITS;
             *lower & MADE == 0 && self.lower.getattr(*lower, None).is_ok_and(same)
         };
@@ -122,7 +122,7 @@ impl UpperTree {
     ) -> Result<Node> {
         let lower = self.lower_of(lower_dir, place, name, found)?;
         let is_free = |l: &Node| self.pairs.upper(*l).is_none_or(|upper| upper == found.0);
-        Ok(lower.filter(is_free).unwrap_or(found.0 | MADE))
+        Ok(lower.map(|(lower, _)| lower).filter(is_free).unwrap_or(found.0 | MADE))
     }
 
     /// An upper file found under a name, told to the kernel. Takes the reference that it came with.
@@ -139,19 +139,23 @@ impl UpperTree {
             self.upper.forget(upper, 1);
             return Err(Errno::NFILE);
         }
-        let told = self.lower_of(lower_dir, place, name, (upper, entry.attr.mode)).map(|lower| {
-            let Some(lower) = lower else { return upper | MADE };
-            match self.pairs.join(lower, upper, 1) {
-                Joined::New => lower,
+        let told = self.lower_of(lower_dir, place, name, (upper, entry.attr.mode)).and_then(|lower| {
+            let Some((lower, is_bare)) = lower else { return Ok(upper | MADE) };
+            match self.pairs.join(lower, upper, 1, is_bare) {
+                Joined::New if is_bare => self.check_bare(lower, upper, &marks::path_of(place, name)).map(|()| lower),
+                Joined::New => Ok(lower),
                 Joined::Known => {
                     self.upper.forget(upper, 1);
-                    lower
+                    Ok(lower)
                 }
-                Joined::Taken => upper | MADE,
+                // Its content is the other's, too: it has none of its own.
+                Joined::Taken if is_bare => Err(Errno::IO),
+                Joined::Taken => Ok(upper | MADE),
             }
         });
         let node = told.inspect_err(|_| self.upper.forget(upper, 1))?;
         let mut attr = entry.attr;
+        self.show_blocks(node, &mut attr);
         if self.owners == Owners::Noted {
             let noted = self.noted(&marks::path_of(place, name), attr.mode);
             self.dress(upper, &mut attr, noted);
@@ -242,7 +246,7 @@ impl UpperTree {
 
     pub(super) fn make_link(&self, caller: &Caller, node: Node, parent: Node, name: &OsStr) -> Result<Entry> {
         proper(name)?;
-        let upper = self.above(node, Content::Whole)?;
+        let upper = self.above(node, Content::Bare)?;
         let spot = self.spot(parent, name)?;
         refuse_seen(&spot)?;
         spot.make_room()?;
@@ -257,7 +261,7 @@ impl UpperTree {
             (Above::Nothing, Some(mode), Some((lower, _)))
                 if !is_directory(mode) && self.lower.getattr(lower, None)?.0.nlink > 1 =>
             {
-                self.raise(lower, Content::Whole)?;
+                self.raise(lower, Content::Bare)?;
                 self.spot(parent, name)
             }
             _ => Ok(spot),
@@ -401,12 +405,12 @@ impl UpperTree {
             marks::set_opaque(&spot.path())?;
             // The kernel may know it by the image's number, also when another server serves.
             marks::set_origin(&spot.path(), lower, upper)?;
-            if marks::origin(&spot.path(), upper)? != Some(lower) {
+            if marks::origin(&spot.path(), upper)?.is_none_or(|origin| origin.lower != lower) {
                 return Err(Errno::XDEV); // without attributes: mv(1) copies
             }
             spot.above = Above::File(mode);
         } else if let (Above::Nothing, Some((lower, mode))) = (spot.above, spot.below) {
-            self.raise(lower, Content::Whole)?;
+            self.raise(lower, Content::Bare)?;
             if marks::look(&spot.place, spot.name)? == Above::Nothing {
                 log::error!(target: TARGET, "{} of {parent:x} was copied up and is not there", name.display());
                 return Err(Errno::IO);

@@ -5,8 +5,8 @@
 
 use std::sync::atomic::{AtomicU32, Ordering};
 
-use dashmap::DashMap;
 use dashmap::mapref::entry::Entry as MapEntry;
+use dashmap::{DashMap, DashSet};
 
 use crate::tree::{Node, ROOT};
 
@@ -14,6 +14,8 @@ use crate::tree::{Node, ROOT};
 pub(super) struct Pairs {
     up: DashMap<Node, Node>,
     down: DashMap<Node, Node>,
+    /// Nodes of the image whose upper files have no content of their own.
+    bare: DashSet<Node>,
     /// The kernel's references to nodes of the image, by row. Four bytes a file, and no page of memory before it is needed.
     references: Box<[AtomicU32]>,
 }
@@ -34,8 +36,8 @@ impl Pairs {
     pub(super) fn new(inodes: u32, top: Node) -> Self {
         // Zeroed by the allocator, which takes it from the kernel untouched.
         let references = vec![0_u32; inodes as usize].into_iter().map(AtomicU32::new).collect();
-        let pairs = Pairs { up: DashMap::new(), down: DashMap::new(), references };
-        pairs.join(ROOT, top, 1);
+        let pairs = Pairs { up: DashMap::new(), down: DashMap::new(), bare: DashSet::new(), references };
+        pairs.join(ROOT, top, 1, false);
         pairs
     }
 
@@ -60,8 +62,18 @@ impl Pairs {
         }
     }
 
+    /// Does an upper file stand for this node of the image whose content the image still has?
+    pub(super) fn is_bare(&self, lower: Node) -> bool {
+        self.bare.contains(&lower)
+    }
+
+    /// It has its own content now.
+    pub(super) fn filled(&self, lower: Node) {
+        self.bare.remove(&lower);
+    }
+
     /// `upper` stands for `lower`; the kernel is told of it so often.
-    pub(super) fn join(&self, lower: Node, upper: Node, told: u32) -> Joined {
+    pub(super) fn join(&self, lower: Node, upper: Node, told: u32, is_bare: bool) -> Joined {
         match self.up.entry(lower) {
             MapEntry::Occupied(at) if *at.get() != upper => Joined::Taken,
             MapEntry::Occupied(at) => {
@@ -72,6 +84,9 @@ impl Pairs {
             MapEntry::Vacant(at) => {
                 self.count(lower, told);
                 self.down.insert(upper, lower);
+                if is_bare {
+                    self.bare.insert(lower);
+                }
                 at.insert(upper);
                 Joined::New
             }
@@ -90,6 +105,7 @@ impl Pairs {
             MapEntry::Occupied(at) if before.is_ok_and(|n| u64::from(n) <= count) => {
                 let upper = at.remove();
                 self.down.remove(&upper);
+                self.bare.remove(&lower);
                 Some(upper)
             }
             _ => None,
@@ -108,12 +124,14 @@ mod tests {
         assert_eq!(pairs.forget(ROOT, 9), None);
         // Known before it is copied up.
         pairs.count(5, 2);
-        assert_eq!(pairs.join(5, 100, 0), Joined::New);
-        assert_eq!(pairs.join(5, 100, 1), Joined::Known);
-        assert_eq!(pairs.join(5, 101, 1), Joined::Taken);
+        assert_eq!(pairs.join(5, 100, 0, true), Joined::New);
+        assert_eq!(pairs.join(5, 100, 1, true), Joined::Known);
+        assert_eq!(pairs.join(5, 101, 1, false), Joined::Taken);
         assert_eq!(pairs.forget(5, 1), None);
         assert_eq!((pairs.upper(5), pairs.lower(100)), (Some(100), Some(5)));
+        assert!(pairs.is_bare(5) && !pairs.is_bare(100));
         assert_eq!(pairs.forget(5, 2), Some(100));
+        assert!(!pairs.is_bare(5));
         assert_eq!((pairs.upper(5), pairs.lower(100)), (None, None));
         // Never copied up, and more than there are.
         pairs.count(6, 1);

@@ -45,7 +45,7 @@ impl Locks {
     }
 
     /// For this file.
-    fn file(&self, node: Node) -> MutexGuard<'_, ()> {
+    pub(super) fn file(&self, node: Node) -> MutexGuard<'_, ()> {
         self.files[node as usize % FILES].lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -57,6 +57,8 @@ pub(super) enum Content {
     Whole,
     /// Nothing: it is about to be cut to nothing.
     Empty,
+    /// Nothing, where the image can go on to have it: only attributes or names change.
+    Bare,
 }
 
 /// A name in an upper directory.
@@ -209,7 +211,7 @@ impl UpperTree {
         }
         if stat.st_mode & TYPE_BITS == REGULAR {
             let told = marks::origin(&marks::path_of(place, name), self.upper.number_of(&copy)?)?;
-            return Ok(told == Some(lower));
+            return Ok(told.is_some_and(|origin| origin.lower == lower));
         }
         let same_time = (stat.st_mtime, stat.st_mtime_nsec as u32) == (attr.mtime.secs, attr.mtime.nanos);
         if stat.st_mode & TYPE_BITS != libc::S_IFLNK {
@@ -258,7 +260,7 @@ impl UpperTree {
                     _ if above.hidden.contains(&name) => {}
                     DIRECTORY => waiting.push(child),
                     _ if above.shown.contains_key(&name) => {}
-                    _ => drop(self.raise(child, Content::Whole)?),
+                    _ => drop(self.raise(child, Content::Bare)?),
                 }
                 step("upper.raised")?;
             }
@@ -290,7 +292,12 @@ impl UpperTree {
             self.upper.forget(upper, 1);
             return Err(Errno::NFILE);
         }
-        match self.pairs.join(lower, upper, 0) {
+        let told = match entry.attr.mode & TYPE_BITS {
+            REGULAR => self.upper.with_path(upper, |path| marks::origin(path.as_bytes(), upper)),
+            _ => Ok(None),
+        };
+        let is_bare = told.inspect_err(|_| self.upper.forget(upper, 1))?.is_some_and(|origin| origin.is_bare);
+        match self.pairs.join(lower, upper, 0, is_bare) {
             super::pairs::Joined::New => Ok(upper),
             super::pairs::Joined::Known => {
                 self.upper.forget(upper, 1);
@@ -312,9 +319,7 @@ impl UpperTree {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
                 let copy = fs::openat(&self.work, staged, flags, Mode::RUSR | Mode::WUSR)?;
                 step("upper.staged")?;
-                if content == Content::Whole {
-                    copy_content(&self.lower.content_fd(lower)?, &copy, attr.size)?;
-                }
+                self.stage_content((lower, attr), staged, &copy, content)?;
                 copy
             }
             FileType::Symlink => {
@@ -328,15 +333,34 @@ impl UpperTree {
                 fs::openat(&self.work, staged, path_flags, Mode::empty())?
             }
         };
-        if kind == FileType::RegularFile {
-            let upper = self.upper.number_of(&copy)?;
-            marks::set_origin(&marks::path_of(&self.work, staged.as_bytes()), lower, upper)?;
-        }
         imitate(&self.lower, lower, &copy, self.owners)?;
         if self.durable && kind == FileType::RegularFile {
             fs::fsync(&copy)?;
         }
         step("upper.copied")
+    }
+
+    /// What goes up of a file's content, and what is said of that.
+    fn stage_content(
+        &self,
+        (lower, attr): (Node, &Attr),
+        staged: &str,
+        copy: &OwnedFd,
+        content: Content,
+    ) -> Result<()> {
+        let path = marks::path_of(&self.work, staged.as_bytes());
+        let upper = self.upper.number_of(copy)?;
+        if content == Content::Bare && self.may_be_bare(lower, attr)? {
+            let origin = marks::Origin { is_bare: true, ..marks::Origin::of_copy(lower, upper) };
+            // Without attributes, or room for one, it is copied.
+            if origin.write(&path).is_ok() {
+                return fs::ftruncate(copy, attr.size);
+            }
+        }
+        if content != Content::Empty {
+            copy_content(&self.lower.content_fd(lower)?, copy, attr.size)?;
+        }
+        marks::set_origin(&path, lower, upper)
     }
 
     /// Move a whole copy to its place, or its places.
@@ -426,7 +450,7 @@ impl UpperTree {
         }
         let Some(file) = known.get(&upper).filter(|_| depth < crate::index::MAX_DEPTH) else { return Ok(None) };
         let lower = match (file.kind, &file.name) {
-            (REGULAR, _) => self.upper.with_path(upper, |path| marks::origin(path.as_bytes(), upper))?,
+            (REGULAR, _) => self.upper.with_path(upper, |path| self.told(path.as_bytes(), upper))?,
             (_, Some((dir, name))) => {
                 let lower_dir = self.lower_again(*dir, known, depth + 1)?;
                 // Removed, and held by a program that is in it: nothing is looked for in it any more.
@@ -435,11 +459,11 @@ impl UpperTree {
             }
             _ => None,
         };
-        if let Some(lower) = lower {
+        if let Some((lower, is_bare)) = lower {
             // How often the kernel was told is not known; it gives all back at once, and that is at least one.
-            self.pairs.join(lower, upper, 1);
+            self.pairs.join(lower, upper, 1, is_bare);
         }
-        Ok(lower)
+        Ok(lower.map(|(lower, _)| lower))
     }
 }
 

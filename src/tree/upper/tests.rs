@@ -271,6 +271,45 @@ fn attributes_change_without_the_content() {
 }
 
 #[test]
+fn content_stays_below_until_it_is_written() {
+    let w = World::new();
+    let chmod = |w: &World, path: &str, mode| {
+        let change = Change { mode: Some(mode), ..Change::default() };
+        w.tree.setattr(&ME, w.node(path), None, &change).unwrap().0
+    };
+    let on_disk = |w: &World, path: &str| std::fs::read_to_string(w.upper(path)).unwrap();
+    let blocks = w.find("f").unwrap().attr.blocks;
+    assert_eq!(chmod(&w, "f", 0o600).blocks, blocks, "it takes what the image's takes");
+    chmod(&w, "h", 0o600);
+    assert_eq!((on_disk(&w, "f"), on_disk(&w, "linked/h")), ("\0".repeat(4), "\0".repeat(6)));
+    assert_eq!((w.read("f"), w.read("h")), ("text".into(), "linked".into()));
+    w.rename("f", "d/moved", 0).unwrap();
+    let early = w.tree.open(&ME, w.node("d/moved"), libc::O_RDONLY).unwrap();
+    let w = w.again();
+    assert_eq!((w.read("d/moved"), w.read("linked/h")), ("text".into(), "linked".into()), "another server knows");
+    assert_eq!(w.find("d/moved").unwrap().attr.blocks, blocks);
+    // Opened to write: whole, and with the times that it had.
+    let node = w.node("d/moved");
+    let opened = w.tree.open(&ME, node, libc::O_WRONLY).unwrap();
+    assert_eq!(on_disk(&w, "d/moved"), "text");
+    assert_eq!(w.find("d/moved").unwrap().attr.mtime.secs, 1_000_000);
+    w.tree.write(&Writer::Trusted, node, opened.handle, 0, b"T", 0).unwrap();
+    w.tree.release(node, opened.handle);
+    assert_eq!(w.read_through(node, early.handle), "Text", "who opened it before sees what is written");
+    w.write("h", "new").unwrap();
+    assert_eq!((w.read("linked/h"), on_disk(&w, "h")), ("new".into(), "new".into()));
+    // Setuid, which a write takes away, comes to what is whole.
+    chmod(&w, "g", 0o4755);
+    assert_eq!(on_disk(&w, "g"), "more");
+    // What somebody copied has its content nowhere.
+    chmod(&w, "d/a", 0o600);
+    let copied = std::process::Command::new("cp").arg("-a").arg(w.upper("d/a")).arg(w.upper("d/b")).status().unwrap();
+    assert!(copied.success());
+    let w = w.again();
+    assert_eq!((w.find("d/b").unwrap_err(), w.read("d/a")), (Errno::IO, "in d".into()));
+}
+
+#[test]
 fn hard_links_go_up_together() {
     let w = World::new();
     let node = w.node("h");

@@ -7,8 +7,7 @@ use std::thread::JoinHandle;
 
 use serde::{Deserialize, Serialize};
 
-use super::super::compression::{Compression, decoder};
-use super::super::input::fill;
+use super::super::compression::{Compression, decoder, fill};
 use super::super::ring::{Copied, Ring, pipe};
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
