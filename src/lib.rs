@@ -82,6 +82,7 @@ mod run;
 #[cfg(feature = "containerd")]
 mod snapshotter;
 pub mod store;
+mod stubs;
 mod sys;
 mod traces;
 mod tree;

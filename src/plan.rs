@@ -181,6 +181,9 @@ pub struct Plan {
     /// Changes do not end with the rootfs: the user named the directory for them, which may have some from before.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub changes_stay: bool,
+    /// Are mount points that engines make there in a read-only rootfs ([`crate::stubs`])?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub stubs: bool,
     /// How volumes are served.
     #[serde(default)]
     pub live: Live,
@@ -227,6 +230,7 @@ impl Plan {
             ownership: Ownership::default(),
             scratch: None,
             changes_stay: false,
+            stubs: false,
             live: Live::default(),
             restraint: Restraint::default(),
             state_dir,
@@ -260,14 +264,17 @@ impl Plan {
         Ok(())
     }
 
-    /// For backends that show the layers themselves: the error where their device nodes are to be left out.
-    pub fn require_devices(&self, backend: BackendKind) -> Result<()> {
-        if self.restraint.no_devices {
-            let why = format!("the {backend} backend leaves no device nodes out");
-            return Err(Error::new(Kind::Unsupported, "provision", show(&self.rootfs), why)
-                .hint("use --backend fuse or copy; --nodev keeps them from being opened"));
-        }
-        Ok(())
+    /// For backends that show the layers themselves: the error where device nodes are to be left out, or mount points to be there.
+    pub fn require_as_it_is(&self, backend: BackendKind) -> Result<()> {
+        let (why, hint) = if self.restraint.no_devices {
+            ("leaves no device nodes out", "use --backend fuse or copy; --nodev keeps them from being opened")
+        } else if self.stubs && self.scratch.is_none() {
+            ("makes up no mount points for engines", "use --backend fuse, or copy")
+        } else {
+            return Ok(());
+        };
+        let why = format!("the {backend} backend {why}");
+        Err(Error::new(Kind::Unsupported, "provision", show(&self.rootfs), why).hint(hint))
     }
 
     /// For backends whose rootfs is read-only: the error where it was asked for writable.

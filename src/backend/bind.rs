@@ -85,7 +85,7 @@ impl Backend for Bind {
 fn check(plan: &Plan) -> Result<&Path> {
     plan.require_unfiltered()?;
     plan.require_read_only(BackendKind::Bind)?;
-    plan.require_devices(BackendKind::Bind)?;
+    plan.require_as_it_is(BackendKind::Bind)?;
     plan.single_layer(BackendKind::Bind)
 }
 

@@ -62,7 +62,7 @@ impl Backend for Overlay {
             .require_layers()
             .and_then(|()| plan.require_unfiltered())
             .and_then(|()| plan.require_ending(BackendKind::Overlay))
-            .and_then(|()| plan.require_devices(BackendKind::Overlay))
+            .and_then(|()| plan.require_as_it_is(BackendKind::Overlay))
             .and_then(|()| check_count(plan, most_layers(plan)))
         {
             return Support::no(e.cause(), e.remedy());

@@ -207,6 +207,7 @@ fn put<'a>(
         id: None,
         changes: Changes::Refused,
         upper: None,
+        stubs: false,
         live: Live::default(),
         restraint: Restraint::default(),
         ownership: None,

@@ -89,6 +89,10 @@ pub(super) struct Mount {
     /// work only below a directory that is closed to others (mode 0700)
     #[arg(long)]
     suid: bool,
+    /// Make up the mount points that engines need and the image lacks (/etc/hosts, /etc/mtab, /run/.containerenv, ...), for `podman run
+    /// --rootfs` and the like (fuse; in a writable rootfs, engines make them)
+    #[arg(long)]
+    stubs: bool,
     /// How soon the rootfs sees what the host changes in a volume; 0: at once (fuse)
     #[arg(long, value_name = "SECONDS", default_value = "1", value_parser = parse_ttl)]
     volume_ttl: Duration,
@@ -171,6 +175,7 @@ impl Mount {
                 idmap::Files::of_host(),
             )?,
             restraint: self.restraint(),
+            stubs: self.stubs,
             live: Live { ttl_ms: self.volume_ttl.as_millis() as u64, writeback: self.writeback },
             ends_with: None,
         })

@@ -27,6 +27,9 @@ pub(super) struct Shown<'a> {
     /// Are its device nodes not there?
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     no_devices: bool,
+    /// Are mount points of engines made up?
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    stubs: bool,
     #[serde(skip_serializing_if = "Ownership::is_identity")]
     ownership: &'a Ownership,
     /// Where the changes of a writable rootfs are kept, and what they take.
@@ -78,6 +81,7 @@ impl<'a> Shown<'a> {
             nosuid: record.plan.restraint.nosuid(),
             nodev: record.plan.restraint.nodev(),
             no_devices: record.plan.restraint.no_devices,
+            stubs: record.plan.stubs,
             ownership: &record.plan.ownership,
             changes: record
                 .plan

@@ -394,7 +394,9 @@ impl Trees {
             };
             routed.push((volume.target.clone(), form, volume.access, tree));
         }
-        let whole = Arc::new(RouteTree::build(image, routed)?);
+        let whole = RouteTree::build(image, routed)?;
+        let has_stubs = plan.stubs && plan.scratch.is_none();
+        let whole = Arc::new(if has_stubs { whole.with_stubs() } else { whole });
         Ok(Trees { whole, image: mapped, directories, pool })
     }
 }

@@ -29,6 +29,8 @@ pub struct Request {
     /// How the image's ownership is presented; `None`: as it is, but to an ordinary user the image's root as this user, and the rest as
     /// the user's subordinate ids.
     pub ownership: Option<Ownership>,
+    /// Are mount points that engines make to be there in a read-only rootfs (fuse)?
+    pub stubs: bool,
     /// How volumes are served (fuse).
     pub live: Live,
     /// What may be changed outside the volumes.
@@ -54,6 +56,7 @@ impl Request {
             volumes: Vec::new(),
             id: None,
             ownership: None,
+            stubs: false,
             live: Live::default(),
             changes: Changes::default(),
             upper: None,

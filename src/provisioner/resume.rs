@@ -118,6 +118,7 @@ fn is_for(record: &Record, request: &Request) -> bool {
             known.is_some_and(|known| leads_to(said, &known))
         })
         && request.ownership.as_ref().is_none_or(|said| *said == plan.ownership)
+        && plan.stubs == request.stubs
         && plan.live == request.live
         && (request.restraint.nosuid.is_none() || plan.restraint.nosuid == request.restraint.nosuid)
         && (request.restraint.nodev.is_none() || plan.restraint.nodev == request.restraint.nodev)

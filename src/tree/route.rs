@@ -5,7 +5,7 @@
 //! that, a name belongs to another tree exactly where (directory, name) is in the table; all else goes straight through.
 //!
 //! ```text
-//! node id:  bits 56..64  the tree: 0 the image, 1.. the volumes, 255 the directories made up
+//! node id:  bits 56..64  the tree: 0 the image, 1.. the volumes, 255 what was made up
 //!           bits  0..56  the node in that tree
 //! ```
 //!
@@ -14,6 +14,7 @@
 
 mod build;
 mod list;
+mod made;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ffi::{OsStr, OsString};
@@ -25,10 +26,11 @@ use super::{
     NODE_LIMIT, New, Node, Opened, ROOT, Result, Statfs, TYPE_BITS, Tree, Writer, access_read_only,
 };
 pub use build::target_attr;
+use made::MadeUp;
 
 /// Where the tree's number lies in a node id.
 const TREE_SHIFT: u32 = 56;
-/// The number of the directories made up.
+/// The number of what was made up.
 const MADE_UP: u64 = 255;
 
 /// A tree's number, the tree, and a node in it.
@@ -39,7 +41,7 @@ type TreeNode<'a> = (u64, &'a Arc<dyn Tree>, Node);
 enum Route {
     /// A volume's root: a mount point.
     Volume(Node),
-    /// A directory made up on the way to one.
+    /// Made up: on the way to one, or for others to mount on.
     MadeUp(Node),
 }
 
@@ -57,13 +59,6 @@ struct Routed {
     names: BTreeMap<OsString, Route>,
     /// How many of them are directories that the tree below does not have: they count in st_nlink.
     added_directories: u32,
-}
-
-/// A directory that no tree has.
-#[derive(Debug)]
-struct MadeUp {
-    parent: Node,
-    attr: Attr,
 }
 
 /// The image with its volumes.
@@ -112,7 +107,7 @@ impl RouteTree {
         }
     }
 
-    /// The same for what a made-up directory does not do.
+    /// The same for what nothing that was made up does.
     fn real(&self, node: Node) -> Result<TreeNode<'_>> {
         self.tree(node)?.ok_or(Errno::ROFS)
     }
@@ -231,17 +226,26 @@ impl Tree for RouteTree {
     }
 
     fn readlink(&self, node: Node, out: &mut dyn FnMut(&[u8])) -> Result<()> {
-        let (_, tree, inner) = self.tree(node)?.ok_or(Errno::INVAL)?;
+        let Some((_, tree, inner)) = self.tree(node)? else {
+            out(self.made(node)?.readlink()?.as_bytes());
+            return Ok(());
+        };
         tree.readlink(inner, out)
     }
 
     fn open(&self, caller: &Caller, node: Node, flags: i32) -> Result<Opened> {
-        let (_, tree, inner) = self.tree(node)?.ok_or(Errno::ISDIR)?;
-        tree.open(caller, inner, flags)
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.open(caller, inner, flags),
+            None => self.made(node)?.open(flags),
+        }
     }
 
     fn read(&self, node: Node, handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
-        let (_, tree, inner) = self.tree(node)?.ok_or(Errno::ISDIR)?;
+        let Some((_, tree, inner)) = self.tree(node)? else {
+            self.made(node)?.open(libc::O_RDONLY)?;
+            out(&[]);
+            return Ok(());
+        };
         tree.read(inner, handle, offset, size, out)
     }
 
@@ -267,7 +271,7 @@ impl Tree for RouteTree {
     fn access(&self, node: Node, mask: i32) -> Result<()> {
         match self.tree(node)? {
             Some((_, tree, inner)) => tree.access(inner, mask),
-            None => access_read_only(DIRECTORY, mask),
+            None => access_read_only(self.made(node)?.attr.mode, mask),
         }
     }
 
@@ -316,8 +320,10 @@ impl Tree for RouteTree {
     }
 
     fn flush(&self, node: Node, handle: Handle) -> Result<()> {
-        let (_, tree, inner) = self.real(node)?;
-        tree.flush(inner, handle)
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.flush(inner, handle),
+            None => Ok(()),
+        }
     }
 
     fn release(&self, node: Node, handle: Handle) {
@@ -327,8 +333,10 @@ impl Tree for RouteTree {
     }
 
     fn fsync(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
-        let (_, tree, inner) = self.real(node)?;
-        tree.fsync(inner, handle, data_only)
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.fsync(inner, handle, data_only),
+            None => Ok(()),
+        }
     }
 
     fn fsyncdir(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
@@ -339,7 +347,7 @@ impl Tree for RouteTree {
     }
 
     fn lseek(&self, node: Node, handle: Handle, offset: i64, whence: i32) -> Result<i64> {
-        let (_, tree, inner) = self.tree(node)?.ok_or(Errno::INVAL)?;
+        let (_, tree, inner) = self.tree(node)?.ok_or(Errno::NXIO)?;
         tree.lseek(inner, handle, offset, whence)
     }
 

@@ -7,6 +7,7 @@ use super::below::{Below, Seen};
 use super::walk::{Found, Is, Shows, Visitor};
 use crate::error::Result;
 use crate::index::Time;
+use crate::stubs::{self, Stub};
 
 /// What became of a path.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize)]
@@ -28,22 +29,6 @@ pub struct Change {
     /// From the root: `/etc/passwd`.
     pub path: Vec<u8>,
 }
-
-/// Anyone who runs a program in a rootfs makes these, for what is mounted there: an empty file or directory is not the program's.
-const MADE_TO_RUN: [&[u8]; 12] = [
-    b"dev",
-    b"etc/hostname",
-    b"etc/hosts",
-    b"etc/mtab",
-    b"etc/resolv.conf",
-    b"proc",
-    b"run",
-    b"run/.containerenv",
-    b"run/secrets",
-    b"sys",
-    b"tmp",
-    b"var/tmp",
-];
 
 impl Upper {
     /// What was changed upon `below`, in byte order. A directory is there if itself was changed, or something in it.
@@ -120,7 +105,7 @@ impl Visitor for Lister<'_> {
         let what = if seen.is_some() { Changed::Changed } else { Changed::Added };
         if let Is::Directory { shows, .. } = found.is {
             let before = self.changes.len();
-            let is_to_run = seen.is_none() && MADE_TO_RUN.contains(&path);
+            let is_to_run = seen.is_none() && stubs::at(path).is_some();
             let stays = match seen {
                 None if is_to_run => Stays::No,
                 None => Stays::Yes,
@@ -134,8 +119,13 @@ impl Visitor for Lister<'_> {
             self.open.push(Open { before, stays, left_out: false, hidden });
             return Ok(());
         }
-        let is_empty = matches!(found.is, Is::File { .. }) && found.stat.st_size == 0;
-        if seen.is_none() && is_empty && MADE_TO_RUN.contains(&path) {
+        // Engines make these for what they mount there: an empty one is not the program's.
+        let is_to_run = match (stubs::at(path), &found.is) {
+            (Some(Stub::Symlink(to)), Is::Symlink(target)) => target == to.as_bytes(),
+            (Some(_), Is::File { .. }) => found.stat.st_size == 0,
+            _ => false,
+        };
+        if seen.is_none() && is_to_run {
             self.note_left_out();
         } else {
             self.push(what, path);

@@ -5,9 +5,11 @@ use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::Arc;
 
-use super::{DIRECTORY, MADE_UP, MadeUp, Route, RouteTree, TYPE_BITS, tag};
+use super::made::{MadeUp, SYMLINK};
+use super::{DIRECTORY, MADE_UP, Route, RouteTree, TREE_SHIFT, TYPE_BITS, tag};
 use crate::error::{Error, Kind};
-use crate::tree::{Attr, Caller, Entry, Errno, Lookup, Node, ROOT, Result, Timespec, Tree};
+use crate::stubs::{STUBS, Stub};
+use crate::tree::{Attr, Caller, Entry, Errno, Lookup, Node, ROOT, Result, Tree};
 use crate::volume::{Access, ContainerPath, Form};
 
 /// Symlinks followed on the way to one target: the kernel's own limit (path_resolution(7)).
@@ -17,7 +19,6 @@ const MAX_LINK: usize = 4096;
 
 /// The server itself, where no caller asks.
 const SERVER: Caller = Caller { uid: 0, gid: 0, pid: 0 };
-const SYMLINK: u32 = 0o120_000;
 
 /// What a path leads to in a tree, symlinks followed inside the root. None: nothing is there. For one who makes a volume's source
 /// to give it the mode that the image has at the target (`/tmp`: 1777).
@@ -103,19 +104,51 @@ impl RouteTree {
                     }
                     table.add(parent, name, Route::Volume(root), false, &path);
                 }
-                Walked::Missing { mut parent, missing, mut path } => {
-                    let (last, between) = missing.split_last().expect("a missing path has a name");
-                    for name in between {
-                        let node = table.make_up(parent);
-                        table.add(parent, name.clone(), Route::MadeUp(node), true, &path);
-                        parent = node;
-                        path.push(node);
-                    }
-                    table.add(parent, last.clone(), Route::Volume(root), form == Form::Directory, &path);
+                Walked::Missing { parent, missing, mut path } => {
+                    let (parent, last) = table.make_up_between(parent, missing, &mut path);
+                    table.add(parent, last, Route::Volume(root), form == Form::Directory, &path);
                 }
             }
         }
         Ok(table)
+    }
+
+    /// With the mount points that engines make, where the image has nothing there. Nothing of the image changes; what lies in a volume is
+    /// its own.
+    #[must_use]
+    pub fn with_stubs(mut self) -> Self {
+        for (path, stub) in STUBS {
+            let target = ContainerPath::new(path.as_ref()).expect("a stub is at a path");
+            let Ok(Walked::Missing { parent, missing, mut path }) = self.walk(&target) else { continue };
+            let is_in_volume = !matches!(parent >> TREE_SHIFT, 0 | MADE_UP);
+            // The image may have a link there that leads to nothing yet: to /proc/mounts.
+            let is_elsewhere =
+                matches!(stub, Stub::Symlink(_)) && missing.last().map(|n| &**n) != target.names().last();
+            if is_in_volume || is_elsewhere {
+                continue;
+            }
+            let (parent, last) = self.make_up_between(parent, missing, &mut path);
+            let node = self.make_up(parent, stub);
+            self.add(parent, last, Route::MadeUp(node), matches!(stub, Stub::Directory(_)), &path);
+        }
+        self
+    }
+
+    /// Make up the directories down to the last name of `missing`. Gives the directory that it is to be in, and the name.
+    fn make_up_between(
+        &mut self,
+        mut parent: Node,
+        mut missing: Vec<OsString>,
+        path: &mut Vec<Node>,
+    ) -> (Node, OsString) {
+        let last = missing.pop().expect("a missing path has a name");
+        for name in missing {
+            let node = self.make_up(parent, Stub::Directory(0o755));
+            self.add(parent, name, Route::MadeUp(node), true, path);
+            parent = node;
+            path.push(node);
+        }
+        (parent, last)
     }
 
     fn add(&mut self, parent: Node, name: OsString, route: Route, adds_directory: bool, path: &[Node]) {
@@ -125,28 +158,11 @@ impl RouteTree {
         self.ancestors.extend(path);
     }
 
-    fn make_up(&mut self, parent: Node) -> Node {
-        let node = tag(MADE_UP, self.made_up.len() as u64 + 2);
-        // The owner and times of the image's root: what a directory made with the image would have had.
+    fn make_up(&mut self, parent: Node, stub: Stub) -> Node {
         let root = self.trees[0].getattr(ROOT, None).map(|(attr, _)| attr).ok();
-        let time = |pick: fn(&Attr) -> Timespec| root.as_ref().map(pick).unwrap_or_default();
-        self.made_up.push(MadeUp {
-            parent,
-            attr: Attr {
-                node,
-                mode: DIRECTORY | 0o755,
-                nlink: 2,
-                uid: root.map_or(0, |r| r.uid),
-                gid: root.map_or(0, |r| r.gid),
-                rdev: 0,
-                size: 0,
-                blocks: 0,
-                blksize: 4096,
-                atime: time(|a| a.atime),
-                mtime: time(|a| a.mtime),
-                ctime: time(|a| a.ctime),
-            },
-        });
+        let made = MadeUp::new(self.made_up.len(), parent, root, stub);
+        let node = made.attr.node;
+        self.made_up.push(made);
         node
     }
 

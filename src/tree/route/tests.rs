@@ -5,6 +5,7 @@ use std::path::Path;
 
 use super::*;
 use crate::plan::Ownership;
+use crate::tree::REGULAR;
 use crate::tree::dir::{ActAs, DirOptions, DirTree, FdPool};
 use crate::volume::{Access, ContainerPath, Form};
 
@@ -249,4 +250,72 @@ fn the_mode_of_a_target_is_told() {
     assert_eq!(mode("/tmp"), Some(0o041_777));
     assert_eq!(mode("/var/tmp"), Some(0o041_777));
     assert_eq!(mode("/var/none/at/all"), None);
+}
+
+#[test]
+fn mount_points_of_engines_are_made_up_where_the_image_has_nothing() {
+    let links = [
+        ("etc/resolv.conf", "../run/resolve/stub"),
+        ("etc/mtab", "../proc/self/mounts"),
+        ("var/tmp", "/tmp"),
+        ("etc/hostname", "hostname"),
+    ];
+    let fixture = Fixture::new(&["etc", "dev", "var", "run"], &["sys", "etc/hosts"], &links);
+    let table = fixture.build(&[("v", "/run/secrets")]).unwrap().with_stubs();
+    let look = |path: &str| find(&table, path).map(|entry| entry.attr.mode);
+    for (path, mode) in [
+        ("run/.containerenv", 0o100_644),
+        ("run/resolve", 0o040_755),
+        ("run/resolve/stub", 0o100_644),
+        ("proc", 0o040_755),
+        ("tmp", 0o041_777),
+        // The image's own stay as they are, whatever they are.
+        ("etc/resolv.conf", 0o120_777),
+        ("etc/mtab", 0o120_777),
+        ("etc/hostname", 0o120_777),
+        ("var/tmp", 0o120_777),
+    ] {
+        assert_eq!(look(path), Ok(mode), "{path}");
+    }
+    assert_eq!(look("sys").unwrap() & TYPE_BITS, REGULAR);
+    assert_eq!(look("proc/self"), Err(Errno::NOENT));
+    assert_eq!(
+        (content(&table, "etc/hosts"), content(&table, "run/.containerenv")),
+        ("etc/hosts".into(), String::new())
+    );
+    assert_eq!(names(&table, "run/secrets", ListMode::Plus).len(), 3);
+    for mode in [ListMode::Names, ListMode::Plus] {
+        assert_eq!(
+            names(&table, "etc", mode).keys().collect::<Vec<_>>(),
+            [".", "..", "hostname", "hosts", "mtab", "resolv.conf"]
+        );
+        let run = names(&table, "run", mode);
+        assert_eq!(run.keys().collect::<Vec<_>>(), [".", "..", ".containerenv", "resolve", "secrets"]);
+        assert_eq!(run[".containerenv"], (find(&table, "run/.containerenv").unwrap().attr.node, REGULAR));
+    }
+    // Directories count, files do not.
+    let plain = fixture.build(&[]).unwrap();
+    let count = |t: &RouteTree, path: &str| find(t, path).unwrap().attr.nlink;
+    assert_eq!(count(&table, ""), count(&plain, "") + 2);
+    assert_eq!((count(&table, "run"), count(&table, "etc")), (count(&plain, "run") + 2, count(&plain, "etc")));
+    assert_eq!((count(&table, "run/resolve"), count(&table, "run/.containerenv")), (2, 1));
+    let node = find(&table, "run/.containerenv").unwrap().attr.node;
+    assert_eq!(table.open(&ME, node, libc::O_RDWR).err(), Some(Errno::ROFS));
+    assert_eq!(table.access(node, libc::X_OK), Err(Errno::ACCESS));
+    assert_eq!(table.readlink(node, &mut |_| ()), Err(Errno::INVAL));
+    assert_eq!(
+        table.unlink(&ME, find(&table, "run").unwrap().attr.node, OsStr::new(".containerenv")),
+        Err(Errno::ROFS)
+    );
+    // What lies in a volume is its own.
+    let table = fixture.build(&[("w", "/run")]).unwrap().with_stubs();
+    assert_eq!(names(&table, "run", ListMode::Names).len(), 3);
+    // A link, as podman makes it; its target is nobody's business here.
+    let bare = Fixture::new(&[], &[], &[]);
+    let table = bare.build(&[]).unwrap().with_stubs();
+    let mtab = find(&table, "etc/mtab").unwrap().attr;
+    let mut target = Vec::new();
+    table.readlink(mtab.node, &mut |bytes| target.extend_from_slice(bytes)).unwrap();
+    assert_eq!((mtab.size, &target[..]), (12, &b"/proc/mounts"[..]));
+    assert_eq!(find(&table, "").unwrap().attr.nlink, count(&bare.build(&[]).unwrap(), "") + 7);
 }
