@@ -100,6 +100,12 @@ impl Host {
         }
     }
 
+    /// Major and minor number of the kernel; zeros if it does not say.
+    pub(crate) fn kernel_version(&self) -> (u32, u32) {
+        let mut numbers = self.kernel.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+        (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    }
+
     /// Mounting by this backend failed because the kernel lacks something, though it had seemed to work.
     pub fn learn(&self, backend: BackendKind, no: Finding) {
         self.learned.lock().unwrap_or_else(PoisonError::into_inner).push((backend, no));

@@ -102,6 +102,10 @@ impl StatePaths {
     pub fn run(&self) -> PathBuf {
         self.root.join("run")
     }
+    /// Where an image is shown that an overlay lies over: the rootfs of this id.
+    pub fn lower_of(&self, id: &ContainerId) -> PathBuf {
+        self.run().join(id.as_str()).join("image")
+    }
     /// Which subordinate ids a `fsprov run --userns=auto` has taken: locks.
     pub fn ids(&self) -> PathBuf {
         self.root.join("ids")

@@ -53,11 +53,14 @@ impl Unmount {
 }
 
 fn unmount(provisioner: &Provisioner, selector: &Selector, how: Detach, may_be_gone: bool) -> Result<()> {
-    let found = provisioner.with_nested(selector)?;
+    let found = provisioner.with_nested(selector)?.map(|(record, nested)| {
+        let (at, nested) = provisioner.seen(&record, nested);
+        (at, record.plan.id, nested)
+    });
     let is_done = provisioner.destroy(selector, how)?;
     match found {
-        Some((record, nested)) if is_done => {
-            let mut done = vec![format!("unmounted {} (id {})", show(&record.plan.rootfs), record.plan.id)];
+        Some((at, id, nested)) if is_done => {
+            let mut done = vec![format!("unmounted {} (id {id})", show(at))];
             done.extend(nested.iter().map(|id| format!("and {id}, which is nested in it")));
             output::line(&done.join(", "))
         }

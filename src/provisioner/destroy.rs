@@ -20,7 +20,7 @@ impl Provisioner {
     /// touches a volume's content. One that fails stays known, and may be tried again.
     pub fn destroy(&self, selector: &Selector, how: Detach) -> Result<bool> {
         match self.find_id(selector)? {
-            Some(id) => self.destroy_id(&id, how),
+            Some(id) => self.destroy_id(&self.whole(id), how),
             None => Ok(false),
         }
     }

@@ -32,6 +32,7 @@ mod lock;
 mod look;
 mod now;
 mod open;
+mod over;
 mod owners;
 mod planning;
 mod points;
@@ -49,12 +50,13 @@ pub use crate::backend::Detach;
 pub use crate::host::Host;
 pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Plan, Restraint};
 pub use crate::traces::Traces;
-#[cfg(feature = "cli")]
 pub(crate) use changes::{READER, made_by, read_apart};
 #[doc(hidden)]
 pub use now::Now;
 #[doc(hidden)]
 pub use open::open;
+#[cfg(feature = "cli")]
+pub(crate) use over::upper_id;
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
 pub use request::{Changes, Cover, Request, Selector};
@@ -198,6 +200,11 @@ impl Provisioner {
         // Held until the record names the image: from then on `image rm` and gc see that it is in use.
         let in_use = store.lock_shared()?;
         let image = store.resolve(&request.image)?;
+        if self.goes_over_fuse(request, &image)
+            && let Some(record) = self.provision_over(request, &image)?
+        {
+            return Ok(record);
+        }
         self.provision_resolved(request, image, in_use)
     }
 
@@ -291,7 +298,7 @@ impl Provisioner {
 
     /// A rootfs, and those nested in it, which [`Provisioner::destroy`] takes away with it. `None`: there is none, or it has no record.
     pub fn with_nested(&self, selector: &Selector) -> Result<Option<(Record, Vec<ContainerId>)>> {
-        let Some(id) = self.find_id(selector)? else { return Ok(None) };
+        let Some(id) = self.find_id(selector)?.map(|id| self.whole(id)) else { return Ok(None) };
         let Some(record) = record::read_or_log(&self.paths.container(&id)) else { return Ok(None) };
         let mut nested = record::ids(&self.paths)?;
         nested.retain(|other| other.is_nested_in(&id));

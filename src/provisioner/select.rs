@@ -52,6 +52,11 @@ fn support(host: &Host, plan: &Plan, kind: BackendKind) -> Support {
     host.learned(kind).map_or_else(|| backend::of(kind).support(host, plan), |no| Support::from(&no))
 }
 
+/// Would another way of `auto` perhaps do it?
+pub(super) fn may_go_on(error: &Error) -> bool {
+    Blame::of(error).is_some()
+}
+
 /// What made a backend fail while mounting, when it is not the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Blame {

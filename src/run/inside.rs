@@ -25,7 +25,7 @@ use crate::host::Host;
 use crate::id::{ContainerId, ImageRef};
 use crate::paths::StatePaths;
 use crate::plan::{BackendKind, IdRange, Ownership, Restraint};
-use crate::provisioner::{Detach, Provisioner, Request, Selector};
+use crate::provisioner::{Detach, Provisioner, Request, Selector, upper_id};
 use crate::sys::process::ProcessId;
 use crate::sys::raw::{self, Users};
 
@@ -241,11 +241,11 @@ impl<'a> Inside<'a> {
         } else {
             // The index knows owners that an ordinary user's disk does not have: the image as its server shows it, below a layer that
             // takes the changes.
-            let below = dir.join(job.id.as_str()).join("image");
+            let below = self.paths.lower_of(&job.id);
             let mut lower = Request::new(image, &below).backend(BackendKind::Fuse).id(job.id.clone());
             lower.ownership = Some(Ownership { uids: self.ids.0.clone(), gids: self.ids.1.clone(), squash: None });
             self.provision(lower)?;
-            self.provision(self.upper(ImageRef::Path(below), path.clone(), self.upper_id()?))?;
+            self.provision(self.upper(ImageRef::Path(below), path.clone(), upper_id(&job.id)?))?;
         }
         Ok(Root { path, is_writable: true })
     }
@@ -255,10 +255,6 @@ impl<'a> Inside<'a> {
         let image = &self.job.image;
         let is_exact = image.index.is_none() || (self.job.maps.is_none() && !image.is_filtered);
         is_exact && self.ids.0.is_empty()
-    }
-
-    fn upper_id(&self) -> Result<ContainerId> {
-        format!("{}.rootfs", self.job.id).parse()
     }
 
     fn upper(&self, image: ImageRef, rootfs: PathBuf, id: ContainerId) -> Request {

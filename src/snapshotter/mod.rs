@@ -116,6 +116,7 @@ pub(crate) fn serve(
         let content = content::Content::of(&places.containerd)?;
         let differ = Arc::new(diff::Differ { snapshots: snapshots.clone(), content });
         let metrics = Arc::new(metrics::Metrics::new());
+        crate::store::expect_more();
         ready();
         let served = tonic::transport::Server::builder()
             .max_concurrent_streams(Some(MAX_CALLS as u32))

@@ -54,6 +54,8 @@ pub use verify::{Damage, Repair};
 
 pub(crate) use archive::apart::dispatch;
 #[cfg(feature = "containerd")]
+pub(crate) use archive::apart::expect_more;
+#[cfg(feature = "containerd")]
 pub(crate) use archive::{compression::Compression, digest::Hashed};
 #[cfg(feature = "cli")]
 pub(crate) use changes::{Below, Marks, Upper};

@@ -182,6 +182,12 @@ pub fn is_among_itself() -> bool {
     has_one_id(&map) || mount_namespace().is_ok_and(|ours| mount_namespace_of(1).map_or(true, |first| first != ours))
 }
 
+/// Are several ids mapped into this user namespace, which is not the first?
+pub fn has_several_ids() -> bool {
+    let map = std::fs::read_to_string("/proc/self/uid_map").unwrap_or_default();
+    !map.is_empty() && !is_whole_map(&map) && !has_one_id(&map)
+}
+
 fn has_one_id(map: &str) -> bool {
     map.split_ascii_whitespace().skip(2).step_by(3).eq(["1"])
 }

@@ -24,6 +24,7 @@ mod hardened;
 mod layers;
 mod live;
 mod mounted;
+mod over;
 mod posix;
 mod races;
 mod readonly;

@@ -1,5 +1,5 @@
 //! Upper files without content of their own: where only attributes or names of a file changed, the image still has what is in it, and reading goes
-//! there. A mark says so, and the file has its size as a hole. Whoever opens it to write has the content copied first, in place.
+//! there. A mark says so, and the file has its size as a hole. When it is opened to write, the content is copied first, in place.
 //!
 //! Not where the changes outlive the rootfs: other engines read those, and would find zeros. Nor for files that lose setuid or capabilities when they
 //! are written, as they are when they are filled.
@@ -77,7 +77,7 @@ impl UpperTree {
     pub(super) fn told(&self, path: &[u8], upper: Node) -> Result<Option<(Node, bool)>> {
         let told = marks::origin(path, upper)?;
         if let Some(Origin { lower, filling: Some(_), .. }) = told {
-            // Whoever fills it holds this.
+            // Held while it is filled.
             let _alone = self.locks.file(lower);
             if let Some(Origin { filling: Some(mtime), .. }) = marks::origin(path, upper)? {
                 put_back(path, mtime)?;

@@ -18,6 +18,7 @@
 //! threads without walls.
 
 mod aci;
+mod ahead;
 mod decoder;
 #[cfg(feature = "failpoints")]
 mod played;
@@ -34,6 +35,8 @@ use rustix::io::Errno;
 use rustix::process::{Pid, Resource, Rlimit, Signal, WaitId, WaitIdOptions, kill_process, prlimit, waitid};
 use serde::{Deserialize, Serialize};
 
+#[cfg(feature = "containerd")]
+pub(crate) use ahead::expect_more;
 pub(super) use decoder::decode;
 pub(in crate::store) use unpacker::{Place, peek, unpack};
 pub(in crate::store) use work::{Task, one_layer};
@@ -109,33 +112,10 @@ struct Apart {
 
 impl Apart {
     fn start(order: Order, memory: u64, fds: &[BorrowedFd<'_>]) -> Result<Self> {
-        let (channel, theirs) = Channel::pair()?;
-        let process = match child::program(OP) {
-            Ok(program) => Some(
-                Command::new(&program)
-                    .arg0("fsprov: archive")
-                    .arg(VERB)
-                    .env_clear()
-                    .envs(ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?))))
-                    .current_dir("/")
-                    .stdin(Stdio::from(theirs))
-                    .stdout(Stdio::null())
-                    // What somebody who took it over would write must not come to a terminal. Its panics are reported.
-                    .stderr(if cfg!(feature = "failpoints") { Stdio::inherit() } else { Stdio::null() })
-                    .spawn()
-                    .map_err(|e| Error::io("start the reader of archives", crate::error::show(&program), e))?,
-            ),
-            Err(error) => {
-                static SAID: std::sync::Once = std::sync::Once::new();
-                SAID.call_once(|| {
-                    log::warn!(target: TARGET, "archives are read in this process, without walls around that: {error}");
-                });
-                std::thread::Builder::new()
-                    .name("archive".into())
-                    .spawn(move || serve(&Channel::from(theirs), Walls::None))
-                    .map_err(|e| Error::io("start thread", "archive", e))?;
-                None
-            }
+        let started = ahead::take().map_or_else(spawn, |one| Ok(Some(one)))?;
+        let (channel, process) = match started {
+            Some((channel, process)) => (channel, Some(process)),
+            None => (in_thread()?, None),
         };
         let apart = Apart { channel, process, memory };
         apart.allow_time(0);
@@ -228,10 +208,48 @@ impl Apart {
 impl Drop for Apart {
     fn drop(&mut self) {
         self.end();
-        if let Some(child) = &mut self.process {
-            let _ = child.wait();
+        if let Some(child) = self.process.take() {
+            ahead::bury(child);
         }
     }
+}
+
+/// Start one, which waits for its order. `None`: this program cannot be started again.
+fn spawn() -> Result<Option<(Channel, Child)>> {
+    let program = match child::program(OP) {
+        Ok(program) => program,
+        Err(error) => {
+            static SAID: std::sync::Once = std::sync::Once::new();
+            SAID.call_once(|| {
+                log::warn!(target: TARGET, "archives are read in this process, without walls around that: {error}");
+            });
+            return Ok(None);
+        }
+    };
+    let (channel, theirs) = Channel::pair()?;
+    let child = Command::new(&program)
+        .arg0("fsprov: archive")
+        .arg(VERB)
+        .env_clear()
+        .envs(ENVIRONMENT.iter().filter_map(|name| Some((*name, std::env::var_os(name)?))))
+        .current_dir("/")
+        .stdin(Stdio::from(theirs))
+        .stdout(Stdio::null())
+        // What somebody who took it over would write must not come to a terminal. Its panics are reported.
+        .stderr(if cfg!(feature = "failpoints") { Stdio::inherit() } else { Stdio::null() })
+        .spawn()
+        .map_err(|e| Error::io("start the reader of archives", crate::error::show(&program), e))?;
+    Ok(Some((channel, child)))
+}
+
+/// The same as a thread, without walls.
+fn in_thread() -> Result<Channel> {
+    let (channel, theirs) = Channel::pair()?;
+    std::thread::Builder::new()
+        .name("archive".into())
+        .spawn(move || serve(&Channel::from(theirs), Walls::None))
+        .map_err(|e| Error::io("start thread", "archive", e))?;
+    Ok(channel)
 }
 
 fn cpu_seconds() -> u64 {

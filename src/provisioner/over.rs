@@ -1,0 +1,91 @@
+//! A writable rootfs in a user namespace of several ids, as `auto` makes it: an overlay of the kernel over a FUSE mount of the image. The index knows
+//! owners that an ordinary user's disk does not have; what is read and changed most is the kernel's.
+//!
+//! Two rootfses: `ID` shows the image, below the state root; `ID.rootfs` is the overlay, where it was asked for. They are taken away together.
+
+use std::path::PathBuf;
+
+use super::request::{Changes, Request};
+use super::{Detach, Provisioner, Record, Selector, record, select};
+use crate::error::Result;
+use crate::id::ContainerId;
+use crate::plan::{BackendKind, Ownership};
+use crate::store::ResolvedImage;
+use crate::sys::process::{has_several_ids, is_among_itself};
+
+/// An overlay in a user namespace takes a FUSE mount as its lower layer since then (trusted by `userxattr`; fs/overlayfs/super.c).
+const SINCE: (u32, u32) = (6, 5);
+
+impl Provisioner {
+    /// Is it better than what the backends make by themselves?
+    pub(super) fn goes_over_fuse(&self, request: &Request, image: &ResolvedImage) -> bool {
+        let is_asked = request.backend.is_none()
+            && request.changes == Changes::Ephemeral
+            && request.upper.is_none()
+            && request.ownership.is_none()
+            && !request.live.writeback
+            && self.shelf.is_none();
+        is_asked
+            && image.index.is_some()
+            && has_several_ids()
+            && is_among_itself()
+            && self.host.kernel_version() >= SINCE
+            && self.host.overlay().is_yes()
+    }
+
+    /// Make it. `None`: not here, for a reason that is logged, and nothing of it is left.
+    pub(super) fn provision_over(&self, request: &Request, image: &ResolvedImage) -> Result<Option<Record>> {
+        let id = request.id.clone().map_or_else(ContainerId::random, Ok)?;
+        let shown = self.paths.lower_of(&id);
+        let mut lower = Request::new(request.image.clone(), &shown).backend(BackendKind::Fuse).id(id.clone());
+        lower.ownership = Some(Ownership::default());
+        lower.restraint.no_devices = request.restraint.no_devices;
+        lower.ends_with = request.ends_with;
+        let mut upper = Request { backend: Some(BackendKind::Overlay), id: Some(upper_id(&id)?), ..request.clone() };
+        upper.ownership = Some(Ownership::default());
+        upper.restraint.no_devices = false;
+        let of_lower = ResolvedImage {
+            layers: vec![shown],
+            index: None,
+            manifest: None,
+            is_filtered: false,
+            has_whiteouts: false,
+            ..image.clone()
+        };
+        let not_here = |error| {
+            if !select::may_go_on(&error) {
+                return Err(error);
+            }
+            log::info!("an overlay over a FUSE mount: {error}");
+            Ok(None)
+        };
+        if let Err(error) = self.provision_resolved(&lower, image.clone(), ()) {
+            return not_here(error);
+        }
+        self.provision_resolved(&upper, of_lower, ()).map(Some).or_else(|error| {
+            let gone = self.destroy(&Selector::Id(id), Detach::IfIdle).map(|_| ());
+            if gone.is_ok() { not_here(error) } else { Err(error.with_undo(gone)) }
+        })
+    }
+
+    /// Where a rootfs is seen, and which of those nested in it are not a part of it.
+    pub(crate) fn seen(&self, record: &Record, mut nested: Vec<ContainerId>) -> (PathBuf, Vec<ContainerId>) {
+        let parts: Vec<_> = nested.extract_if(.., |id| self.whole(id.clone()) == record.plan.id).collect();
+        let upper = parts.first().and_then(|id| record::read_or_log(&self.paths.container(id)));
+        (upper.map_or_else(|| record.plan.rootfs.clone(), |upper| upper.plan.rootfs), nested)
+    }
+
+    /// The id of both, of either's.
+    pub(super) fn whole(&self, id: ContainerId) -> ContainerId {
+        let Some(parent) = id.parent() else { return id };
+        let read = |id: &ContainerId| record::read_or_log(&self.paths.container(id));
+        let shown = self.paths.lower_of(&parent);
+        let is_half = read(&id).is_some_and(|record| record.plan.layers.iter().any(|layer| layer.root == shown));
+        if is_half && read(&parent).is_some_and(|record| record.plan.rootfs == shown) { parent } else { id }
+    }
+}
+
+/// The id of the overlay over the FUSE mount of this id.
+pub(crate) fn upper_id(lower: &ContainerId) -> Result<ContainerId> {
+    format!("{lower}.rootfs").parse()
+}
