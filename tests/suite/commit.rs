@@ -4,6 +4,8 @@ use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
 use std::path::Path;
 
+use rustix::fs::{XattrFlags, setxattr};
+
 use crate::common::harness::{case, on};
 use crate::common::walk::{assert_same, picture};
 use crate::common::{Lane, Need, Stage, images};
@@ -26,6 +28,8 @@ fn change(rootfs: &Path) {
     fs::hard_link(at("home/u/more"), at("home/more")).expect("link");
     symlink("/etc/hosts", at("home/link")).expect("link");
     fs::set_permissions(at("data"), fs::Permissions::from_mode(0o700)).expect("chmod");
+    // Of a directory, and nothing else of it.
+    setxattr(at("var/lib"), "user.note", b"a note", XattrFlags::empty()).expect("set an attribute");
     // Its content stays in the image.
     fs::set_permissions(at("etc/passwd"), fs::Permissions::from_mode(0o600)).expect("chmod");
     // Made for what is mounted there; and read, which changes nothing.
@@ -34,7 +38,7 @@ fn change(rootfs: &Path) {
 }
 
 const CHANGES: &str = "D /bin/tool\nC /bin\nC /data\nC /etc\nC /etc/hosts\nC /etc/passwd\nC /home\nA /home/link\nA /home/more\nC /home/u\nA /home/u/more\n\
-                       C /usr\nC /usr/share\nD /usr/share/doc\nA /usr/share/new\nA /usr/share/new/file\n";
+                       C /usr\nC /usr/share\nD /usr/share/doc\nA /usr/share/new\nA /usr/share/new/file\nC /var\nC /var/lib\n";
 
 fn sorted(text: &str) -> String {
     let mut lines: Vec<&str> = text.lines().collect();

@@ -1,7 +1,7 @@
 //! What lies below an upper directory: the image's index, or plain layers without one.
 
 use std::ffi::OsStr;
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -11,7 +11,9 @@ use rustix::io::Errno;
 use super::walk::OPEN_DIR;
 use crate::error::{Error, Kind, Result, show};
 use crate::index::read::InodeKind;
-use crate::index::{Damaged, Index, Time};
+use crate::index::{Damaged, Index, Time, Xattr};
+use crate::store::archive::pax::is_xattr_taken;
+use crate::store::archive::write::read_xattrs;
 use crate::sys::fs::open_beneath;
 
 /// The layers, merged.
@@ -24,12 +26,14 @@ pub(crate) enum Below {
 }
 
 /// What a directory of an upper is compared with.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Seen {
     pub(super) is_directory: bool,
     pub(super) mode: u32,
     pub(super) owner: (u32, u32),
     pub(super) mtime: Time,
+    /// Of a directory, sorted: those that an image may have.
+    pub(super) xattrs: Vec<Xattr>,
 }
 
 impl Below {
@@ -44,23 +48,46 @@ impl Below {
         match self {
             Below::Index(index) => {
                 let Some(inode) = index.find(path).map_err(damaged)? else { return Ok(None) };
+                let is_directory = matches!(inode.kind, InodeKind::Directory { .. });
+                let mut xattrs = Vec::new();
+                for xattr in index.xattrs(&inode).map_err(damaged)?.take_while(|_| is_directory) {
+                    let (name, value) = xattr.map_err(damaged)?;
+                    if is_xattr_taken(name) {
+                        xattrs.push(Xattr { name: name.to_vec(), value: value.to_vec() });
+                    }
+                }
+                xattrs.sort_unstable();
                 Ok(Some(Seen {
-                    is_directory: matches!(inode.kind, InodeKind::Directory { .. }),
+                    is_directory,
                     mode: inode.mode & 0o7777,
                     owner: (inode.uid, inode.gid),
                     mtime: inode.mtime,
+                    xattrs,
                 }))
             }
             Below::Directory(root) => {
                 let path = Path::new(OsStr::from_bytes(if path.is_empty() { b"." } else { path }));
-                let stat = open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW)
-                    .and_then(|fd| fs::statat(&fd, "", AtFlags::EMPTY_PATH));
-                match stat {
-                    Ok(stat) => Ok(Some(Seen {
-                        is_directory: FileType::from_raw_mode(stat.st_mode) == FileType::Directory,
+                let look = || {
+                    let stat = fs::statat(
+                        open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW)?,
+                        "",
+                        AtFlags::EMPTY_PATH,
+                    )?;
+                    let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+                    let xattrs = if is_directory {
+                        read_xattrs(open_beneath(root, path, OPEN_DIR)?.as_fd())?
+                    } else {
+                        Vec::new()
+                    };
+                    Ok((stat, is_directory, xattrs))
+                };
+                match look() {
+                    Ok((stat, is_directory, xattrs)) => Ok(Some(Seen {
+                        is_directory,
                         mode: stat.st_mode & 0o7777,
                         owner: (stat.st_uid, stat.st_gid),
                         mtime: Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 },
+                        xattrs,
                     })),
                     Err(Errno::NOENT | Errno::NOTDIR | Errno::LOOP) => Ok(None),
                     Err(e) => Err(Error::sys("look at layer", show(path), e)),

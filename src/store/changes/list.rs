@@ -6,7 +6,7 @@ use super::Upper;
 use super::below::{Below, Seen};
 use super::walk::{Found, Is, Shows, Visitor};
 use crate::error::Result;
-use crate::index::Time;
+use crate::index::{Time, Xattr};
 use crate::stubs::{self, Stub};
 
 /// What became of a path.
@@ -74,11 +74,12 @@ impl Lister<'_> {
     }
 
     /// Does a directory look other than the layers' one?
-    fn stays(found: &Found<'_>, seen: Seen) -> Stays {
+    fn stays(found: &Found<'_>, xattrs: &[Xattr], seen: &Seen) -> Stays {
         let stat = &found.stat;
         let owner = (stat.st_uid, stat.st_gid);
         let mtime = Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 };
-        if !seen.is_directory || (stat.st_mode & 0o7777, owner) != (seen.mode, seen.owner) {
+        let is_same = (stat.st_mode & 0o7777, owner, xattrs) == (seen.mode, seen.owner, &*seen.xattrs);
+        if !seen.is_directory || !is_same {
             Stays::Yes
         } else if mtime == seen.mtime {
             Stays::No
@@ -103,15 +104,15 @@ impl Visitor for Lister<'_> {
             parent.hidden.remove(name);
         }
         let what = if seen.is_some() { Changed::Changed } else { Changed::Added };
-        if let Is::Directory { shows, .. } = found.is {
+        if let Is::Directory { shows, xattrs } = &found.is {
             let before = self.changes.len();
             let is_to_run = seen.is_none() && stubs::at(path).is_some();
-            let stays = match seen {
+            let stays = match &seen {
                 None if is_to_run => Stays::No,
                 None => Stays::Yes,
-                Some(seen) => Lister::stays(found, seen),
+                Some(seen) => Lister::stays(found, xattrs, seen),
             };
-            let is_hiding = shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
+            let is_hiding = *shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
             let hidden = if is_hiding { self.below.names(path)?.into_iter().collect() } else { BTreeSet::new() };
             if !path.is_empty() {
                 self.push(what, path);
