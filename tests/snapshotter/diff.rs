@@ -17,6 +17,7 @@ crate::tests![
     hostile_layers_are_refused,
     what_is_not_ours_is_left_to_containerd,
     a_kill_within_apply_leaves_nothing_half,
+    two_processes_wait_for_the_next_layer,
 ];
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -184,6 +185,57 @@ fn hostile_layers_are_refused() {
     assert_eq!(code(apply(&client, &noise, &mounts)), Code::InvalidArgument);
     assert_eq!(layers_in_store(&served), 0);
     assert!(!served.path("escaped").exists() && !served.log().contains("panicked"));
+}
+
+/// The readers of archives that a snapshotter has.
+fn readers(pid: u32) -> Vec<i32> {
+    let tasks = std::fs::read_dir(format!("/proc/{pid}/task")).into_iter().flatten().flatten();
+    let children = tasks.filter_map(|task| std::fs::read_to_string(task.path().join("children")).ok());
+    let pids: Vec<i32> =
+        children.flat_map(|all| all.split(' ').filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>()).collect();
+    let is_reader = |pid: &i32| {
+        std::fs::read(format!("/proc/{pid}/cmdline")).is_ok_and(|line| line.starts_with(b"fsprov: archive\0"))
+    };
+    pids.into_iter().filter(is_reader).collect()
+}
+
+fn two_processes_wait_for_the_next_layer() {
+    let (mut served, containerd) = node();
+    let client = served.client();
+    let pid = served.pid();
+    assert!(readers(pid).is_empty(), "none before the first");
+    let unpack = |n: u32| {
+        let text = n.to_string();
+        let blob = containerd.put(GZIP, gzip(&tar(&served, &text, &[File("a", &text)])));
+        let mounts = client.prepare(&format!("default/{n}/extract"), "").expect("prepare");
+        apply(&client, &blob, &mounts).expect("apply");
+    };
+    let wait = |count| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+        while readers(pid).len() != count {
+            assert!(std::time::Instant::now() < until, "{:?}", readers(pid));
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        readers(pid)
+    };
+    unpack(1);
+    let first = wait(2);
+    unpack(2);
+    let second = wait(2);
+    assert!(first.iter().all(|one| !second.contains(one)), "each reads one archive: {first:?}, {second:?}");
+    // One that was killed meanwhile is not taken.
+    for one in second {
+        let pid = rustix::process::Pid::from_raw(one).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
+    }
+    unpack(3);
+    let last = wait(2);
+    served.kill();
+    let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
+    while last.iter().any(|pid| std::path::Path::new(&format!("/proc/{pid}/cmdline")).exists()) {
+        assert!(std::time::Instant::now() < until, "they outlive it");
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
 }
 
 fn what_is_not_ours_is_left_to_containerd() {

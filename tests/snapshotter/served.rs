@@ -79,7 +79,7 @@ impl Served {
         command.args(args).envs(env.iter().copied()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         self.child = Some(command.spawn().expect("start fsprov"));
         let until = Instant::now() + self.patience;
-        while std::os::unix::net::UnixStream::connect(self.socket()).is_err() {
+        while !self.is_listening() {
             assert!(Instant::now() < until, "it does not listen: {}", self.log());
             if let Some(status) = self.child.as_mut().expect("it was started").try_wait().expect("wait") {
                 // One that a fault kills before it listens.
@@ -88,6 +88,14 @@ impl Served {
             }
             std::thread::sleep(Duration::from_millis(5));
         }
+    }
+
+    /// This one: a child of the one before, that has begun and is not another program yet, may still have its socket.
+    fn is_listening(&self) -> bool {
+        std::os::unix::net::UnixStream::connect(self.socket()).is_ok_and(|socket| {
+            let peer = rustix::net::sockopt::socket_peercred(socket).expect("a peer");
+            peer.pid.as_raw_nonzero().get() as u32 == self.pid()
+        })
     }
 
     pub(crate) fn client(&self) -> Client {

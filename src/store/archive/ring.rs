@@ -20,9 +20,11 @@ use crate::sys::raw;
 
 /// Bytes of a slot: so many that a hand-over costs nothing beside hashing them.
 const SLOT: usize = 128 << 10;
-/// What is read ahead of the slower of hashing and unpacking: large files and small ones come in bursts, and take one of the two longer.
-pub(super) const SLOTS: usize = 16;
-const ALL: usize = SLOT * SLOTS;
+/// Slots on the way to an unpacker: what is read ahead of the slower of hashing and unpacking. Large files and small ones come in bursts, and take one
+/// of the two longer.
+pub(super) const TO_UNPACKER: usize = 32;
+/// From a decoder, which is faster than both.
+const FROM_DECODER: usize = 4;
 
 /// What one end is made of: a pipe's end for the lengths, the memory, a pipe's end for what is free.
 pub(super) type End = [OwnedFd; 3];
@@ -32,18 +34,18 @@ pub(super) fn pipe() -> Result<(OwnedFd, OwnedFd)> {
 }
 
 /// Memory and pipes: the writer's end and the reader's.
-fn ends(for_whom: &str) -> Result<(End, End)> {
+fn ends(for_whom: &str, slots: usize) -> Result<(End, End)> {
     let fail = |e| Error::sys("make memory for", for_whom, e);
     let memory = memfd_create("archive", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING).map_err(fail)?;
-    ftruncate(&memory, ALL as u64).map_err(fail)?;
+    ftruncate(&memory, (slots * SLOT) as u64).map_err(fail)?;
     fcntl_add_seals(&memory, SealFlags::SHRINK | SealFlags::GROW).map_err(fail)?;
     let again = memory.try_clone().map_err(|e| Error::io("duplicate descriptor", "", e))?;
     let ((from, lengths), (freed, to)) = (pipe()?, pipe()?);
     Ok(([lengths, memory, freed], [from, again, to]))
 }
 
-fn map_writable(memory: &OwnedFd) -> Result<MmapMut> {
-    raw::map_writable(memory, 0, ALL).map_err(|e| Error::io("map memory of", "an archive", e))
+fn map_writable(memory: &OwnedFd, slots: usize) -> Result<MmapMut> {
+    raw::map_writable(memory, 0, slots * SLOT).map_err(|e| Error::io("map memory of", "an archive", e))
 }
 
 /// The writer's side of a ring, in this process.
@@ -55,30 +57,34 @@ pub(crate) struct Ring {
 impl Ring {
     /// One that no other process reads.
     pub(crate) fn alone() -> Result<Self> {
-        let memory = MmapMut::map_anon(ALL).map_err(|e| Error::io("map memory", "", e))?;
+        let memory = MmapMut::map_anon(TO_UNPACKER * SLOT).map_err(|e| Error::io("map memory", "", e))?;
         Ok(Ring { memory, turns: None })
     }
 
     /// One for an unpacker, and its end: for [`Mapped`].
     pub(crate) fn to_unpacker() -> Result<(Self, End)> {
-        let (ours, theirs) = ends("an unpacker")?;
-        let ring = Ring::take(ours)?;
+        let (ours, theirs) = ends("an unpacker", TO_UNPACKER)?;
+        let ring = Ring::of_end(ours, TO_UNPACKER)?;
         fcntl_add_seals(&theirs[1], SealFlags::FUTURE_WRITE | SealFlags::SEAL)
             .map_err(|e| Error::sys("make memory for", "an unpacker", e))?;
         Ok((ring, theirs))
     }
 
     /// One that its reader has made: [`Copied::from_decoder`].
-    pub(super) fn take([lengths, memory, freed]: End) -> Result<Self> {
-        let turns = Turns { lengths: lengths.into(), freed: freed.into(), full: 0, free: 0 };
-        Ok(Ring { memory: map_writable(&memory)?, turns: Some(turns) })
+    pub(super) fn take(end: End) -> Result<Self> {
+        Ring::of_end(end, FROM_DECODER)
+    }
+
+    fn of_end([lengths, memory, freed]: End, slots: usize) -> Result<Self> {
+        let turns = Turns { lengths: lengths.into(), freed: freed.into(), slots, full: 0, free: 0 };
+        Ok(Ring { memory: map_writable(&memory, slots)?, turns: Some(turns) })
     }
 
     /// Fill slot after slot by `read`, until that gives nothing or nobody takes any more.
     pub(super) fn fill(&mut self, mut read: impl FnMut(&mut [u8]) -> Result<usize>) -> Result<()> {
         let (slots, mut turns) = self.parts();
         let mut slots: Vec<_> = slots.collect();
-        for number in (0..SLOTS).cycle() {
+        for number in (0..slots.len()).cycle() {
             if !turns.as_mut().is_none_or(Turns::wait_for_room) {
                 break;
             }
@@ -100,6 +106,7 @@ impl Ring {
 pub(super) struct Turns {
     lengths: File,
     freed: File,
+    slots: usize,
     full: u64,
     free: u64,
 }
@@ -107,8 +114,8 @@ pub(super) struct Turns {
 impl Turns {
     /// Wait until the next slot is free. False: nobody reads any more.
     pub(super) fn wait_for_room(&mut self) -> bool {
-        let mut freed = [0; SLOTS];
-        while self.full - self.free >= SLOTS as u64 {
+        let mut freed = [0; TO_UNPACKER];
+        while self.full - self.free >= self.slots as u64 {
             match self.freed.read(&mut freed) {
                 // The reader may lie: a slot that changes under it is its own loss.
                 Ok(count @ 1..) => self.free = (self.free + count as u64).min(self.full),
@@ -130,13 +137,14 @@ impl Turns {
 struct Slot {
     lengths: File,
     freed: File,
+    slots: usize,
     number: usize,
     length: usize,
 }
 
 impl Slot {
-    fn new(lengths: OwnedFd, freed: OwnedFd) -> Self {
-        Slot { lengths: lengths.into(), freed: freed.into(), number: SLOTS - 1, length: 0 }
+    fn new(lengths: OwnedFd, freed: OwnedFd, slots: usize) -> Self {
+        Slot { lengths: lengths.into(), freed: freed.into(), slots, number: slots - 1, length: 0 }
     }
 
     /// Give it back and wait for the next. False at the end.
@@ -151,7 +159,7 @@ impl Slot {
             Err(e) if e.kind() == ErrorKind::UnexpectedEof => return Ok(false),
             other => other?,
         }
-        self.number = (self.number + 1) % SLOTS;
+        self.number = (self.number + 1) % self.slots;
         self.length = (u32::from_le_bytes(length) as usize).min(SLOT);
         Ok(true)
     }
@@ -165,8 +173,9 @@ pub(super) struct Mapped {
 
 impl Mapped {
     pub(super) fn new([lengths, memory, freed]: End) -> Result<Self> {
-        let memory = raw::map_range(&memory, 0, ALL).map_err(|e| Error::io("map memory of", "an archive", e))?;
-        Ok(Mapped { memory, slot: Slot::new(lengths, freed) })
+        let memory =
+            raw::map_range(&memory, 0, TO_UNPACKER * SLOT).map_err(|e| Error::io("map memory of", "an archive", e))?;
+        Ok(Mapped { memory, slot: Slot::new(lengths, freed, TO_UNPACKER) })
     }
 
     /// Give back the slot at hand and wait for the next. False at the end.
@@ -190,8 +199,8 @@ pub(super) struct Copied {
 impl Copied {
     /// What a decoder gives, and its end: for [`Ring::take`].
     pub(super) fn from_decoder() -> Result<(Self, End)> {
-        let (theirs, [lengths, memory, freed]) = ends("a decoder")?;
-        Ok((Copied { memory, slot: Slot::new(lengths, freed), at: 0 }, theirs))
+        let (theirs, [lengths, memory, freed]) = ends("a decoder", FROM_DECODER)?;
+        Ok((Copied { memory, slot: Slot::new(lengths, freed, FROM_DECODER), at: 0 }, theirs))
     }
 }
 
@@ -255,7 +264,7 @@ mod tests {
     fn a_reader_that_is_gone_is_seen() {
         let (mut ring, end) = Ring::to_unpacker().unwrap();
         let mut turns = ring.parts().1.unwrap();
-        (0..SLOTS).for_each(|_| assert!(turns.wait_for_room() && turns.hand_over(1)));
+        (0..TO_UNPACKER).for_each(|_| assert!(turns.wait_for_room() && turns.hand_over(1)));
         drop(end);
         assert!(!turns.wait_for_room());
         assert!(!turns.hand_over(1));

@@ -9,7 +9,7 @@ use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
 use sha2::Digest;
 use sha2::digest::Output;
 
-use super::ring::{Ring, SLOTS, Turns};
+use super::ring::{Ring, TO_UNPACKER, Turns};
 use crate::error::{Error, Kind, Result};
 
 /// Where the bytes go.
@@ -93,7 +93,7 @@ where
 {
     const OP: &str = "read archive";
     let (slots, turns) = ring.parts();
-    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(SLOTS);
+    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(TO_UNPACKER);
     let (free, hashed) = channel();
     for slot in slots {
         // Its other end is here.
