@@ -105,8 +105,8 @@ pub struct UpperTree {
     changes: AtomicU64,
     /// The names of upper directories that are being listed.
     listings: Mutex<LruCache<Node, Listing>>,
-    /// Upper files that are shown with setuid or setgid by a note.
-    set_id: DashSet<Node>,
+    /// Upper files of which it is known that a writer takes no setuid or setgid away that is noted. Of all others it is asked.
+    no_set_id: DashSet<Node>,
     durable: bool,
     locks: Locks,
     /// Numbers the copies on their way up.
@@ -176,7 +176,7 @@ impl UpperTree {
             owners,
             changes: AtomicU64::new(0),
             listings: Mutex::new(LruCache::new(list::LISTINGS)),
-            set_id: DashSet::new(),
+            no_set_id: DashSet::new(),
             durable: options.durable,
             locks: Locks::default(),
             staged: AtomicU64::new(0),

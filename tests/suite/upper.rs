@@ -112,6 +112,53 @@ case!("a_writable_fuse_rootfs_answers_like_a_directory", on::fuse, |stage: &Stag
     assert_eq!(want.len(), got.len());
 });
 
+// Also of one that nobody looked at since it was copied up, or since the server began: the kernel keeps the attributes that it was told before.
+case!("a_writer_takes_setuid_away_as_in_a_directory", on::fuse, |stage: &Stage| {
+    const MODES: [u32; 4] = [0o4755, 0o2775, 0o2664, 0o755];
+    let (image, plain) = (stage.small_image(), stage.mkdir("plain"));
+    for at in [&image, &plain] {
+        for (n, mode) in MODES.iter().enumerate() {
+            for how in ["written", "cut", "later"] {
+                let path = at.join(format!("{how}-{n}"));
+                fs::write(&path, "text").expect("write");
+                fs::set_permissions(&path, fs::Permissions::from_mode(*mode)).expect("chmod");
+            }
+        }
+    }
+    import(stage, &image);
+    let rootfs = stage.mount("image", "rootfs", upper());
+    let mut later = Vec::new();
+    let modes = |when: &str| {
+        for (n, mode) in MODES.iter().enumerate() {
+            for how in ["written", "cut", "later"] {
+                let name = format!("{how}-{n}");
+                let [want, got] =
+                    [&plain, &rootfs].map(|at| fs::metadata(at.join(&name)).expect("stat").mode() & 0o7777);
+                assert_eq!(format!("{got:o}"), format!("{want:o}"), "{when}: {name}, which was {mode:o}");
+            }
+        }
+    };
+    modes("at first");
+    for at in [&rootfs, &plain] {
+        for n in 0..MODES.len() {
+            let open = |how: &str| OpenOptions::new().write(true).open(at.join(format!("{how}-{n}"))).expect("open");
+            open("written").write_all(b"x").expect("write");
+            open("cut").set_len(1).expect("truncate");
+            later.push(open("later"));
+        }
+    }
+    modes("changed");
+    stage.fsprov(["restart", "k"]).run().ok();
+    for file in &mut later {
+        file.write_all(b"x").expect("write");
+    }
+    modes("changed after a restart");
+    drop(later);
+    stage.fsprov(["restart", "k"]).run().ok();
+    modes("at last");
+    stage.unmount(&rootfs);
+});
+
 /// What there is in each kit: what the image has, and what is made of it before a row of the table.
 fn make_kit(kit: &Path) {
     for dir in ["dir", "empty", "gone-dir", "opaque"] {

@@ -17,6 +17,10 @@ pub(crate) const PERMISSION_BITS: u32 = 0o7777;
 const OWN_FILE: u32 = 0o600;
 /// And of a directory.
 const OWN_DIRECTORY: u32 = 0o700;
+/// setuid and setgid.
+const SET_ID: u32 = 0o6000;
+/// Most files of which it is known that they lose nothing.
+const MOST_KNOWN: usize = 1 << 16;
 
 /// What becomes of owners.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -84,8 +88,8 @@ impl UpperTree {
         let Some(owner) = noted else { return };
         (attr.uid, attr.gid) = (owner.uid, owner.gid);
         attr.mode = attr.mode & TYPE_BITS | owner.mode;
-        if owner.mode & 0o6000 != 0 && attr.mode & TYPE_BITS == REGULAR {
-            self.set_id.insert(upper);
+        if owner.mode & SET_ID != 0 {
+            self.no_set_id.remove(&upper);
         }
     }
 
@@ -131,18 +135,35 @@ impl UpperTree {
         }
         let note = || self.upper.with_path(upper, |path| marks::note(path.as_bytes(), text.as_deref()));
         // One that was made a moment ago may be closed to its maker, and so to the note (xattr(7)).
-        if real.mode & 0o200 == 0 { set_mode().and_then(|()| note()) } else { note().and_then(|()| set_mode()) }
+        if real.mode & 0o200 == 0 { set_mode().and_then(|()| note()) } else { note().and_then(|()| set_mode()) }?;
+        self.know_set_id(upper, owner.mode & SET_ID != 0);
+        Ok(())
+    }
+
+    fn know_set_id(&self, upper: Node, has: bool) {
+        if has {
+            self.no_set_id.remove(&upper);
+            return;
+        }
+        if self.no_set_id.len() >= MOST_KNOWN {
+            self.no_set_id.clear();
+        }
+        self.no_set_id.insert(upper);
     }
 
     /// An ordinary writer changed this file. Was it shown with setuid or setgid, and lost it by that?
     pub(super) fn lose_noted_set_id(&self, upper: Node) -> bool {
-        if self.set_id.remove(&upper).is_none() {
+        if self.no_set_id.contains(&upper) {
             return false;
         }
         let lost = self.upper.getattr(upper, None).and_then(|(real, _)| {
             let was = Owner::of(&self.attr_above(upper, upper, real)?);
-            self.note(upper, was.without_set_id())?;
-            Ok(was.without_set_id() != was)
+            let lost = was.without_set_id() != was;
+            if lost {
+                self.note(upper, was.without_set_id())?;
+            }
+            self.know_set_id(upper, false);
+            Ok(lost)
         });
         lost.unwrap_or_else(|e| {
             log::warn!(target: super::TARGET, "take setuid away from {upper:x}: {e}");

@@ -292,6 +292,7 @@ impl UpperTree {
             self.upper.forget(upper, 1);
             return Err(Errno::NFILE);
         }
+        self.no_set_id.remove(&upper);
         let told = match entry.attr.mode & TYPE_BITS {
             REGULAR => self.upper.with_path(upper, |path| marks::origin(path.as_bytes(), upper)),
             _ => Ok(None),
