@@ -3,12 +3,16 @@
 //!
 //! Two rootfses: `ID` shows the image, below the state root; `ID.rootfs` is the overlay, where it was asked for. They are taken away together.
 
-use std::path::PathBuf;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 
 use super::request::{Changes, Request};
 use super::{Detach, Provisioner, Record, Selector, record, select};
 use crate::error::Result;
 use crate::id::ContainerId;
+use crate::index::Index;
 use crate::plan::{BackendKind, Ownership};
 use crate::store::ResolvedImage;
 use crate::sys::process::{has_several_ids, is_among_itself};
@@ -31,6 +35,7 @@ impl Provisioner {
             && is_among_itself()
             && self.host.kernel_version() >= SINCE
             && self.host.overlay().is_yes()
+            && !image.index.as_deref().is_some_and(|index| has_owners_on_disk(index, &image.layers))
     }
 
     /// Make it. `None`: not here, for a reason that is logged, and nothing of it is left.
@@ -83,6 +88,20 @@ impl Provisioner {
         let is_half = read(&id).is_some_and(|record| record.plan.layers.iter().any(|layer| layer.root == shown));
         if is_half && read(&parent).is_some_and(|record| record.plan.rootfs == shown) { parent } else { id }
     }
+}
+
+/// Do the layers on the disk have the owners that the index has, as those that this namespace's root imported? Told by the first file that is not
+/// root's.
+fn has_owners_on_disk(index: &Path, layers: &[PathBuf]) -> bool {
+    let Ok(index) = Index::open(index) else { return false };
+    let inodes = (0..index.inode_count()).filter_map(|row| index.inode(row).ok());
+    let Some(inode) = inodes.into_iter().find(|inode| (inode.uid, inode.gid) != (0, 0)) else { return true };
+    let mut path = Vec::new();
+    if index.home_path(&inode, &mut path).is_err() {
+        return false;
+    }
+    let on_disk = layers.iter().rev().find_map(|layer| layer.join(OsStr::from_bytes(&path)).symlink_metadata().ok());
+    on_disk.is_some_and(|meta| (meta.uid(), meta.gid()) == (inode.uid, inode.gid))
 }
 
 /// The id of the overlay over the FUSE mount of this id.

@@ -113,6 +113,42 @@ case!("what_the_kernel_gathered_is_committed", on::fuse, |stage: &Stage| {
     stage.assert_nothing_left("after all");
 });
 
+// At each step that a commit passes it is killed once: the rootfs and its changes are as they were, the store is whole, and there is the image or none.
+case!("a_commit_that_dies_at_any_step_can_be_made_again", keeps_changes, &[Need::Failpoints], |stage: &Stage| {
+    const NEXT: &str = "example.com/next:1";
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    change(&rootfs);
+    let want = picture(&rootfs);
+    let commit = || stage.fsprov(["commit", "web", NEXT]);
+    let remove = || {
+        stage.fsprov(["image", "rm", NEXT]).run().ok();
+        stage.fsprov(["image", "gc"]).run().ok();
+    };
+    let mut steps = super::faults::steps_in(&commit().env("FSPROV_LOG", "fsprov::fault=trace").run().ok().err());
+    steps.retain(super::faults::Step::is_first);
+    assert!(steps.len() > 10, "it passes {} steps", steps.len());
+    remove();
+    let mut killed = 0;
+    for step in &steps {
+        let outcome = commit().env("FAILPOINTS", step.with("kill")).run();
+        killed += usize::from(outcome.code().is_none());
+        assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), sorted(CHANGES), "{step}");
+        stage.fsprov(["image", "verify"]).run().ok();
+        if stage.fsprov(["image", "show", NEXT]).run().code() != Some(0) {
+            commit().run().ok();
+        }
+        let next = stage.mount(NEXT, "next", [] as [&str; 0]);
+        assert_same(&want, &picture(&next), &format!("{step}: the image"));
+        stage.unmount(&next);
+        remove();
+    }
+    assert_same(&want, &picture(&rootfs), "the rootfs");
+    assert!(killed > 5, "only {killed} of {} died", steps.len());
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after all");
+});
+
 // Owners and modes that an ordinary user may not set are noted beside the files: the image has them.
 case!("owners_that_are_noted_are_committed", |lane: &Lane| lane.name == "fuse-user", |stage: &Stage| {
     import(stage);

@@ -62,9 +62,10 @@ impl UpperTree {
                 let mtime = Timespec { tv_sec: stat.st_mtime as _, tv_nsec: stat.st_mtime_nsec as _ };
                 Origin { is_bare: true, filling: Some(mtime), ..Origin::of_copy(lower, upper) }.write(path)?;
                 step("upper.filling")?;
-                copy_content(&self.lower.content_fd(lower)?, &file, stat.st_size as u64)?;
+                let from = self.lower.content_fd(lower)?;
+                let copied = copy_content(&from, &file, stat.st_size as u64);
                 step("upper.filled")?;
-                put_back(path, mtime)?;
+                put_back(path, mtime).and(copied)?;
             }
             Origin::of_copy(lower, upper).write(path)
         })?;
