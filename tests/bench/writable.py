@@ -60,7 +60,7 @@ class Inside:
             sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} bench {top}/lower')
             sh(f'mount -t overlay -o lowerdir={top}/lower,{changes},userxattr overlay {point}')
         elif subject == 'fsprov writable':
-            sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} --upper {top}/changes bench {point}')
+            sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} --writable bench {point}')
         else:
             sh(f'fuse-overlayfs -o lowerdir={layer},{changes} {point}')
         return point
