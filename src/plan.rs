@@ -104,6 +104,7 @@ impl Default for Live {
 
 /// What is held back of an image in the rootfs itself; volumes have [`crate::volume::Powers`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Restraint {
     /// Do setuid and setgid bits and file capabilities of the image do nothing? `None`: they do what they do.
     #[serde(default, skip_serializing_if = "Option::is_none")]
