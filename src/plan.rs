@@ -182,7 +182,7 @@ pub struct Plan {
     /// Changes do not end with the rootfs: the user named the directory for them, which may have some from before.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub changes_stay: bool,
-    /// Are mount points that engines make there in a read-only rootfs ([`crate::stubs`])?
+    /// Are mount points that engines make there in a read-only rootfs?
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub stubs: bool,
     /// How volumes are served.

@@ -67,19 +67,21 @@ impl Changes {
         let place = open_kind("open the directory for changes", &self.at.0, FileType::Directory)?;
         place.check("directory for changes", self.known.as_ref())?;
         let upper = self.at.0.join(Scratch::UPPER);
-        let upper = Upper::open_in(&place, Scratch::UPPER, &upper, marks, self.owners.clone(), &self.limits)?;
-        match &self.below {
-            Lower::Index(index) if self.backend == BackendKind::Fuse => {
-                let layers = self
-                    .layers
-                    .iter()
-                    .map(|layer| open_resolved(layer).map_err(|e| Error::sys("open layer", show(layer), e)));
-                let layers = layers.collect::<Result<Vec<_>>>()?;
-                let image = ImageTree::open(Index::open(index)?, layers, Ownership::default(), Trust::default())?;
-                Ok(upper.upon(image))
-            }
-            _ => Ok(upper),
+        Upper::open_in(&place, Scratch::UPPER, &upper, marks, self.owners.clone(), &self.limits)
+    }
+
+    /// The same with the image that has the content of files that changed in attributes or names alone.
+    fn open_whole(&self) -> Result<Upper> {
+        let upper = self.open()?;
+        let Lower::Index(index) = &self.below else { return Ok(upper) };
+        if self.backend != BackendKind::Fuse {
+            return Ok(upper);
         }
+        let layers =
+            self.layers.iter().map(|layer| open_resolved(layer).map_err(|e| Error::sys("open layer", show(layer), e)));
+        let layers = layers.collect::<Result<Vec<_>>>()?;
+        let image = ImageTree::open(Index::open(index)?, layers, Ownership::default(), Trust::default())?;
+        Ok(upper.upon(image))
     }
 
     fn list(&self) -> Result<Vec<Change>> {
@@ -110,20 +112,19 @@ impl Provisioner {
         if changes.inside.is_some() {
             return store.commit(image, &|out| apart::write_layer(&changes, out), said);
         }
-        let upper = changes.open()?;
+        let upper = changes.open_whole()?;
         store.commit(image, &|out| upper.write_layer(None, out), said)
     }
 
     fn changes_of(&self, selector: &Selector) -> Result<(Record, Changes)> {
         let Some((outer, nested)) = self.with_nested(selector)? else { return Err(self.not_found(selector)) };
-        let stands_on = |record: &Record| record.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs);
         // `fsprov run` of an ordinary user lays what it changes over a read-only rootfs of its own.
         let top = match changes_at(&outer) {
             Some(_) => outer.clone(),
             None => nested
                 .iter()
                 .filter_map(|id| record::read_or_log(&self.paths.container(id)))
-                .find(|record| changes_at(record).is_some() && stands_on(record))
+                .find(|record| changes_at(record).is_some() && record.stands_on(&outer))
                 .ok_or_else(|| not_to_be_read(&outer))?,
         };
         let below = match self.lower_of(&top) {
@@ -160,7 +161,7 @@ impl Provisioner {
     fn lower_of(&self, top: &Record) -> Option<Record> {
         let (outer, _) = top.plan.id.as_str().rsplit_once('.')?;
         let outer = record::read_or_log(&self.paths.container(&outer.parse().ok()?))?;
-        top.plan.layers.iter().any(|layer| layer.root == outer.plan.rootfs).then_some(outer)
+        top.stands_on(&outer).then_some(outer)
     }
 }
 

@@ -50,6 +50,7 @@ pub use crate::backend::Detach;
 pub use crate::host::Host;
 pub use crate::plan::{BackendKind, IdRange, Live, Ownership, Plan, Restraint};
 pub use crate::traces::Traces;
+#[cfg(feature = "cli")]
 pub(crate) use changes::{READER, made_by, read_apart};
 #[doc(hidden)]
 pub use now::Now;

@@ -5,8 +5,9 @@
 
 use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{OFlags, fstat};
 
 use super::request::{Changes, Request};
 use super::{Detach, Provisioner, Record, Selector, record, select};
@@ -15,6 +16,7 @@ use crate::id::ContainerId;
 use crate::index::Index;
 use crate::plan::{BackendKind, Ownership};
 use crate::store::ResolvedImage;
+use crate::sys::fs::{open_beneath, open_resolved};
 use crate::sys::process::{has_several_ids, is_among_itself};
 
 /// An overlay in a user namespace takes a FUSE mount as its lower layer since then (trusted by `userxattr`; fs/overlayfs/super.c).
@@ -30,12 +32,11 @@ impl Provisioner {
             && !request.live.writeback
             && self.shelf.is_none();
         is_asked
-            && image.index.is_some()
             && has_several_ids()
             && is_among_itself()
             && self.host.kernel_version() >= SINCE
             && self.host.overlay().is_yes()
-            && !image.index.as_deref().is_some_and(|index| has_owners_on_disk(index, &image.layers))
+            && image.index.as_deref().is_some_and(|index| !has_owners_on_disk(index, &image.layers))
     }
 
     /// Make it. `None`: not here, for a reason that is logged, and nothing of it is left.
@@ -74,6 +75,7 @@ impl Provisioner {
     }
 
     /// Where a rootfs is seen, and which of those nested in it are not a part of it.
+    #[cfg(feature = "cli")]
     pub(crate) fn seen(&self, record: &Record, mut nested: Vec<ContainerId>) -> (PathBuf, Vec<ContainerId>) {
         let parts: Vec<_> = nested.extract_if(.., |id| self.whole(id.clone()) == record.plan.id).collect();
         let upper = parts.first().and_then(|id| record::read_or_log(&self.paths.container(id)));
@@ -85,8 +87,8 @@ impl Provisioner {
         let Some(parent) = id.parent() else { return id };
         let read = |id: &ContainerId| record::read_or_log(&self.paths.container(id));
         let shown = self.paths.lower_of(&parent);
-        let is_half = read(&id).is_some_and(|record| record.plan.layers.iter().any(|layer| layer.root == shown));
-        if is_half && read(&parent).is_some_and(|record| record.plan.rootfs == shown) { parent } else { id }
+        let lower = read(&parent).filter(|lower| lower.plan.rootfs == shown);
+        if lower.is_some_and(|lower| read(&id).is_some_and(|upper| upper.stands_on(&lower))) { parent } else { id }
     }
 }
 
@@ -94,14 +96,17 @@ impl Provisioner {
 /// root's.
 fn has_owners_on_disk(index: &Path, layers: &[PathBuf]) -> bool {
     let Ok(index) = Index::open(index) else { return false };
-    let inodes = (0..index.inode_count()).filter_map(|row| index.inode(row).ok());
-    let Some(inode) = inodes.into_iter().find(|inode| (inode.uid, inode.gid) != (0, 0)) else { return true };
+    let mut inodes = (0..index.inode_count()).filter_map(|row| index.inode(row).ok());
+    let Some(inode) = inodes.find(|inode| (inode.uid, inode.gid) != (0, 0)) else { return true };
     let mut path = Vec::new();
     if index.home_path(&inode, &mut path).is_err() {
         return false;
     }
-    let on_disk = layers.iter().rev().find_map(|layer| layer.join(OsStr::from_bytes(&path)).symlink_metadata().ok());
-    on_disk.is_some_and(|meta| (meta.uid(), meta.gid()) == (inode.uid, inode.gid))
+    // The image chose the path: a symlink on the way leads nowhere.
+    let path = Path::new(if path.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(&path) });
+    let look = |layer: &PathBuf| fstat(open_beneath(open_resolved(layer)?, path, OFlags::PATH | OFlags::NOFOLLOW)?);
+    let on_disk = layers.iter().rev().find_map(|layer| look(layer).ok());
+    on_disk.is_some_and(|stat| (stat.st_uid, stat.st_gid) == (inode.uid, inode.gid))
 }
 
 /// The id of the overlay over the FUSE mount of this id.

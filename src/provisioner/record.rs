@@ -83,6 +83,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// Is it laid over what `other` shows?
+    pub(super) fn stands_on(&self, other: &Record) -> bool {
+        self.plan.layers.iter().any(|layer| layer.root == other.plan.rootfs)
+    }
+
     /// A pending record of this moment, boot and mount namespace.
     pub(super) fn new(image: ImageNote, backend: BackendKind, planned: &Planned) -> Result<Self> {
         const FORM: &[time::format_description::FormatItem<'_>] =

@@ -53,7 +53,7 @@ pub use identity::ActAs;
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;
 /// Setuid and setgid.
-const SET_ID: u32 = 0o6000;
+pub(in crate::tree) const SET_ID: u32 = 0o6000;
 
 /// How a directory is served.
 #[derive(Clone, Debug)]

@@ -22,7 +22,7 @@ use crate::sys::raw;
 const SLOT: usize = 128 << 10;
 /// Slots on the way to an unpacker: what is read ahead of the slower of hashing and unpacking. Large files and small ones come in bursts, and take one
 /// of the two longer.
-pub(super) const TO_UNPACKER: usize = 32;
+const TO_UNPACKER: usize = 32;
 /// From a decoder, which is faster than both.
 const FROM_DECODER: usize = 4;
 

@@ -4,17 +4,17 @@
 //! the end marker too.
 
 use std::io::Write;
-use std::sync::mpsc::{Receiver, SyncSender, channel, sync_channel};
+use std::sync::mpsc::{Receiver, Sender, channel};
 
 use sha2::Digest;
 use sha2::digest::Output;
 
-use super::ring::{Ring, TO_UNPACKER, Turns};
+use super::ring::{Ring, Turns};
 use crate::error::{Error, Kind, Result};
 
 /// Where the bytes go.
 pub(crate) struct Sink<'a> {
-    to_hash: SyncSender<(&'a mut [u8], usize)>,
+    to_hash: Sender<(&'a mut [u8], usize)>,
     /// What was hashed, to be filled again.
     hashed: Receiver<&'a mut [u8]>,
     turns: Option<Turns>,
@@ -93,7 +93,7 @@ where
 {
     const OP: &str = "read archive";
     let (slots, turns) = ring.parts();
-    let (to_hash, full) = sync_channel::<(&mut [u8], usize)>(TO_UNPACKER);
+    let (to_hash, full) = channel::<(&mut [u8], usize)>();
     let (free, hashed) = channel();
     for slot in slots {
         // Its other end is here.

@@ -68,14 +68,11 @@ impl Below {
             Below::Directory(root) => {
                 let path = Path::new(OsStr::from_bytes(if path.is_empty() { b"." } else { path }));
                 let look = || {
-                    let stat = fs::statat(
-                        open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW)?,
-                        "",
-                        AtFlags::EMPTY_PATH,
-                    )?;
+                    let found = open_beneath(root, path, OFlags::PATH | OFlags::NOFOLLOW)?;
+                    let stat = fs::statat(&found, "", AtFlags::EMPTY_PATH)?;
                     let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
                     let xattrs = if is_directory {
-                        read_xattrs(open_beneath(root, path, OPEN_DIR)?.as_fd())?
+                        read_xattrs(fs::openat(&found, ".", OPEN_DIR, Mode::empty())?.as_fd())?
                     } else {
                         Vec::new()
                     };

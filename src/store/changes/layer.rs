@@ -7,14 +7,16 @@ use std::os::fd::OwnedFd;
 use rustix::fs::{FileType, SeekFrom, Stat};
 use rustix::io::Errno;
 
-use super::Upper;
 use super::owners::capability_of_image;
 use super::walk::{Found, Is, Shows, Visitor};
-use crate::error::{Error, Result};
+use super::{Marks, Upper};
+use crate::error::{Error, Kind, Result};
 use crate::index::{Entry, Time, What, Xattr};
 use crate::store::archive::pax::Piece;
 use crate::store::archive::read::BLOCK;
 use crate::store::archive::write::{END, header, sparse_header};
+use crate::sys::fs::proc_path;
+use crate::tree::upper::marks;
 
 /// Holes shorter than this are written as zeros: a sparse entry is read by fewer programs, and smaller only by that much.
 const SHORTEST_HOLE: u64 = 1 << 20;
@@ -103,7 +105,23 @@ impl Layer<'_> {
         Entry { mtime, ..entry }
     }
 
+    /// The image's file whose content a file of the writable tree shows.
+    fn content_below(&self, path: &[u8], file: &OwnedFd) -> Result<Option<OwnedFd>> {
+        let fail = |e| Error::sys("read changes", self.upper.shown(path), e);
+        if self.upper.marks != Marks::Tree {
+            return Ok(None);
+        }
+        let Some(node) = marks::content_below(proc_path(file).as_bytes()).map_err(fail)? else { return Ok(None) };
+        let nowhere = "its content is in the image, which is not known";
+        let image = self.upper.image.as_ref();
+        let image =
+            image.ok_or_else(|| Error::new(Kind::Unsupported, "read changes", self.upper.shown(path), nowhere))?;
+        image.content_fd(node).map(Some).map_err(fail)
+    }
+
     fn file(&mut self, path: &[u8], stat: &Stat, file: &OwnedFd, xattrs: &[Xattr]) -> Result<()> {
+        let below = self.content_below(path, file)?;
+        let file = below.as_ref().unwrap_or(file);
         let size = u64::try_from(stat.st_size).unwrap_or_default();
         let most = self.upper.limits.sparse_pieces;
         let pieces = data_of(file, size, most).map_err(|e| Error::sys("read changes", self.upper.shown(path), e))?;

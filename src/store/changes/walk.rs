@@ -120,19 +120,6 @@ impl Walk<'_> {
         Error::new(kind, "read changes", self.shown(), why.into())
     }
 
-    /// The image's file whose content a file of the writable tree shows.
-    fn content_below(&self, file: &OwnedFd) -> Result<Option<OwnedFd>> {
-        if self.upper.marks != Marks::Tree {
-            return Ok(None);
-        }
-        let Some(node) = marks::content_below(proc_path(file).as_bytes()).map_err(|e| self.fail(e))? else {
-            return Ok(None);
-        };
-        let nowhere = || self.refuse(Kind::Unsupported, "its content is in the image, which is not known");
-        let image = self.upper.image.as_ref().ok_or_else(nowhere)?;
-        image.content_fd(node).map(Some).map_err(|e| self.fail(e))
-    }
-
     /// Attributes that an image may have, of an open file or directory.
     fn attributes(&self, fd: &OwnedFd) -> Result<Vec<Xattr>> {
         for mark in self.upper.marks.elsewhere() {
@@ -259,8 +246,7 @@ impl Walk<'_> {
             }
             FileType::RegularFile => {
                 let (file, stat) = opened(OPEN_FILE)?;
-                let below = self.content_below(&file)?;
-                let is = Is::File { file: below.as_ref().unwrap_or(&file), xattrs: self.attributes(&file)? };
+                let is = Is::File { file: &file, xattrs: self.attributes(&file)? };
                 let stat = self.as_in_image(stat, Some(&file));
                 return self.visitor.found(&Found { path: &self.path, stat, is });
             }

@@ -9,12 +9,9 @@ use rustix::fs::{self, AtFlags, OFlags, Timespec, Timestamps, UTIME_OMIT};
 use super::marks::{self, Origin};
 use super::raise::{Content, copy_content};
 use super::{REGULAR, TYPE_BITS, UpperTree, step};
+use crate::sys::attrs::CAPABILITY;
+use crate::tree::dir::SET_ID;
 use crate::tree::{Attr, Change, Node, Result, Tree as _};
-
-/// Mode bits that a write takes away.
-const SET_ID: u32 = 0o6000;
-/// An attribute that it takes away, too.
-const CAPABILITY: &[u8] = b"security.capability";
 
 /// How much of a file must be above for this change.
 pub(super) fn needed_for(change: &Change) -> Content {
@@ -89,11 +86,11 @@ impl UpperTree {
     }
 
     /// A pair was just made of what the file had said. Another request may have filled it, and the kernel forgotten it, since then.
-    pub(super) fn check_bare(&self, lower: Node, upper: Node, path: &[u8]) -> Result<()> {
-        if self.told(path, upper)?.is_none_or(|(_, is_bare)| !is_bare) {
+    pub(super) fn check_bare(&self, lower: Node, upper: Node, path: &[u8]) {
+        // What cannot be asked is as it was: filling it will say so.
+        if self.told(path, upper).is_ok_and(|told| told.is_none_or(|(_, is_bare)| !is_bare)) {
             self.pairs.filled(lower);
         }
-        Ok(())
     }
 
     /// What it takes on the disk is what the image's file takes.

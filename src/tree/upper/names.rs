@@ -142,8 +142,12 @@ impl UpperTree {
         let told = self.lower_of(lower_dir, place, name, (upper, entry.attr.mode)).and_then(|lower| {
             let Some((lower, is_bare)) = lower else { return Ok(upper | MADE) };
             match self.pairs.join(lower, upper, 1, is_bare) {
-                Joined::New if is_bare => self.check_bare(lower, upper, &marks::path_of(place, name)).map(|()| lower),
-                Joined::New => Ok(lower),
+                Joined::New => {
+                    if is_bare {
+                        self.check_bare(lower, upper, &marks::path_of(place, name));
+                    }
+                    Ok(lower)
+                }
                 Joined::Known => {
                     self.upper.forget(upper, 1);
                     Ok(lower)

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use super::{DIRECTORY, REGULAR, TYPE_BITS, UpperTree, marks};
 use crate::plan::Ownership;
-use crate::tree::dir::{ActAs, unmap};
+use crate::tree::dir::{ActAs, SET_ID, unmap};
 use crate::tree::{Attr, Caller, Change, Errno, Handle, Node, Result, Tree as _};
 
 /// Permission bits, setuid, setgid and sticky among them.
@@ -17,8 +17,6 @@ pub(crate) const PERMISSION_BITS: u32 = 0o7777;
 const OWN_FILE: u32 = 0o600;
 /// And of a directory.
 const OWN_DIRECTORY: u32 = 0o700;
-/// setuid and setgid.
-const SET_ID: u32 = 0o6000;
 /// Most files of which it is known that they lose nothing.
 const MOST_KNOWN: usize = 1 << 16;
 
@@ -57,7 +55,7 @@ impl Owner {
 
     /// Setuid goes, and setgid where the group may execute: when a file is given away (chown(2)) or an ordinary writer changes it (write(2)).
     fn without_set_id(self) -> Self {
-        Owner { mode: self.mode & if self.mode & 0o010 != 0 { !0o6000 } else { !0o4000 }, ..self }
+        Owner { mode: self.mode & if self.mode & 0o010 != 0 { !SET_ID } else { !0o4000 }, ..self }
     }
 
     /// As the attribute has it.

@@ -47,6 +47,9 @@ pub(super) fn bury(mut child: Child) {
 }
 
 fn refill() {
+    /// Held by who starts some: those who come meanwhile would start too many.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let Ok(_alone) = ALONE.try_lock() else { return };
     while waiting().as_ref().is_some_and(|all| all.len() < COUNT) {
         match spawn() {
             Ok(Some(one)) => waiting().get_or_insert_default().push(one),
