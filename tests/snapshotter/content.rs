@@ -116,6 +116,8 @@ pub(crate) struct Blobs {
     pub(crate) leases: Vec<(String, Lease)>,
     /// How many more bytes of blobs it takes.
     pub(crate) room: Option<usize>,
+    /// How long a part of a blob takes to come.
+    pub(crate) wait: std::time::Duration,
     /// Namespace and digest.
     asked: Vec<(String, String)>,
 }
@@ -156,7 +158,7 @@ impl Service<http::Request<Body>> for ContentStore {
 struct Reads(Arc<Mutex<Blobs>>);
 
 impl Service<Request<ReadAsked>> for Reads {
-    type Response = Response<Parts>;
+    type Response = Response<Pin<Box<dyn tokio_stream::Stream<Item = Result<ReadAnswer, Status>> + Send>>>;
     type Error = Status;
     type Future = std::future::Ready<Result<Self::Response, Status>>;
     fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Status>> {
@@ -168,8 +170,15 @@ impl Service<Request<ReadAsked>> for Reads {
         let mut blobs = self.0.lock().expect("no panic");
         blobs.asked.push((namespace.to_owned(), request.get_ref().digest.clone()));
         let found = blobs.by_digest.get(&request.get_ref().digest).cloned();
+        let wait = blobs.wait;
         std::future::ready(match found {
-            Some(bytes) => Ok(Response::new(Parts { bytes, at: 0 })),
+            Some(bytes) => {
+                let parts = tokio_stream::StreamExt::then(Parts { bytes, at: 0 }, move |part| async move {
+                    tokio::time::sleep(wait).await;
+                    part
+                });
+                Ok(Response::new(Box::pin(parts)))
+            }
             None => Err(Status::not_found("no such blob")),
         })
     }

@@ -18,6 +18,7 @@ crate::tests![
     what_is_not_ours_is_left_to_containerd,
     a_kill_within_apply_leaves_nothing_half,
     two_processes_wait_for_the_next_layer,
+    what_waited_outlives_what_started_it,
 ];
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -235,6 +236,24 @@ fn two_processes_wait_for_the_next_layer() {
     while last.iter().any(|pid| std::path::Path::new(&format!("/proc/{pid}/cmdline")).exists()) {
         assert!(std::time::Instant::now() < until, "they outlive it");
         std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+}
+
+/// The kernel ends a process with the thread that started it, if the process asks for that.
+fn what_waited_outlives_what_started_it() {
+    if !cfg!(feature = "failpoints") {
+        return;
+    }
+    let mut served = Served::stopped();
+    let containerd = Containerd::listen(&served.containerd());
+    served.start(&[("FAILPOINTS", "archive.ahead=sleep(300)")]);
+    let client = served.client();
+    containerd.0.lock().expect("no panic").wait = std::time::Duration::from_millis(200);
+    for n in 1..4 {
+        let text = n.to_string();
+        let blob = containerd.put(PLAIN, tar(&served, &text, &[File("a", &text.repeat(400_000))]));
+        let mounts = client.prepare(&format!("default/{n}/extract"), "").expect("prepare");
+        apply(&client, &blob, &mounts).unwrap_or_else(|e| panic!("layer {n}: {e}"));
     }
 }
 

@@ -2,6 +2,7 @@
 //! as long as a small layer.
 
 use std::process::Child;
+use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{TARGET, spawn};
@@ -10,51 +11,72 @@ use crate::child::channel::Channel;
 /// A layer's: one that decodes and one that unpacks.
 const COUNT: usize = 2;
 
-/// `None`: nobody wants any.
-static WAITING: Mutex<Option<Vec<(Channel, Child)>>> = Mutex::new(None);
+/// Where some are wanted: those that wait, and where those that ended are told of.
+struct Ahead {
+    waiting: Vec<(Channel, Child)>,
+    ended: Sender<Child>,
+}
 
-fn waiting() -> MutexGuard<'static, Option<Vec<(Channel, Child)>>> {
-    WAITING.lock().unwrap_or_else(PoisonError::into_inner)
+static AHEAD: Mutex<Option<Ahead>> = Mutex::new(None);
+
+fn ahead() -> MutexGuard<'static, Option<Ahead>> {
+    AHEAD.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// After each archive, have some waiting for the next. They end with this process.
-#[cfg(feature = "containerd")]
+#[cfg_attr(not(feature = "containerd"), expect(dead_code, reason = "a snapshotter reads one after the other"))]
 pub(crate) fn expect_more() {
-    waiting().get_or_insert_default();
+    let mut ahead = ahead();
+    if ahead.is_some() {
+        return;
+    }
+    let (ended, told) = mpsc::channel();
+    // It stays: the kernel ends a child with the thread that started it (PR_SET_PDEATHSIG).
+    match std::thread::Builder::new().name("ahead".into()).spawn(move || keep(&told)) {
+        Ok(_) => *ahead = Some(Ahead { waiting: Vec::new(), ended }),
+        Err(e) => log::warn!(target: TARGET, "start thread: {e}"),
+    }
 }
 
 /// One that waits, if there is one.
 pub(super) fn take() -> Option<(Channel, Child)> {
-    let mut waiting = waiting();
-    let waiting = waiting.as_mut()?;
+    let mut ahead = ahead();
+    let waiting = &mut ahead.as_mut()?.waiting;
     // Someone may have killed it.
     std::iter::from_fn(|| waiting.pop())
         .find_map(|(channel, mut child)| matches!(child.try_wait(), Ok(None)).then_some((channel, child)))
 }
 
-/// One was ended: wait for its end, and start others. Not while there is work, and nobody waits for it where some are wanted.
-pub(super) fn bury(mut child: Child) {
-    let mut later = move || {
-        let _ = child.wait();
-        refill();
+/// One was ended: wait for its end. Where some are wanted, others are started then, and nobody waits for that.
+pub(super) fn bury(child: Child) {
+    let told = ahead().as_ref().map(|ahead| ahead.ended.clone());
+    let left = match told {
+        Some(ended) => ended.send(child).err().map(|unsent| unsent.0),
+        None => Some(child),
     };
-    if waiting().is_none() {
-        return later();
-    }
-    if let Err(e) = std::thread::Builder::new().name("ahead".into()).spawn(later) {
-        log::warn!(target: TARGET, "start thread: {e}");
+    if let Some(mut child) = left {
+        let _ = child.wait();
     }
 }
 
-fn refill() {
-    /// Held by who starts some: those who come meanwhile would start too many.
-    static ALONE: Mutex<()> = Mutex::new(());
-    let Ok(_alone) = ALONE.try_lock() else { return };
-    while waiting().as_ref().is_some_and(|all| all.len() < COUNT) {
-        match spawn() {
-            Ok(Some(one)) => waiting().get_or_insert_default().push(one),
-            Ok(None) => return,
-            Err(e) => return log::debug!(target: TARGET, "not started ahead: {e}"),
+fn keep(ended: &Receiver<Child>) {
+    for mut child in ended {
+        let _ = child.wait();
+        while ahead().as_ref().is_some_and(|ahead| ahead.waiting.len() < COUNT) {
+            match spawn() {
+                Ok(Some(one)) => {
+                    if let Some(ahead) = ahead().as_mut() {
+                        ahead.waiting.push(one);
+                    }
+                }
+                Ok(None) => break,
+                Err(e) => {
+                    log::debug!(target: TARGET, "not started ahead: {e}");
+                    break;
+                }
+            }
         }
+        #[cfg(feature = "failpoints")]
+        fail::fail_point!("archive.ahead");
     }
 }
