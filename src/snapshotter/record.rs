@@ -13,7 +13,7 @@ use super::messages::{Info, Timestamp};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::id::ImageId;
 use crate::plan::Ownership;
-use crate::sys::durable::{Survives, write_file};
+use crate::sys::durable::{Survives, make_unknown_file, write_file};
 
 const VERSION: u32 = 1;
 /// Longest record read: a key, a parent and labels, each bounded (see [`super::snapshots`]).
@@ -113,12 +113,27 @@ impl Record {
         Ok(data_encoding::HEXLOWER.encode(&Sha256::digest(text)))
     }
 
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
-        let path = dir.join(RECORD);
+    fn text(&self) -> Result<Vec<u8>> {
         let stored = Stored { record: self, check: self.check()? };
-        let text =
-            serde_json::to_vec_pretty(&stored).map_err(|e| Error::new(ErrorKind::Io, "write", show(&path), e))?;
-        write_file(&path, &text, Survives::PowerLoss)
+        serde_json::to_vec_pretty(&stored).map_err(|e| Error::new(ErrorKind::Io, "write snapshot", &self.name, e))
+    }
+
+    /// Into a directory that has none yet, and that nobody knows: it is not on the disk before the file that this gives was synced.
+    pub(super) fn make(&self, dir: &Path) -> Result<std::fs::File> {
+        make_unknown_file(&dir.join(RECORD), &self.text()?)
+    }
+
+    /// It was made, and never brought to the disk.
+    pub(super) fn is_blank(dir: &Path) -> bool {
+        match std::fs::symlink_metadata(dir.join(RECORD)) {
+            Ok(meta) => meta.len() == 0,
+            Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+        }
+    }
+
+    /// In place of the one that is there.
+    pub(super) fn write(&self, dir: &Path) -> Result<()> {
+        write_file(&dir.join(RECORD), &self.text()?, Survives::PowerLoss)
     }
 
     pub(super) fn read(dir: &Path) -> Result<Self> {
@@ -171,6 +186,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let mut record = Record::new(7, "ns/1/a b".into(), String::new(), Kind::Active);
         record.labels.insert("containerd.io/x".into(), "y\n".into());
+        record.make(dir.path()).unwrap();
         record.write(dir.path()).unwrap();
         assert_eq!(Record::read(dir.path()).unwrap(), record);
         let path = dir.path().join(RECORD);

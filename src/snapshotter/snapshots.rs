@@ -218,10 +218,14 @@ impl Snapshots {
     /// Bring a new snapshot to the disk: whole, or not at all.
     fn make(&self, record: &Record) -> Result<()> {
         let dir = self.dirs.fresh().join(record.number.to_string());
-        let made = self.fill(&dir, record).and_then(|()| {
+        let made = self.fill(&dir, record).and_then(|file| {
             fault::point("snapshotter.publish")?;
             let to = self.dirs.snapshot(record.number);
-            std::fs::rename(&dir, &to).map_err(|e| Error::io("publish snapshot", show(&to), e))?;
+            let fail = |e| Error::io("publish snapshot", show(&to), e);
+            std::fs::rename(&dir, &to).map_err(fail)?;
+            // Last: one commit of the journal has all of it. What a power loss leaves before is empty (see [`upkeep::load`]).
+            fault::point("durable.sync")?;
+            file.sync_all().map_err(fail)?;
             sync_dir(&self.dirs.snapshots())
         });
         made.map_err(|e| {
@@ -231,7 +235,7 @@ impl Snapshots {
         })
     }
 
-    fn fill(&self, dir: &Path, record: &Record) -> Result<()> {
+    fn fill(&self, dir: &Path, record: &Record) -> Result<std::fs::File> {
         // What a process that died here left has this number, too.
         remove_tree(dir)?;
         let mkdir = |dir: &Path, mode| {
@@ -251,7 +255,7 @@ impl Snapshots {
                 None => imitate(&files, &files, record.maps.as_ref())?,
             }
         }
-        record.write(dir)
+        record.make(dir)
     }
 
     /// Where a snapshot's own files are.
@@ -311,7 +315,8 @@ impl Snapshots {
         Ok(())
     }
 
-    /// `Remove`: it is out of sight, and on the disk until [`Self::cleanup`].
+    /// `Remove`: it is out of sight, and on the disk until [`Self::cleanup`]. One that a power loss brings back before that is nobody's, and containerd
+    /// removes it with what else it does not know.
     pub(crate) fn remove(&self, asked: &Keyed) -> Result<()> {
         let _changing = self.change();
         let record = self.find(&asked.key)?;
@@ -323,7 +328,6 @@ impl Snapshots {
         fault::point("snapshotter.remove")?;
         std::fs::rename(&from, &to).map_err(|e| inside(Error::io("remove snapshot", show(&from), e)))?;
         self.write(|table| table.remove(&asked.key));
-        sync_dir(&self.dirs.snapshots()).map_err(inside)?;
         for link in [record.number.to_string(), format!("{}s", record.number)] {
             let _ = std::fs::remove_file(self.dirs.links().join(link));
         }
@@ -336,6 +340,11 @@ impl Snapshots {
             Some(layer) if !self.is_used(layer) => self.claims().release(layer).map_err(inside),
             _ => Ok(()),
         }
+    }
+
+    /// [`Self::stat`] of one that there is.
+    pub(crate) fn stat_at_once(&self, asked: &Keyed) -> Option<Result<Told>> {
+        self.find(&asked.key).ok().map(|record| Ok(Told { info: Some(record.info()) }))
     }
 
     /// `Stat`.

@@ -37,6 +37,16 @@ pub fn write_file(path: &Path, bytes: &[u8], survives: Survives) -> Result<()> {
     }
 }
 
+/// Make a new file at `path`, mode 0600, in a directory that nobody knows yet. Who makes that known brings both to the disk.
+pub fn make_unknown_file(path: &Path, bytes: &[u8]) -> Result<std::fs::File> {
+    use std::os::unix::fs::OpenOptionsExt as _;
+    let failed = |e: std::io::Error| Error::io("write", show(path), e);
+    let mut file = std::fs::File::options().write(true).create_new(true).mode(0o600).open(path).map_err(failed)?;
+    fault::point("durable.write")?;
+    file.write_all(bytes).map_err(failed)?;
+    Ok(file)
+}
+
 /// Make a new file at `path` of what `write` gives, whole or not at all, also after this process was killed: it has no name until
 /// it is complete (O_TMPFILE), or, where the file system cannot, one beside it. [`crate::Kind::Exists`] where there is one already.
 pub fn make_file(path: &Path, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {

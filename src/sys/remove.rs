@@ -92,6 +92,9 @@ fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Position<'_>) -> rustix::i
         Err(Errno::ISDIR | Errno::PERM) => {}
         other => return other,
     }
+    if unlinkat(parent, name, AtFlags::REMOVEDIR).is_ok() {
+        return Ok(());
+    }
     if mount_of(parent, name)? != mount_of(parent, c"")? {
         return Err(Errno::XDEV);
     }
@@ -107,14 +110,20 @@ fn entry(parent: BorrowedFd<'_>, name: &CStr, place: &Position<'_>) -> rustix::i
         other => other?,
     };
     let below = Position { top: Some(place.top.unwrap_or(&dir)), depth_left: place.depth_left - 1, moved: place.moved };
-    match children(&dir, &below) {
-        Err(Errno::ACCESS) => {
-            fchmod(&dir, Mode::RWXU)?;
-            children(&dir, &below)?;
+    // Deleting while reading may skip entries on some file systems.
+    loop {
+        let seen = match children(&dir, &below) {
+            Err(Errno::ACCESS) => {
+                fchmod(&dir, Mode::RWXU)?;
+                children(&dir, &below)?
+            }
+            other => other?,
+        };
+        match unlinkat(parent, name, AtFlags::REMOVEDIR) {
+            Err(Errno::NOTEMPTY | Errno::EXIST) if seen => {}
+            other => return other,
         }
-        other => other?,
     }
-    unlinkat(parent, name, AtFlags::REMOVEDIR)
 }
 
 fn open_up(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<()> {
@@ -125,29 +134,25 @@ fn open_up(parent: BorrowedFd<'_>, name: &CStr) -> rustix::io::Result<()> {
     rustix::fs::chmod(link, Mode::RWXU)
 }
 
-fn children(dir: &OwnedFd, place: &Position<'_>) -> rustix::io::Result<()> {
+/// Delete what one reading of a directory gives. `false`: that was nothing.
+fn children(dir: &OwnedFd, place: &Position<'_>) -> rustix::io::Result<bool> {
     let mut buffer = Vec::with_capacity(32 << 10);
-    loop {
-        // A new pass after each full read: deleting while reading may skip entries on some file systems.
-        let mut seen = false;
-        rustix::fs::seek(dir, rustix::fs::SeekFrom::Start(0))?;
-        let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
-        while let Some(item) = entries.next() {
-            let item = item?;
-            let name = item.file_name();
-            if name == c"." || name == c".." {
-                continue;
-            }
-            seen = true;
-            match entry(dir.as_fd(), name, place) {
-                Ok(()) | Err(Errno::NOENT) => {}
-                Err(e) => return Err(e),
-            }
+    let mut seen = false;
+    rustix::fs::seek(dir, rustix::fs::SeekFrom::Start(0))?;
+    let mut entries = RawDir::new(dir, buffer.spare_capacity_mut());
+    while let Some(item) = entries.next() {
+        let item = item?;
+        let name = item.file_name();
+        if name == c"." || name == c".." {
+            continue;
         }
-        if !seen {
-            return Ok(());
+        seen = true;
+        match entry(dir.as_fd(), name, place) {
+            Ok(()) | Err(Errno::NOENT) => {}
+            Err(e) => return Err(e),
         }
     }
+    Ok(seen)
 }
 
 #[cfg(test)]

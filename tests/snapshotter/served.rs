@@ -26,7 +26,9 @@ impl Served {
     }
 
     pub(crate) fn stopped() -> Self {
-        Self::stopped_in(Path::new("/tmp"))
+        // FSPROV_TEST_DIR: elsewhere than in memory, for what is measured.
+        let dir = std::env::var_os("FSPROV_TEST_DIR").unwrap_or_else(|| "/tmp".into());
+        Self::stopped_in(Path::new(&dir))
     }
 
     pub(crate) fn stopped_in(dir: &Path) -> Self {

@@ -19,6 +19,7 @@ crate::tests![
     a_kill_within_a_call_leaves_it_done_or_undone,
     a_failure_within_a_call_is_taken_back,
     damaged_records_are_left_out,
+    what_a_power_loss_left_of_one_is_gone,
     only_root_and_the_own_user_may_speak,
     sockets_and_states_of_others_are_refused,
     a_socket_is_passed_by_a_service_manager,
@@ -339,6 +340,31 @@ fn a_failure_within_a_call_is_taken_back() {
     }
 }
 
+/// As a file system without its last transaction has it: the directory, and of the record nothing, or a file without its bytes.
+fn what_a_power_loss_left_of_one_is_gone() {
+    let mut served = Served::new();
+    let make = |number: u32, record: Option<&str>, file: Option<&str>| {
+        let dir = served.state().join("s").join(number.to_string());
+        std::fs::create_dir_all(dir.join("fs")).expect("make");
+        for (path, text) in [("record.json", record), ("fs/data", file)] {
+            text.inspect(|text| std::fs::write(dir.join(path), text).expect("write"));
+        }
+    };
+    make(70, None, None);
+    make(71, Some(""), None);
+    // These are somebody's.
+    make(72, Some(""), Some("x"));
+    make(73, Some("{"), None);
+    served.kill();
+    served.start(&[]);
+    assert_eq!(served.entries("s"), ["72", "73"]);
+    assert_eq!(served.log().matches("the snapshot is left out").count(), 2, "{}", served.log());
+    let client = served.client();
+    assert!(client.names(&[]).is_empty());
+    layer(&served, &client, "a", "");
+    assert!(served.state().join("s/74/fs/a").exists(), "no number is given twice");
+}
+
 fn damaged_records_are_left_out() {
     let mut served = Served::new();
     let client = served.client();
@@ -350,7 +376,7 @@ fn damaged_records_are_left_out() {
     let text = std::fs::read_to_string(&record).expect("read");
     std::fs::write(&record, text.replace("\"name\": \"a\"", "\"name\": \"z\"")).expect("write");
     std::fs::write(served.state().join("s/3/record.json"), "{").expect("write");
-    std::fs::create_dir(served.state().join("s/7")).expect("make");
+    std::fs::create_dir_all(served.state().join("s/7/fs/x")).expect("make");
     served.start(&[]);
     let client = served.client();
     assert_eq!(client.names(&[]), ["b"]);

@@ -121,6 +121,15 @@ impl Snapshots {
         Err(not_found(&asked.key))
     }
 
+    /// [`Self::mounts`], if that is a look at the table: nothing is mounted for it, and no link made.
+    pub(crate) fn mounts_at_once(&self, asked: &Keyed) -> Option<Result<Mounts>> {
+        let record = self.find(&asked.key).ok().filter(|record| record.maps.is_none())?;
+        let stack = self.stack(&record).ok()?;
+        let below = without_repeats(&stack);
+        let length: usize = below.iter().map(|lower| lower.files.as_os_str().len() + 1).sum();
+        (length <= MAX_OWN_PATHS && !self.must_merge(&below)).then(|| self.mounts(asked))
+    }
+
     /// How a snapshot is mounted. It need not be there yet.
     pub(super) fn mounts_of(&self, record: &Record) -> Result<Mounts> {
         let stack = self.stack(record)?;

@@ -9,15 +9,22 @@ use super::{Snapshots, inside};
 use crate::error::{Error, Result, show};
 use crate::fault;
 use crate::id::ImageId;
-use crate::snapshotter::dirs::Dirs;
+use crate::snapshotter::dirs::{Dirs, FILES, WORK};
 use crate::snapshotter::mapped;
 use crate::snapshotter::record::Record;
+use crate::sys::durable::sync_dir;
 use crate::sys::remove::remove_tree;
 
 impl Snapshots {
     /// `Cleanup`: delete what was removed.
     pub(crate) fn cleanup(&self) -> Result<()> {
-        Self::clear(&self.dirs.gone())
+        let gone = self.dirs.gone();
+        if super::is_empty(&gone)? {
+            return Ok(());
+        }
+        // A half of one must not come back.
+        sync_dir(&self.dirs.snapshots()).map_err(inside)?;
+        Self::clear(&gone)
     }
 
     /// Delete all that is in one of our directories. What cannot be deleted is logged, and tried again next time.
@@ -68,6 +75,14 @@ impl Snapshots {
     }
 }
 
+/// Nothing was written to this snapshot.
+fn has_no_files(dir: &Path) -> bool {
+    [FILES, WORK].iter().all(|name| match std::fs::read_dir(dir.join(name)) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(error) => error.kind() == std::io::ErrorKind::NotFound,
+    })
+}
+
 /// Read all records. Gives the number that the next snapshot gets, too.
 pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
     let mut table = Table::default();
@@ -89,6 +104,11 @@ pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
             match Record::read(&path) {
                 Ok(record) if record.number == number => records.push(record),
                 Ok(record) => log::error!("{}: its record is of snapshot {}", show(&path), record.number),
+                // A power loss in the midst of `Prepare`, which was not answered.
+                Err(_) if Record::is_blank(&path) && has_no_files(&path) => {
+                    log::info!("{} was never finished", show(&path));
+                    remove_tree(&path)?;
+                }
                 Err(error) => log::error!("{error}: the snapshot is left out, and stays on the disk"),
             }
         }
