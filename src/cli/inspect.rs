@@ -11,7 +11,7 @@ use super::{Format, Global, complete, output};
 use crate::daemon::control::{Question, ask_within};
 use crate::error::{Result, show};
 use crate::plan::BackendKind;
-use crate::provisioner::{Condition, Status};
+use crate::provisioner::{Condition, Whole};
 use crate::volume::Access;
 
 #[derive(Debug, Args)]
@@ -27,8 +27,8 @@ pub(super) struct Inspect {
 impl Inspect {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let provisioner = global.provisioner()?;
-        let status = provisioner.inspect(&provisioner.select(&self.which)?)?;
-        if self.format.json { output::json(&Shown::of(&status)) } else { output::text(&describe(&status)) }
+        let whole = provisioner.inspect_whole(&provisioner.select(&self.which)?)?;
+        if self.format.json { output::json(&Shown::of(&whole)) } else { output::text(&describe(&whole)) }
     }
 }
 
@@ -52,44 +52,47 @@ fn walls(told: &serde_json::Value) -> String {
     text.join(", ")
 }
 
-fn describe(status: &Status) -> String {
-    let record = &status.record;
+fn describe(whole: &Whole) -> String {
+    let (record, top, health) = (&whole.base().record, &whole.top.record, whole.health());
     let mut rows = vec![
         ("id", record.plan.id.to_string()),
-        ("rootfs", show(&record.plan.rootfs)),
-        ("state", status.health.name().to_owned()),
-        ("backend", record.backend.to_string()),
+        ("rootfs", show(&top.plan.rootfs)),
+        ("state", health.name().to_owned()),
+        ("backend", top.backend.to_string()),
         ("image", record.image.reference.clone()),
     ];
     rows.extend(record.image.id.as_ref().map(|id| ("image id", id.to_string())));
     rows.extend(record.plan.layers.iter().map(|l| ("layer", show(&l.root))));
     rows.extend(record.plan.index.iter().map(|i| ("index", show(&i.0))));
-    for volume in &record.plan.volumes {
+    if record.plan.id != top.plan.id {
+        rows.push(("lies over", format!("{} ({})", show(&record.plan.rootfs), record.backend)));
+    }
+    for volume in &top.plan.volumes {
         let access = match volume.access {
             Access::Ro => "ro",
             Access::Rw => "rw",
         };
         rows.push(("volume", format!("{} <- {} ({access})", volume.target, show(&volume.source))));
     }
-    if let (Some(scratch), Some(usage)) = (&record.plan.scratch, status.changes) {
+    if let (Some(scratch), Some(usage)) = (&top.plan.scratch, whole.top.changes) {
         rows.push(("changes", format!("{} ({}, {} files)", show(&scratch.0), output::size(usage.bytes), usage.files)));
     }
     rows.extend(record.traces.supervisor.map(|p| ("supervisor pid", p.pid.to_string())));
     rows.extend(record.traces.worker.map(|p| ("worker pid", p.pid.to_string())));
-    if is_unsupervised(record, status.health) {
+    if is_unsupervised(record, health) {
         rows.push((
             "warning",
             "its supervisor died: no other worker follows this one; unmount and mount again".to_owned(),
         ));
     }
-    if status.health == Condition::Stopped {
+    if health == Condition::Stopped {
         rows.push((
             "warning",
             "its worker was stopped and does not answer: kill -CONT lets it go on, fsprov restart puts another in its place"
                 .to_owned(),
         ));
     }
-    if status.health == Condition::Ready && record.backend == BackendKind::Fuse {
+    if health == Condition::Ready && record.backend == BackendKind::Fuse {
         match ask_within(&record.plan, &Question::Stats, PATIENCE) {
             Ok(stats) => rows.push(("walls", walls(&stats["worker"]["walls"]))),
             Err(error) => rows.push(("warning", format!("its server does not answer: {error}"))),

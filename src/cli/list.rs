@@ -36,23 +36,24 @@ impl List {
             let all = crate::snapshotter::mounted(&global.paths()?.snapshotter())?;
             return if self.format.json { output::json(&all) } else { snapshots(&all) };
         }
-        let all = global.provisioner()?.list()?;
+        let all = global.provisioner()?.list_whole()?;
         if self.format.json {
             return output::json(&all.iter().map(Shown::of).collect::<Vec<_>>());
         }
         if self.quiet {
-            return all.iter().try_for_each(|s| output::line(s.record.plan.id.as_str()));
+            return all.iter().try_for_each(|s| output::line(s.base().record.plan.id.as_str()));
         }
         let rows: Vec<_> = all
             .iter()
             .map(|s| {
-                let image = s.record.image.name.as_deref().unwrap_or(&s.record.image.reference);
+                let (top, base) = (&s.top.record, &s.base().record);
+                let image = base.image.name.as_deref().unwrap_or(&base.image.reference);
                 [
-                    s.record.plan.id.to_string(),
-                    s.health.name().to_owned(),
-                    s.record.backend.to_string(),
+                    base.plan.id.to_string(),
+                    s.health().name().to_owned(),
+                    top.backend.to_string(),
                     image.to_owned(),
-                    show(&s.record.plan.rootfs),
+                    show(&top.plan.rootfs),
                 ]
             })
             .collect();

@@ -19,7 +19,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::{ContainerId, ImageRef};
 use crate::idmap::{self, MapArg};
 use crate::plan::{Live, Restraint};
-use crate::provisioner::{Changes, Condition, Cover, Record, Request};
+use crate::provisioner::{Changes, Cover, Request, Whole};
 use crate::store::Store;
 use crate::traces::Meter;
 use crate::volume::{self, ContainerPath, VolumeSpec};
@@ -122,7 +122,7 @@ impl Mount {
         let provisioner = global.provisioner()?;
         if self.foreground {
             self.pull_if_asked(global, &settings, &request.image)?;
-            return service::run(provisioner, &request, shelved, |record| self.report(record));
+            return service::run(provisioner, &request, shelved, |whole| self.report(whole));
         }
         let pulling = self.pull.then(|| Undoing::on_signal(global, None)).transpose()?;
         self.pull_if_asked(global, &settings, &request.image)?;
@@ -135,14 +135,15 @@ impl Mount {
         let meter = Arc::new(Meter::default());
         let bar = Bar::show(&meter);
         let new_sandbox = self.missing_sandbox();
-        let record = provisioner.metered(meter).provision(&request)?;
+        let provisioner = provisioner.metered(meter);
+        let record = provisioner.provision(&request)?;
         drop(undoing);
         // What is said next stands where the bar was.
         drop(bar);
         if let Some(sandbox) = new_sandbox {
             output::note(&format!("made the sandbox {}", show(&sandbox)));
         }
-        self.report(&record)
+        self.report(&provisioner.whole_of(record)?)
     }
 
     fn request(&self, configured: &Settings) -> Result<Request> {
@@ -205,17 +206,18 @@ impl Mount {
         self.volumes.iter().any(|v| VolumeSpec::parse(v).is_ok_and(|spec| spec.target == *target))
     }
 
-    fn report(&self, record: &Record) -> Result<()> {
+    fn report(&self, whole: &Whole) -> Result<()> {
         if self.format.json {
-            return output::json(&Shown::new(record, Condition::Ready, None));
+            return output::json(&Shown::of(whole));
         }
+        let (record, top) = (&whole.base().record, &whole.top.record);
         output::line(&format!(
             "mounted {} at {} (id {}, backend {}){}",
             record.image.name.as_deref().unwrap_or(&record.image.reference),
-            show(&record.plan.rootfs),
+            show(&top.plan.rootfs),
             record.plan.id,
-            record.backend,
-            held_back(record.plan.restraint)
+            top.backend,
+            held_back(top.plan.restraint)
         ))
     }
 }

@@ -35,29 +35,28 @@ impl Restart {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let provisioner = global.provisioner()?;
         let chosen = if self.all {
-            let mut all = provisioner.list()?;
+            let mut all = provisioner.list_whole()?;
             all.retain(|s| {
-                s.record.backend == BackendKind::Fuse && matches!(s.health, Condition::Ready | Condition::Stopped)
+                let served = s.base();
+                served.record.backend == BackendKind::Fuse
+                    && matches!(served.health, Condition::Ready | Condition::Stopped)
             });
             all
         } else {
-            self.which.iter().map(|w| provisioner.inspect(&provisioner.select(w)?)).collect::<Result<_>>()?
+            self.which.iter().map(|w| provisioner.inspect_whole(&provisioner.select(w)?)).collect::<Result<_>>()?
         };
         let question = Question::Restart(this_program()?);
         let mut answers = Vec::new();
         let mut first_error = None;
-        for status in chosen {
+        for whole in &chosen {
+            let (served, seen) = (&whole.base().record.plan, &whole.top.record.plan);
             // One that fails must not keep the others on the old version.
-            match control::ask(&status.record.plan, &question) {
+            match control::ask(served, &question) {
                 Ok(answer) => {
                     if !self.format.json {
-                        output::line(&format!(
-                            "restarted {} (worker {})",
-                            show(&status.record.plan.rootfs),
-                            answer["worker"]
-                        ))?;
+                        output::line(&format!("restarted {} (worker {})", show(&seen.rootfs), answer["worker"]))?;
                     }
-                    answers.push(serde_json::json!({ "id": status.record.plan.id, "workers": answer }));
+                    answers.push(serde_json::json!({ "id": served.id, "workers": answer }));
                 }
                 Err(error) => {
                     if let Some(earlier) = first_error.replace(error) {

@@ -11,7 +11,7 @@ use crate::daemon::SHELVED_PREFIX as PREFIX;
 use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::{BackendKind, Plan};
-use crate::provisioner::{Condition, Provisioner, Record, Request, Selector};
+use crate::provisioner::{Condition, Provisioner, Request, Selector, Whole};
 use crate::sys::raw;
 use crate::sys::signals::{Termination, Woken};
 use crate::traces::{Shelf, Shelved};
@@ -35,7 +35,7 @@ pub(super) fn run(
     provisioner: Provisioner,
     request: &Request,
     shelved: Vec<Shelved>,
-    report: impl FnOnce(&Record) -> Result<()>,
+    report: impl FnOnce(&Whole) -> Result<()>,
 ) -> Result<()> {
     // Caught before anything is made: a signal that comes meanwhile ends the wait at once.
     let signals = Termination::catch()?;
@@ -46,9 +46,10 @@ pub(super) fn run(
         Some(record) => record,
         None => provisioner.provision(request)?,
     };
-    report(&record)?;
-    tell(&[NotifyState::Ready, NotifyState::Status(&format!("{} is mounted", show(&record.plan.rootfs)))]);
-    stay(&provisioner, &record, &signals, is_kept)
+    let whole = provisioner.whole_of(record)?;
+    report(&whole)?;
+    tell(&[NotifyState::Ready, NotifyState::Status(&format!("{} is mounted", show(&whole.top.record.plan.rootfs)))]);
+    stay(&provisioner, &whole, &signals, is_kept)
 }
 
 /// systemd's store (FileDescriptorStoreMax= in systemd.service(5)). It takes what it is told without an answer.
@@ -87,7 +88,8 @@ fn watch(plan: &Plan, pause: Duration) {
 }
 
 /// Wait for a signal, or for the server's end; then take the rootfs away.
-fn stay(provisioner: &Provisioner, record: &Record, signals: &Termination, is_kept: bool) -> Result<()> {
+fn stay(provisioner: &Provisioner, whole: &Whole, signals: &Termination, is_kept: bool) -> Result<()> {
+    let record = &whole.base().record;
     if let Some(interval) = sd_notify::watchdog_enabled() {
         let plan = record.plan.clone();
         std::thread::spawn(move || watch(&plan, interval / WATCHDOG_SHARE));

@@ -6,7 +6,7 @@ use serde::Serialize;
 
 use crate::backend::Usage;
 use crate::plan::{BackendKind, IndexFile, Layer, Ownership};
-use crate::provisioner::{Condition, ImageNote, Record, Status};
+use crate::provisioner::{Condition, ImageNote, Record, Whole};
 use crate::volume::Volume;
 
 #[derive(Serialize)]
@@ -68,36 +68,33 @@ pub(super) fn is_unsupervised(record: &Record, state: Condition) -> bool {
 }
 
 impl<'a> Shown<'a> {
-    pub(super) fn new(record: &'a Record, state: Condition, changes: Option<Usage>) -> Self {
+    pub(super) fn of(whole: &'a Whole) -> Self {
+        let (top, base, state) = (&whole.top.record, &whole.base().record, whole.health());
         Shown {
-            id: record.plan.id.as_str(),
+            id: base.plan.id.as_str(),
             state,
-            rootfs: &record.plan.rootfs,
-            backend: record.backend,
-            image: &record.image,
-            layers: &record.plan.layers,
-            index: record.plan.index.as_ref(),
-            volumes: &record.plan.volumes,
-            nosuid: record.plan.restraint.nosuid(),
-            nodev: record.plan.restraint.nodev(),
-            no_devices: record.plan.restraint.no_devices,
-            stubs: record.plan.stubs,
-            ownership: &record.plan.ownership,
-            changes: record
+            rootfs: &top.plan.rootfs,
+            backend: top.backend,
+            image: &base.image,
+            layers: &base.plan.layers,
+            index: base.plan.index.as_ref(),
+            volumes: &top.plan.volumes,
+            nosuid: top.plan.restraint.nosuid(),
+            nodev: top.plan.restraint.nodev(),
+            no_devices: base.plan.restraint.no_devices,
+            stubs: top.plan.stubs,
+            ownership: &base.plan.ownership,
+            changes: top
                 .plan
                 .scratch
                 .as_ref()
-                .map(|s| ShownChanges { path: &s.0, usage: changes.unwrap_or_default() }),
-            created: &record.created,
-            mount_id: record.traces.mount_id,
-            mount_namespace: record.mount_namespace.1,
-            supervisor_pid: record.traces.supervisor.map(|p| p.pid),
-            worker_pid: record.traces.worker.map(|p| p.pid),
-            unsupervised: is_unsupervised(record, state),
+                .map(|s| ShownChanges { path: &s.0, usage: whole.top.changes.unwrap_or_default() }),
+            created: &base.created,
+            mount_id: top.traces.mount_id,
+            mount_namespace: top.mount_namespace.1,
+            supervisor_pid: base.traces.supervisor.map(|p| p.pid),
+            worker_pid: base.traces.worker.map(|p| p.pid),
+            unsupervised: is_unsupervised(base, state),
         }
-    }
-
-    pub(super) fn of(status: &'a Status) -> Self {
-        Shown::new(&status.record, status.health, status.changes)
     }
 }

@@ -40,7 +40,7 @@ pub(super) struct Stats {
 impl Stats {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let provisioner = global.provisioner()?;
-        let plan = provisioner.inspect(&provisioner.select(&self.which)?)?.record.plan;
+        let plan = provisioner.inspect_whole(&provisioner.select(&self.which)?)?.base().record.plan.clone();
         if let Some(level) = &self.log_level {
             control::ask(&plan, &Question::Level(level.clone()))?;
         }

@@ -44,11 +44,11 @@ impl Unmount {
         if !self.all {
             return self.which.iter().map(|w| provisioner.select(w)).collect();
         }
-        let mut all = provisioner.list()?;
+        let mut all = provisioner.list_whole()?;
         // The newest first: it may lie inside an older one.
         all.reverse();
-        all.retain(|s| s.health != Condition::Elsewhere);
-        Ok(all.into_iter().map(|s| Selector::Id(s.record.plan.id)).collect())
+        all.retain(|s| s.health() != Condition::Elsewhere);
+        Ok(all.iter().map(|s| Selector::Id(s.base().record.plan.id.clone())).collect())
     }
 }
 

@@ -20,7 +20,7 @@ impl Provisioner {
         let now = Now::look()?;
         for other in self.records_at(rootfs)? {
             if now.elsewhere(&other)?.is_none() {
-                let by = other.plan.id;
+                let by = self.whole(other.plan.id);
                 return Err(Error::new(
                     Kind::Busy,
                     "provision",

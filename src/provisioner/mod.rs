@@ -57,7 +57,7 @@ pub use now::Now;
 #[doc(hidden)]
 pub use open::open;
 #[cfg(feature = "cli")]
-pub(crate) use over::upper_id;
+pub(crate) use over::{Whole, upper_id};
 pub use record::{ImageNote, Record, State};
 pub use recover::{Outcome, Recovered};
 pub use request::{Changes, Cover, Request, Selector};
@@ -235,7 +235,8 @@ impl Provisioner {
         }
     }
 
-    /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out.
+    /// Every rootfs of this state root, oldest first. A record that cannot be read is logged and left out. An overlay that `auto` laid over a
+    /// FUSE mount is two: `ID` and `ID.rootfs`.
     ///
     /// ```no_run
     /// # let paths = fsprov::StatePaths::new("/var/lib/fsprov".into());
@@ -286,6 +287,9 @@ impl Provisioner {
         }
         let mut found = record::ids(&self.paths)?;
         found.retain(|id| id.as_str().starts_with(short.as_str()));
+        found = found.into_iter().map(|id| self.whole(id)).collect();
+        found.sort();
+        found.dedup();
         match &found[..] {
             [] => Ok(selector),
             [only] => Ok(Selector::Id(only.clone())),
@@ -384,14 +388,20 @@ impl Provisioner {
     }
 }
 
-/// Where each rootfs of a state root is. What cannot be read is left out.
+/// Where each rootfs of a state root is seen. What cannot be read is left out.
+#[cfg(feature = "cli")]
 pub(crate) fn mount_points(paths: &StatePaths) -> Vec<(ContainerId, std::path::PathBuf)> {
     let records = record::readable(paths).unwrap_or_default();
-    records.into_iter().map(|record| (record.plan.id, record.plan.rootfs)).collect()
+    let over = over::laid_over(paths, &records.iter().collect::<Vec<_>>());
+    let tops = records.iter().enumerate().filter(|(n, _)| !over.contains(&Some(*n)));
+    tops.map(|(n, top)| (records[over[n].unwrap_or(n)].plan.id.clone(), top.plan.rootfs.clone())).collect()
 }
 
 /// Images that a record below `paths` names, with the rootfs that uses each. A record that cannot be read is an error: who
 /// asks is about to delete.
 pub fn images_in_use(paths: &StatePaths) -> Result<Vec<(ImageId, ContainerId)>> {
-    Ok(record::all(paths)?.into_iter().filter_map(|r| Some((r.image.id?, r.plan.id))).collect())
+    let records = record::all(paths)?;
+    let over = over::laid_over(paths, &records.iter().collect::<Vec<_>>());
+    let used = records.into_iter().zip(over).filter(|(_, over)| over.is_none());
+    Ok(used.filter_map(|(r, _)| Some((r.image.id?, r.plan.id))).collect())
 }

@@ -69,15 +69,35 @@ impl Provisioner {
         Ok(all)
     }
 
-    /// Every id, and how deep its mount point lies.
+    /// Every id, and how deep its mount point lies. Of an overlay over a FUSE mount, the id of both.
     fn known(&self) -> Result<Vec<(ContainerId, usize)>> {
         let depth = |id: &ContainerId| {
-            record::read_or_log(&self.paths.container(id)).map_or(0, |r| r.plan.rootfs.components().count())
+            let record = record::read_or_log(&self.paths.container(id));
+            record.map_or(0, |r| self.top_of(&r).unwrap_or(r).plan.rootfs.components().count())
         };
-        Ok(record::ids(&self.paths)?.into_iter().map(|id| (depth(&id), id)).map(|(depth, id)| (id, depth)).collect())
+        let ids = record::ids(&self.paths)?.into_iter().filter(|id| self.whole(id.clone()) == *id);
+        Ok(ids.map(|id| (depth(&id), id)).map(|(depth, id)| (id, depth)).collect())
     }
 
+    /// A rootfs, and the overlay that is laid over it: a new mount below it needs a new overlay.
     fn recover_one(&self, id: &ContainerId, wanted: bool) -> Result<Outcome> {
+        let top = record::read_or_log(&self.paths.container(id)).and_then(|record| self.top_of(&record));
+        let outcome = self.recover_part(id, wanted, Below::AsItWas)?;
+        let below = match outcome {
+            Outcome::Kept => Below::AsItWas,
+            Outcome::Healed => Below::Anew,
+            _ => return Ok(outcome),
+        };
+        let Some(top) = top else { return Ok(outcome) };
+        match self.recover_part(&top.plan.id, wanted, below)? {
+            Outcome::Kept => Ok(outcome),
+            // It was half-made, and nobody uses what is below alone.
+            Outcome::Destroyed => self.destroy_id(id, Detach::Lazy).map(|_| Outcome::Destroyed),
+            other => Ok(other),
+        }
+    }
+
+    fn recover_part(&self, id: &ContainerId, wanted: bool, below: Below) -> Result<Outcome> {
         let container = self.paths.container(id);
         if lock::is_held(container.dir())? {
             return Ok(Outcome::Skipped);
@@ -89,8 +109,12 @@ impl Provisioner {
         let condition = record.as_ref().map(|record| Self::condition(record, &Now::look()?)).transpose()?;
         match (condition, record) {
             (Some(Condition::Elsewhere), _) => Ok(Outcome::Skipped),
-            (Some(Condition::Ready | Condition::Stopped), _) if wanted => Ok(Outcome::Kept),
-            (Some(Condition::Dead | Condition::Gone), Some(record)) if wanted => self.heal(&container, record, claim),
+            (Some(Condition::Ready | Condition::Stopped), _) if wanted && below == Below::AsItWas => Ok(Outcome::Kept),
+            (Some(Condition::Ready | Condition::Stopped | Condition::Dead | Condition::Gone), Some(record))
+                if wanted =>
+            {
+                self.heal(&container, record, claim)
+            }
             _ => {
                 drop(claim);
                 self.destroy_id(id, Detach::Lazy)?;
@@ -105,6 +129,12 @@ impl Provisioner {
         let (earlier, kept) = (now.traces(&record), record.clone());
         let of_another_boot = !now.is_of_this_boot(&record);
         let mut known = kept.places.clone();
+        if let Some(known) = &mut known
+            && self.whole(kept.plan.id.clone()) != kept.plan.id
+        {
+            // It is a FUSE mount below the state root, rebuilt a moment ago.
+            known.layers.clear();
+        }
         record.renew()?;
         let mut making = Making::new(self, container.clone(), record, claim);
         if kept.backend == BackendKind::Copy {
@@ -133,6 +163,13 @@ impl Provisioner {
             Err(e) => Err(e.with_undo(destroy::remove_changes(&making.record, Unwritten::IsNotOurs))),
         }
     }
+}
+
+/// What lies below an overlay.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Below {
+    AsItWas,
+    Anew,
 }
 
 /// How many ids an id is nested in.
