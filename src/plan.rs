@@ -268,9 +268,9 @@ impl Plan {
     /// For backends that show the layers themselves: the error where device nodes are to be left out, or mount points to be there.
     pub fn require_as_it_is(&self, backend: BackendKind) -> Result<()> {
         let (why, hint) = if self.restraint.no_devices {
-            ("leaves no device nodes out", "use --backend fuse or copy; --nodev keeps them from being opened")
+            ("cannot leave out device nodes", "use --backend fuse or copy; --nodev keeps them from being opened")
         } else if self.stubs && self.scratch.is_none() {
-            ("makes up no mount points for engines", "use --backend fuse, or copy")
+            ("cannot make up mount points for engines", "use --backend fuse, or copy")
         } else {
             return Ok(());
         };
@@ -285,7 +285,7 @@ impl Plan {
                 Kind::Unsupported,
                 "provision",
                 show(&self.rootfs),
-                format!("a rootfs of the {backend} backend is read-only"),
+                format!("the {backend} backend cannot make a writable rootfs"),
             )
             .hint("use --backend fuse, or overlay (as root, or inside `unshare -Urm`)"));
         }
@@ -295,7 +295,7 @@ impl Plan {
     /// For backends whose changes end with the rootfs: the error where a directory was named that they are to stay in.
     pub fn require_ending(&self, backend: BackendKind) -> Result<()> {
         if self.changes_stay {
-            let why = format!("with the {backend} backend, changes end with the rootfs");
+            let why = format!("the {backend} backend cannot keep changes after `unmount`");
             return Err(Error::new(Kind::Unsupported, "provision", show(&self.rootfs), why)
                 .hint("use --backend fuse, or leave --upper out"));
         }

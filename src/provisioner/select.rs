@@ -19,6 +19,15 @@ pub struct Rejected {
     pub remedy: String,
 }
 
+impl Rejected {
+    /// The reason after the backend's name between these, if it does not name the backend itself.
+    fn said(&self, before: &str, after: &str) -> String {
+        let Rejected { backend, reason, .. } = self;
+        let names_itself = reason.contains(&format!("the {backend} backend"));
+        if names_itself { reason.clone() } else { format!("{before}{backend}{after}: {reason}") }
+    }
+}
+
 /// The backend chosen, and those tried before it.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -104,12 +113,12 @@ fn choose_by(
     let error = |cause: String| Error::new(Kind::Unsupported, "provision", show(&plan.rootfs), cause);
     Err(match rejected.as_slice() {
         [one] if asked.is_some() => {
-            let error = error(format!("the {} backend cannot: {}", one.backend, one.reason));
+            let error = error(one.said("the ", " backend cannot serve it"));
             if one.remedy.is_empty() { error } else { error.hint(one.remedy.clone()) }
         }
         all => error("no backend can serve it".to_owned()).items(all.iter().map(|r| match r.remedy.as_str() {
-            "" => format!("{}: {}", r.backend, r.reason),
-            remedy => format!("{}: {} ({remedy})", r.backend, r.reason),
+            "" => r.said("", ""),
+            remedy => format!("{} ({remedy})", r.said("", "")),
         })),
     })
 }
@@ -135,6 +144,87 @@ mod tests {
         assert_eq!(Blame::of(&text(Kind::Usage)), None);
         // What is left of an attempt would be in the next one's way.
         assert_eq!(Blame::of(&sys(Errno::NOSYS).with_undo(Err(sys(Errno::BUSY)))), None);
+    }
+
+    type Change<'a> = &'a dyn Fn(&mut Plan);
+
+    #[test]
+    fn who_refuses_is_named_once() {
+        use crate::plan::{Layer, Scratch};
+        use BackendKind::{Bind, Copy, Overlay};
+        let host = Host::probe();
+        let no_devices = |plan: &mut Plan| plan.restraint.no_devices = true;
+        let stubs = |plan: &mut Plan| plan.stubs = true;
+        let writable = |plan: &mut Plan| plan.scratch = Some(Scratch("/changes".into()));
+        let kept = |plan: &mut Plan| (plan.scratch, plan.changes_stay) = (Some(Scratch("/changes".into())), true);
+        let two = |plan: &mut Plan| plan.layers = vec![Layer { root: "/a".into() }, Layer { root: "/b".into() }];
+        let filtered = |plan: &mut Plan| plan.is_filtered = true;
+        let whiteouts = |plan: &mut Plan| plan.has_whiteouts = true;
+        let cases: &[(BackendKind, Change<'_>, &str)] = &[
+            (
+                Bind,
+                &no_devices,
+                "the bind backend cannot leave out device nodes; use --backend fuse or copy; --nodev keeps them from being opened",
+            ),
+            (
+                Overlay,
+                &no_devices,
+                "the overlay backend cannot leave out device nodes; use --backend fuse or copy; --nodev keeps them from being opened",
+            ),
+            (Bind, &stubs, "the bind backend cannot make up mount points for engines; use --backend fuse, or copy"),
+            (
+                Overlay,
+                &stubs,
+                "the overlay backend cannot make up mount points for engines; use --backend fuse, or copy",
+            ),
+            (
+                Bind,
+                &writable,
+                "the bind backend cannot make a writable rootfs; use --backend fuse, or overlay (as root, or inside `unshare -Urm`)",
+            ),
+            (
+                Overlay,
+                &kept,
+                "the overlay backend cannot keep changes after `unmount`; use --backend fuse, or leave --upper out",
+            ),
+            (
+                Copy,
+                &kept,
+                "the copy backend cannot keep changes after `unmount`; use --backend fuse, or leave --upper out",
+            ),
+            (
+                Bind,
+                &two,
+                "multiple layers are not supported by the bind backend; use --backend fuse, or make it one layer with `fsprov image flatten`",
+            ),
+            (
+                Bind,
+                &whiteouts,
+                "the bind backend cannot serve it: the image's layer has whiteouts, which a bind mount would show; use --backend fuse or overlay, or flatten the image",
+            ),
+            (
+                Copy,
+                &filtered,
+                "the copy backend cannot serve it: the image's pathWhitelist leaves files out, which only its index does; use --backend fuse",
+            ),
+        ];
+        for (backend, with, want) in cases {
+            let mut plan = Plan::new("one".parse().unwrap(), "/r".into(), "/state".into());
+            plan.layers = vec![Layer { root: "/a".into() }];
+            with(&mut plan);
+            let error = choose(&host, &plan, Some(*backend)).unwrap_err();
+            assert_eq!(error.to_string(), format!("provision /r: {want}"));
+        }
+        // Of several, each line says whose it is.
+        let mut plan = Plan::new("one".parse().unwrap(), "/r".into(), "/state".into());
+        kept(&mut plan);
+        two(&mut plan);
+        let error = choose(&host, &plan, None).unwrap_err();
+        for (line, want) in
+            error.lines().skip(1).zip(["the bind backend cannot make", "the overlay backend cannot keep", "fuse: "])
+        {
+            assert!(line.trim_start().starts_with(want), "{line}");
+        }
     }
 
     #[test]
