@@ -15,6 +15,7 @@
 //! ├── cache/download/<key>/        what is being downloaded, or broke off; its holder has a flock on it
 //! ├── claims/<holder>/<diff id>    layers that somebody outside the store stands on (`crate::store`)
 //! ├── snapshotter/                 containerd's snapshots (`crate::snapshotter::dirs`)
+//! ├── snapshotters/<holder>        symlink to the state directory of a snapshotter that has another one
 //! ├── ids/<number>                  which subordinate ids a run has (`crate::run::auto`)
 //! ├── run/<container id>/           where `fsprov run` mounts
 //! ├── points/<hash>-<container id> which mount points are taken: `<hash>` of the path
@@ -89,6 +90,10 @@ impl StatePaths {
     /// The state directory of containerd's snapshotter.
     pub fn snapshotter(&self) -> PathBuf {
         self.root.join("snapshotter")
+    }
+    /// Where snapshotters' other state directories are named.
+    pub fn snapshotters(&self) -> PathBuf {
+        self.root.join("snapshotters")
     }
     /// The directory of provisioned rootfses.
     pub fn containers(&self) -> PathBuf {

@@ -33,7 +33,7 @@ impl List {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         #[cfg(feature = "containerd")]
         if self.snapshots {
-            let all = crate::snapshotter::mounted(&global.paths()?.snapshotter())?;
+            let all = crate::snapshotter::mounted(&global.paths()?)?;
             return if self.format.json { output::json(&all) } else { snapshots(&all) };
         }
         let all = global.provisioner()?.list_whole()?;
@@ -60,7 +60,7 @@ impl List {
         output::table(["ID", "STATE", "BACKEND", "IMAGE", "ROOTFS"], &rows)?;
         #[cfg(feature = "containerd")]
         {
-            let mounted = crate::snapshotter::mounted(&global.paths()?.snapshotter())?;
+            let mounted = crate::snapshotter::mounted(&global.paths()?)?;
             if !rows.is_empty() && !mounted.is_empty() {
                 output::line("")?;
             }

@@ -1,7 +1,9 @@
 //! Which snapshots are mounted where, as this process sees it: from the mount table and the records on the disk. The snapshotter need not run.
 
 use std::collections::{BTreeSet, HashMap};
+use std::ffi::OsStr;
 use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 
 use serde::Serialize;
@@ -9,7 +11,7 @@ use serde::Serialize;
 use super::record::{Kind, Record};
 use crate::error::{Error, Result, show};
 use crate::paths::StatePaths;
-use crate::provisioner::Provisioner;
+use crate::provisioner::{Provisioner, Status};
 use crate::sys::mountinfo::{self, MountInfo};
 
 /// The label of a snapshot that says which image it was pulled for.
@@ -54,50 +56,106 @@ impl What {
     }
 }
 
-/// Lists the mounts of the snapshots in this state directory; empty if the directory does not exist.
-pub(crate) fn mounted(state: &Path) -> Result<Vec<Mounted>> {
-    let Ok(state) = std::fs::canonicalize(state) else { return Ok(Vec::new()) };
-    let table = mountinfo::read()?;
-    let places = Places::of(&state, &table);
-    let found: Vec<_> = table.iter().filter_map(|mount| Some((mount, places.snapshot(mount)?))).collect();
-    let mut all = Vec::new();
-    if !found.is_empty() {
-        let records = Records::read(&state.join("s"))?;
-        for (mount, number) in found {
-            let Some(record) = records.by_number.get(&number) else { continue };
-            // A view of one that is committed shows that one's files.
-            let kind = if record.kind == Kind::Active { What::Active } else { What::View };
-            all.push(Mounted {
-                snapshot: record.name.clone(),
-                kind,
-                form: if mount.fs_type == "overlay" { "overlay" } else { "bind" },
-                image: records.image_of(record),
-                at: mount.point.clone(),
-            });
-        }
+/// Lists the mounts of the snapshots of all snapshotters upon this store.
+pub(crate) fn mounted(paths: &StatePaths) -> Result<Vec<Mounted>> {
+    let mut states = vec![paths.snapshotter()];
+    if let Ok(named) = std::fs::read_dir(paths.snapshotters()) {
+        states.extend(named.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()));
     }
-    let below = state.join("f");
-    if below.join("containers").exists() {
-        for status in Provisioner::of_host(StatePaths::new(below)).list()? {
-            let record = status.record;
-            let (snapshot, image, at) = (record.plan.id.to_string(), record.image.reference, record.plan.rootfs);
-            all.push(Mounted { snapshot, kind: What::Lower, form: "fuse", image, at });
+    let mut seen = BTreeSet::new();
+    let mut all = Vec::new();
+    for state in states {
+        // What is gone has no mounts.
+        let Ok(real) = std::fs::canonicalize(&state) else { continue };
+        if seen.insert(real.clone()) {
+            all.extend(mounted_of(&state, &real)?);
         }
     }
     all.sort_by(|a, b| (&a.snapshot, &a.at).cmp(&(&b.snapshot, &b.at)));
     Ok(all)
 }
 
+/// Name a state directory that is not the state root's own, so that [`mounted`] finds it. Names of those that are gone go.
+pub(super) fn name_state(state: &Path, holder: &str, paths: &StatePaths) -> Result<()> {
+    let dir = paths.snapshotters();
+    if state == paths.snapshotter() {
+        return Ok(());
+    }
+    let fail = |e| Error::io("name state directory in", show(&dir), e);
+    std::fs::DirBuilder::new().recursive(true).mode(0o700).create(&dir).map_err(fail)?;
+    for entry in std::fs::read_dir(&dir).map_err(fail)?.flatten() {
+        if std::fs::read_link(entry.path()).is_ok_and(|state| !state.exists()) {
+            std::fs::remove_file(entry.path()).map_err(fail)?;
+        }
+    }
+    match std::os::unix::fs::symlink(state, dir.join(holder)) {
+        // The name is a hash of what it leads to.
+        Err(e) if e.kind() == std::io::ErrorKind::AlreadyExists => Ok(()),
+        other => other.map_err(fail),
+    }
+}
+
+/// Those of one state directory, as it is named and as it is.
+fn mounted_of(state: &Path, real: &Path) -> Result<Vec<Mounted>> {
+    let table = mountinfo::read()?;
+    let places = Places::of(state, real, &table);
+    let found: Vec<_> = table.iter().filter_map(|mount| Some((mount, places.snapshot(mount)?))).collect();
+    let lowers = lowers(&real.join("f"))?;
+    let mut all = Vec::new();
+    if found.is_empty() && lowers.is_empty() {
+        return Ok(all);
+    }
+    let records = Records::read(&real.join("s"))?;
+    for (mount, number) in found {
+        let Some(record) = records.by_number.get(&number) else { continue };
+        // A view of one that is committed shows that one's files.
+        let kind = if record.kind == Kind::Active { What::Active } else { What::View };
+        all.push(Mounted {
+            snapshot: record.name.clone(),
+            kind,
+            form: if mount.fs_type == "overlay" { "overlay" } else { "bind" },
+            image: records.image_of(record),
+            at: mount.point.clone(),
+        });
+    }
+    for lower in lowers {
+        let device = table.iter().rfind(|mount| mount.point == lower.at).map(|mount| mount.dev);
+        let views =
+            table.iter().filter(|mount| Some(mount.dev) == device && mount.is_fuse() && mount.point != lower.at);
+        all.extend(views.filter_map(|mount| {
+            let record = records.view_of(&lower.image)?;
+            let (snapshot, image, at) = (record.name.clone(), records.image_of(record), mount.point.clone());
+            Some(Mounted { snapshot, kind: What::View, form: "bind", image, at })
+        }));
+        all.push(lower);
+    }
+    Ok(all)
+}
+
+/// The FUSE mounts below snapshots.
+fn lowers(dir: &Path) -> Result<Vec<Mounted>> {
+    if !dir.join("containers").exists() {
+        return Ok(Vec::new());
+    }
+    let all = Provisioner::of_host(StatePaths::new(dir.to_owned())).list()?;
+    let lower = |status: Status| {
+        let record = status.record;
+        let (snapshot, image, at) = (record.plan.id.to_string(), record.image.reference, record.plan.rootfs);
+        Mounted { snapshot, kind: What::Lower, form: "fuse", image, at }
+    };
+    Ok(all.into_iter().map(lower).collect())
+}
+
 /// The directories of snapshots, as mounts name them.
 struct Places {
-    snapshots: PathBuf,
+    snapshots: [PathBuf; 2],
     /// The device and the path on it.
     on_device: Option<((u32, u32), PathBuf)>,
 }
 
 impl Places {
-    fn of(state: &Path, table: &[MountInfo]) -> Self {
-        let snapshots = state.join("s");
+    fn of(state: &Path, real: &Path, table: &[MountInfo]) -> Self {
+        let snapshots = real.join("s");
         // The innermost mount that the directory lies on; of those that cover each other, the last.
         let innermost = table
             .iter()
@@ -105,21 +163,29 @@ impl Places {
             .max_by_key(|mount| mount.point.components().count());
         let on_device =
             innermost.and_then(|mount| Some((mount.dev, mount.root.join(snapshots.strip_prefix(&mount.point).ok()?))));
-        Places { snapshots, on_device }
+        Places { snapshots: [state.join("s"), snapshots], on_device }
     }
 
     /// The number of the snapshot that is mounted there.
     fn snapshot(&self, mount: &MountInfo) -> Option<u64> {
         let files = if mount.fs_type == "overlay" {
             let mut options = mount.super_options.as_bytes().split(|byte| *byte == b',');
-            let upper = options.find_map(|option| option.strip_prefix(b"upperdir="))?;
-            PathBuf::from(std::ffi::OsStr::from_bytes(upper)).strip_prefix(&self.snapshots).ok()?.to_owned()
+            let upper = options.find_map(|option| option.strip_prefix(b"upperdir="));
+            let Some(upper) = upper else {
+                // A view: its source is its own directory.
+                return self.below(Path::new(&mount.source))?.to_str()?.parse().ok();
+            };
+            self.below(Path::new(OsStr::from_bytes(upper)))?
         } else {
             let (_, below) = self.on_device.as_ref().filter(|(device, _)| *device == mount.dev)?;
-            mount.root.strip_prefix(below).ok()?.to_owned()
+            mount.root.strip_prefix(below).ok()?
         };
         let number = files.parent()?.to_str()?.parse().ok()?;
         (files.file_name()? == super::dirs::FILES).then_some(number)
+    }
+
+    fn below<'p>(&self, path: &'p Path) -> Option<&'p Path> {
+        self.snapshots.iter().find_map(|snapshots| path.strip_prefix(snapshots).ok())
     }
 }
 
@@ -139,6 +205,17 @@ impl Records {
             }
         }
         Ok(all)
+    }
+
+    /// The view of what a FUSE mount shows, as that is called. `None`: none, or there are several, and which one is mounted nobody knows.
+    fn view_of(&self, shown: &str) -> Option<&Record> {
+        let stands_on = |record: &&Record| {
+            let parent = self.by_name.get(&record.parent).and_then(|number| self.by_number.get(number));
+            let chain = parent.and_then(|parent| parent.chain.as_deref());
+            record.kind == Kind::View && (chain == Some(shown) || record.parent == shown)
+        };
+        let mut views = self.by_number.values().filter(stands_on);
+        views.next().filter(|_| views.next().is_none())
     }
 
     /// What people call that which a snapshot stands on.

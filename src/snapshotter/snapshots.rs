@@ -23,6 +23,7 @@ use super::filter::Filters;
 use super::mapped;
 use super::merged::Merged;
 use super::messages::{Commit, Info, Keyed, Mounts, Prepare, Told, Update, Usage};
+use super::mounted;
 use super::record::{Kind, Record};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::fault;
@@ -106,8 +107,12 @@ impl Snapshots {
         let dirs = Dirs::open(state)?;
         let (table, next) = upkeep::load(&dirs)?;
         let merged = Merged::open(&dirs.merged())?;
+        let holder = chain::holder(state, store.paths());
+        if let Err(error) = mounted::name_state(state, &holder, store.paths()) {
+            log::warn!("`fsprov list` will not show these snapshots: {error}");
+        }
         let all = Snapshots {
-            holder: chain::holder(state, store.paths()),
+            holder,
             showing: Self::check_lower(&merged, lower)?,
             dirs,
             store,

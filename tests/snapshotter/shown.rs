@@ -8,7 +8,11 @@ use crate::client::{code, labels};
 use crate::images::{self, Entry::Dir, Entry::File};
 use crate::served::{Served, is_by_fuse};
 
-crate::tests![list_shows_snapshots_that_are_mounted, figures_are_prometheus_and_move,];
+crate::tests![
+    list_shows_snapshots_that_are_mounted,
+    list_shows_views_and_other_state_directories,
+    figures_are_prometheus_and_move,
+];
 
 fn list(served: &Served, args: &[&str]) -> String {
     let said = served.fsprov().arg("list").args(args).output().expect("run fsprov");
@@ -66,6 +70,48 @@ fn list_shows_snapshots_that_are_mounted() {
     drop((at, alone));
     served.start(&[]);
     assert!(!list(&served, &[]).contains("k8s.io"));
+}
+
+fn list_shows_views_and_other_state_directories() {
+    let mut served = Served::stopped();
+    // By a symlink: as it is named is how it stands in the mount table.
+    std::fs::create_dir(served.path("elsewhere")).expect("mkdir");
+    std::os::unix::fs::symlink("elsewhere", served.path("link")).expect("symlink");
+    let state = served.path("link/state").display().to_string();
+    served.start_with(&["--state", &state], &[]);
+    let client = served.client();
+    for (name, parent) in [("a", ""), ("b", "a")] {
+        let mounts = client.prepare("extract", parent).expect("prepare");
+        let at = served.mount(&mounts, "extract");
+        std::fs::write(at.path(name), name).expect("write");
+        drop(at);
+        client.commit(name, "extract").expect("commit");
+    }
+    let mounts = client.view("k8s.io/1/look", "b").expect("view");
+    let look = served.mount(&mounts, "look");
+    // Of the same layers, and not mounted.
+    let idle = client.view("k8s.io/2/idle", "a").expect("view");
+    let web = served.mount(&client.prepare("k8s.io/3/web", "b").expect("prepare"), "web");
+    assert!(look.path("a").exists() && look.path("b").exists());
+    let told = || -> Vec<serde_json::Value> {
+        let told: serde_json::Value = serde_json::from_str(&list(&served, &["--snapshots", "--json"])).expect("JSON");
+        told.as_array().expect("a list").iter().filter(|one| one["kind"] != "lower").cloned().collect()
+    };
+    let path = |name: &str| served.path(name).display().to_string();
+    let form = if is_by_fuse() { "bind" } else { "overlay" };
+    let want = [
+        serde_json::json!({ "snapshot": "k8s.io/1/look", "kind": "view", "form": form, "image": "b", "at": path("look") }),
+        serde_json::json!({ "snapshot": "k8s.io/3/web", "kind": "active", "form": "overlay", "image": "b", "at": path("web") }),
+    ];
+    assert_eq!(told(), want);
+    let table = list(&served, &[]);
+    assert!(table.contains("k8s.io/1/look") && !table.contains("k8s.io/2/idle"), "{table}");
+    drop((look, web, idle));
+    // What is gone is no error.
+    served.stop();
+    std::fs::rename(served.path("elsewhere"), served.path("gone")).expect("rename");
+    assert_eq!(list(&served, &["--snapshots"]), "");
+    std::fs::rename(served.path("gone"), served.path("elsewhere")).expect("rename");
 }
 
 /// Prometheus's text format, version 0.0.4: the type of each metric, and each sample's value.

@@ -148,7 +148,9 @@ impl Snapshots {
                 options.push(format!("upperdir={}", text(&own.join(FILES))));
             }
             options.push(format!("lowerdir={lower}"));
-            Mount { r#type: "overlay".into(), source: "overlay".into(), target: String::new(), options }
+            // The kernel takes any source, and shows it in the mount table. Nothing else there tells whose a view is.
+            let source = if record.kind == Kind::Active { "overlay".into() } else { text(&own) };
+            Mount { r#type: "overlay".into(), source, target: String::new(), options }
         };
         let mount = match (&below[..], record.kind) {
             ([], Kind::View) => bind(&own.join(FILES), "ro"),
