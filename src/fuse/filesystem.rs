@@ -154,7 +154,7 @@ impl Filesystem for FuseAdapter {
         if self.no_open {
             return self.request(request, Operation::Open, |_| reply.error(fuser::Errno::ENOSYS));
         }
-        let open = |tree: &dyn Tree| tree.open(&caller(request), node.0, flags.0);
+        let open = |tree: &dyn Tree| self.open_file(tree, &caller(request), node, flags.0);
         self.answer(request, Operation::Open, node, reply, open, |reply, opened| {
             reply.opened(FileHandle(opened.handle), file_flags(opened));
         });
@@ -406,6 +406,10 @@ impl Filesystem for FuseAdapter {
     }
 
     fn lseek(&self, request: &Request, node: INodeNo, fh: FileHandle, offset: i64, whence: i32, reply: ReplyLseek) {
+        // What the kernel has gathered would be a hole below. It then takes all of every file for data.
+        if self.options.writeback {
+            return self.request(request, Operation::LSeek, |_| reply.error(fuser::Errno::ENOSYS));
+        }
         let seek = |tree: &dyn Tree| tree.lseek(node.0, fh.0, offset, whence);
         self.answer(request, Operation::LSeek, node, reply, seek, ReplyLseek::offset);
     }

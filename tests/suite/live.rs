@@ -60,6 +60,10 @@ case!("writeback_gathers_writes_until_close_or_sync", on::fuse, |stage: &Stage| 
         for n in 0..500 {
             file.write_all(format!("line {n:4}\n").as_bytes()).expect("write");
         }
+        // What is gathered is data too: cp would copy a hole.
+        let data = rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(0));
+        assert_eq!(data, Ok(0), "{more:?}");
+        rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).expect("seek");
         file.sync_all().expect("fsync");
         let text = fs::read_to_string(backing.join("f")).expect("read");
         assert_eq!((text.len(), text.lines().last()), (5000, Some("line  499")), "after fsync");
