@@ -126,7 +126,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     Ok((adapter, Server { job, trees, counters, started: Instant::now(), walls, control, _in_use: in_use }, notes))
 }
 
-fn begin(adapter: FuseAdapter, server: &Server, notes: Notes, channel: &Channel) -> Result<session::Running> {
+fn begin(mut adapter: FuseAdapter, server: &Server, notes: Notes, channel: &Channel) -> Result<session::Running> {
     let job = &server.job;
     let Some((ToWorker::Begin { init, start, minor }, fds)) = channel.receive()? else {
         return Err(Error::new(Kind::Helper, "begin", "", "the supervisor gave up"));
@@ -145,7 +145,10 @@ fn begin(adapter: FuseAdapter, server: &Server, notes: Notes, channel: &Channel)
     let mut poisoned = 0;
     let (notifier, buffers) = (adapter.notifier(), adapter.buffers());
     let mut running = match &start {
-        Begin::First => session::start(adapter, &connection, &init, Start::First, &buffers)?,
+        Begin::First => {
+            adapter.is_first();
+            session::start(adapter, &connection, &init, Start::First, &buffers)?
+        }
         Begin::Again { reply, resend, with_care } => {
             let reply = unhex(reply)?;
             if *with_care && resend.works(&init) {

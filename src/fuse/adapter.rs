@@ -16,7 +16,7 @@ use super::inflight::Notes;
 use super::pace::Pace;
 use crate::fault;
 use crate::tree::resend::{self, CurrentRequest};
-use crate::tree::{Tree, Writer};
+use crate::tree::{Caller, Opened, Result, Tree, Writer};
 
 pub(super) const TARGET: &str = "fsprov::fuse";
 
@@ -59,6 +59,7 @@ pub struct FuseAdapter {
     /// The kernel takes ENOSYS from open for "never ask again".
     pub(super) no_open: bool,
     pub(super) no_opendir: bool,
+    gives: bool,
     pace: Arc<Pace>,
     notes: OnceLock<Notes>,
     notifier: Arc<OnceLock<Notifier>>,
@@ -89,6 +90,7 @@ impl FuseAdapter {
             counters: Arc::default(),
             no_open: false,
             no_opendir: false,
+            gives: false,
             pace: Arc::default(),
             notes: OnceLock::new(),
             notifier: Arc::default(),
@@ -114,6 +116,23 @@ impl FuseAdapter {
     /// Where its session's notifier belongs, before the session runs.
     pub fn notifier(&self) -> Arc<OnceLock<Notifier>> {
         Arc::clone(&self.notifier)
+    }
+
+    /// It is the first server of its connection: no request from before waits, and content may be given with an open.
+    pub fn is_first(&mut self) {
+        self.gives = true;
+    }
+
+    /// Open a file.
+    pub(super) fn open_file(&self, tree: &dyn Tree, caller: &Caller, node: INodeNo, flags: i32) -> Result<Opened> {
+        let Some(notifier) = self.notifier.get().filter(|_| self.gives) else {
+            return tree.open(caller, node.0, flags);
+        };
+        tree.open_giving(caller, node.0, flags, &mut |content| {
+            if let Err(e) = notifier.store(node, 0, content) {
+                log::debug!(target: TARGET, "give the content of {:x}: {e}", node.0);
+            }
+        })
     }
 
     /// An ordinary writer changed a file, which took setuid and setgid away below; the kernel, which left that to us

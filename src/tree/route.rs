@@ -240,6 +240,13 @@ impl Tree for RouteTree {
         }
     }
 
+    fn open_giving(&self, caller: &Caller, node: Node, flags: i32, give: &mut dyn FnMut(&[u8])) -> Result<Opened> {
+        match self.tree(node)? {
+            Some((_, tree, inner)) => tree.open_giving(caller, inner, flags, give),
+            None => self.made(node)?.open(flags),
+        }
+    }
+
     fn read(&self, node: Node, handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         let Some((_, tree, inner)) = self.tree(node)? else {
             self.made(node)?.open(libc::O_RDONLY)?;

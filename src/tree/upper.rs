@@ -32,6 +32,7 @@
 //! could wait for another request.
 
 mod bare;
+mod give;
 mod list;
 pub(crate) mod marks;
 mod names;
@@ -62,6 +63,7 @@ use super::{
 use crate::error::{Error, Kind, show};
 use crate::plan::Scratch;
 use crate::volume::Access;
+use give::Given;
 use list::Listing;
 use owners::Owners;
 pub(crate) use owners::{Owner, PERMISSION_BITS};
@@ -109,6 +111,7 @@ pub struct UpperTree {
     no_set_id: DashSet<Node>,
     durable: bool,
     locks: Locks,
+    given: Given,
     /// Numbers the copies on their way up.
     staged: AtomicU64,
 }
@@ -167,6 +170,7 @@ impl UpperTree {
             _ => return Err(fail(Errno::NOTDIR)),
         };
         let pairs = Pairs::new(lower.index().inode_count(), top);
+        let given = Given::new(lower.index().inode_count());
         let tree = UpperTree {
             lower,
             upper: Arc::clone(&upper),
@@ -179,6 +183,7 @@ impl UpperTree {
             no_set_id: DashSet::new(),
             durable: options.durable,
             locks: Locks::default(),
+            given,
             staged: AtomicU64::new(0),
         };
         tree.go_on();
@@ -314,6 +319,13 @@ impl Tree for UpperTree {
             (Some(lower), _) | (None, Side::Lower(lower)) => self.lower.open(caller, lower, flags),
             (None, Side::Upper(upper)) => self.upper.open(caller, upper, flags),
         }
+    }
+    fn open_giving(&self, caller: &Caller, node: Node, flags: i32, give: &mut dyn FnMut(&[u8])) -> Result<Opened> {
+        let opened = self.open(caller, node, flags)?;
+        if let Some(lower) = self.content_below(node) {
+            self.give_once(node, lower, give);
+        }
+        Ok(opened)
     }
     fn read(&self, node: Node, handle: Handle, offset: u64, size: u32, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         match (self.content_below(node), self.side(node)) {

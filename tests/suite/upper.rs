@@ -417,6 +417,98 @@ case!("operations_on_files_of_the_image_in_a_rootfs_that_ends_answer_as_in_a_cop
     stage.unmount(&rootfs);
 });
 
+/// Requests of one kind so far.
+fn requests(stage: &Stage, kind: &str) -> u64 {
+    let stats = stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+    stats["worker"]["requests"][kind].as_u64().unwrap_or(0)
+}
+
+case!("content_goes_with_the_first_open", on::fuse, |stage: &Stage| {
+    let image = stage.small_image();
+    fs::create_dir(image.join("many")).expect("mkdir");
+    let text = |n: usize| format!("{n} ").repeat(1 + n * 37);
+    for n in 0..200 {
+        fs::write(image.join(format!("many/{n}")), text(n)).expect("write");
+    }
+    fs::write(image.join("large"), vec![7; 300_000]).expect("write");
+    import(stage, &image);
+    let rootfs = stage.mount("image", "rootfs", ["--id", "k", "--writable"]);
+    let read = |name: String| fs::read(rootfs.join(name)).expect("read");
+    let look = |from: usize, to: usize| {
+        for n in from..to {
+            assert_eq!(read(format!("many/{n}")), text(n).as_bytes(), "{n}");
+        }
+    };
+    look(0, 100);
+    assert_eq!(requests(stage, "read"), 0, "of 100 small files");
+    assert_eq!(read("large".into()), [7; 300_000]);
+    let large = requests(stage, "read");
+    assert!(large > 0);
+    // One that was written to, cut, or of which an attribute changed before anybody opened it.
+    OpenOptions::new().append(true).open(rootfs.join("many/100")).expect("open").write_all(b"more").expect("write");
+    assert_eq!(read("many/100".into()), [text(100).as_bytes(), b"more"].concat());
+    File::options().write(true).open(rootfs.join("many/101")).expect("open").set_len(3).expect("cut");
+    assert_eq!(read("many/101".into()), &text(101).as_bytes()[..3]);
+    fs::set_permissions(rootfs.join("many/102"), fs::Permissions::from_mode(0o600)).expect("chmod");
+    assert_eq!(read("many/102".into()), text(102).as_bytes());
+    // A server that is not the first gives nothing: what the kernel waits for may have come from before.
+    stage.fsprov(["restart", "k"]).run().ok();
+    look(103, 200);
+    assert!(requests(stage, "read") >= 97);
+    look(0, 100);
+    stage.unmount(&rootfs);
+});
+
+// Nobody reads what another is being given, and nothing that was given covers what somebody writes.
+case!("many_open_a_file_as_the_first", on::fuse, |stage: &Stage| {
+    const FILES: usize = 300;
+    let image = stage.small_image();
+    fs::create_dir(image.join("many")).expect("mkdir");
+    let old = |n: usize| format!("old {n} ").repeat(500);
+    for n in 0..FILES {
+        fs::write(image.join(format!("many/{n}")), old(n)).expect("write");
+    }
+    import(stage, &image);
+    let rootfs = stage.mount("image", "rootfs", ["--id", "k", "--writable"]);
+    std::thread::scope(|scope| {
+        for thread in 0..8 {
+            let (rootfs, old) = (&rootfs, &old);
+            scope.spawn(move || {
+                for n in 0..FILES {
+                    let path = rootfs.join(format!("many/{n}"));
+                    match (thread, n % 3) {
+                        (0, 0) => fs::write(&path, format!("new {n}")).expect("write"),
+                        (0, 1) => {
+                            let mut file = OpenOptions::new().append(true).open(&path).expect("open");
+                            file.write_all(b"new").expect("append");
+                        }
+                        (0, _) => fs::set_permissions(&path, fs::Permissions::from_mode(0o640)).expect("chmod"),
+                        _ => {
+                            let seen = fs::read_to_string(&path).expect("read");
+                            let (old, new) = (old(n), format!("new {n}"));
+                            assert!(
+                                seen == old || new.starts_with(&seen) || seen == format!("{old}new"),
+                                "{n}: {} bytes that begin with {:?}",
+                                seen.len(),
+                                &seen[..seen.len().min(20)]
+                            );
+                        }
+                    }
+                }
+            });
+        }
+    });
+    for n in 0..FILES {
+        let want = match n % 3 {
+            0 => format!("new {n}"),
+            1 => format!("{}new", old(n)),
+            _ => old(n),
+        };
+        assert_eq!(fs::read_to_string(rootfs.join(format!("many/{n}"))).expect("read"), want, "{n}");
+    }
+    stage.unmount(&rootfs);
+});
+
 /// Files that stand for whiteouts while a change is made.
 fn veils(dir: &Path) -> Vec<PathBuf> {
     let mut all = Vec::new();
