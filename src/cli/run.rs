@@ -285,16 +285,16 @@ impl BundleVerb {
         volumes: &[VolumeSpec],
     ) -> Result<()> {
         let is_writable = rustix::process::geteuid().is_root();
-        let root = Root { path: dir.join("rootfs"), is_writable };
-        let mut request = Request::new(image.reference()?, &root.path).id(id.clone());
+        let mut request = Request::new(image.reference()?, dir.join("rootfs")).id(id.clone());
         request.volumes = volumes.to_vec();
         request.sandbox.clone_from(&self.program.sandbox);
         if is_writable {
             request = request.writable().backend(BackendKind::Overlay);
         }
-        provisioner.provision(&request)?;
+        // Where the links on the way led.
+        let root = Root { path: provisioner.provision(&request)?.plan.rootfs, is_writable };
         let written = Bundle {
-            dir,
+            dir: root.path.parent().unwrap_or(dir),
             id,
             root: &root,
             image,

@@ -14,7 +14,7 @@ use super::{Image, Network, Options, seccomp};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
 use crate::plan::IdRange;
-use crate::sys::fs::{open_in_root, open_resolved};
+use crate::sys::fs::{explain_named, open_in_root, open_named, open_resolved};
 use crate::sys::process::ProcessId;
 use crate::volume::VolumeSpec;
 
@@ -72,13 +72,15 @@ impl Bundle<'_> {
         let args = options.args(said)?;
         let working_directory = options.working_directory(said)?;
         let root = open_resolved(&self.root.path).map_err(|e| Error::sys("open rootfs", show(&self.root.path), e))?;
+        // It may be another user's: opened once, and what is written replaces what is there.
+        let dir = open_named(self.dir).map_err(|e| explain_named("open bundle", self.dir, e))?;
         let identity = self.identity(&root)?;
         let hostname = self.hostname();
         let home = identity.home.clone().unwrap_or_else(|| "/".into());
         let here = |name: &str| std::env::var(name).ok();
         let environment = options.environment(said, &home, &hostname, here);
         let capabilities = options.capabilities()?;
-        let extra = self.extra(&root, &hostname)?;
+        let extra = self.extra(&dir, &root, &hostname)?;
         let seccomp = self.seccomp(&capabilities)?;
         if self.root.is_writable {
             make_directory(&root, &working_directory)?;
@@ -104,7 +106,7 @@ impl Bundle<'_> {
             is_root: self.is_root,
             has_many_ids: self.has_many_ids,
         })?;
-        config::write(&spec, self.dir)?;
+        config::write(&spec, &dir, self.dir)?;
         Ok(Written { args, environment, working_directory, root, stop_signal })
     }
 
@@ -141,7 +143,7 @@ impl Bundle<'_> {
     }
 
     /// What the runtime mounts on top.
-    fn extra(&self, root: &OwnedFd, hostname: &str) -> Result<Vec<Extra>> {
+    fn extra(&self, dir: &OwnedFd, root: &OwnedFd, hostname: &str) -> Result<Vec<Extra>> {
         let is_volume = |at: &str| self.volumes.iter().any(|v| v.target.as_path() == Path::new(at));
         let about = About {
             hostname,
@@ -156,7 +158,7 @@ impl Bundle<'_> {
             .iter()
             .filter_map(|one| if let Extra::Tmpfs { at, .. } = one { Some(at.clone()) } else { None })
             .collect();
-        for file in files::write(self.dir, about)? {
+        for file in files::write(dir, self.dir, about)? {
             let Extra::File { at, .. } = &file else { continue };
             let has_point = self.root.is_writable
                 || below_tmpfs.iter().any(|tmpfs| Path::new(at).starts_with(tmpfs))

@@ -4,6 +4,7 @@
 //! are those of the specification ("Default Filesystems", "Default Devices") and, where it says nothing, podman's.
 
 use std::collections::BTreeSet;
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
 use oci_spec::runtime::{LinuxSeccomp, Spec};
@@ -12,6 +13,7 @@ use serde_json::{Value, json};
 use super::user::Identity;
 use crate::error::{Error, Kind, Result};
 use crate::plan::IdRange;
+use crate::sys::durable::replace_at;
 
 /// The version that every runtime in use reads.
 const VERSION: &str = "1.0.2";
@@ -242,11 +244,12 @@ fn maps(ranges: &[IdRange], id: u32) -> bool {
 }
 
 /// The file itself.
-pub(crate) fn write(spec: &Spec, bundle: &Path) -> Result<()> {
-    let path = bundle.join("config.json");
-    let text = serde_json::to_vec_pretty(spec).map_err(|e| Error::new(Kind::Io, "write", "config.json", e))?;
-    std::fs::write(&path, text).map_err(|e| Error::io("write", crate::error::show(&path), e))
+pub(crate) fn write(spec: &Spec, bundle: impl AsFd, shown: &Path) -> Result<()> {
+    let text = serde_json::to_vec_pretty(spec).map_err(|e| Error::new(Kind::Io, "write", NAME, e))?;
+    replace_at(bundle, NAME, &shown.join(NAME), &text, None)
 }
+
+const NAME: &str = "config.json";
 
 #[cfg(test)]
 mod tests {
@@ -278,7 +281,7 @@ mod tests {
     /// The document as a runtime reads it.
     fn written(wanted: &Wanted) -> Value {
         let dir = tempfile::tempdir().unwrap();
-        write(&spec(wanted).unwrap(), dir.path()).unwrap();
+        write(&spec(wanted).unwrap(), std::fs::File::open(dir.path()).unwrap(), dir.path()).unwrap();
         serde_json::from_slice(&std::fs::read(dir.path().join("config.json")).unwrap()).unwrap()
     }
 

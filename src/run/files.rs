@@ -1,9 +1,13 @@
 //! The files that a container gets from who runs it: /etc/hosts, /etc/hostname, /etc/resolv.conf, /run/.containerenv.
 
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use rustix::fs::Mode;
+
 use super::config::{Extra, Network};
-use crate::error::{Error, Result, show};
+use crate::error::{Error, Result};
+use crate::sys::durable::replace_at;
 use crate::sys::fs::read_bounded;
 
 /// Longest file of the host that is taken over.
@@ -26,11 +30,11 @@ pub(crate) struct About<'a> {
     pub(crate) is_rootless: bool,
 }
 
-/// Make them in `dir`. Each is to be mounted at the path beside it.
-pub(crate) fn write(dir: &Path, about: About<'_>) -> Result<Vec<Extra>> {
+/// Make them in `dir`, whose path is `shown`. Each is to be mounted at the path beside it, and everyone inside may read it.
+pub(crate) fn write(dir: impl AsFd, shown: &Path, about: About<'_>) -> Result<Vec<Extra>> {
     let make = |name: &str, at: &str, text: &str| {
-        let from: PathBuf = dir.join(name);
-        std::fs::write(&from, text).map_err(|e| Error::io("write", show(&from), e))?;
+        let from: PathBuf = shown.join(name);
+        replace_at(&dir, name, &from, text.as_bytes(), Some(Mode::from_raw_mode(0o644)))?;
         Ok::<_, Error>(Extra::File { at: at.to_owned(), from })
     };
     Ok(vec![
@@ -114,7 +118,11 @@ mod tests {
             image_id: "sha256-00",
             is_rootless: true,
         };
-        let files = write(dir.path(), about).unwrap();
+        let victim = dir.path().join("victim");
+        std::fs::write(&victim, "whole").unwrap();
+        std::os::unix::fs::symlink("victim", dir.path().join("hosts")).unwrap();
+        let files = write(std::fs::File::open(dir.path()).unwrap(), dir.path(), about).unwrap();
+        assert_eq!(std::fs::read_to_string(victim).unwrap(), "whole", "a link is replaced, and not followed");
         let read = |name: &str| std::fs::read_to_string(dir.path().join(name)).unwrap();
         assert_eq!((read("hostname").as_str(), read("resolv.conf").as_str()), ("h\n", ""));
         let said = read("containerenv");

@@ -94,7 +94,8 @@ impl Files {
 }
 
 fn rows(text: &str) -> impl Iterator<Item = Vec<&str>> {
-    text.lines().map(|line| line.trim().split(':').collect())
+    // passwd(5) has 7 fields; an image's line of a million colons is not a million.
+    text.lines().map(|line| line.trim().splitn(8, ':').collect())
 }
 
 /// 4294967295 means "no change" to setuid(2), and is not an id.

@@ -1,7 +1,11 @@
 //! Writing so that a power loss leaves the old or the new, never half: rename alone is not durability.
 
 use std::io::Write as _;
+use std::os::fd::AsFd;
 use std::path::Path;
+
+use rustix::fs::{AtFlags, Mode, OFlags, fchmod, openat, renameat, unlinkat};
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::error::{Error, Result, show};
 use crate::fault;
@@ -37,6 +41,27 @@ pub fn write_file(path: &Path, bytes: &[u8], survives: Survives) -> Result<()> {
     }
 }
 
+/// Replace the file `name` in a directory that may be another user's: what has that name, a symlink too, is not followed. `mode`: of all
+/// others; `None`: as the umask has it. `path` is for messages.
+pub fn replace_at(dir: impl AsFd, name: &str, path: &Path, bytes: &[u8], mode: Option<Mode>) -> Result<()> {
+    const OP: &str = "write";
+    let fail = |e| Error::sys(OP, show(path), e);
+    let mut random = [0_u8; 8];
+    getrandom(&mut random, GetRandomFlags::empty()).map_err(fail)?;
+    let fresh = format!(".new-{}", data_encoding::HEXLOWER.encode(&random));
+    let flags = OFlags::WRONLY | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let mut file = std::fs::File::from(openat(&dir, &fresh, flags, Mode::from_raw_mode(0o666)).map_err(fail)?);
+    let done = file
+        .write_all(bytes)
+        .map_err(|e| Error::io(OP, show(path), e))
+        .and_then(|()| mode.map_or(Ok(()), |mode| fchmod(&file, mode).map_err(fail)))
+        .and_then(|()| renameat(&dir, &fresh, &dir, name).map_err(fail));
+    if done.is_err() {
+        let _ = unlinkat(&dir, &fresh, AtFlags::empty());
+    }
+    done
+}
+
 /// Make a new file at `path`, mode 0600, in a directory that nobody knows yet. Who makes that known brings both to the disk.
 pub fn make_unknown_file(path: &Path, bytes: &[u8]) -> Result<std::fs::File> {
     use std::os::unix::fs::OpenOptionsExt as _;
@@ -52,7 +77,7 @@ pub fn make_unknown_file(path: &Path, bytes: &[u8]) -> Result<std::fs::File> {
 pub fn make_file(path: &Path, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {
     use std::os::fd::AsRawFd as _;
 
-    use rustix::fs::{AtFlags, CWD, Mode, OFlags, linkat, openat};
+    use rustix::fs::{CWD, linkat};
     use rustix::io::Errno;
 
     const OP: &str = "make";

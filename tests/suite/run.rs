@@ -9,7 +9,10 @@ use crate::common::harness::case;
 use crate::common::run::Outcome;
 use crate::common::{Enter, Lane, Need, Stage, images, stage, system};
 
-const RUNTIMES: [&str; 2] = ["crun", "runc"];
+/// Those of Debian, and the one of FSPROV_TEST_RUNTIME, a path or a name (docs/run.md).
+fn runtimes() -> Vec<String> {
+    ["crun", "runc"].map(str::to_owned).into_iter().chain(std::env::var("FSPROV_TEST_RUNTIME")).collect()
+}
 const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("newuidmap"), Need::DevFuse];
 /// The name that the image gets.
 const NAME: &str = "example.com/debian-minbase";
@@ -127,7 +130,7 @@ case!("run_every_option", lanes, NEEDS, |stage: &Stage| {
     stage.write("vol/f", "from outside\n");
     stage.write("env", "# comment\nC=c\nD=d e\n");
     stage.write("profile.json", PROFILE);
-    for runtime in RUNTIMES {
+    for runtime in &runtimes() {
         for (options, command, answers) in TABLE {
             let said = run(stage, runtime, options, command);
             for answer in *answers {
@@ -182,7 +185,7 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
     } else {
         ". ./both"
     };
-    for runtime in RUNTIMES {
+    for runtime in &runtimes() {
         let program = "grep -o '[0-9].*' /proc/self/uid_map /proc/self/gid_map | tr -s ' ' | cut -d: -f2; stat -c %a-%U:%G /etc/shadow /bin/su
             touch /new && chown www-data:tty /new && stat -c %U:%G /new; stat -c %U /mnt/v; cat /mnt/v/f; id -u; sleep 0.1";
         let wait = "echo >/mnt/s/$0; until test -e /mnt/s/one && test -e /mnt/s/two; do sleep 0.05; done";
@@ -235,7 +238,7 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
 
 case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
     import(stage);
-    for runtime in RUNTIMES {
+    for runtime in &runtimes() {
         run(stage, runtime, &[], "exit 42").fails(42, &[]);
         run(stage, runtime, &[], "kill -9 $$; exit 3").fails(3, &[]);
         let program = |words: &[&str]| stage.fsprov(["run", "--runtime", runtime, NAME]).args(words).run();
@@ -248,7 +251,8 @@ case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
             .run()
             .fails(125, &["nobody-here", "/etc/passwd"]);
         // What the runtime says is passed on, and is not taken for the program's exit code.
-        run(stage, runtime, &["--tmpfs", "/x:nonsense=1"], "exit 0").fails(125, &[runtime]);
+        let name = Path::new(runtime).file_name().expect("a name").to_str().expect("text");
+        run(stage, runtime, &["--tmpfs", "/x:nonsense=1"], "exit 0").fails(125, &[name]);
         // Stdin: passed on where that is asked for.
         let text = format!(
             "echo typed | $F run --runtime {runtime} -i {NAME} cat; echo typed | $F run --runtime {runtime} {NAME} wc -c"
@@ -282,7 +286,7 @@ case!(
     &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("script")],
     |stage: &Stage| {
         import(stage);
-        for runtime in RUNTIMES {
+        for runtime in &runtimes() {
             let inner = format!(
                 "stty -g >before; $F run -it --runtime {runtime} {NAME} sh -c \"tty; stty size; exit 5\"; echo code $?; stty -g >after"
             );
@@ -341,6 +345,30 @@ case!("bundle_that_a_runtime_runs", lanes, &[Need::Minbase, Need::Tool("runc"), 
     assert!(Path::new(&stage.path("b/config.json")).exists());
     stage.fsprov(["unmount", "web"]).run().ok();
     stage.assert_nothing_left("after unmount");
+    // Below a link.
+    stage.mkdir("e");
+    std::os::unix::fs::symlink("e", stage.path("link")).expect("link");
+    stage.fsprov(["bundle", "--id", "below", NAME, "link/b", "true"]).run().ok();
+    assert!(stage.path("e/b/config.json").exists());
+    stage.fsprov(["unmount", "below"]).run().ok();
+    // In a directory of somebody else's, who put links there.
+    stage.mkdir("d");
+    stage.write("victim", "whole");
+    for name in ["config.json", "hosts", "hostname", "resolv.conf", "containerenv"] {
+        std::os::unix::fs::symlink("../victim", stage.path("d").join(name)).expect("link");
+    }
+    stage
+        .tool("sh", ["-c", "umask 077; exec \"$F\" bundle --id links example.com/debian-minbase d true"])
+        .env("F", stage::program())
+        .run()
+        .ok();
+    assert_eq!(fs::read_to_string(stage.path("victim")).expect("read"), "whole", "a link was followed");
+    assert_eq!(
+        fs::metadata(stage.path("d/resolv.conf")).expect("stat").mode() & 0o777,
+        0o644,
+        "everyone inside may read it"
+    );
+    stage.fsprov(["unmount", "links"]).run().ok();
     // Another image's program that is not there: refused before anything is left.
     stage.fsprov(["bundle", "-u", "no-one", NAME, "c", "true"]).run().fails_saying(&["no-one", "/etc/passwd"]);
     stage.assert_nothing_left("after a refused bundle");
