@@ -69,6 +69,9 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     ("config", 2, ["config", "requires a subcommand", "show, example"]),
     ("completions csh", 2, ["'csh'", "invalid value", "bash, elvish, fish"]),
     ("list extra", 2, ["'extra'", "unexpected argument", "Usage:"]),
+    ("run -d debian", 125, ["-d", "no such option", "runs in the foreground"]),
+    ("run --memory 1g debian", 125, ["--memory", "no such option", "systemd-run"]),
+    ("run --nonsense debian", 125, ["--nonsense", "unexpected argument", "Usage:"]),
     // Arguments of mount.
     ("mount", 2, ["<IMAGE>", "not provided", "Usage:"]),
     ("mount ./tree", 2, ["<ROOTFS>", "not provided", "Usage:"]),

@@ -238,6 +238,14 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
                 );
                 return ExitCode::from(Kind::Usage.exit_code());
             }
+            if error.kind() == ErrorKind::UnknownArgument
+                && is_about_run(&args)
+                && let Some(ContextValue::String(option)) = error.get(ContextKind::InvalidArg)
+                && let Some(hint) = start::hint_of_run(option)
+            {
+                output::complain(&Error::new(Kind::Usage, "run", option, "fsprov has no such option").hint(hint));
+                return ExitCode::from(crate::run::FAILED);
+            }
             // Help and version come this way too, with code 0; a closed stdout or stderr is not worth a panic.
             let _ = error.print();
             let code = u8::try_from(error.exit_code()).unwrap_or(2);

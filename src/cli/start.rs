@@ -38,3 +38,26 @@ const ELSEWHERE: &[(&[&str], &str)] = &[
 pub(super) fn hint(verb: &str) -> Option<&'static str> {
     ELSEWHERE.iter().find(|(words, _)| words.contains(&verb)).map(|(_, hint)| *hint)
 }
+
+/// Options of `podman run` and `docker run` that `fsprov run` lacks, and what there is.
+const NOT_OF_RUN: &[(&[&str], &str)] = &[
+    (&["-d", "--detach"], "it runs in the foreground; podman and containerd have containers that stay"),
+    (
+        &["-p", "--publish", "-P", "--publish-all", "--expose"],
+        "the program has this host's network, and its ports are this host's; leave it out",
+    ),
+    (&["--mount"], "`-v SRC:DST[:ro]` routes a directory or a file, `--tmpfs PATH` makes a tmpfs"),
+    (&["--security-opt"], "`--seccomp FILE|none` names a profile"),
+    (&["--privileged"], "`--cap-add all --seccomp none` gives most of it"),
+    (&["--pull"], "what the store lacks is pulled; `fsprov image pull IMAGE` gets the newest"),
+    (&["--uidmap", "--gidmap"], "`--userns keep-id` and `--userns auto` are what there is"),
+    (
+        &["-m", "--memory", "--cpus", "--cpu-shares", "--pids-limit", "--memory-swap", "--cgroup-parent"],
+        "it sets no limits: `systemd-run --user --scope -p MemoryMax=1G fsprov run ...` does",
+    ),
+];
+
+/// What is meant by an option of `run` that is not ours.
+pub(super) fn hint_of_run(option: &str) -> Option<&'static str> {
+    NOT_OF_RUN.iter().find(|(words, _)| words.contains(&option)).map(|(_, hint)| *hint)
+}
