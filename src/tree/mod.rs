@@ -301,7 +301,7 @@ pub trait Tree: Send + Sync {
     fn opens_directories_without_asking(&self) -> bool {
         self.opens_without_asking()
     }
-    /// [`Tree::open`] that may give all the content of a file to whoever opens it as the first: before the answer, and never while another
+    /// [`Tree::open`] that may give all the content of a file to the first that opens it: before the answer, and never while another
     /// request for that file waits or its content can change.
     fn open_giving(&self, caller: &Caller, node: Node, flags: i32, give: &mut dyn FnMut(&[u8])) -> Result<Opened> {
         self.open(caller, node, flags)

@@ -1,4 +1,4 @@
-//! Content for whoever opens a file of the image as the first. It goes with the open, and no read comes then: one request where there would be two, and
+//! Content for the first that opens a file of the image. It goes with the open, and no read follows: one request where there would be two, and
 //! a third for what reading changed (fuse_invalidate_atime in fs/fuse/inode.c), which is most of the time that a small file takes.
 //!
 //! The kernel takes it into locked pages, and a read that waits for us has its pages locked. So nobody may be told that a file is open before its content
