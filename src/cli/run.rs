@@ -303,6 +303,7 @@ impl BundleVerb {
             ids: run::own_ids_alone(),
             own: None,
             is_root: run::is_root(),
+            copies_up: true,
             has_many_ids: is_writable,
         }
         .write();

@@ -9,17 +9,22 @@ use rustix::io::Errno;
 
 use super::config::{self, Extra, Wanted};
 use super::files::{self, About};
+use super::options::COPY_UP;
 use super::user;
 use super::{Image, Network, Options, seccomp};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
 use crate::plan::IdRange;
-use crate::sys::fs::{explain_named, open_in_root, open_named, open_resolved};
+use crate::sys::fs::{explain_named, is_empty, open_in_root, open_named, open_resolved};
 use crate::sys::process::ProcessId;
 use crate::volume::VolumeSpec;
 
 /// Its name in a rootfs's directory of the state root.
 pub(super) const NAME: &str = "bundle";
+/// In it: the pid of the container's first process, once it was made.
+pub(super) const PID: &str = "pid";
+/// In it: which process the runtime is.
+const RUNTIME: &str = "runtime.json";
 
 /// The rootfs that a bundle is for.
 #[derive(Clone, Debug)]
@@ -51,6 +56,8 @@ pub(crate) struct Bundle<'a> {
     pub(crate) own: Option<(u32, u32)>,
     /// Is it run by root of the machine?
     pub(crate) is_root: bool,
+    /// Does the runtime fill a tmpfs with what the image has there?
+    pub(crate) copies_up: bool,
     /// Does the user who runs it have more than one id?
     pub(crate) has_many_ids: bool,
 }
@@ -154,6 +161,9 @@ impl Bundle<'_> {
             is_rootless: !self.is_root,
         };
         let mut all = self.options.tmpfs(&self.image.execution, is_volume)?;
+        if !self.copies_up {
+            self.leave_empty(root, &mut all)?;
+        }
         let below_tmpfs: Vec<String> = all
             .iter()
             .filter_map(|one| if let Extra::Tmpfs { at, .. } = one { Some(at.clone()) } else { None })
@@ -170,6 +180,24 @@ impl Bundle<'_> {
             }
         }
         Ok(all)
+    }
+
+    /// For a runtime that does not fill a tmpfs: refused where someone asked for one upon files of the image.
+    fn leave_empty(&self, root: &OwnedFd, all: &mut [Extra]) -> Result<()> {
+        for one in all {
+            let Extra::Tmpfs { at, options } = one else { continue };
+            let is_asked =
+                self.options.tmpfs.iter().any(|text| text.split(':').next().unwrap_or("").trim_end_matches('/') == at);
+            let found = open_in_root(root, Path::new(at), OFlags::RDONLY | OFlags::DIRECTORY);
+            let has_files = found.is_ok_and(|dir| !is_empty(dir).unwrap_or(true));
+            if is_asked && has_files && options.iter().any(|option| option == COPY_UP) {
+                let why = "this runtime does not fill a tmpfs with what the image has there";
+                return Err(Error::new(Kind::Unsupported, "make tmpfs", &*at, why)
+                    .hint(format!("write --tmpfs {at}:no{COPY_UP} for an empty one, or use --runtime crun or runc")));
+            }
+            options.retain(|option| option != COPY_UP);
+        }
+        Ok(())
     }
 
     fn seccomp(&self, capabilities: &BTreeSet<String>) -> Result<Option<oci_spec::runtime::LinuxSeccomp>> {
@@ -235,8 +263,19 @@ fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
     Ok(())
 }
 
+/// Note the runtime that runs it, for who takes away what this process leaves.
+pub(super) fn note_runtime(bundle: &Path, runtime: ProcessId) -> Result<()> {
+    let text = serde_json::to_vec(&runtime).map_err(|e| Error::new(Kind::Io, "write", RUNTIME, e))?;
+    std::fs::write(bundle.join(RUNTIME), text).map_err(|e| Error::io("write", show(bundle.join(RUNTIME)), e))
+}
+
+/// The runtime that was noted.
+pub(super) fn runtime(bundle: &Path) -> Option<ProcessId> {
+    serde_json::from_slice(&std::fs::read(bundle.join(RUNTIME)).ok()?).ok()
+}
+
 /// The container's first process, if it was made and is still there.
 pub(super) fn first_process(bundle: &Path) -> Option<ProcessId> {
-    let pid = std::fs::read_to_string(bundle.join("pid")).ok()?.trim().parse().ok()?;
+    let pid = std::fs::read_to_string(bundle.join(PID)).ok()?.trim().parse().ok()?;
     ProcessId::of(pid).ok().filter(|process| process.is_alive())
 }

@@ -129,7 +129,7 @@ fn document(wanted: &Wanted) -> Value {
         "env": wanted.environment,
         "cwd": wanted.working_directory,
         "capabilities": capabilities(wanted),
-        "noNewPrivileges": false,
+        // Not `noNewPrivileges`, which is false where nothing says so: youki 0.7 loads the seccomp profile too late if it is there (EACCES).
     });
     if !wanted.terminal {
         drop_key(&mut process, "terminal");

@@ -32,7 +32,7 @@ use crate::sys::raw::{self, Users};
 /// How long a program has to end after its stop signal, and after SIGKILL.
 pub(super) const PATIENCE: Duration = Duration::from_secs(5);
 /// How often what is busy is tried again.
-const PAUSE: Duration = Duration::from_millis(50);
+pub(super) const PAUSE: Duration = Duration::from_millis(50);
 /// Longest job: arguments and environment are below 2 MiB together (execve(2)).
 const MAX_JOB_BYTES: u64 = 16 << 20;
 
@@ -310,6 +310,7 @@ impl<'a> Inside<'a> {
             ids: self.ids.clone(),
             own,
             is_root: super::is_root(),
+            copies_up: job.runtime.copies_up(),
             has_many_ids: job.maps.as_ref().is_none_or(|maps| !maps.is_single()),
         }
         .write()?;
@@ -347,7 +348,7 @@ impl<'a> Inside<'a> {
         stdin: OwnedFd,
         stop: Option<Signal>,
     ) -> Result<Option<ExitStatus>> {
-        let is_mixed = self.job.runtime.is_crun() && !has_pure_cgroups();
+        let is_mixed = self.job.runtime.wants_pure_cgroups(self.job.maps.is_none()) && !has_pure_cgroups();
         let is_auto = self.job.options.userns == Some(UserNs::Auto);
         if is_mixed || is_auto {
             be_apart(is_mixed)?;
@@ -365,7 +366,14 @@ impl<'a> Inside<'a> {
                 return Ok(None);
             }
             let child: Child = command.spawn().map_err(|e| Error::io("start", self.job.runtime.name(), e))?;
-            state.runtime = Some(ProcessId::of(child.id() as i32)?);
+            let runtime = ProcessId::of(child.id() as i32)?;
+            state.runtime = Some(runtime);
+            if let Err(e) = bundle::note_runtime(call.bundle, runtime) {
+                log::warn!(target: TARGET, "{e}");
+            }
+            if self.job.runtime.misses_the_end() {
+                remind(runtime, call.bundle.to_owned());
+            }
             state.bundle = Some(call.bundle.to_owned());
             state.stop = stop;
             child
@@ -374,6 +382,17 @@ impl<'a> Inside<'a> {
         self.watch.state().runtime = None;
         status.map(Some)
     }
+}
+
+/// Tell the runtime of the end of its container's first process, again and again, until it has ended too.
+fn remind(runtime: ProcessId, bundle: PathBuf) {
+    std::thread::spawn(move || {
+        while !runtime.wait_gone(PAUSE).unwrap_or(true) {
+            if bundle.join(bundle::PID).exists() && bundle::first_process(&bundle).is_none() {
+                let _ = runtime.send_signal(Signal::CHILD);
+            }
+        }
+    });
 }
 
 /// To whom the files belong that are the program's stdin, stdout and stderr. Runtimes give them to the program's user; when it has ended

@@ -308,9 +308,19 @@ fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
 /// What the process in the middle has left, which was killed. Files of subordinate ids are another one's to remove, in namespaces like its own.
 fn take_away(job: &Job) -> Result<()> {
     let paths = StatePaths::new(job.root.clone());
-    if let Some(first) = bundle::first_process(&paths.container(&job.id).dir().join(bundle::NAME)) {
+    let bundle = paths.container(&job.id).dir().join(bundle::NAME);
+    if let Some(first) = bundle::first_process(&bundle) {
         first.send_signal(rustix::process::Signal::KILL)?;
         first.wait_gone(inside::PATIENCE)?;
+    }
+    // It ends with its program; one that has missed the end does not.
+    if let Some(runtime) = bundle::runtime(&bundle)
+        && !runtime.wait_gone(inside::PAUSE)?
+    {
+        runtime.send_signal(rustix::process::Signal::CHILD)?;
+        if !runtime.wait_gone(inside::PATIENCE)? {
+            runtime.send_signal(rustix::process::Signal::KILL)?;
+        }
     }
     let (channel, other) = Channel::pair()?;
     let status = start(&channel, other, &Job { is_over: true, ..job.clone() })?.wait();

@@ -205,14 +205,17 @@ impl Options {
     }
 }
 
+/// The option of a tmpfs that begins with what the image has there.
+pub(super) const COPY_UP: &str = "tmpcopyup";
+
 /// With what the image has there, as podman's.
 fn tmpfs<'a>(at: &str, options: impl Iterator<Item = &'a str>) -> Extra {
-    let mut all: Vec<String> = ["rprivate", "nosuid", "nodev", "tmpcopyup"].map(Into::into).into();
+    let mut all: Vec<String> = ["rprivate", "nosuid", "nodev", COPY_UP].map(Into::into).into();
     for option in options {
         let opposite = match option {
             "suid" => "nosuid",
             "dev" => "nodev",
-            "notmpcopyup" => "tmpcopyup",
+            "notmpcopyup" => COPY_UP,
             _ => "",
         };
         all.retain(|have| have != opposite && have != option);

@@ -39,7 +39,7 @@ pub(crate) struct Call<'a> {
 impl Call<'_> {
     /// The pid of the container's first process, once it was made.
     pub(crate) fn pid_file(&self) -> PathBuf {
-        self.bundle.join("pid")
+        self.bundle.join(super::bundle::PID)
     }
 
     fn log(&self) -> PathBuf {
@@ -97,8 +97,27 @@ impl Runtime {
     }
 
     /// Is it crun? That one has switches of its own.
-    pub(crate) fn is_crun(&self) -> bool {
+    fn is_crun(&self) -> bool {
         self.name().contains("crun")
+    }
+
+    /// Does it refuse a host that has cgroup v1 as well, although it makes no cgroup? youki does without one where it is not root and has v2.
+    pub(crate) fn wants_pure_cgroups(&self, is_root: bool) -> bool {
+        self.is_crun() || (self.is_youki() && !is_root)
+    }
+
+    /// Does it fill a tmpfs with what the image has there (`tmpcopyup`, which runtime-spec leaves to runtimes)? youki 0.7 does not know the word.
+    pub(crate) fn copies_up(&self) -> bool {
+        !self.is_youki()
+    }
+
+    /// Does it wait for ever for a program that ends at once? youki 0.7 blocks SIGCHLD, for which it waits, after it has started the program.
+    pub(crate) fn misses_the_end(&self) -> bool {
+        self.is_youki()
+    }
+
+    fn is_youki(&self) -> bool {
+        self.name().contains("youki")
     }
 
     fn command(&self, call: &Call<'_>) -> Command {
@@ -163,14 +182,35 @@ impl Failure {
 
 /// The messages of errors in a log of JSON lines.
 fn errors(log: &str) -> Vec<String> {
-    let mut all: Vec<String> = log
-        .lines()
-        .filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok())
-        .filter(|entry| matches!(entry["level"].as_str(), Some("error" | "fatal")))
-        .filter_map(|entry| Some(entry["msg"].as_str()?.trim().to_owned()))
-        .collect();
+    let entries = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let failed = entries.filter(|entry| {
+        let level = entry["level"].as_str().unwrap_or_default().to_ascii_lowercase();
+        level == "error" || level == "fatal"
+    });
+    let failed: Vec<_> = failed.collect();
+    let mut all: Vec<String> = failed.iter().filter_map(said).collect();
     all.dedup();
+    if all.last().is_some_and(|last| last.starts_with(YOUKI)) {
+        // What came first says why, up to an errno; what comes then passes that on. The last one has most of it where there is none.
+        match failed.iter().position(|entry| entry["err"].is_string()) {
+            Some(place) => all.truncate(place + 1),
+            None => all = all.split_off(all.len() - 1),
+        }
+        if let Some(first) = all.first_mut().filter(|first| first.starts_with(YOUKI)) {
+            first.drain(..YOUKI.len());
+        }
+    }
     all
+}
+
+/// How youki's main program begins its last words.
+const YOUKI: &str = "error in executing command: ";
+
+/// What an entry says: `msg` is crun's and runc's, `message` youki's, with a backtrace below it.
+fn said(entry: &serde_json::Value) -> Option<String> {
+    let text = entry["msg"].as_str().or_else(|| entry["message"].as_str())?;
+    let text = text.split("\n\nStack backtrace:").next().unwrap_or(text).trim();
+    Some(entry["err"].as_str().map_or_else(|| text.to_owned(), |why| format!("{text}: {why}")))
 }
 
 #[cfg(test)]
@@ -183,6 +223,13 @@ mod tests {
                    { \"msg\": \"executable file `nope` not found in $PATH: No such file or directory\", \"level\": \"error\", \"time\": \"y\" }\n";
         assert_eq!(errors(log), ["executable file `nope` not found in $PATH: No such file or directory"]);
         assert!(errors("{\"level\":\"warning\",\"msg\":\"x\"}").is_empty());
+        let log = "{\"level\":\"ERROR\",\"message\":\"failed to run intermediate process x\",\"target\":\"a\"}\n\
+                   {\"level\":\"WARN\",\"message\":\"no\",\"target\":\"a\"}\n\
+                   {\"level\":\"ERROR\",\"message\":\"error in executing command: failed to create container: x\\n\\nStack backtrace:\\n   0: y\",\"target\":\"youki\"}\n";
+        assert_eq!(errors(log), ["failed to create container: x"]);
+        let log = "{\"level\":\"ERROR\",\"message\":\"failed to mount x\"}\n{\"level\":\"ERROR\",\"message\":\"failed to prepare rootfs\",\"err\":\"EINVAL\"}\n\
+                   {\"level\":\"ERROR\",\"message\":\"error in executing command: y\",\"target\":\"youki\"}\n";
+        assert_eq!(errors(log), ["failed to mount x", "failed to prepare rootfs: EINVAL"]);
         for (said, code) in [
             ("executable file `nope` not found in $PATH: No such file or directory", 127),
             (

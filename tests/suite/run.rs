@@ -13,6 +13,20 @@ use crate::common::{Enter, Lane, Need, Stage, images, stage, system};
 fn runtimes() -> Vec<String> {
     ["crun", "runc"].map(str::to_owned).into_iter().chain(std::env::var("FSPROV_TEST_RUNTIME")).collect()
 }
+
+/// What youki 0.7 does not do, and what is said of it; once it does, these go (docs/run.md).
+const OF_YOUKI: &[(&str, &str)] = &[
+    ("tmpfs", "does not fill a tmpfs"),
+    // It asks systemd for a cgroup for every container with a user namespace of its own.
+    ("user namespace", "systemd"),
+];
+
+/// What of a runtime's lacks is met where it is asked for this.
+fn lacks(runtime: &str, what: &str) -> Option<&'static str> {
+    let told = OF_YOUKI.iter().find(|(lacking, _)| *lacking == what).map(|(_, said)| *said);
+    told.filter(|_| runtime.contains("youki"))
+}
+
 const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("newuidmap"), Need::DevFuse];
 /// The name that the image gets.
 const NAME: &str = "example.com/debian-minbase";
@@ -131,18 +145,26 @@ case!("run_every_option", lanes, NEEDS, |stage: &Stage| {
     stage.write("env", "# comment\nC=c\nD=d e\n");
     stage.write("profile.json", PROFILE);
     for runtime in &runtimes() {
+        let mut wrong = String::new();
         for (options, command, answers) in TABLE {
             let said = run(stage, runtime, options, command);
-            for answer in *answers {
-                assert!(said.out().contains(answer), "{runtime}: it should say {answer:?}:\n{}", said.describe());
+            if let Some(why) = lacks(runtime, "tmpfs").filter(|_| options.contains(&"--tmpfs")) {
+                said.fails(125, &[why]);
+                continue;
+            }
+            for answer in answers.iter().filter(|answer| !said.out().contains(*answer)) {
+                wrong.push_str(&format!("{options:?} should say {answer:?}:\n{}\n", said.describe()));
             }
         }
+        assert!(wrong.is_empty(), "{runtime}:\n{wrong}");
         assert_eq!(fs::read_to_string(stage.path("vol/new")).expect("read"), "new\n");
         assert_eq!(fs::read_to_string(stage.path("work/data/kept")).expect("read"), "kept\n");
         fs::remove_file(stage.path("vol/new")).expect("remove");
         fs::remove_dir_all(stage.path("work")).expect("remove");
-        if stage.lane.enter == Enter::User {
-            kept_id(stage, runtime);
+        match lacks(runtime, "user namespace") {
+            _ if stage.lane.enter != Enter::User => {}
+            None => kept_id(stage, runtime),
+            Some(why) => drop(run(stage, runtime, &["--userns", "keep-id"], "true").fails(125, &[why])),
         }
         // Nothing that one of them did is there for the next.
         run(stage, runtime, &[], "test ! -e /new && test -e /etc/shadow").ok();
@@ -185,7 +207,7 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
     } else {
         ". ./both"
     };
-    for runtime in &runtimes() {
+    for runtime in runtimes().iter().filter(|runtime| is_root || lacks(runtime, "user namespace").is_none()) {
         let program = "grep -o '[0-9].*' /proc/self/uid_map /proc/self/gid_map | tr -s ' ' | cut -d: -f2; stat -c %a-%U:%G /etc/shadow /bin/su
             touch /new && chown www-data:tty /new && stat -c %U:%G /new; stat -c %U /mnt/v; cat /mnt/v/f; id -u; sleep 0.1";
         let wait = "echo >/mnt/s/$0; until test -e /mnt/s/one && test -e /mnt/s/two; do sleep 0.05; done";
@@ -292,11 +314,9 @@ case!(
             );
             let text = format!("script -qec '{inner}' /dev/null </dev/null");
             let said = script(stage, &text).ok();
-            assert!(
-                said.out().contains("/dev/pts/0") && said.out().contains("code 5"),
-                "{runtime}: {}",
-                said.describe()
-            );
+            // youki 0.7 makes no terminal of its own in the foreground: the program has this one.
+            let terminal = if runtime.contains("youki") { "not a tty" } else { "/dev/pts/0" };
+            assert!(said.out().contains(terminal) && said.out().contains("code 5"), "{runtime}: {}", said.describe());
             let read = |name: &str| fs::read_to_string(stage.path(name)).expect("read");
             assert_eq!(read("before"), read("after"), "{runtime}: the terminal is as it was");
         }
