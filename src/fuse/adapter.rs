@@ -125,11 +125,13 @@ impl FuseAdapter {
 
     /// Open a file.
     pub(super) fn open_file(&self, tree: &dyn Tree, caller: &Caller, node: INodeNo, flags: i32) -> Result<Opened> {
-        let Some(notifier) = self.notifier.get().filter(|_| self.gives) else {
+        if !self.gives {
             return tree.open(caller, node.0, flags);
-        };
+        }
         tree.open_giving(caller, node.0, flags, &mut |content| {
-            if let Err(e) = notifier.store(node, 0, content) {
+            // Without one the session has just begun. The tree counts the file as opened all the same.
+            let given = self.notifier.get().map(|notifier| notifier.store(node, 0, content));
+            if let Some(Err(e)) = given {
                 log::debug!(target: TARGET, "give the content of {:x}: {e}", node.0);
             }
         })

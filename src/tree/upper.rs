@@ -408,13 +408,14 @@ impl Tree for UpperTree {
     }
     fn fsync(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
         match self.side(node) {
-            Side::Lower(_) => Ok(()),
-            Side::Upper(upper) => self.upper.fsync(upper, handle, data_only),
+            Side::Upper(upper) if self.durable => self.upper.fsync(upper, handle, data_only),
+            // What ends with the rootfs ends with a power loss.
+            Side::Upper(_) | Side::Lower(_) => Ok(()),
         }
     }
     fn fsyncdir(&self, node: Node, handle: Handle, data_only: bool) -> Result<()> {
         match self.side(node) {
-            Side::Upper(upper) if handle != 0 => self.upper.fsyncdir(upper, handle, data_only),
+            Side::Upper(upper) if handle != 0 && self.durable => self.upper.fsyncdir(upper, handle, data_only),
             _ => Ok(()),
         }
     }

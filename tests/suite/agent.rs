@@ -150,8 +150,11 @@ case!("a_writable_one_keeps_the_image_as_it_is", on::every_backend, |stage: &Sta
     let mut options: Vec<OsString> = vec!["--writable".into(), "--id".into(), "one".into()];
     options.extend(sandbox(stage));
     if !["overlay", "copy"].contains(&stage.lane.backend) {
-        let why =
-            if stage.lane.is_fuse() { ["fuse", "index", "import"] } else { ["bind", "read-only", "--backend fuse"] };
+        let why = if stage.lane.is_fuse() {
+            ["fuse", "index", "import"]
+        } else {
+            ["bind", "a writable rootfs", "--backend fuse"]
+        };
         stage.mount_call(&image, "rootfs", options).run().fails(5, &why);
         return stage.assert_nothing_left("after a refusal");
     }
@@ -216,7 +219,7 @@ case!("auto_of_a_writable_one", on::once_each, |stage: &Stage| {
     let args = [OsStr::new("mount"), "--json".as_ref(), "--writable".as_ref(), image.as_os_str(), rootfs.as_os_str()];
     let said = stage.fsprov(args).run();
     if stage.lane.enter == Enter::User || !has_mount_calls() {
-        said.fails(5, &["bind", "overlay", "fuse", "read-only", "import"]);
+        said.fails(5, &["bind", "overlay", "fuse", "a writable rootfs", "import"]);
         return;
     }
     assert_eq!(said.ok().json()["backend"], "overlay");
@@ -257,7 +260,7 @@ case!(
         nothing_left();
         // None is left: each says why.
         let writable = stage.fsprov(["mount", "--writable"]).arg(&image).arg(&rootfs).run();
-        writable.fails(5, &["bind: ", "overlay: make overlay of", "fuse: "]);
+        writable.fails(5, &["the bind backend cannot make a writable rootfs", "overlay: make overlay of", "fuse: "]);
         nothing_left();
         for name in ["twice", "once"] {
             stage.tool("umount", [name]).run().ok();

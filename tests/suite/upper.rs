@@ -430,6 +430,7 @@ case!("content_goes_with_the_first_open", on::fuse, |stage: &Stage| {
     for n in 0..200 {
         fs::write(image.join(format!("many/{n}")), text(n)).expect("write");
     }
+    fs::write(image.join("most"), vec![5; 128 << 10]).expect("write");
     fs::write(image.join("large"), vec![7; 300_000]).expect("write");
     import(stage, &image);
     let rootfs = stage.mount("image", "rootfs", ["--id", "k", "--writable"]);
@@ -440,7 +441,8 @@ case!("content_goes_with_the_first_open", on::fuse, |stage: &Stage| {
         }
     };
     look(0, 100);
-    assert_eq!(requests(stage, "read"), 0, "of 100 small files");
+    assert_eq!(read("most".into()), [5; 128 << 10]);
+    assert_eq!(requests(stage, "read"), 0, "of 101 small files");
     assert_eq!(read("large".into()), [7; 300_000]);
     let large = requests(stage, "read");
     assert!(large > 0);
@@ -486,8 +488,10 @@ case!("many_open_a_file_as_the_first", on::fuse, |stage: &Stage| {
                         _ => {
                             let seen = fs::read_to_string(&path).expect("read");
                             let (old, new) = (old(n), format!("new {n}"));
+                            // The kernel fills up a read that comes back short while the file is being cut (fuse_short_read).
+                            let is_cut = n % 3 == 0 && seen.bytes().all(|byte| byte == 0);
                             assert!(
-                                seen == old || new.starts_with(&seen) || seen == format!("{old}new"),
+                                is_cut || seen == old || new.starts_with(&seen) || seen == format!("{old}new"),
                                 "{n}: {} bytes that begin with {:?}",
                                 seen.len(),
                                 &seen[..seen.len().min(20)]
@@ -507,6 +511,22 @@ case!("many_open_a_file_as_the_first", on::fuse, |stage: &Stage| {
         assert_eq!(fs::read_to_string(rootfs.join(format!("many/{n}"))).expect("read"), want, "{n}");
     }
     stage.unmount(&rootfs);
+});
+
+case!("what_ends_with_the_rootfs_is_not_synced", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    import(stage, &stage.small_image());
+    for (options, is_synced) in [(&["--writable"][..], false), (&["--upper", "changes"], true)] {
+        let slow = stage.mount_call("image", "rootfs", options).env("FAILPOINTS", "serve.sync=sleep(1500)");
+        slow.run().ok();
+        let rootfs = stage.path("rootfs");
+        let file = File::create(rootfs.join("etc/made")).expect("create");
+        let begin = Instant::now();
+        file.sync_all().expect("fsync");
+        file.sync_data().expect("fdatasync");
+        assert_eq!(begin.elapsed() > Duration::from_secs(1), is_synced, "{options:?}: {:?}", begin.elapsed());
+        drop(file);
+        stage.unmount(&rootfs);
+    }
 });
 
 /// Files that stand for whiteouts while a change is made.
