@@ -214,6 +214,16 @@ impl VolumeSpec {
                 b"nosuid" => suid.replace(false).is_some(),
                 b"dev" => dev.replace(true).is_some(),
                 b"nodev" => dev.replace(false).is_some(),
+                b"z" | b"Z" => {
+                    let why = "options z and Z are podman's, for SELinux; fsprov sets no labels, and needs none";
+                    return Err(refuse(why.into()).hint("leave it out"));
+                }
+                b"U" => {
+                    let why =
+                        "option U is podman's, and gives the source another owner; fsprov changes no owners of yours";
+                    return Err(refuse(why.into())
+                        .hint("leave it out; with `fsprov run --userns=keep-id` you own it inside, too"));
+                }
                 other => {
                     return Err(refuse(format!("unknown option {:?}", String::from_utf8_lossy(other))));
                 }

@@ -71,6 +71,8 @@ const TABLE: &[(&str, i32, [&str; 3])] = &[
     ("list extra", 2, ["'extra'", "unexpected argument", "Usage:"]),
     ("run -d debian", 125, ["-d", "no such option", "runs in the foreground"]),
     ("run --memory 1g debian", 125, ["--memory", "no such option", "systemd-run"]),
+    ("run -v ./tree:/x:ro,Z base", 125, ["./tree:/x:ro,Z", "sets no labels", "leave it out"]),
+    ("run -v ./tree:/x:U base", 125, ["./tree:/x:U", "changes no owners", "--userns=keep-id"]),
     ("run --nonsense debian", 125, ["--nonsense", "unexpected argument", "Usage:"]),
     // Arguments of mount.
     ("mount", 2, ["<IMAGE>", "not provided", "Usage:"]),
