@@ -131,7 +131,17 @@ impl Provisioner {
         let all = self.list()?;
         let over = laid_over(&self.paths, &all.iter().map(|status| &status.record).collect::<Vec<_>>());
         let tops = all.iter().enumerate().filter(|(n, _)| !over.contains(&Some(*n)));
-        Ok(tops.map(|(n, top)| Whole { top: top.clone(), below: over[n].map(|below| all[below].clone()) }).collect())
+        Ok(tops.map(|(n, top)| self.of_parts(top.clone(), over[n].map(|below| all[below].clone()))).collect())
+    }
+
+    #[cfg(feature = "cli")]
+    fn of_parts(&self, mut top: Status, below: Option<Status>) -> Whole {
+        let record = &top.record;
+        let is_half = below.is_none() && record.plan.rootfs == self.paths.lower_of(&record.plan.id);
+        if is_half && record.ends_with.is_some_and(|process| !process.is_alive()) {
+            top.health = Condition::Interrupted;
+        }
+        Whole { top, below }
     }
 
     /// One rootfs, by the id or the mount point of either part.
@@ -142,8 +152,8 @@ impl Provisioner {
         let status = self.status(&id, &now)?.ok_or_else(|| self.not_found(selector))?;
         let top = self.top_of(&status.record).map(|top| self.status(&top.plan.id, &now)).transpose()?.flatten();
         Ok(match top {
-            Some(top) => Whole { top, below: Some(status) },
-            None => Whole { top: status, below: None },
+            Some(top) => self.of_parts(top, Some(status)),
+            None => self.of_parts(status, None),
         })
     }
 

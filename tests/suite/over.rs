@@ -125,8 +125,8 @@ case!("half_of_an_overlay_over_fuse_is_recovered", |lane: &Lane| lane.name == "u
     // The image is mounted, and the overlay never will be.
     let text = format!(
         "FAILPOINTS='provision.claim=1*off->return(kill)' $F mount --id web --writable {NAME} rootfs 2>/dev/null || echo killed
-        $F list | awk 'NR > 1 {{ print $1, $3 }}'; $F recover | awk 'NR > 1 {{ print $1, $2 }}'"
+        $F list | awk 'NR > 1 {{ print $1, $2 }}'; $F recover | awk 'NR > 1 {{ print $1, $2 }}'"
     );
-    assert_eq!(inside(stage, "--map-auto", &text), "killed\nweb fuse\nweb destroyed\n");
+    assert_eq!(inside(stage, "--map-auto", &text), "killed\nweb interrupted\nweb destroyed\n");
     stage.assert_nothing_left("after all");
 });
