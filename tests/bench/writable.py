@@ -53,12 +53,13 @@ class Inside:
     def mount(self, subject):
         top = f'{self.work}/{subject.replace(" ", "-")}'
         point, layer, changes = f'{top}/r', f'{self.work}/layer', f'upperdir={top}/up,workdir={top}/work'
-        sh(f'mkdir -p {top}/up {top}/work {point}')
+        sh(f'mkdir -p {top}/up {top}/work {top}/lower {point}')
         if subject == 'native overlay':
             sh(f'mount -t overlay -o lowerdir={layer},{changes},userxattr overlay {point}')
         elif subject == 'overlay on fsprov':
-            made = sh(f'{self.work}/fsprov mount --json --id {self.id(subject)} --writable bench {point}')
-            assert json.loads(made)['backend'] == 'overlay', made
+            # As mount --writable does for layers without their owners on the disk.
+            sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} bench {top}/lower')
+            sh(f'mount -t overlay -o lowerdir={top}/lower,{changes},userxattr,volatile overlay {point}')
         elif subject == 'fsprov writable':
             sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} --writable bench {point}')
         else:
@@ -72,8 +73,7 @@ class Inside:
         """Private memory of the servers in KiB."""
         if subject.startswith('native'):
             return 0
-        begins = {'fuse-overlayfs': 'fuse-overlayfs', 'overlay on fsprov': f'fsprov: {self.work}/state/'}.get(
-            subject, f'fsprov: {self.work}/{self.id(subject)}/')
+        begins = 'fuse-overlayfs' if subject == 'fuse-overlayfs' else f'fsprov: {self.work}/{self.id(subject)}/'
         total = 0
         for path in glob.glob('/proc/[0-9]*/cmdline'):
             try:
@@ -88,7 +88,10 @@ class Inside:
 
     def unmount(self, subject):
         top = f'{self.work}/{subject.replace(" ", "-")}'
-        sh(f'{self.work}/fsprov unmount {self.id(subject)}' if 'fsprov' in subject else f'umount {top}/r')
+        if subject != 'fsprov writable':
+            sh(f'umount {top}/r')
+        if 'fsprov' in subject:
+            sh(f'{self.work}/fsprov unmount {self.id(subject)}')
         sh(f'rm -rf {top}')
 
     def run(self, options):
