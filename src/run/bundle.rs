@@ -263,7 +263,7 @@ fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
     Ok(())
 }
 
-/// Note the runtime that runs it, for who takes away what this process leaves.
+/// Note a runtime that may not end with its program, for who takes away what this process leaves.
 pub(super) fn note_runtime(bundle: &Path, runtime: ProcessId) -> Result<()> {
     let text = serde_json::to_vec(&runtime).map_err(|e| Error::new(Kind::Io, "write", RUNTIME, e))?;
     std::fs::write(bundle.join(RUNTIME), text).map_err(|e| Error::io("write", show(bundle.join(RUNTIME)), e))

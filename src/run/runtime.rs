@@ -191,7 +191,8 @@ fn errors(log: &str) -> Vec<String> {
     let mut all: Vec<String> = failed.iter().filter_map(said).collect();
     all.dedup();
     if all.last().is_some_and(|last| last.starts_with(YOUKI)) {
-        // What came first says why, up to an errno; what comes then passes that on. The last one has most of it where there is none.
+        // Each caller reports the error again: the cause is in the first messages, up to the one with an errno. Without an errno, the last message
+        // says most.
         match failed.iter().position(|entry| entry["err"].is_string()) {
             Some(place) => all.truncate(place + 1),
             None => all = all.split_off(all.len() - 1),

@@ -63,13 +63,16 @@ pub(crate) fn mounted(paths: &StatePaths) -> Result<Vec<Mounted>> {
         states.extend(named.flatten().filter_map(|entry| std::fs::read_link(entry.path()).ok()));
     }
     let mut seen = BTreeSet::new();
+    // What is gone has no mounts.
+    let states = states.into_iter().filter_map(|state| Some((std::fs::canonicalize(&state).ok()?, state)));
+    let states: Vec<_> = states.filter(|(real, _)| seen.insert(real.clone())).collect();
+    if states.is_empty() {
+        return Ok(Vec::new());
+    }
+    let table = mountinfo::read()?;
     let mut all = Vec::new();
-    for state in states {
-        // What is gone has no mounts.
-        let Ok(real) = std::fs::canonicalize(&state) else { continue };
-        if seen.insert(real.clone()) {
-            all.extend(mounted_of(&state, &real)?);
-        }
+    for (real, state) in &states {
+        all.extend(mounted_of(state, real, &table)?);
     }
     all.sort_by(|a, b| (&a.snapshot, &a.at).cmp(&(&b.snapshot, &b.at)));
     Ok(all)
@@ -96,9 +99,8 @@ pub(super) fn name_state(state: &Path, holder: &str, paths: &StatePaths) -> Resu
 }
 
 /// Those of one state directory, as it is named and as it is.
-fn mounted_of(state: &Path, real: &Path) -> Result<Vec<Mounted>> {
-    let table = mountinfo::read()?;
-    let places = Places::of(state, real, &table);
+fn mounted_of(state: &Path, real: &Path, table: &[MountInfo]) -> Result<Vec<Mounted>> {
+    let places = Places::of(state, real, table);
     let found: Vec<_> = table.iter().filter_map(|mount| Some((mount, places.snapshot(mount)?))).collect();
     let lowers = lowers(&real.join("f"))?;
     let mut all = Vec::new();

@@ -123,17 +123,22 @@ impl Snapshots {
 
     /// [`Self::mounts`], if that is a look at the table: nothing is mounted for it, and no link made.
     pub(crate) fn mounts_at_once(&self, asked: &Keyed) -> Option<Result<Mounts>> {
-        let record = self.find(&asked.key).ok().filter(|record| record.maps.is_none())?;
+        let plain = |record: &Arc<Record>| record.maps.is_none() && record.kind != Kind::Committed;
+        let record = self.find(&asked.key).ok().filter(plain)?;
         let stack = self.stack(&record).ok()?;
         let below = without_repeats(&stack);
         let length: usize = below.iter().map(|lower| lower.files.as_os_str().len() + 1).sum();
-        (length <= MAX_OWN_PATHS && !self.must_merge(&below)).then(|| self.mounts(asked))
+        (length <= MAX_OWN_PATHS && !self.must_merge(&below)).then(|| self.mounts_upon(&record, &stack))
     }
 
     /// How a snapshot is mounted. It need not be there yet.
     pub(super) fn mounts_of(&self, record: &Record) -> Result<Mounts> {
-        let stack = self.stack(record)?;
-        let below = without_repeats(&stack);
+        self.mounts_upon(record, &self.stack(record)?)
+    }
+
+    /// The same, with what lies below it.
+    fn mounts_upon(&self, record: &Record, stack: &[Lower]) -> Result<Mounts> {
+        let below = without_repeats(stack);
         let own = self.dirs.snapshot(record.number);
         let bind = |source: &Path, mode: &str| Mount {
             r#type: "bind".into(),
@@ -156,7 +161,7 @@ impl Snapshots {
             ([], Kind::View) => bind(&own.join(FILES), "ro"),
             ([], _) => bind(&own.join(FILES), "rw"),
             (below, kind) if self.must_merge(below) => {
-                let at = self.show_merged(record, &stack)?;
+                let at = self.show_merged(record, stack)?;
                 if kind == Kind::View { bind(&at, "ro") } else { overlay(text(&at)) }
             }
             ([only], Kind::View) => match &record.maps {

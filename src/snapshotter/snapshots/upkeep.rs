@@ -107,7 +107,9 @@ pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
                 // A power loss in the midst of `Prepare`, which was not answered.
                 Err(_) if Record::is_blank(&path) && has_no_files(&path) => {
                     log::info!("{} was never finished", show(&path));
-                    remove_tree(&path)?;
+                    if let Err(error) = remove_tree(&path) {
+                        log::warn!("{error}");
+                    }
                 }
                 Err(error) => log::error!("{error}: the snapshot is left out, and stays on the disk"),
             }
