@@ -16,7 +16,7 @@ use super::inflight::Notes;
 use super::pace::Pace;
 use crate::fault;
 use crate::tree::resend::{self, CurrentRequest};
-use crate::tree::{Caller, Opened, Result, Tree, Writer};
+use crate::tree::{Caching, Caller, Opened, Result, Tree, Writer};
 
 pub(super) const TARGET: &str = "fsprov::fuse";
 
@@ -45,6 +45,10 @@ pub struct AdapterOptions {
     pub idmappable: bool,
 }
 
+/// Of a kernel that drops the pages it has of what is written directly (fuse_direct_io in fs/fuse/file.c, Linux 6.6): others go on showing
+/// them.
+const DROPS_PAGES: InitFlags = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+
 /// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
 const ATTRIBUTES_ALONE: i64 = -1;
 
@@ -60,6 +64,7 @@ pub struct FuseAdapter {
     pub(super) no_open: bool,
     pub(super) no_opendir: bool,
     gives: bool,
+    writes_directly: bool,
     pace: Arc<Pace>,
     notes: OnceLock<Notes>,
     notifier: Arc<OnceLock<Notifier>>,
@@ -91,6 +96,7 @@ impl FuseAdapter {
             no_open: false,
             no_opendir: false,
             gives: false,
+            writes_directly: false,
             pace: Arc::default(),
             notes: OnceLock::new(),
             notifier: Arc::default(),
@@ -135,6 +141,13 @@ impl FuseAdapter {
                 log::debug!(target: TARGET, "give the content of {:x}: {e}", node.0);
             }
         })
+    }
+
+    /// What the kernel may keep of a file that this open made. Of one that is only written, nothing: a write through its cache comes in two
+    /// requests wherever it ends inside a page, and the first asks for `security.capability`.
+    pub(super) fn caching_of_new(&self, opened: Opened, flags: i32) -> Opened {
+        let only_written = flags & (libc::O_ACCMODE | libc::O_APPEND) == libc::O_WRONLY;
+        if self.writes_directly && only_written { Opened { cache: Caching::Direct, ..opened } } else { opened }
     }
 
     /// An ordinary writer changed a file, which took setuid and setgid away below; the kernel, which left that to us
@@ -230,6 +243,7 @@ impl FuseAdapter {
                 log::debug!(target: TARGET, "the kernel does not offer {flag:?}");
             }
         }
+        self.writes_directly = !self.options.writeback && offered.contains(DROPS_PAGES);
         self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
         let lists_freely = self.tree.opens_directories_without_asking();
         self.no_opendir = lists_freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);

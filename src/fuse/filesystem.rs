@@ -383,6 +383,7 @@ impl Filesystem for FuseAdapter {
         self.answer(request, Operation::Create, parent, reply, create, |reply, (entry, opened)| {
             let ttl = entry.entry_ttl.min(entry.attr_ttl);
             let (attr, generation) = (attr_out(&entry.attr), Generation(entry.generation));
+            let opened = self.caching_of_new(opened, flags);
             reply.created(&ttl, &attr, generation, FileHandle(opened.handle), file_flags(opened));
         });
     }

@@ -49,6 +49,7 @@ pub(in crate::tree) use attrs::unmap;
 pub use fds::{FdPool, Shares};
 pub use handover::{Handover, Keeper};
 pub use identity::ActAs;
+pub(crate) use identity::look_around;
 
 /// Longest name of a directory entry: NAME_MAX of Linux. FUSE itself takes 1024.
 const MAX_NAME: usize = 255;

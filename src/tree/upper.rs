@@ -21,6 +21,7 @@
 //!
 //! * `pairs`: which upper file stands for which file of the image
 //! * `marks`: whiteouts, opaque directories, and attributes of ours
+//! * `veils`: the form of a whiteout that hides a name while it changes
 //! * `owners`: owners and modes that this user may not set
 //! * `raise`: copying up
 //! * `bare`: files whose content stays below
@@ -42,6 +43,7 @@ mod raise;
 mod spot;
 #[cfg(test)]
 mod tests;
+mod veils;
 
 use std::ffi::OsStr;
 use std::os::fd::OwnedFd;
@@ -69,6 +71,7 @@ use owners::Owners;
 pub(crate) use owners::{Owner, PERMISSION_BITS};
 use pairs::Pairs;
 use raise::{Content, Locks};
+use veils::Veils;
 
 const TARGET: &str = "fsprov::tree::upper";
 const UPPER: &str = Scratch::UPPER;
@@ -102,6 +105,7 @@ pub struct UpperTree {
     top: Node,
     work: OwnedFd,
     pairs: Pairs,
+    veils: Veils,
     owners: Owners,
     /// Counts the changes of names: the kernel lists no directory while it changes.
     changes: AtomicU64,
@@ -155,7 +159,7 @@ impl UpperTree {
         }
         let work = fs::openat(&place, WORK, flags, Mode::empty()).map_err(fail)?;
         let owners = Owners::of(options.act_as);
-        raise::make_top(&lower, &place, &work, owners).map_err(fail)?;
+        let veils = raise::make_top(&lower, &place, &work, owners).map_err(fail)?;
         let dir_options = DirOptions {
             ttl: FOREVER,
             negative_ttl: FOREVER,
@@ -177,6 +181,7 @@ impl UpperTree {
             top,
             work,
             pairs,
+            veils,
             owners,
             changes: AtomicU64::new(0),
             listings: Mutex::new(LruCache::new(list::LISTINGS)),
@@ -441,6 +446,10 @@ impl Tree for UpperTree {
         handle: Option<Handle>,
         change: &Change,
     ) -> Result<(Attr, Duration)> {
+        if let Some((attr, ttl)) = self.raise_given(node, change)? {
+            let attr = self.attr_above(node, attr.node, attr)?;
+            return Ok((attr, ttl));
+        }
         let upper = self.above(node, bare::needed_for(change))?;
         // Not while its times are put back.
         let _alone = self.pairs.is_bare(node).then(|| self.locks.file(node));

@@ -461,6 +461,44 @@ case!("content_goes_with_the_first_open", on::fuse, |stage: &Stage| {
     stage.unmount(&rootfs);
 });
 
+// What makes a file and only writes it asks for nothing else; who reads it meanwhile sees each write.
+case!("writes_to_a_new_file_come_whole", on::fuse, |stage: &Stage| {
+    const BLOCK: usize = 10_240;
+    let writers = [("etc/new", false), ("vol/new", false), ("etc/appended", true)];
+    import(stage, &stage.small_image());
+    let volume = format!("{}:/vol:rw", stage.mkdir("volume").display());
+    let rootfs = stage.mount("image", "rootfs", ["--id", "k", "--writable", "-v", &volume]);
+    for (name, appends) in writers {
+        let before = ["write", "getxattr"].map(|kind| requests(stage, kind));
+        let path = rootfs.join(name);
+        let mut file = OpenOptions::new().create_new(true).write(true).append(appends).open(&path).expect("create");
+        let reader = File::open(&path).expect("open");
+        let mut seen = vec![0; BLOCK];
+        for n in 1..=20_u8 {
+            file.write_all(&[n; BLOCK]).expect("write");
+            let (last, first) = ((usize::from(n) - 1) * BLOCK, usize::from(!appends) * usize::from(n));
+            reader.read_exact_at(&mut seen, last as u64).expect("read");
+            assert_eq!(seen, [n; BLOCK], "{name}: as it was written");
+            if first > 0 {
+                // Over what the reader has in its pages.
+                file.write_all_at(&[n + 100; BLOCK], 0).expect("write");
+                reader.read_exact_at(&mut seen, 0).expect("read");
+                assert_eq!(seen, [n + 100; BLOCK], "{name}: over what was read");
+            }
+        }
+        let asked = ["write", "getxattr"].map(|kind| requests(stage, kind));
+        if !appends && crate::common::needs::kernel() >= (6, 6) {
+            assert_eq!([asked[0] - before[0], asked[1] - before[1]], [40, 0], "{name}: one request a write");
+        }
+        drop(file);
+        // What takes the file up again goes on as it always does.
+        OpenOptions::new().append(true).open(&path).expect("open").write_all(b"end").expect("append");
+        let all = fs::read(&path).expect("read");
+        assert_eq!((all.len(), &all[all.len() - 4..]), (20 * BLOCK + 3, &b"\x14end"[..]), "{name}");
+    }
+    stage.unmount(&rootfs);
+});
+
 // Nobody reads what another is being given, and nothing that was given covers what somebody writes.
 case!("many_open_a_file_as_the_first", on::fuse, |stage: &Stage| {
     const FILES: usize = 300;
@@ -549,6 +587,7 @@ type Change = fn(&Path) -> std::io::Result<()>;
 const DYING: &[(&str, Change)] = &[
     ("copy up", |kit| OpenOptions::new().append(true).open(kit.join("file"))?.write_all(b"!")),
     ("copy up a group", |kit| fs::set_permissions(kit.join("hard"), fs::Permissions::from_mode(0o600))),
+    ("give away", |kit| std::os::unix::fs::chown(kit.join("file"), Some(rustix::process::geteuid().as_raw()), None)),
     ("unlink", |kit| fs::remove_file(kit.join("copied"))),
     ("unlink the image's", |kit| fs::remove_file(kit.join("file"))),
     ("rmdir", |kit| {

@@ -60,7 +60,7 @@ impl DirTree {
             self.may_be_run(node);
         }
         let open = handle.and_then(|h| self.handle(h));
-        let (fd, found) = self.fd(node)?;
+        let (fd, kind) = self.fd_and_kind(node)?;
         if change.uid.is_some() || change.gid.is_some() {
             let (uid, gid) = self.owner_on_disk(change.uid, change.gid)?;
             if uid.is_some() || gid.is_some() {
@@ -70,7 +70,7 @@ impl DirTree {
             }
         }
         if let Some(mode) = change.mode {
-            if found.kind() == SYMLINK {
+            if kind == SYMLINK {
                 return Err(Errno::OPNOTSUPP);
             }
             let bits = Mode::from_raw_mode(mode & PERMISSION_BITS);
@@ -84,7 +84,7 @@ impl DirTree {
             }
         }
         if let Some(size) = change.size {
-            if found.kind() != REGULAR {
+            if kind != REGULAR {
                 return Err(Errno::INVAL);
             }
             self.nodes.swap_stamp(node, None);
@@ -172,7 +172,7 @@ impl DirTree {
 
     pub(super) fn get_xattr(&self, node: Node, name: &OsStr, out: &mut dyn FnMut(&[u8])) -> Result<()> {
         // The kernel asks for security.capability before it writes to a file for the first time, and that one is open.
-        let open = self.nodes.a_handle(node).and_then(|handle| self.handles.get(handle)?.not_parked());
+        let open = self.open_now(node).and_then(|open| open.not_parked());
         if let Some(open) = open {
             return read_sized(out, |buffer| fs::fgetxattr(open.fd(), name.as_bytes(), buffer));
         }

@@ -5,11 +5,13 @@
 //! then everything is done as that user, and the kernel's check against the presented modes (default_permissions) is what holds.
 
 use std::cell::Cell;
+use std::sync::LazyLock;
 
 use rustix::fs::Mode;
 use rustix::thread::{CapabilitySet, capabilities, set_capabilities, set_thread_groups};
 
 use super::groups;
+use crate::sys::process::in_initial_user_namespace;
 use crate::sys::raw;
 use crate::tree::{Caller, Errno, Result, Writer};
 
@@ -81,9 +83,18 @@ impl ActAs {
     }
 }
 
+/// Does CAP_FSETID keep setuid and setgid of a file that is written? Only that of the first user namespace
+/// (setattr_should_drop_suidgid in fs/attr.c).
+static FSETID_COUNTS: LazyLock<bool> = LazyLock::new(|| in_initial_user_namespace().unwrap_or(true));
+
+/// Find out what only /proc tells, before it cannot be read any more.
+pub(crate) fn look_around() {
+    LazyLock::force(&FSETID_COUNTS);
+}
+
 /// Do `work` without CAP_FSETID, so that the file system takes setuid and setgid away as it does for an ordinary writer.
 fn without_set_id_privilege<T>(work: impl FnOnce() -> Result<T>) -> Result<T> {
-    if NO_FSETID.get() {
+    if NO_FSETID.get() || !*FSETID_COUNTS {
         return work();
     }
     let Ok(sets) = capabilities(None) else { return work() };

@@ -87,6 +87,19 @@ impl DirTree {
         self.by_name(&reach).map(|(fd, found)| (Fd::Own(fd), found))
     }
 
+    /// [`Self::fd`] where its type alone is asked: a program that has just written a file sets its owner, mode and times one by one.
+    pub(super) fn fd_and_kind(&self, node: Node) -> Result<(Fd, u32)> {
+        match (self.open_now(node), self.nodes.kind(node)) {
+            (Some(open), Some(kind)) => Ok((Fd::Held(open.any()), kind)),
+            _ => self.fd(node).map(|(fd, found)| (fd, found.kind())),
+        }
+    }
+
+    /// A file that is open.
+    pub(super) fn open_now(&self, node: Node) -> Option<Arc<super::files::Open>> {
+        self.handles.get(self.nodes.a_handle(node)?)
+    }
+
     /// [`Self::fd`], also where it is open already.
     pub(super) fn fd_by_name(&self, node: Node) -> Result<OwnedFd> {
         self.by_name(&self.nodes.reach(node)?).map(|(fd, _)| fd)

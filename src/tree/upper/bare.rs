@@ -38,9 +38,11 @@ impl UpperTree {
 
     pub(super) fn may_be_bare(&self, lower: Node, attr: &Attr) -> Result<bool> {
         let is_plain = attr.mode & TYPE_BITS == REGULAR && attr.mode & SET_ID == 0 && attr.size > 0;
-        Ok(!self.durable
-            && is_plain
-            && !self.lower.xattrs_of(lower)?.iter().any(|(name, _)| name.as_bytes() == CAPABILITY))
+        Ok(!self.durable && is_plain && !self.has_capability(lower)?)
+    }
+
+    pub(super) fn has_capability(&self, lower: Node) -> Result<bool> {
+        Ok(self.lower.xattrs_of(lower)?.iter().any(|(name, _)| name.as_bytes() == CAPABILITY))
     }
 
     /// Give the upper file of a node the content that the image has. Its times stay, also when the server is killed meanwhile.

@@ -11,11 +11,12 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec, XattrFlags};
 
+use super::veils::Veils;
 use super::{DIRECTORY, REGULAR, TYPE_BITS};
 use crate::tree::{Errno, Node, Result};
 
 /// Begins the name of a veil, and of other files that are marks and never shown.
-const VEIL: &[u8] = b".wh.";
+pub(super) const VEIL: &[u8] = b".wh.";
 /// In a directory: nothing of the image shows in it.
 const OPAQUE_FILE: &[u8] = b".wh..wh..opq";
 /// The same as attributes of it; which of the first two overlayfs heeds depends on who mounts.
@@ -30,8 +31,6 @@ const OWNER: &[u8] = b"user.containers.override_stat";
 const OURS: [&[u8]; 5] =
     [b"user.fsprov.", b"user.overlay.", b"trusted.overlay.", b"user.fuseoverlayfs.", b"user.containers.override_stat"];
 
-/// Longest name of a file: NAME_MAX of Linux.
-const MAX_NAME: usize = 255;
 /// What a list of names, or a value of ours, mostly fits in.
 const USUAL: usize = 512;
 /// Longest list: XATTR_LIST_MAX (limits.h).
@@ -89,43 +88,11 @@ pub(super) fn entries(dir: impl AsFd) -> Result<fs::Dir> {
     fs::Dir::new(open_directory(dir, b".")?)
 }
 
-/// The name of the veil over a name; `None`: it would be too long.
-fn veil_of(name: &[u8]) -> Option<Vec<u8>> {
-    (name.len() + VEIL.len() <= MAX_NAME).then(|| [VEIL, name].concat())
-}
-
-/// Is what the image has under this name hidden by a veil?
-pub(super) fn is_veiled(dir: impl AsFd, name: &[u8]) -> Result<bool> {
-    veil_of(name).map_or(Ok(false), |veil| Ok(look(dir, &veil)? != Above::Nothing))
-}
-
-/// Hide what the image has under this name, whatever is there above. A name that is too long for it goes without.
-pub(super) fn veil(dir: impl AsFd, name: &[u8]) -> Result<()> {
-    let Some(veil) = veil_of(name) else { return Ok(()) };
-    let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    fs::openat(dir, veil, flags, Mode::RUSR | Mode::WUSR).map(drop)
-}
-
-/// Take the veil away.
-pub(super) fn unveil(dir: impl AsFd, name: &[u8]) -> Result<()> {
-    veil_of(name).map_or(Ok(()), |veil| gone(fs::unlinkat(dir, veil, AtFlags::empty())))
-}
-
-fn gone(removed: Result<()>) -> Result<()> {
+/// What was to be removed may be gone already.
+pub(super) fn gone(removed: Result<()>) -> Result<()> {
     match removed {
         Err(Errno::NOENT) => Ok(()),
         other => other,
-    }
-}
-
-/// Put a whiteout in a name's place, which is free or has one. Where this file system or kernel refuses the device, a veil hides it.
-pub(super) fn whiten(dir: impl AsFd, name: &[u8]) -> Result<()> {
-    match fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), 0) {
-        Ok(()) => unveil(dir, name),
-        Err(Errno::EXIST) if look(&dir, name)? == Above::Whiteout => unveil(dir, name),
-        // A name that is too long for a veil has none.
-        Err(Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL) if veil_of(name).is_some() => veil(dir, name),
-        Err(e) => Err(e),
     }
 }
 
@@ -330,13 +297,16 @@ impl Names {
     }
 
     /// Hide the same names again in a directory whose marks were removed.
-    pub(super) fn whiten_again(&self, dir: impl AsFd) -> Result<()> {
-        self.hidden.iter().try_for_each(|name| whiten(&dir, name))
+    pub(super) fn whiten_again(&self, dir: impl AsFd, veils: &Veils) -> Result<()> {
+        self.hidden.iter().try_for_each(|name| veils.whiten(&dir, name))
     }
 
     /// Remove what hides names of the image from a directory that is to be removed itself.
-    pub(super) fn clear(&self, dir: impl AsFd) -> Result<()> {
-        self.marks.iter().try_for_each(|mark| take_whiteout(&dir, mark))
+    pub(super) fn clear(&self, dir: impl AsFd, veils: &Veils) -> Result<()> {
+        self.marks.iter().try_for_each(|mark| match mark.strip_prefix(VEIL) {
+            Some(name) if mark != OPAQUE_FILE => veils.unveil(&dir, name),
+            _ => take_whiteout(&dir, mark),
+        })
     }
 }
 
@@ -353,9 +323,11 @@ mod tests {
         }
         std::fs::remove_file(dir.path().join("sub")).unwrap();
         std::fs::create_dir(dir.path().join("sub")).unwrap();
-        whiten(&at, b"white").unwrap();
-        whiten(&at, b"white").unwrap();
-        assert_eq!(whiten(&at, b"file"), Err(Errno::EXIST));
+        let veils = Veils::unknown();
+        for _ in 0..2 {
+            veils.whiten(&at, b"white").unwrap();
+        }
+        assert_eq!(veils.whiten(&at, b"file"), Err(Errno::EXIST));
         let names = Names::of(&at).unwrap();
         let mut shown: Vec<_> = names.shown.keys().map(|n| String::from_utf8_lossy(n)).collect();
         shown.sort();
@@ -371,7 +343,7 @@ mod tests {
                 Above::File(_) => Above::File(0),
                 other => other,
             };
-            assert_eq!((is_veiled(&at, name.as_bytes()).unwrap(), found), (veiled, above), "{name}");
+            assert_eq!((veils.hides(&at, name.as_bytes()).unwrap(), found), (veiled, above), "{name}");
             assert_eq!(names.hidden.contains(name.as_bytes()), veiled || above == Above::Whiteout, "{name}");
         }
         let sub = path_of(&at, b"sub");
@@ -381,10 +353,8 @@ mod tests {
         std::fs::remove_file(dir.path().join("sub/.wh..wh..opq")).unwrap();
         set_opaque(&sub).unwrap();
         assert_eq!(is_opaque(&sub), Ok(true));
-        names.clear(&at).unwrap();
-        assert_eq!((is_veiled(&at, b"veiled"), look(&at, b"white")), (Ok(false), Ok(Above::Nothing)));
-        let long = [b'n'; MAX_NAME];
-        assert_eq!((veil(&at, &long), is_veiled(&at, &long), unveil(&at, &long)), (Ok(()), Ok(false), Ok(())));
+        names.clear(&at, &veils).unwrap();
+        assert_eq!((veils.hides(&at, b"veiled"), look(&at, b"white")), (Ok(false), Ok(Above::Nothing)));
     }
 
     #[test]

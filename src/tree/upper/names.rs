@@ -50,7 +50,7 @@ impl UpperTree {
         }
         let Some(lower_dir) = halves.lower else { return Ok(Lookup::Absent(FOREVER)) };
         match self.lower.lookup(caller, lower_dir, name)? {
-            Lookup::Found(_) if marks::is_veiled(self.upper.place(dir)?, name.as_bytes())? => {
+            Lookup::Found(_) if self.veils.hides(self.upper.place(dir)?, name.as_bytes())? => {
                 Ok(Lookup::Absent(FOREVER))
             }
             found => self.found_below(found),
@@ -94,7 +94,7 @@ impl UpperTree {
             DIRECTORY => {
                 if let Some((lower, mode)) = self.below(lower_dir, name)?
                     && is_directory(mode)
-                    && !marks::is_veiled(place, name)?
+                    && !self.veils.hides(place, name)?
                     && !marks::is_opaque(&marks::path_of(place, name))?
                 {
                     return Ok(Some((lower, false)));
@@ -167,7 +167,7 @@ impl UpperTree {
         Ok(told_as(node, Entry { attr, ..entry }))
     }
 
-    fn spot<'a>(&self, parent: Node, name: &'a OsStr) -> Result<Spot<'a>> {
+    fn spot<'a>(&'a self, parent: Node, name: &'a OsStr) -> Result<Spot<'a>> {
         self.changes.fetch_add(1, Ordering::Relaxed);
         let dir = match self.side(parent) {
             Side::Upper(upper) => upper,
@@ -176,11 +176,11 @@ impl UpperTree {
         let (place, name) = (self.upper.place(dir)?, name.as_bytes());
         let lower_dir = (parent & MADE == 0).then_some(parent);
         let (above, below) = (marks::look(&place, name)?, self.below(lower_dir, name)?);
-        let veiled = below.is_some() && marks::is_veiled(&place, name)?;
+        let veiled = below.is_some() && self.veils.hides(&place, name)?;
         if let (true, Above::File(_), Some((lower, _))) = (is_resent(), above, below) {
             self.take_over_copy(lower, dir, &place, name)?;
         }
-        Ok(Spot { dir, place, lower_dir, name, above, veiled, below })
+        Ok(Spot { veils: &self.veils, dir, place, lower_dir, name, above, veiled, below })
     }
 
     /// Make something new under a name by `work`, which is told the upper directory.
@@ -260,7 +260,7 @@ impl UpperTree {
     }
 
     /// What is about to lose this name has others in the image: copied up with all of them, it counts how many are left.
-    fn raise_linked<'a>(&self, spot: Spot<'a>, parent: Node, name: &'a OsStr) -> Result<Spot<'a>> {
+    fn raise_linked<'a>(&'a self, spot: Spot<'a>, parent: Node, name: &'a OsStr) -> Result<Spot<'a>> {
         match (spot.above, spot.seen(), spot.below) {
             (Above::Nothing, Some(mode), Some((lower, _)))
                 if !is_directory(mode) && self.lower.getattr(lower, None)?.0.nlink > 1 =>
@@ -322,7 +322,7 @@ impl UpperTree {
             return Err(Errno::NOTEMPTY);
         }
         spot.cover()?;
-        names.clear(marks::open_directory(&spot.place, spot.name)?)?;
+        names.clear(marks::open_directory(&spot.place, spot.name)?, &self.veils)?;
         Ok(names)
     }
 

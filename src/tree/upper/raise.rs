@@ -10,16 +10,19 @@ use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, RenameFlags, SeekFrom, Timestamps};
 
 use super::marks::{self, Above, Names};
 use super::owners::{self, Owner, Owners, PERMISSION_BITS};
-use super::{DIRECTORY, MADE, REGULAR, SERVER, TARGET, TYPE_BITS, UPPER, UpperTree, WORK, step};
+use super::veils::Veils;
+use super::{DIRECTORY, MADE, REGULAR, SERVER, Side, TARGET, TYPE_BITS, UPPER, UpperTree, WORK, step};
 use crate::sys::attrs::{self, SetId};
+use crate::tree::dir::SET_ID;
 use crate::tree::image::ImageTree;
 use crate::tree::resend::aside;
-use crate::tree::{Attr, Errno, Lookup, Node, ROOT, Result, Tree as _};
+use crate::tree::{Attr, Change, Errno, Lookup, Node, ROOT, Result, Tree as _};
 
 /// Begins the name of a copy that has several names to get.
 const GROUP: &str = "group.";
@@ -77,16 +80,17 @@ struct Homes {
     copied: Option<Home>,
 }
 
-/// Make the upper directory itself where it is missing: it looks like the root of the image.
-pub(super) fn make_top(lower: &ImageTree, place: &OwnedFd, work: &OwnedFd, owners: Owners) -> Result<()> {
+/// Make the upper directory itself where it is missing: it looks like the root of the image. Gives what is known of the veils in it.
+pub(super) fn make_top(lower: &ImageTree, place: &OwnedFd, work: &OwnedFd, owners: Owners) -> Result<Veils> {
     if marks::look(place, UPPER.as_bytes())? != Above::Nothing {
-        return Ok(());
+        return Ok(Veils::unknown());
     }
     empty_work(work, |name| name == UPPER.as_bytes())?;
     fs::mkdirat(work, UPPER, Mode::RWXU)?;
     let made = marks::open_directory(work, UPPER.as_bytes())?;
-    imitate(lower, ROOT, &made, owners)?;
-    fs::renameat(work, UPPER, place, UPPER)
+    imitate(lower, &lower.getattr(ROOT, None)?.0, &made, owners)?;
+    fs::renameat(work, UPPER, place, UPPER)?;
+    Ok(Veils::none())
 }
 
 /// Remove these names from the work directory: files, links, and directories, which are empty there.
@@ -105,11 +109,12 @@ fn work_names(work: &OwnedFd) -> Result<Vec<Vec<u8>>> {
     Ok(names.collect::<Result<Vec<_>>>()?.into_iter().filter(|n| !matches!(&n[..], b"." | b"..")).collect())
 }
 
-/// Give a copy owner, mode, times and attributes of the image's file. An O_PATH descriptor will do.
-fn imitate(lower: &ImageTree, node: Node, copy: impl AsFd, owners: Owners) -> Result<()> {
-    let (attr, _) = lower.getattr(node, None)?;
-    let mut stat = fs::fstat(&copy)?;
-    let owner = Owner::of(&attr);
+/// Give a copy this owner and mode, these times, and the attributes of the image's file. An O_PATH descriptor will do.
+fn imitate(lower: &ImageTree, attr: &Attr, copy: impl AsFd, owners: Owners) -> Result<()> {
+    let node = attr.node;
+    let made = fs::fstat(&copy)?;
+    let mut stat = made;
+    let owner = Owner::of(attr);
     let mode = match owners {
         Owners::Set => {
             (stat.st_uid, stat.st_gid) = (owner.uid, owner.gid);
@@ -127,6 +132,9 @@ fn imitate(lower: &ImageTree, node: Node, copy: impl AsFd, owners: Owners) -> Re
         xattrs.push((marks::owner_name(), Owner { uid, gid, ..owner }.text().into_bytes()));
     }
     let xattrs: Vec<(CString, &[u8])> = xattrs.iter().map(|(name, value)| (name.clone(), &value[..])).collect();
+    if xattrs.is_empty() && stat.st_mode == made.st_mode && mode & SET_ID == 0 {
+        return attrs::set_owner_and_times(&stat, copy).map(drop);
+    }
     attrs::set(&xattrs, &stat, copy, SetId::Kept).map(drop)
 }
 
@@ -160,29 +168,59 @@ impl UpperTree {
         if attr.mode & TYPE_BITS == DIRECTORY {
             return self.raise_directory(lower)?.ok_or(Errno::STALE);
         }
-        let _alone = self.locks.file(lower);
-        if let Some(upper) = self.pairs.upper(lower) {
-            return Ok(upper);
-        }
-        let Homes { free, copied } = self.homes(lower, &attr)?;
-        if let Some(home) = copied {
-            return self.pair(lower, home.dir, &home.name);
-        }
-        let staged = format!("{}", self.staged.fetch_add(1, Ordering::Relaxed));
-        let upper = self.stage(lower, &attr, &staged, content).and_then(|()| self.settle(lower, &staged, &free));
-        upper.inspect_err(|_| {
-            let _ = fs::unlinkat(&self.work, &staged, AtFlags::empty());
-        })
+        self.raise_file(&attr, &attr, content).map(|(upper, _)| upper)
     }
 
-    /// The names that the image has for a file.
-    fn homes(&self, lower: Node, attr: &Attr) -> Result<Homes> {
+    /// Copy up a file of the image whose owner alone changes, with the new one from the start. `None`: it takes more than that, and nothing was done.
+    pub(super) fn raise_given(&self, node: Node, change: &Change) -> Result<Option<(Attr, Duration)>> {
+        let is_owner_alone = Change { uid: None, gid: None, ..*change } == Change::default();
+        let Side::Lower(lower) = self.side(node) else { return Ok(None) };
+        let (attr, _) = self.lower.getattr(lower, None)?;
+        // Whoever is given a program gets it without setuid and capabilities, and a directory is made in another way.
+        let is_plain = attr.mode & TYPE_BITS != DIRECTORY && attr.mode & SET_ID == 0 && !self.has_capability(lower)?;
+        if self.owners != Owners::Set || !is_owner_alone || !is_plain {
+            return Ok(None);
+        }
+        let given = Attr { uid: change.uid.unwrap_or(attr.uid), gid: change.gid.unwrap_or(attr.gid), ..attr };
+        let (upper, is_made) = self.raise_file(&attr, &given, Content::Bare)?;
+        if !is_made {
+            return Ok(None);
+        }
+        // Not while its times are put back.
+        let _alone = self.locks.file(lower);
+        self.upper.getattr(upper, None).map(Some)
+    }
+
+    /// The copy of a file of the image, made to look `given` if there was none: was it made?
+    fn raise_file(&self, attr: &Attr, given: &Attr, content: Content) -> Result<(Node, bool)> {
+        let lower = attr.node;
+        let _alone = self.locks.file(lower);
+        if let Some(upper) = self.pairs.upper(lower) {
+            return Ok((upper, false));
+        }
+        // A single name is given to the copy only if it is free.
+        let Homes { free, copied } = self.homes(attr, attr.nlink == 1)?;
+        if let Some(home) = copied {
+            return Ok((self.pair(lower, home.dir, &home.name, None)?, false));
+        }
+        let staged = format!("{}", self.staged.fetch_add(1, Ordering::Relaxed));
+        let settled =
+            self.stage(given, &staged, content).and_then(|is_bare| self.settle(attr, &staged, &free, is_bare));
+        if !matches!(settled, Ok((_, true))) {
+            let _ = fs::unlinkat(&self.work, &staged, AtFlags::empty());
+        }
+        settled
+    }
+
+    /// The names that the image has for a file. `unseen`: whether something above has taken one is not looked at.
+    fn homes(&self, attr: &Attr, unseen: bool) -> Result<Homes> {
+        let lower = attr.node;
         let mut homes = Homes::default();
         for (dir, name) in self.lower.names_of(lower)? {
             let Some(dir) = self.raise_directory(dir)? else { continue };
             let place = self.upper.place(dir)?;
-            match marks::look(&place, &name)? {
-                Above::Nothing if !marks::is_veiled(&place, &name)? => homes.free.push(Home { place, dir, name }),
+            match if unseen { Above::Nothing } else { marks::look(&place, &name)? } {
+                Above::Nothing if !self.veils.hides(&place, &name)? => homes.free.push(Home { place, dir, name }),
                 Above::File(_) if self.is_copy(lower, attr, &place, &name)? => {
                     homes.copied = Some(Home { place, dir, name });
                 }
@@ -197,7 +235,7 @@ impl UpperTree {
         let (attr, _) = self.lower.getattr(lower, None)?;
         let is_known = attr.mode & TYPE_BITS == DIRECTORY || self.pairs.upper(lower).is_some();
         if !is_known && self.is_copy(lower, &attr, place, name)? {
-            self.pair(lower, dir, name)?;
+            self.pair(lower, dir, name, None)?;
         }
         Ok(())
     }
@@ -241,10 +279,10 @@ impl UpperTree {
                     return Ok(None);
                 }
             }
-            Above::Nothing if !marks::is_veiled(&place, &name)? => self.make_directory(lower, &place, &name)?,
+            Above::Nothing if !self.veils.hides(&place, &name)? => self.make_directory(lower, &place, &name)?,
             _ => return Ok(None),
         }
-        self.pair(lower, parent, &name).map(Some)
+        self.pair(lower, parent, &name, None).map(Some)
     }
 
     /// Copy up a directory with all that is seen in it. Nothing of the image comes back meanwhile, so all of it is above then.
@@ -273,7 +311,7 @@ impl UpperTree {
         fs::mkdirat(&self.work, &staged, Mode::RWXU)?;
         let times = Times::of(place)?;
         let made = marks::open_directory(&self.work, staged.as_bytes())
-            .and_then(|made| imitate(&self.lower, lower, made, self.owners))
+            .and_then(|made| imitate(&self.lower, &self.lower.getattr(lower, None)?.0, made, self.owners))
             .and_then(|()| step("upper.directory"))
             .and_then(|()| fs::renameat_with(&self.work, &staged, place, name, RenameFlags::NOREPLACE));
         times.put_back(place);
@@ -282,8 +320,8 @@ impl UpperTree {
         })
     }
 
-    /// `name` in the upper directory `dir` stands for a node of the image from now on.
-    fn pair(&self, lower: Node, dir: Node, name: &[u8]) -> Result<Node> {
+    /// `name` in the upper directory `dir` stands for a node of the image from now on. Is the image's content its own? `None`: it says so itself.
+    fn pair(&self, lower: Node, dir: Node, name: &[u8], is_bare: Option<bool>) -> Result<Node> {
         let Lookup::Found(entry) = self.upper.lookup(&SERVER, dir, OsStr::from_bytes(name))? else {
             return Err(Errno::STALE);
         };
@@ -293,11 +331,15 @@ impl UpperTree {
             return Err(Errno::NFILE);
         }
         self.no_set_id.remove(&upper);
-        let told = match entry.attr.mode & TYPE_BITS {
-            REGULAR => self.upper.with_path(upper, |path| marks::origin(path.as_bytes(), upper)),
-            _ => Ok(None),
+        let told = match (is_bare, entry.attr.mode & TYPE_BITS) {
+            (Some(is_bare), _) => Ok(is_bare),
+            (None, REGULAR) => self
+                .upper
+                .with_path(upper, |path| marks::origin(path.as_bytes(), upper))
+                .map(|told| told.is_some_and(|origin| origin.is_bare)),
+            (None, _) => Ok(false),
         };
-        let is_bare = told.inspect_err(|_| self.upper.forget(upper, 1))?.is_some_and(|origin| origin.is_bare);
+        let is_bare = told.inspect_err(|_| self.upper.forget(upper, 1))?;
         match self.pairs.join(lower, upper, 0, is_bare) {
             super::pairs::Joined::New => Ok(upper),
             super::pairs::Joined::Known => {
@@ -311,16 +353,19 @@ impl UpperTree {
         }
     }
 
-    /// Make a whole copy in the work directory.
-    fn stage(&self, lower: Node, attr: &Attr, staged: &str, content: Content) -> Result<()> {
+    /// Make a whole copy in the work directory: does the image keep its content?
+    fn stage(&self, attr: &Attr, staged: &str, content: Content) -> Result<bool> {
+        let lower = attr.node;
+        let mut is_bare = false;
         let kind = FileType::from_raw_mode(attr.mode);
         let path_flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let copy = match kind {
             FileType::RegularFile => {
                 let flags = OFlags::RDWR | OFlags::CREATE | OFlags::EXCL | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-                let copy = fs::openat(&self.work, staged, flags, Mode::RUSR | Mode::WUSR)?;
+                let mode = Mode::from_raw_mode(owners::mode_on_disk(attr.mode & (TYPE_BITS | 0o777)));
+                let copy = fs::openat(&self.work, staged, flags, mode)?;
                 step("upper.staged")?;
-                self.stage_content((lower, attr), staged, &copy, content)?;
+                is_bare = self.stage_content(attr, staged, &copy, content)?;
                 copy
             }
             FileType::Symlink => {
@@ -334,38 +379,36 @@ impl UpperTree {
                 fs::openat(&self.work, staged, path_flags, Mode::empty())?
             }
         };
-        imitate(&self.lower, lower, &copy, self.owners)?;
+        imitate(&self.lower, attr, &copy, self.owners)?;
         if self.durable && kind == FileType::RegularFile {
             fs::fsync(&copy)?;
         }
-        step("upper.copied")
+        step("upper.copied")?;
+        Ok(is_bare)
     }
 
-    /// What goes up of a file's content, and what is said of that.
-    fn stage_content(
-        &self,
-        (lower, attr): (Node, &Attr),
-        staged: &str,
-        copy: &OwnedFd,
-        content: Content,
-    ) -> Result<()> {
+    /// What goes up of a file's content, and what is said of that: does it stay where it is?
+    fn stage_content(&self, attr: &Attr, staged: &str, copy: &OwnedFd, content: Content) -> Result<bool> {
+        let lower = attr.node;
         let path = marks::path_of(&self.work, staged.as_bytes());
         let upper = self.upper.number_of(copy)?;
         if content == Content::Bare && self.may_be_bare(lower, attr)? {
             let origin = marks::Origin { is_bare: true, ..marks::Origin::of_copy(lower, upper) };
             // Without attributes, or room for one, it is copied.
             if origin.write(&path).is_ok() {
-                return fs::ftruncate(copy, attr.size);
+                return fs::ftruncate(copy, attr.size).map(|()| true);
             }
         }
         if content != Content::Empty {
             copy_content(&self.lower.content_fd(lower)?, copy, attr.size)?;
         }
-        marks::set_origin(&path, lower, upper)
+        marks::set_origin(&path, lower, upper).map(|()| false)
     }
 
-    /// Move a whole copy to its place, or its places.
-    fn settle(&self, lower: Node, staged: &str, homes: &[Home]) -> Result<Node> {
+    /// Move a whole copy to its place, or its places. Not where a server that was killed made one already: gives that, and false.
+    fn settle(&self, attr: &Attr, staged: &str, homes: &[Home], is_bare: bool) -> Result<(Node, bool)> {
+        let lower = attr.node;
+        let pair = |dir, name: &[u8]| self.pair(lower, dir, name, Some(is_bare)).map(|upper| (upper, true));
         if let [home] = homes {
             let times = Times::of(&home.place)?;
             let moved = fs::renameat_with(&self.work, staged, &home.place, &home.name[..], RenameFlags::NOREPLACE);
@@ -373,10 +416,14 @@ impl UpperTree {
             match moved {
                 Ok(()) => {
                     step("upper.settled")?;
-                    return self.pair(lower, home.dir, &home.name);
+                    return pair(home.dir, &home.name);
                 }
-                // It lost its name meanwhile.
-                Err(Errno::EXIST) => {}
+                Err(Errno::EXIST) => {
+                    if let Some(home) = self.homes(attr, false)?.copied {
+                        return Ok((self.pair(lower, home.dir, &home.name, None)?, false));
+                    }
+                    // It lost its name meanwhile.
+                }
                 Err(e) => return Err(e),
             }
         } else if !homes.is_empty() {
@@ -385,7 +432,7 @@ impl UpperTree {
             step("upper.group")?;
             let linked = self.link_group(&group, homes)?;
             if let Some(home) = linked {
-                let upper = self.pair(lower, home.dir, &home.name)?;
+                let upper = pair(home.dir, &home.name)?;
                 fs::unlinkat(&self.work, &group, AtFlags::empty())?;
                 return Ok(upper);
             }
@@ -393,7 +440,7 @@ impl UpperTree {
         }
         // Without a name, held as long as somebody has it open.
         let Lookup::Found(work) = self.upper.lookup(&SERVER, ROOT, OsStr::new(WORK))? else { return Err(Errno::STALE) };
-        let upper = self.pair(lower, work.attr.node, staged.as_bytes());
+        let upper = pair(work.attr.node, staged.as_bytes());
         let removed = aside(|| self.upper.unlink(&SERVER, work.attr.node, OsStr::new(staged)));
         self.upper.forget(work.attr.node, 1);
         removed.and(upper)
@@ -422,7 +469,7 @@ impl UpperTree {
         for name in work_names(&self.work)? {
             let lower = std::str::from_utf8(&name).ok().and_then(|n| n.strip_prefix(GROUP)?.parse::<Node>().ok());
             if let (Some(lower), Ok(group)) = (lower, std::str::from_utf8(&name)) {
-                let homes = self.homes(lower, &self.lower.getattr(lower, None)?.0)?;
+                let homes = self.homes(&self.lower.getattr(lower, None)?.0, false)?;
                 self.link_group(group, &homes.free)?;
             }
         }

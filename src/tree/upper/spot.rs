@@ -5,11 +5,13 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 
 use super::marks::{self, Above, Names};
+use super::veils::Veils;
 use super::{DIRECTORY, TARGET, TYPE_BITS, step};
 use crate::tree::{Node, Result};
 
 /// A name in a directory whose upper half is there.
 pub(super) struct Spot<'a> {
+    pub(super) veils: &'a Veils,
     /// The upper directory.
     pub(super) dir: Node,
     pub(super) place: Arc<OwnedFd>,
@@ -55,7 +57,7 @@ impl Spot<'_> {
     pub(super) fn make_room(&self) -> Result<()> {
         if self.above == Above::Whiteout {
             if self.below.is_some() {
-                marks::veil(&self.place, self.name)?;
+                self.veils.veil(&self.place, self.name)?;
             }
             step("upper.veiled")?;
             marks::take_whiteout(&self.place, self.name)?;
@@ -69,13 +71,13 @@ impl Spot<'_> {
         if is_directory(mode) && self.covers_directory() {
             marks::set_opaque(&self.path())?;
         }
-        if self.veiled || self.above == Above::Whiteout { marks::unveil(&self.place, self.name) } else { Ok(()) }
+        if self.veiled || self.above == Above::Whiteout { self.veils.unveil(&self.place, self.name) } else { Ok(()) }
     }
 
     /// Nothing took it: what was hidden stays so.
     pub(super) fn not_taken(&self) {
         if self.above == Above::Whiteout && self.below.is_some() {
-            let restored = marks::whiten(&self.place, self.name);
+            let restored = self.veils.whiten(&self.place, self.name);
             let _ = restored.inspect_err(|e| log::warn!(target: TARGET, "put a whiteout back: {e}"));
         }
     }
@@ -83,7 +85,7 @@ impl Spot<'_> {
     /// Before what is seen under this name goes: what the image has must not show in its place.
     pub(super) fn cover(&self) -> Result<()> {
         if self.below.is_some() {
-            marks::veil(&self.place, self.name)?;
+            self.veils.veil(&self.place, self.name)?;
         }
         step("upper.covered")
     }
@@ -91,12 +93,13 @@ impl Spot<'_> {
     /// It is gone.
     pub(super) fn gone(&self) -> Result<()> {
         step("upper.gone")?;
-        if self.below.is_some() { marks::whiten(&self.place, self.name) } else { Ok(()) }
+        if self.below.is_some() { self.veils.whiten(&self.place, self.name) } else { Ok(()) }
     }
 
     /// An upper directory that was emptied to go is not gone: hide again what its marks hid.
     pub(super) fn put_back(&self, emptied: &Names) {
-        let restored = marks::open_directory(&self.place, self.name).and_then(|dir| emptied.whiten_again(dir));
+        let restored =
+            marks::open_directory(&self.place, self.name).and_then(|dir| emptied.whiten_again(dir, self.veils));
         match restored {
             Ok(()) => self.not_gone(),
             // Behind its veil it stays empty.
@@ -120,7 +123,9 @@ impl Spot<'_> {
     /// It is not gone.
     pub(super) fn not_gone(&self) {
         if self.below.is_some() && !self.veiled {
-            let _ = marks::unveil(&self.place, self.name)
+            let _ = self
+                .veils
+                .unveil(&self.place, self.name)
                 .inspect_err(|e| log::warn!(target: TARGET, "take a veil away: {e}"));
         }
     }
@@ -128,6 +133,6 @@ impl Spot<'_> {
     /// What is here now is all that is seen.
     pub(super) fn unveil(&self) -> Result<()> {
         step("upper.moved")?;
-        if self.below.is_some() { marks::unveil(&self.place, self.name) } else { Ok(()) }
+        if self.below.is_some() { self.veils.unveil(&self.place, self.name) } else { Ok(()) }
     }
 }

@@ -271,6 +271,45 @@ fn attributes_change_without_the_content() {
 }
 
 #[test]
+fn what_is_given_away_is_made_so() {
+    let w = World::new();
+    let give = |node, uid| {
+        let change = Change { uid: Some(uid), ..Change::default() };
+        w.tree.setattr(&ME, node, None, &change).unwrap().0
+    };
+    let other = 1 + rustix::process::geteuid().as_raw();
+    let directory = w.find("d").unwrap().attr;
+    for (path, text) in [("d/a", "in d"), ("h", "linked")] {
+        let (node, before) = (w.node(path), w.find(path).unwrap().attr);
+        let attr = give(node, other);
+        assert_eq!(
+            Attr { ctime: before.ctime, blksize: before.blksize, ..attr },
+            Attr { uid: other, ..before },
+            "{path}"
+        );
+        assert_eq!((w.read(path), w.find(path).unwrap().attr), (text.into(), attr));
+        assert_eq!(std::fs::read(w.upper(path)).unwrap(), vec![0; text.len()], "{path}: its content stays below");
+    }
+    assert_eq!(w.find("linked/h").unwrap().attr.uid, other, "it has two names");
+    assert_eq!(w.find("d").unwrap().attr.mtime, directory.mtime);
+    let mut value = Vec::new();
+    w.tree.getxattr(&ME, w.node("d/a"), OsStr::new("user.a"), &mut |v| value.extend_from_slice(v)).unwrap();
+    assert_eq!(value, b"1");
+    let link = w.node("l");
+    assert_eq!((give(link, other).node, w.find("l").unwrap().attr.mode & TYPE_BITS), (link, libc::S_IFLNK));
+    // Its name was taken while somebody held it.
+    let node = w.node("f");
+    w.unlink("f").unwrap();
+    let made = w.create("f", "new").unwrap();
+    assert_eq!((give(node, other).nlink, w.node("f"), w.read("f")), (0, made, "new".into()));
+    assert_eq!(w.tree.getattr(node, None).unwrap().0.uid, other);
+    // It stays with another server.
+    let w = w.again();
+    assert_eq!((w.find("d/a").unwrap().attr.uid, w.read("d/a")), (other, "in d".into()));
+    assert_eq!(std::fs::read_dir(w.dir.path().join("changes/work")).unwrap().count(), 0);
+}
+
+#[test]
 fn content_stays_below_until_it_is_written() {
     let w = World::new();
     let chmod = |w: &World, path: &str, mode| {

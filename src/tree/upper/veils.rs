@@ -1,0 +1,123 @@
+//! Veils ([`marks`]): `.wh.NAME` hides what the image has under NAME. They are counted, since there mostly is none, and to find that out a directory
+//! is searched for a name that it lacks.
+
+use std::os::fd::AsFd;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
+
+use super::marks::{self, Above, VEIL};
+use crate::tree::{Errno, Result};
+
+/// Longest name of a file: NAME_MAX of Linux.
+const MAX_NAME: usize = 255;
+
+/// The veils of an upper directory, which nobody else changes meanwhile.
+#[derive(Debug)]
+pub(super) struct Veils {
+    /// Never fewer than there are.
+    most: AtomicUsize,
+}
+
+/// The name of the veil over a name; `None`: it would be too long.
+fn veil_of(name: &[u8]) -> Option<Vec<u8>> {
+    (name.len() + VEIL.len() <= MAX_NAME).then(|| [VEIL, name].concat())
+}
+
+impl Veils {
+    /// Of an upper directory that was just made.
+    pub(super) fn none() -> Self {
+        Veils { most: AtomicUsize::new(0) }
+    }
+
+    /// Of one that was there before.
+    pub(super) fn unknown() -> Self {
+        Veils { most: AtomicUsize::new(usize::MAX / 2) }
+    }
+
+    /// Is what the image has under this name hidden by a veil?
+    pub(super) fn hides(&self, dir: impl AsFd, name: &[u8]) -> Result<bool> {
+        if self.most.load(Ordering::SeqCst) == 0 {
+            return Ok(false);
+        }
+        veil_of(name).map_or(Ok(false), |veil| Ok(marks::look(dir, &veil)? != Above::Nothing))
+    }
+
+    /// Hide what the image has under this name, whatever is there above. A name that is too long for it goes without.
+    pub(super) fn veil(&self, dir: impl AsFd, name: &[u8]) -> Result<()> {
+        let Some(veil) = veil_of(name) else { return Ok(()) };
+        let flags = OFlags::CREATE | OFlags::EXCL | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        // Before it is there.
+        self.most.fetch_add(1, Ordering::SeqCst);
+        match fs::openat(dir, veil, flags, Mode::RUSR | Mode::WUSR) {
+            Ok(_) => Ok(()),
+            Err(e) => {
+                self.most.fetch_sub(1, Ordering::SeqCst);
+                if e == Errno::EXIST { Ok(()) } else { Err(e) }
+            }
+        }
+    }
+
+    /// Take the veil away.
+    pub(super) fn unveil(&self, dir: impl AsFd, name: &[u8]) -> Result<()> {
+        if self.most.load(Ordering::SeqCst) == 0 {
+            return Ok(());
+        }
+        let Some(veil) = veil_of(name) else { return Ok(()) };
+        let removed = fs::unlinkat(dir, veil, AtFlags::empty());
+        if removed.is_ok() {
+            self.most.fetch_sub(1, Ordering::SeqCst);
+        }
+        marks::gone(removed)
+    }
+
+    /// Put a whiteout in a name's place, which is free or has one. Where this file system or kernel refuses the device, a veil hides it.
+    pub(super) fn whiten(&self, dir: impl AsFd, name: &[u8]) -> Result<()> {
+        match fs::mknodat(&dir, name, FileType::CharacterDevice, Mode::empty(), 0) {
+            Ok(()) => self.unveil(dir, name),
+            Err(Errno::EXIST) if marks::look(&dir, name)? == Above::Whiteout => self.unveil(dir, name),
+            // A name that is too long for a veil has none.
+            Err(Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL) if veil_of(name).is_some() => self.veil(dir, name),
+            Err(e) => Err(e),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_there_is_none_nothing_is_looked_for() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let at = crate::sys::fs::open_path(dir.path()).unwrap();
+        let veils = Veils::none();
+        std::fs::write(dir.path().join(".wh.foreign"), "").unwrap();
+        assert_eq!(veils.hides(&at, b"foreign"), Ok(false), "it was looked for");
+        for _ in 0..2 {
+            veils.veil(&at, b"one").unwrap();
+        }
+        veils.veil(&at, b"two").unwrap();
+        assert_eq!((veils.hides(&at, b"one"), veils.hides(&at, b"two")), (Ok(true), Ok(true)));
+        for _ in 0..2 {
+            veils.unveil(&at, b"one").unwrap();
+        }
+        assert_eq!((veils.hides(&at, b"one"), veils.hides(&at, b"two")), (Ok(false), Ok(true)));
+        veils.unveil(&at, b"two").unwrap();
+        assert_eq!(veils.most.load(Ordering::SeqCst), 0);
+
+        let veils = Veils::unknown();
+        assert_eq!(veils.hides(&at, b"foreign"), Ok(true));
+        veils.unveil(&at, b"foreign").unwrap();
+        let long = [b'n'; MAX_NAME];
+        assert_eq!(
+            (veils.veil(&at, &long), veils.hides(&at, &long), veils.unveil(&at, &long)),
+            (Ok(()), Ok(false), Ok(()))
+        );
+        let missing = crate::sys::fs::open_path(dir.path()).unwrap();
+        std::fs::remove_dir_all(dir.path()).unwrap();
+        let veils = Veils::none();
+        assert_eq!(veils.veil(&missing, b"one"), Err(Errno::NOENT));
+        assert_eq!(veils.most.load(Ordering::SeqCst), 0);
+    }
+}
