@@ -107,6 +107,8 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
     let shares = Shares::of_process(job.threads, hand_over.kept.len())?;
     groups::ask_at(groups);
     figures::memory();
+    crate::tree::dir::look_around();
+    let drops_pages = crate::fuse::adapter::drops_written_pages();
     let walls = walls::raise(&job.plan, &mut hand_over.sources);
     let (control, in_use) = (hand_over.control.take(), hand_over.sources.in_use.take());
     let trees = Trees::build(hand_over, shares, channel)?;
@@ -118,6 +120,7 @@ fn prepare(channel: &Arc<Channel>) -> Result<(FuseAdapter, Server, Notes)> {
         posix_acl: job.checks_permissions() && (has_live || trees.whole.is_without_xattrs()),
         // Volumes and changes are opened as the caller.
         idmappable: job.checks_permissions() && !has_live,
+        drops_pages,
     };
     let longest = if job.is_read_only() { session::MIN_READ_BUFFER } else { MAX_REQUEST };
     let buffers = Arc::new(Buffers::new(job.threads, longest));

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
+use dashmap::DashSet;
 use fuser::{INodeNo, InitFlags, KernelConfig, Notifier, Request};
 
 use super::buffers::Buffers;
@@ -43,11 +44,24 @@ pub struct AdapterOptions {
     /// Mounts of this one may be idmapped (FUSE_ALLOW_IDMAP, Linux 6.12). The kernel then tells who asks only where something is made: right
     /// only where that matters to no tree, and beside `default_permissions`, without which it ends the connection (process_init_reply).
     pub idmappable: bool,
+    /// The kernel drops the pages that it has of what is written directly ([`drops_written_pages`]).
+    pub drops_pages: bool,
 }
 
-/// Of a kernel that drops the pages it has of what is written directly (fuse_direct_io in fs/fuse/file.c, Linux 6.6): others go on showing
-/// them.
-const DROPS_PAGES: InitFlags = InitFlags::FUSE_DIRECT_IO_ALLOW_MMAP;
+/// From which on the kernel drops the pages it has of what is written directly, before the write and after it (fuse_direct_io in fs/fuse/file.c).
+/// Earlier ones go on showing what somebody read meanwhile.
+const DROPS_PAGES: [u32; 3] = [6, 18, 3];
+
+/// May this kernel be told to write directly? Ask before uname(2) is refused.
+pub fn drops_written_pages() -> bool {
+    let name = rustix::system::uname();
+    is_since(&name.release().to_string_lossy(), DROPS_PAGES)
+}
+
+fn is_since(release: &str, version: [u32; 3]) -> bool {
+    let numbers = release.split(|c: char| !c.is_ascii_digit()).map(|n| n.parse().unwrap_or(0));
+    numbers.take(3).collect::<Vec<u32>>() >= version.to_vec()
+}
 
 /// An offset that means no content at all (fuse_reverse_inval_inode in fs/fuse/inode.c).
 const ATTRIBUTES_ALONE: i64 = -1;
@@ -65,6 +79,8 @@ pub struct FuseAdapter {
     pub(super) no_opendir: bool,
     gives: bool,
     writes_directly: bool,
+    /// Files that are written directly, by node and handle.
+    direct: DashSet<(u64, u64)>,
     pace: Arc<Pace>,
     notes: OnceLock<Notes>,
     notifier: Arc<OnceLock<Notifier>>,
@@ -97,6 +113,7 @@ impl FuseAdapter {
             no_opendir: false,
             gives: false,
             writes_directly: false,
+            direct: DashSet::new(),
             pace: Arc::default(),
             notes: OnceLock::new(),
             notifier: Arc::default(),
@@ -143,11 +160,29 @@ impl FuseAdapter {
         })
     }
 
-    /// What the kernel may keep of a file that this open made. Of one that is only written, nothing: a write through its cache comes in two
-    /// requests wherever it ends inside a page, and the first asks for `security.capability`.
-    pub(super) fn caching_of_new(&self, opened: Opened, flags: i32) -> Opened {
-        let only_written = flags & (libc::O_ACCMODE | libc::O_APPEND) == libc::O_WRONLY;
-        if self.writes_directly && only_written { Opened { cache: Caching::Direct, ..opened } } else { opened }
+    /// What the kernel may keep of a file that a create opened. One that is only written is not cached: a cached write is split in two wherever it ends
+    /// inside a page, and the first asks for `security.capability`.
+    pub(super) fn caching_of_new(&self, node: u64, opened: Opened, flags: i32) -> Opened {
+        // The kernel syncs what is written with O_SYNC or O_DSYNC only through its cache. O_SYNC has the bit of O_DSYNC.
+        let only_written = flags & (libc::O_ACCMODE | libc::O_APPEND | libc::O_DSYNC) == libc::O_WRONLY;
+        if !self.writes_directly || !only_written {
+            return opened;
+        }
+        self.direct.insert((node, opened.handle));
+        Opened { cache: Caching::Direct, ..opened }
+    }
+
+    /// A direct write that is to be on the disk (RWF_DSYNC of pwritev2(2)): the kernel leaves that to us.
+    pub(super) fn must_sync(&self, node: u64, handle: u64, flags: i32) -> bool {
+        // What the server before had open may have been direct.
+        flags & libc::O_DSYNC != 0 && self.writes_directly && (!self.gives || self.direct.contains(&(node, handle)))
+    }
+
+    /// A file was closed.
+    pub(super) fn closed(&self, node: u64, handle: u64) {
+        if self.writes_directly {
+            self.direct.remove(&(node, handle));
+        }
     }
 
     /// An ordinary writer changed a file, which took setuid and setgid away below; the kernel, which left that to us
@@ -243,7 +278,7 @@ impl FuseAdapter {
                 log::debug!(target: TARGET, "the kernel does not offer {flag:?}");
             }
         }
-        self.writes_directly = !self.options.writeback && offered.contains(DROPS_PAGES);
+        self.writes_directly = !self.options.writeback && self.options.drops_pages;
         self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
         let lists_freely = self.tree.opens_directories_without_asking();
         self.no_opendir = lists_freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);
@@ -256,6 +291,27 @@ impl FuseAdapter {
         set("max_background", config.set_max_background(MAX_BACKGROUND).map(|_| ()).map_err(u32::from));
         if let Err(nearest) = config.set_time_granularity(Duration::from_nanos(1)) {
             log::debug!(target: TARGET, "time granularity: the nearest possible is {nearest:?}");
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn kernels_that_drop_pages() {
+        for (release, drops) in [
+            ("6.18.44-fc-v782", true),
+            ("6.18.3", true),
+            ("6.18.2", false),
+            ("6.19.0-rc1", true),
+            ("7.0-amd64", true),
+            ("6.12.73+deb13-amd64", false),
+            ("6.6", false),
+            ("5.10.0-39", false),
+        ] {
+            assert_eq!(is_since(release, DROPS_PAGES), drops, "{release}");
         }
     }
 }

@@ -209,6 +209,9 @@ impl Filesystem for FuseAdapter {
                 written = rest.and_then(|n| if n == 0 { Err(Errno::IO) } else { Ok(done + n) });
             }
             self.tell_lost_set_id(tree, &writer, node);
+            if written.is_ok() && self.must_sync(node.0, fh.0, flags) {
+                tree.fsync(node.0, fh.0, flags & libc::O_SYNC != libc::O_SYNC)?;
+            }
             written
         });
     }
@@ -232,6 +235,7 @@ impl Filesystem for FuseAdapter {
         reply: ReplyEmpty,
     ) {
         self.request(request, Operation::Release, |tree| {
+            self.closed(node.0, fh.0);
             tree.release(node.0, fh.0);
             reply.ok();
         });
@@ -383,7 +387,7 @@ impl Filesystem for FuseAdapter {
         self.answer(request, Operation::Create, parent, reply, create, |reply, (entry, opened)| {
             let ttl = entry.entry_ttl.min(entry.attr_ttl);
             let (attr, generation) = (attr_out(&entry.attr), Generation(entry.generation));
-            let opened = self.caching_of_new(opened, flags);
+            let opened = self.caching_of_new(entry.attr.node, opened, flags);
             reply.created(&ttl, &attr, generation, FileHandle(opened.handle), file_flags(opened));
         });
     }

@@ -71,7 +71,7 @@ pub fn set(xattrs: &[(CString, &[u8])], stat: &Stat, to: impl AsFd, set_id: SetI
     Ok(fidelity)
 }
 
-/// The same where that is all: no attributes are to be set, and the mode is there.
+/// The same, when there are no attributes to set and the mode is already right.
 pub fn set_owner_and_times(stat: &Stat, to: impl AsFd) -> rustix::io::Result<Fidelity> {
     let owner = copy_owner(stat, to.as_fd())?;
     copy_times(stat, to.as_fd())?;

@@ -446,7 +446,7 @@ impl Tree for UpperTree {
         handle: Option<Handle>,
         change: &Change,
     ) -> Result<(Attr, Duration)> {
-        if let Some((attr, ttl)) = self.raise_given(node, change)? {
+        if let Some((attr, ttl)) = self.raise_given(caller, node, change)? {
             let attr = self.attr_above(node, attr.node, attr)?;
             return Ok((attr, ttl));
         }

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use rustix::fs::{CWD, RenameFlags, XattrFlags, renameat_with};
-use rustix::io::Errno;
+use rustix::io::{Errno, ReadWriteFlags};
 
 use super::posix::transcript;
 use crate::common::harness::{case, on};
@@ -487,7 +487,7 @@ case!("writes_to_a_new_file_come_whole", on::fuse, |stage: &Stage| {
             }
         }
         let asked = ["write", "getxattr"].map(|kind| requests(stage, kind));
-        if !appends && crate::common::needs::kernel() >= (6, 6) {
+        if !appends && crate::common::needs::kernel() >= (6, 18) {
             assert_eq!([asked[0] - before[0], asked[1] - before[1]], [40, 0], "{name}: one request a write");
         }
         drop(file);
@@ -497,6 +497,75 @@ case!("writes_to_a_new_file_come_whole", on::fuse, |stage: &Stage| {
         assert_eq!((all.len(), &all[all.len() - 4..]), (20 * BLOCK + 3, &b"\x14end"[..]), "{name}");
     }
     stage.unmount(&rootfs);
+});
+
+// Also by one that reads the end of the file all the time, so that its pages are there when the next write comes.
+case!("a_reader_of_the_end_sees_each_write", on::fuse, |stage: &Stage| {
+    const PIECE: usize = 5000;
+    import(stage, &stage.small_image());
+    let rootfs = stage.mount("image", "rootfs", ["--id", "k", "--writable"]);
+    let path = rootfs.join("etc/new");
+    let mut file = OpenOptions::new().create_new(true).write(true).open(&path).expect("create");
+    let reader = File::open(&path).expect("open");
+    let is_done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut seen = vec![0; 3 * PIECE];
+            while !is_done.load(std::sync::atomic::Ordering::Relaxed) {
+                let size = reader.metadata().expect("stat").len();
+                reader.read_at(&mut seen, size.saturating_sub(PIECE as u64)).expect("read");
+            }
+        });
+        let written = (0..2000_usize).try_for_each(|n| {
+            let byte = 1 + (n % 250) as u8;
+            file.write_all(&[byte; PIECE]).expect("write");
+            let mut seen = vec![0; PIECE];
+            reader.read_exact_at(&mut seen, (n * PIECE) as u64).expect("read");
+            let wrong = seen.iter().filter(|seen| **seen != byte).count();
+            if wrong == 0 { Ok(()) } else { Err(format!("{wrong} bytes of piece {n} are not as they were written")) }
+        });
+        is_done.store(true, std::sync::atomic::Ordering::Relaxed);
+        written.expect("read back");
+    });
+    drop((file, reader));
+    stage.unmount(&rootfs);
+});
+
+case!("what_is_to_be_on_the_disk_is_synced", on::fuse, |stage: &Stage| {
+    import(stage, &stage.small_image());
+    stage.mkdir("volume");
+    let volume = format!("{}:/vol:rw", stage.path("volume").display());
+    let rootfs = stage.mount("image", "rootfs", ["--id", "k", "-v", &volume]);
+    // The kernel asks for it, but not for what is written directly.
+    let synced = || stage.fsprov(["stats", "--json", "k"]).run().ok().json()["worker"]["requests"]["fsync"].as_u64();
+    for (flag, name) in [(libc::O_DSYNC, "dsync"), (libc::O_SYNC, "sync")] {
+        let before = synced();
+        let mut file = OpenOptions::new();
+        let mut file =
+            file.create_new(true).write(true).custom_flags(flag).open(rootfs.join("vol").join(name)).expect("create");
+        file.write_all(b"one").expect("write");
+        file.write_all(b"two").expect("write");
+        assert_eq!(synced().unwrap_or(0), before.unwrap_or(0) + 2, "{name}");
+    }
+    stage.unmount(&rootfs);
+});
+
+case!("a_write_that_asks_to_be_on_the_disk_is_synced", on::fuse, &[Need::Failpoints], |stage: &Stage| {
+    import(stage, &stage.small_image());
+    stage.mkdir("volume");
+    let volume = format!("{}:/vol:rw", stage.path("volume").display());
+    let slow = stage.mount_call("image", "rootfs", ["--id", "k", "-v", &volume]);
+    slow.env("FAILPOINTS", "serve.sync=sleep(700)").run().ok();
+    let file = File::create(stage.path("rootfs/vol/f")).expect("create");
+    for (flags, waits) in
+        [(ReadWriteFlags::empty(), false), (ReadWriteFlags::DSYNC, true), (ReadWriteFlags::SYNC, true)]
+    {
+        let begin = Instant::now();
+        rustix::io::pwritev2(&file, &[std::io::IoSlice::new(b"text")], 0, flags).expect("write");
+        assert_eq!(begin.elapsed() > Duration::from_millis(700), waits, "{flags:?}: {:?}", begin.elapsed());
+    }
+    drop(file);
+    stage.unmount(&stage.path("rootfs"));
 });
 
 // Nobody reads what another is being given, and nothing that was given covers what somebody writes.

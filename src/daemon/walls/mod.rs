@@ -84,7 +84,6 @@ pub(super) fn raise(plan: &Plan, sources: &mut Sources) -> Walls {
     let landlock = crate::walls::files::is_offered();
     // Asked here: in a user namespace of its own it would have every capability over its user's files.
     let acts_for_callers = rustix::process::geteuid().is_root() || ActAs::detect() == ActAs::Caller;
-    crate::tree::dir::look_around();
     // Whose files they are is told by the index, or by the disk. In a user namespace the disk tells of one user alone, so that is
     // entered only where nothing is read from the disk, or nothing else keeps the worker from the host's files.
     let from_the_index = plan.index.is_some() && plan.volumes.is_empty();

@@ -83,11 +83,11 @@ impl ActAs {
     }
 }
 
-/// Does CAP_FSETID keep setuid and setgid of a file that is written? Only that of the first user namespace
-/// (setattr_should_drop_suidgid in fs/attr.c).
+/// Does CAP_FSETID keep setuid and setgid of a file that is written? Only that of the initial user namespace, except for a setgid that nobody can
+/// run the file with (setattr_should_drop_suidgid in fs/attr.c).
 static FSETID_COUNTS: LazyLock<bool> = LazyLock::new(|| in_initial_user_namespace().unwrap_or(true));
 
-/// Find out what only /proc tells, before it cannot be read any more.
+/// Read from /proc what is asked later, while it is still readable.
 pub(crate) fn look_around() {
     LazyLock::force(&FSETID_COUNTS);
 }

@@ -87,7 +87,7 @@ impl DirTree {
         self.by_name(&reach).map(|(fd, found)| (Fd::Own(fd), found))
     }
 
-    /// [`Self::fd`] where its type alone is asked: a program that has just written a file sets its owner, mode and times one by one.
+    /// Like [`Self::fd`], but without a look at a file that is open: who has just written one sets its owner, mode and times one by one.
     pub(super) fn fd_and_kind(&self, node: Node) -> Result<(Fd, u32)> {
         match (self.open_now(node), self.nodes.kind(node)) {
             (Some(open), Some(kind)) => Ok((Fd::Held(open.any()), kind)),

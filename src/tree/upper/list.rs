@@ -79,7 +79,7 @@ impl UpperTree {
             // It may have been copied up since the names above were read.
             let is_copied = || !matches!(name, b"." | b"..") && self.pairs.upper(item.node).is_some();
             let is_covered = above.shown.contains_key(name) || is_copied();
-            if above.hidden.contains(name) && !is_covered {
+            if marks::is_reserved(name) || above.hidden.contains(name) && !is_covered {
                 return Fit::Taken;
             }
             let shown = if is_covered || item.entry.is_some() {

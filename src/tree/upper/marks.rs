@@ -11,14 +11,13 @@ use std::os::fd::{AsFd, OwnedFd};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Timespec, XattrFlags};
 
-use super::veils::Veils;
 use super::{DIRECTORY, REGULAR, TYPE_BITS};
 use crate::tree::{Errno, Node, Result};
 
 /// Begins the name of a veil, and of other files that are marks and never shown.
 pub(super) const VEIL: &[u8] = b".wh.";
 /// In a directory: nothing of the image shows in it.
-const OPAQUE_FILE: &[u8] = b".wh..wh..opq";
+pub(super) const OPAQUE_FILE: &[u8] = b".wh..wh..opq";
 /// The same as attributes of it; which of the first two overlayfs heeds depends on who mounts.
 const OPAQUE: [&[u8]; 3] = [b"trusted.overlay.opaque", b"user.overlay.opaque", b"user.fuseoverlayfs.opaque"];
 /// Which file of the image this one was copied from: its node, and this file's own, without which a copy of this file would say the same.
@@ -130,9 +129,13 @@ pub(super) fn set_opaque(path: &[u8]) -> Result<()> {
     if set.iter().any(Result::is_ok) {
         return Ok(());
     }
-    let file = [path, b"/", OPAQUE_FILE].concat();
+    make_opaque_file(fs::openat(fs::CWD, path, OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC, Mode::empty())?)
+}
+
+/// The same by a file in it.
+pub(super) fn make_opaque_file(dir: impl AsFd) -> Result<()> {
     let flags = OFlags::CREATE | OFlags::WRONLY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
-    fs::openat(fs::CWD, &file[..], flags, Mode::RUSR | Mode::WUSR).map(drop)
+    fs::openat(dir, OPAQUE_FILE, flags, Mode::RUSR | Mode::WUSR).map(drop)
 }
 
 /// Which file of the image an upper file stands for.
@@ -266,7 +269,7 @@ pub(crate) struct Names {
     /// Names of the image that are hidden.
     pub(crate) hidden: HashSet<Vec<u8>>,
     /// Files that hide them.
-    marks: Vec<Vec<u8>>,
+    pub(super) marks: Vec<Vec<u8>>,
 }
 
 impl Names {
@@ -284,7 +287,9 @@ impl Names {
                 kind => kind.as_raw_mode(),
             };
             if let Some(hidden) = name.strip_prefix(VEIL) {
-                names.hidden.insert(hidden.to_vec());
+                if name != OPAQUE_FILE {
+                    names.hidden.insert(hidden.to_vec());
+                }
                 names.marks.push(name.to_vec());
             } else if matches!(kind, 0 | libc::S_IFCHR) && look(&dir, name)? == Above::Whiteout {
                 names.hidden.insert(name.to_vec());
@@ -295,67 +300,11 @@ impl Names {
         }
         Ok(names)
     }
-
-    /// Hide the same names again in a directory whose marks were removed.
-    pub(super) fn whiten_again(&self, dir: impl AsFd, veils: &Veils) -> Result<()> {
-        self.hidden.iter().try_for_each(|name| veils.whiten(&dir, name))
-    }
-
-    /// Remove what hides names of the image from a directory that is to be removed itself.
-    pub(super) fn clear(&self, dir: impl AsFd, veils: &Veils) -> Result<()> {
-        self.marks.iter().try_for_each(|mark| match mark.strip_prefix(VEIL) {
-            Some(name) if mark != OPAQUE_FILE => veils.unveil(&dir, name),
-            _ => take_whiteout(&dir, mark),
-        })
-    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn every_form_of_a_mark_is_read() {
-        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
-        let at = crate::sys::fs::open_path(dir.path()).unwrap();
-        for name in ["file", ".wh.veiled", ".wh.both", "both", "sub"] {
-            std::fs::write(dir.path().join(name), "").unwrap();
-        }
-        std::fs::remove_file(dir.path().join("sub")).unwrap();
-        std::fs::create_dir(dir.path().join("sub")).unwrap();
-        let veils = Veils::unknown();
-        for _ in 0..2 {
-            veils.whiten(&at, b"white").unwrap();
-        }
-        assert_eq!(veils.whiten(&at, b"file"), Err(Errno::EXIST));
-        let names = Names::of(&at).unwrap();
-        let mut shown: Vec<_> = names.shown.keys().map(|n| String::from_utf8_lossy(n)).collect();
-        shown.sort();
-        assert_eq!(shown, ["both", "file", "sub"]);
-        for (name, veiled, above) in [
-            ("file", false, Above::File(0)),
-            ("veiled", true, Above::Nothing),
-            ("both", true, Above::File(0)),
-            ("white", false, Above::Whiteout),
-            ("none", false, Above::Nothing),
-        ] {
-            let found = match look(&at, name.as_bytes()).unwrap() {
-                Above::File(_) => Above::File(0),
-                other => other,
-            };
-            assert_eq!((veils.hides(&at, name.as_bytes()).unwrap(), found), (veiled, above), "{name}");
-            assert_eq!(names.hidden.contains(name.as_bytes()), veiled || above == Above::Whiteout, "{name}");
-        }
-        let sub = path_of(&at, b"sub");
-        assert_eq!(is_opaque(&sub), Ok(false));
-        std::fs::write(dir.path().join("sub/.wh..wh..opq"), "").unwrap();
-        assert_eq!(is_opaque(&sub), Ok(true));
-        std::fs::remove_file(dir.path().join("sub/.wh..wh..opq")).unwrap();
-        set_opaque(&sub).unwrap();
-        assert_eq!(is_opaque(&sub), Ok(true));
-        names.clear(&at, &veils).unwrap();
-        assert_eq!((veils.hides(&at, b"veiled"), look(&at, b"white")), (Ok(false), Ok(Above::Nothing)));
-    }
 
     #[test]
     fn an_origin_is_of_one_file() {

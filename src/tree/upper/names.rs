@@ -322,7 +322,7 @@ impl UpperTree {
             return Err(Errno::NOTEMPTY);
         }
         spot.cover()?;
-        names.clear(marks::open_directory(&spot.place, spot.name)?, &self.veils)?;
+        self.veils.clear(marks::open_directory(&spot.place, spot.name)?, &names)?;
         Ok(names)
     }
 

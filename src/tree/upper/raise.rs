@@ -22,7 +22,7 @@ use crate::sys::attrs::{self, SetId};
 use crate::tree::dir::SET_ID;
 use crate::tree::image::ImageTree;
 use crate::tree::resend::aside;
-use crate::tree::{Attr, Change, Errno, Lookup, Node, ROOT, Result, Tree as _};
+use crate::tree::{Attr, Caller, Change, Errno, Lookup, Node, ROOT, Result, Tree as _};
 
 /// Begins the name of a copy that has several names to get.
 const GROUP: &str = "group.";
@@ -62,6 +62,15 @@ pub(super) enum Content {
     Empty,
     /// Nothing, where the image can go on to have it: only attributes or names change.
     Bare,
+}
+
+/// Where to look whether a name is free.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Look {
+    /// In the upper directory.
+    Above,
+    /// Nowhere: who gives the name to a copy is told.
+    Nowhere,
 }
 
 /// A name in an upper directory.
@@ -171,14 +180,18 @@ impl UpperTree {
         self.raise_file(&attr, &attr, content).map(|(upper, _)| upper)
     }
 
-    /// Copy up a file of the image whose owner alone changes, with the new one from the start. `None`: it takes more than that, and nothing was done.
-    pub(super) fn raise_given(&self, node: Node, change: &Change) -> Result<Option<(Attr, Duration)>> {
-        let is_owner_alone = Change { uid: None, gid: None, ..*change } == Change::default();
+    /// Copy up a file of the image whose owner alone changes, with the new one from the start. `None`: it takes more than that.
+    pub(super) fn raise_given(&self, caller: &Caller, node: Node, change: &Change) -> Result<Option<(Attr, Duration)>> {
+        // Whether another may give it away the file system decides.
+        let is_owner_alone = Change { uid: None, gid: None, ..*change } == Change::default() && caller.uid == 0;
         let Side::Lower(lower) = self.side(node) else { return Ok(None) };
+        if self.owners != Owners::Set || !is_owner_alone {
+            return Ok(None);
+        }
         let (attr, _) = self.lower.getattr(lower, None)?;
         // Whoever is given a program gets it without setuid and capabilities, and a directory is made in another way.
         let is_plain = attr.mode & TYPE_BITS != DIRECTORY && attr.mode & SET_ID == 0 && !self.has_capability(lower)?;
-        if self.owners != Owners::Set || !is_owner_alone || !is_plain {
+        if !is_plain {
             return Ok(None);
         }
         let given = Attr { uid: change.uid.unwrap_or(attr.uid), gid: change.gid.unwrap_or(attr.gid), ..attr };
@@ -188,7 +201,9 @@ impl UpperTree {
         }
         // Not while its times are put back.
         let _alone = self.locks.file(lower);
-        self.upper.getattr(upper, None).map(Some)
+        let (attr, ttl) = self.upper.getattr(upper, None)?;
+        // A file system that refuses it is asked once more, for its reason.
+        Ok(((attr.uid, attr.gid) == (given.uid, given.gid)).then_some((attr, ttl)))
     }
 
     /// The copy of a file of the image, made to look `given` if there was none: was it made?
@@ -199,7 +214,8 @@ impl UpperTree {
             return Ok((upper, false));
         }
         // A single name is given to the copy only if it is free.
-        let Homes { free, copied } = self.homes(attr, attr.nlink == 1)?;
+        let look = if attr.nlink == 1 { Look::Nowhere } else { Look::Above };
+        let Homes { free, copied } = self.homes(attr, look)?;
         if let Some(home) = copied {
             return Ok((self.pair(lower, home.dir, &home.name, None)?, false));
         }
@@ -212,14 +228,14 @@ impl UpperTree {
         settled
     }
 
-    /// The names that the image has for a file. `unseen`: whether something above has taken one is not looked at.
-    fn homes(&self, attr: &Attr, unseen: bool) -> Result<Homes> {
+    /// The names that the image has for a file.
+    fn homes(&self, attr: &Attr, look: Look) -> Result<Homes> {
         let lower = attr.node;
         let mut homes = Homes::default();
         for (dir, name) in self.lower.names_of(lower)? {
             let Some(dir) = self.raise_directory(dir)? else { continue };
             let place = self.upper.place(dir)?;
-            match if unseen { Above::Nothing } else { marks::look(&place, &name)? } {
+            match if look == Look::Nowhere { Above::Nothing } else { marks::look(&place, &name)? } {
                 Above::Nothing if !self.veils.hides(&place, &name)? => homes.free.push(Home { place, dir, name }),
                 Above::File(_) if self.is_copy(lower, attr, &place, &name)? => {
                     homes.copied = Some(Home { place, dir, name });
@@ -292,7 +308,7 @@ impl UpperTree {
             // An opaque one below the top, or what is not a directory above, shows nothing of the image.
             let Some(dir) = self.raise_directory(lower)? else { continue };
             let above = Names::of(self.upper.place(dir)?)?;
-            for name in self.lower.names_in(lower)? {
+            for name in self.lower.names_in(lower)?.into_iter().filter(|name| !marks::is_reserved(name)) {
                 let Some((child, mode)) = self.below(Some(lower), &name)? else { continue };
                 match mode & TYPE_BITS {
                     _ if above.hidden.contains(&name) => {}
@@ -320,7 +336,7 @@ impl UpperTree {
         })
     }
 
-    /// `name` in the upper directory `dir` stands for a node of the image from now on. Is the image's content its own? `None`: it says so itself.
+    /// `name` in the upper directory `dir` stands for a node of the image from now on. `is_bare`: does its content stay in the image? `None`: ask the file.
     fn pair(&self, lower: Node, dir: Node, name: &[u8], is_bare: Option<bool>) -> Result<Node> {
         let Lookup::Found(entry) = self.upper.lookup(&SERVER, dir, OsStr::from_bytes(name))? else {
             return Err(Errno::STALE);
@@ -405,7 +421,7 @@ impl UpperTree {
         marks::set_origin(&path, lower, upper).map(|()| false)
     }
 
-    /// Move a whole copy to its place, or its places. Not where a server that was killed made one already: gives that, and false.
+    /// Move a whole copy to its place, or its places. False, and the copy that there was, if a server that was killed had made one.
     fn settle(&self, attr: &Attr, staged: &str, homes: &[Home], is_bare: bool) -> Result<(Node, bool)> {
         let lower = attr.node;
         let pair = |dir, name: &[u8]| self.pair(lower, dir, name, Some(is_bare)).map(|upper| (upper, true));
@@ -419,7 +435,7 @@ impl UpperTree {
                     return pair(home.dir, &home.name);
                 }
                 Err(Errno::EXIST) => {
-                    if let Some(home) = self.homes(attr, false)?.copied {
+                    if let Some(home) = self.homes(attr, Look::Above)?.copied {
                         return Ok((self.pair(lower, home.dir, &home.name, None)?, false));
                     }
                     // It lost its name meanwhile.
@@ -469,7 +485,7 @@ impl UpperTree {
         for name in work_names(&self.work)? {
             let lower = std::str::from_utf8(&name).ok().and_then(|n| n.strip_prefix(GROUP)?.parse::<Node>().ok());
             if let (Some(lower), Ok(group)) = (lower, std::str::from_utf8(&name)) {
-                let homes = self.homes(&self.lower.getattr(lower, None)?.0, false)?;
+                let homes = self.homes(&self.lower.getattr(lower, None)?.0, Look::Above)?;
                 self.link_group(group, &homes.free)?;
             }
         }

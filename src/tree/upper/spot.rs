@@ -99,7 +99,7 @@ impl Spot<'_> {
     /// An upper directory that was emptied to go is not gone: hide again what its marks hid.
     pub(super) fn put_back(&self, emptied: &Names) {
         let restored =
-            marks::open_directory(&self.place, self.name).and_then(|dir| emptied.whiten_again(dir, self.veils));
+            marks::open_directory(&self.place, self.name).and_then(|dir| self.veils.whiten_again(dir, emptied));
         match restored {
             Ok(()) => self.not_gone(),
             // Behind its veil it stays empty.

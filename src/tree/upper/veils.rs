@@ -1,12 +1,12 @@
-//! Veils ([`marks`]): `.wh.NAME` hides what the image has under NAME. They are counted, since there mostly is none, and to find that out a directory
-//! is searched for a name that it lacks.
+//! Veils ([`marks`]): `.wh.NAME` hides what the image has under NAME. They are counted, so that none is looked for where there is none, which is the
+//! usual case: a directory is searched for a name that it lacks.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 
-use super::marks::{self, Above, VEIL};
+use super::marks::{self, Above, Names, OPAQUE_FILE, VEIL};
 use crate::tree::{Errno, Result};
 
 /// Longest name of a file: NAME_MAX of Linux.
@@ -15,7 +15,7 @@ const MAX_NAME: usize = 255;
 /// The veils of an upper directory, which nobody else changes meanwhile.
 #[derive(Debug)]
 pub(super) struct Veils {
-    /// Never fewer than there are.
+    /// An upper bound: never too low.
     most: AtomicUsize,
 }
 
@@ -50,23 +50,31 @@ impl Veils {
         // Before it is there.
         self.most.fetch_add(1, Ordering::SeqCst);
         match fs::openat(dir, veil, flags, Mode::RUSR | Mode::WUSR) {
-            Ok(_) => Ok(()),
-            Err(e) => {
-                self.most.fetch_sub(1, Ordering::SeqCst);
-                if e == Errno::EXIST { Ok(()) } else { Err(e) }
+            Err(Errno::EXIST) => {
+                self.one_less();
+                Ok(())
             }
+            // After any other error it may be there.
+            made => made.map(drop),
         }
+    }
+
+    fn one_less(&self) {
+        let _ = self.most.fetch_update(Ordering::SeqCst, Ordering::SeqCst, |most| most.checked_sub(1));
     }
 
     /// Take the veil away.
     pub(super) fn unveil(&self, dir: impl AsFd, name: &[u8]) -> Result<()> {
-        if self.most.load(Ordering::SeqCst) == 0 {
-            return Ok(());
+        match veil_of(name) {
+            Some(veil) if self.most.load(Ordering::SeqCst) > 0 => self.remove(dir, &veil),
+            _ => Ok(()),
         }
-        let Some(veil) = veil_of(name) else { return Ok(()) };
+    }
+
+    fn remove(&self, dir: impl AsFd, veil: &[u8]) -> Result<()> {
         let removed = fs::unlinkat(dir, veil, AtFlags::empty());
         if removed.is_ok() {
-            self.most.fetch_sub(1, Ordering::SeqCst);
+            self.one_less();
         }
         marks::gone(removed)
     }
@@ -80,6 +88,22 @@ impl Veils {
             Err(Errno::PERM | Errno::OPNOTSUPP | Errno::INVAL) if veil_of(name).is_some() => self.veil(dir, name),
             Err(e) => Err(e),
         }
+    }
+
+    /// Remove what hides names of the image from a directory that is to be removed itself.
+    pub(super) fn clear(&self, dir: impl AsFd, names: &Names) -> Result<()> {
+        names.marks.iter().try_for_each(|mark| match marks::is_reserved(mark) && mark != OPAQUE_FILE {
+            true => self.remove(&dir, mark),
+            false => marks::take_whiteout(&dir, mark),
+        })
+    }
+
+    /// Hide the same names again in a directory whose marks were removed.
+    pub(super) fn whiten_again(&self, dir: impl AsFd, names: &Names) -> Result<()> {
+        if names.marks.iter().any(|mark| mark == OPAQUE_FILE) {
+            marks::make_opaque_file(&dir)?;
+        }
+        names.hidden.iter().try_for_each(|name| self.whiten(&dir, name))
     }
 }
 
@@ -118,6 +142,49 @@ mod tests {
         std::fs::remove_dir_all(dir.path()).unwrap();
         let veils = Veils::none();
         assert_eq!(veils.veil(&missing, b"one"), Err(Errno::NOENT));
-        assert_eq!(veils.most.load(Ordering::SeqCst), 0);
+        assert_eq!(veils.most.load(Ordering::SeqCst), 1, "it may have been made");
+    }
+
+    #[test]
+    fn every_form_of_a_mark_is_read() {
+        let dir = tempfile::tempdir_in("/var/tmp").unwrap();
+        let at = crate::sys::fs::open_path(dir.path()).unwrap();
+        for name in ["file", ".wh.veiled", ".wh.both", "both", "sub"] {
+            std::fs::write(dir.path().join(name), "").unwrap();
+        }
+        std::fs::remove_file(dir.path().join("sub")).unwrap();
+        std::fs::create_dir(dir.path().join("sub")).unwrap();
+        let veils = Veils::unknown();
+        for _ in 0..2 {
+            veils.whiten(&at, b"white").unwrap();
+        }
+        assert_eq!(veils.whiten(&at, b"file"), Err(Errno::EXIST));
+        let names = Names::of(&at).unwrap();
+        let mut shown: Vec<_> = names.shown.keys().map(|n| String::from_utf8_lossy(n)).collect();
+        shown.sort();
+        assert_eq!(shown, ["both", "file", "sub"]);
+        for (name, veiled, above) in [
+            ("file", false, Above::File(0)),
+            ("veiled", true, Above::Nothing),
+            ("both", true, Above::File(0)),
+            ("white", false, Above::Whiteout),
+            ("none", false, Above::Nothing),
+        ] {
+            let found = match marks::look(&at, name.as_bytes()).unwrap() {
+                Above::File(_) => Above::File(0),
+                other => other,
+            };
+            assert_eq!((veils.hides(&at, name.as_bytes()).unwrap(), found), (veiled, above), "{name}");
+            assert_eq!(names.hidden.contains(name.as_bytes()), veiled || above == Above::Whiteout, "{name}");
+        }
+        let sub = marks::path_of(&at, b"sub");
+        assert_eq!(marks::is_opaque(&sub), Ok(false));
+        std::fs::write(dir.path().join("sub/.wh..wh..opq"), "").unwrap();
+        assert_eq!(marks::is_opaque(&sub), Ok(true));
+        std::fs::remove_file(dir.path().join("sub/.wh..wh..opq")).unwrap();
+        marks::set_opaque(&sub).unwrap();
+        assert_eq!(marks::is_opaque(&sub), Ok(true));
+        veils.clear(&at, &names).unwrap();
+        assert_eq!((veils.hides(&at, b"veiled"), marks::look(&at, b"white")), (Ok(false), Ok(Above::Nothing)));
     }
 }
