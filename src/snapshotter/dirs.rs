@@ -3,8 +3,8 @@
 //! ```text
 //! <state>/              0700; `--state`, else `snapshotter` in the state root
 //! ├── lock              flock: held by the snapshotter that has it. A state directory belongs to one containerd
-//! ├── s/<number>/       one snapshot, complete or absent (renamed here from `new`)
-//! │   ├── record.json   what it is
+//! ├── s/<number>/       one snapshot, complete or absent (renamed here from `new`); some are made before they are asked for
+//! │   ├── record.json   what it is; of one that nobody asked for yet, blanks
 //! │   ├── fs/           its files, unless they are a layer of the store
 //! │   └── work/         overlayfs's own, of one that is written to
 //! ├── l/<number>        symlink to the files of a committed one, for mounts of so many that their own paths do not fit

@@ -110,6 +110,7 @@ pub(crate) fn serve(
         // Last: a client that sees the socket is answered, and a signal is heeded.
         let snapshots = Snapshots::open(&places.state, store, known, lower)?;
         log::info!("{} snapshots in {}", snapshots.count(), show(snapshots.state()));
+        snapshots.make_ready();
         let socket = listen()?;
         let accepted = socket.accepted()?;
         let snapshots = Arc::new(snapshots);

@@ -2,6 +2,13 @@
 //!
 //! Why files and not a database: there are some hundreds of snapshots, each changes at most twice, and all are read at the start. A file beside
 //! the snapshot's directories goes with them in one rename, and can be read with `cat` when something is wrong.
+//!
+//! ```text
+//! record.json:  two halves of 4096 bytes, each a record and blanks, or blanks alone. The later one that is whole counts
+//! ```
+//!
+//! So a record is written in place, into the half that does not count, which is quicker than a new file by a commit of the journal. One that is too
+//! long for a half has a file of its own length.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -13,11 +20,13 @@ use super::messages::{Info, Timestamp};
 use crate::error::{Error, Kind as ErrorKind, Result, show};
 use crate::id::ImageId;
 use crate::plan::Ownership;
-use crate::sys::durable::{Survives, make_unknown_file, write_file};
+use crate::sys::durable::{Survives, make_unknown_file, write_file, write_over};
 
 const VERSION: u32 = 1;
 /// Longest record read: a key, a parent and labels, each bounded (see [`super::snapshots`]).
 const MAX_BYTES: u64 = 1 << 20;
+/// Bytes for one record, of which a file has room for two.
+const HALF: usize = 4096;
 /// Its name in the directory of a snapshot.
 pub(super) const RECORD: &str = "record.json";
 
@@ -50,6 +59,9 @@ pub(super) struct Record {
     version: u32,
     /// The number of its directory. Never used again.
     pub(super) number: u64,
+    /// How often it was written again.
+    #[serde(default, skip_serializing_if = "is_first")]
+    turn: u64,
     /// Its key, or name once committed.
     pub(super) name: String,
     /// The committed snapshot that it stands on; empty: none.
@@ -93,6 +105,7 @@ impl Record {
         Record {
             version: VERSION,
             number,
+            turn: 0,
             name,
             parent,
             kind,
@@ -118,31 +131,76 @@ impl Record {
         serde_json::to_vec_pretty(&stored).map_err(|e| Error::new(ErrorKind::Io, "write snapshot", &self.name, e))
     }
 
-    /// Into a directory that has none yet, and that nobody knows: it is not on the disk before the file that this gives was synced.
-    pub(super) fn make(&self, dir: &Path) -> Result<std::fs::File> {
-        make_unknown_file(&dir.join(RECORD), &self.text()?)
+    /// As it lies on the disk, where it lies alone.
+    fn whole(&self) -> Result<Vec<u8>> {
+        let text = self.text()?;
+        if text.len() > HALF {
+            return Ok(text);
+        }
+        let mut bytes = vec![b' '; 2 * HALF];
+        bytes[self.half()..][..text.len()].copy_from_slice(&text);
+        Ok(bytes)
     }
 
-    /// It was made, and never brought to the disk.
-    pub(super) fn is_blank(dir: &Path) -> bool {
+    /// Where its half begins: not the one of the record before it.
+    fn half(&self) -> usize {
+        (self.turn % 2) as usize * HALF
+    }
+
+    /// Into a directory that has none yet, and that nobody knows: it is not on the disk before the file that this gives was synced.
+    pub(super) fn make(&self, dir: &Path) -> Result<std::fs::File> {
+        make_unknown_file(&dir.join(RECORD), &self.whole()?)
+    }
+
+    /// The same before there is a record: room for one that [`Self::write`] writes.
+    pub(super) fn make_room(dir: &Path) -> Result<std::fs::File> {
+        make_unknown_file(&dir.join(RECORD), &[b' '; 2 * HALF])
+    }
+
+    /// Nothing was ever written here, or not all of it reached the disk. Of one that does not read.
+    pub(super) fn is_unfinished(dir: &Path) -> bool {
         match std::fs::symlink_metadata(dir.join(RECORD)) {
-            Ok(meta) => meta.len() == 0,
+            Ok(meta) => meta.len() == 0 || meta.len() == 2 * HALF as u64,
             Err(error) => error.kind() == std::io::ErrorKind::NotFound,
         }
     }
 
-    /// In place of the one that is there.
-    pub(super) fn write(&self, dir: &Path) -> Result<()> {
-        write_file(&dir.join(RECORD), &self.text()?, Survives::PowerLoss)
+    /// In place of the one that is there, and on the disk when this returns.
+    pub(super) fn write(&mut self, dir: &Path) -> Result<()> {
+        let path = dir.join(RECORD);
+        self.turn += 1;
+        let mut text = self.text()?;
+        let has_room = std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.len() == 2 * HALF as u64);
+        if text.len() > HALF || !has_room {
+            return write_file(&path, &self.whole()?, Survives::PowerLoss);
+        }
+        text.resize(HALF, b' ');
+        let file = write_over(&path, self.half() as u64, &text)?;
+        // What was before is only for a power loss: where a byte changes later, it must not come back.
+        let _ = std::os::unix::fs::FileExt::write_all_at(&file, &[b' '; HALF], (HALF - self.half()) as u64);
+        Ok(())
     }
 
     pub(super) fn read(dir: &Path) -> Result<Self> {
         let path = dir.join(RECORD);
-        let refuse = |kind, why: String| Error::new(kind, "read snapshot", show(&path), why);
         let file = std::fs::File::open(&path).map_err(|e| Error::io("read snapshot", show(&path), e))?;
         let bytes = crate::sys::fs::read_bounded("read snapshot", show(&path), file, MAX_BYTES)?;
-        let Stored { record, check } = serde_json::from_slice::<Stored<Record>>(&bytes)
-            .map_err(|e| refuse(ErrorKind::Integrity, e.to_string()))?;
+        if bytes.len() != 2 * HALF {
+            return Self::parse(&path, &bytes);
+        }
+        let (first, second) = bytes.split_at(HALF);
+        match (Self::parse(&path, first), Self::parse(&path, second)) {
+            (Ok(one), Ok(other)) => Ok(if one.turn > other.turn { one } else { other }),
+            (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
+            // One that is longer than a half, and by chance as long as two.
+            (Err(error), Err(_)) => Self::parse(&path, &bytes).map_err(|_| error),
+        }
+    }
+
+    fn parse(path: &Path, bytes: &[u8]) -> Result<Self> {
+        let refuse = |kind, why: String| Error::new(kind, "read snapshot", show(path), why);
+        let Stored { record, check } =
+            serde_json::from_slice::<Stored<Record>>(bytes).map_err(|e| refuse(ErrorKind::Integrity, e.to_string()))?;
         if record.version != VERSION {
             let why = format!("its version is {} and this program writes {VERSION}", record.version);
             return Err(refuse(ErrorKind::Invalid, why));
@@ -170,6 +228,11 @@ impl Record {
             labels: self.labels.clone(),
         }
     }
+}
+
+/// Said by its absence: so earlier versions wrote records, and their check sums hold.
+fn is_first(turn: &u64) -> bool {
+    *turn == 0
 }
 
 pub(super) fn now() -> (i64, i32) {

@@ -23,6 +23,9 @@ use crate::error::{Error, Kind as ErrorKind, Result};
 /// Longest request. containerd's are some kilobytes: keys and labels.
 const MAX_REQUEST_BYTES: usize = 1 << 20;
 
+/// How long after a call of `Prepare`: a container has started by then.
+const PAUSE: std::time::Duration = std::time::Duration::from_millis(500);
+
 type Later<T> = Pin<Box<dyn Future<Output = T> + Send>>;
 
 /// The services on one socket.
@@ -97,7 +100,13 @@ impl Services {
         };
         let all = self.snapshots;
         match (service, method) {
-            (Self::NAME, "Prepare") => unary(all, request, |all, asked| all.prepare(asked, Kind::Active)).await,
+            (Self::NAME, "Prepare") => {
+                let answer = unary(all.clone(), request, |all, asked| all.prepare(asked, Kind::Active)).await;
+                if all.lacks_ready() {
+                    tokio::spawn(make_ready(all));
+                }
+                answer
+            }
             (Self::NAME, "View") => unary(all, request, |all, asked| all.prepare(asked, Kind::View)).await,
             (Self::NAME, "Mounts") => {
                 let work = |all: &Snapshots, asked: Keyed| all.mounts(&asked);
@@ -127,6 +136,12 @@ impl Services {
             _ => Status::unimplemented(path).into_http(),
         }
     }
+}
+
+/// Make snapshots for the next calls of `Prepare`, when what follows this one is done.
+async fn make_ready(all: Arc<Snapshots>) {
+    tokio::time::sleep(PAUSE).await;
+    let _ = tokio::task::spawn_blocking(move || all.make_ready()).await;
 }
 
 /// One call with one answer, on a thread that may wait for a disk.

@@ -7,6 +7,7 @@ mod checks;
 mod layers;
 mod merge;
 mod mounts;
+mod ready;
 mod table;
 mod upkeep;
 
@@ -36,6 +37,7 @@ use checks::{check_key, check_labels};
 pub(crate) use mounts::LowerForm;
 use mounts::OverlayOptions;
 pub(super) use mounts::Part;
+use ready::Ready;
 use table::Table;
 
 /// Most snapshots. Each takes about 1 kB of memory and some inodes.
@@ -73,6 +75,7 @@ pub(crate) struct Snapshots {
     /// Held while layers are shown with other owners.
     mapping: Mutex<()>,
     table: RwLock<Table>,
+    ready: Ready,
 }
 
 /// How many there are.
@@ -123,6 +126,7 @@ impl Snapshots {
             changing: Mutex::new(next),
             mapping: Mutex::new(()),
             table: RwLock::new(table),
+            ready: Ready::default(),
         };
         all.claims().set(&all.read(|table| table.layers.keys().cloned().collect()))?;
         Self::clear(&all.dirs.fresh())?;
@@ -195,12 +199,16 @@ impl Snapshots {
             return Err(Error::new(ErrorKind::Exists, "make snapshot", format!("{key:?}"), why));
         }
         let maps = mapped::of_labels(&labels)?.filter(|maps| !mapped::is_done(&parent, maps));
-        let mut record = Record::new(*next, key, parent, kind);
+        let ready = if kind == Kind::Active { self.ready.take() } else { None };
+        let mut record = Record::new(ready.unwrap_or(*next), key, parent, kind);
         record.maps = maps;
         record.labels = labels;
-        let mounts = self.mounts_of(&record)?;
-        self.make(&record).inspect_err(|_| self.merged.release(record.number))?;
-        *next += 1;
+        let mounts = self.mounts_of(&record).inspect_err(|_| self.ready.give_back(ready))?;
+        let made = if ready.is_some() { self.finish(&mut record) } else { self.make(&record) };
+        made.inspect_err(|_| self.merged.release(record.number))?;
+        if ready.is_none() {
+            *next += 1;
+        }
         self.write(|table| table.insert(record));
         Ok(mounts)
     }
@@ -241,26 +249,21 @@ impl Snapshots {
     }
 
     fn fill(&self, dir: &Path, record: &Record) -> Result<std::fs::File> {
-        // What a process that died here left has this number, too.
-        remove_tree(dir)?;
-        let mkdir = |dir: &Path, mode| {
-            std::fs::DirBuilder::new().mode(mode).create(dir).map_err(|e| Error::io("make", show(dir), e))
-        };
-        mkdir(dir, 0o700)?;
+        make_dirs(dir, record.has_files, record.kind == Kind::Active)?;
         fault::point("snapshotter.make")?;
         if record.has_files {
-            let files = dir.join(FILES);
-            mkdir(&files, 0o755)?;
-            if record.kind == Kind::Active {
-                mkdir(&dir.join(WORK), 0o711)?;
-            }
-            // It covers the top directory of what is below: it must look the same.
-            match self.model_of(record)? {
-                Some((model, maps)) => imitate(&model, &files, maps)?,
-                None => imitate(&files, &files, record.maps.as_ref())?,
-            }
+            self.dress(dir, record)?;
         }
         record.make(dir)
+    }
+
+    /// A snapshot's own files cover the top directory of what is below: it must look the same. Did that change it?
+    fn dress(&self, dir: &Path, record: &Record) -> Result<bool> {
+        let files = dir.join(FILES);
+        match self.model_of(record)? {
+            Some((model, maps)) => imitate(&model, &files, maps),
+            None => imitate(&files, &files, record.maps.as_ref()),
+        }
     }
 
     /// Where a snapshot's own files are.
@@ -437,17 +440,39 @@ fn is_empty(dir: &Path) -> Result<bool> {
     Ok(entries.next().is_none())
 }
 
-/// Give a directory the owner and the mode of another, the owner by these maps.
-fn imitate(model: &Path, dir: &Path, maps: Option<&Ownership>) -> Result<()> {
+/// The directories of a snapshot that is being made.
+fn make_dirs(dir: &Path, has_files: bool, is_written: bool) -> Result<()> {
+    // What a process that died here left has this number, too.
+    remove_tree(dir)?;
+    let mkdir = |dir: &Path, mode| {
+        std::fs::DirBuilder::new().mode(mode).create(dir).map_err(|e| Error::io("make", show(dir), e))
+    };
+    mkdir(dir, 0o700)?;
+    if has_files {
+        mkdir(&dir.join(FILES), 0o755)?;
+    }
+    if has_files && is_written {
+        mkdir(&dir.join(WORK), 0o711)?;
+    }
+    Ok(())
+}
+
+/// Give a directory the owner and the mode of another, the owner by these maps. Did that change it?
+fn imitate(model: &Path, dir: &Path, maps: Option<&Ownership>) -> Result<bool> {
     let fail = |e| Error::io("imitate", show(model), e);
-    let meta = std::fs::metadata(model).map_err(fail)?;
+    let (meta, now) = (std::fs::metadata(model).map_err(fail)?, std::fs::metadata(dir).map_err(fail)?);
     let (uid, gid) = maps.map_or((meta.uid(), meta.gid()), |maps| {
         (Ownership::map(&maps.uids, meta.uid()), Ownership::map(&maps.gids, meta.gid()))
     });
+    let mode = meta.mode() & 0o7777;
+    if (now.uid(), now.gid(), now.mode() & 0o7777) == (uid, gid, mode) {
+        return Ok(false);
+    }
     match std::os::unix::fs::chown(dir, Some(uid), Some(gid)) {
         // Nobody whom this user namespace has: the container's root stays the owner.
         Err(e) if e.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => log::debug!("own {}: {e}", show(dir)),
         other => other.map_err(fail)?,
     }
-    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(meta.mode() & 0o7777)).map_err(fail)
+    std::fs::set_permissions(dir, std::fs::Permissions::from_mode(mode)).map_err(fail)?;
+    Ok(true)
 }

@@ -72,6 +72,26 @@ pub fn make_unknown_file(path: &Path, bytes: &[u8]) -> Result<std::fs::File> {
     Ok(file)
 }
 
+/// Write `bytes` into the file at `path`, from `at` on. Where it had bytes there before, and nothing else of it changed, that takes no commit of the
+/// file system's journal (fdatasync(2)). A power loss may leave some of them, for who can tell by the content; an error leaves blanks.
+pub fn write_over(path: &Path, at: u64, bytes: &[u8]) -> Result<std::fs::File> {
+    use std::os::unix::fs::FileExt as _;
+    let failed = |e: std::io::Error| Error::io("write", show(path), e);
+    let file = std::fs::File::options().write(true).open(path).map_err(failed)?;
+    fault::point("durable.write")?;
+    let done = file.write_all_at(bytes, at).map_err(failed).and_then(|()| {
+        fault::point("durable.sync")?;
+        file.sync_data().map_err(failed)
+    });
+    match done {
+        Ok(()) => Ok(file),
+        Err(error) => {
+            let _ = file.write_all_at(&vec![b' '; bytes.len()], at);
+            Err(error)
+        }
+    }
+}
+
 /// Make a new file at `path` of what `write` gives, whole or not at all, also after this process was killed: it has no name until
 /// it is complete (O_TMPFILE), or, where the file system cannot, one beside it. [`crate::Kind::Exists`] where there is one already.
 pub fn make_file(path: &Path, write: impl FnOnce(&mut dyn std::io::Write) -> Result<()>) -> Result<()> {

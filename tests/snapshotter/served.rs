@@ -176,9 +176,14 @@ impl Served {
         Mounted(at)
     }
 
-    /// What is in the directories of the state, by their names.
+    /// What is in the directories of the state, by their names, except for snapshots that nobody asked for yet.
     pub(crate) fn entries(&self, dir: &str) -> Vec<String> {
         let names = std::fs::read_dir(self.state().join(dir)).expect("list").flatten();
+        let is_asked_for = |dir: &Path| {
+            let record = std::fs::read(dir.join("record.json")).unwrap_or_default();
+            record.is_empty() || record.iter().any(|byte| *byte != b' ')
+        };
+        let names = names.filter(|entry| is_asked_for(&entry.path()));
         let mut names: Vec<String> = names.map(|entry| entry.file_name().to_string_lossy().into_owned()).collect();
         names.sort();
         names

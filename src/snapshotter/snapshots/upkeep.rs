@@ -104,8 +104,8 @@ pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
             match Record::read(&path) {
                 Ok(record) if record.number == number => records.push(record),
                 Ok(record) => log::error!("{}: its record is of snapshot {}", show(&path), record.number),
-                // A power loss in the midst of `Prepare`, which was not answered.
-                Err(_) if Record::is_blank(&path) && has_no_files(&path) => {
+                // Made for a `Prepare` that did not come; or a power loss in the midst of one, which was not answered.
+                Err(_) if Record::is_unfinished(&path) && has_no_files(&path) => {
                     log::info!("{} was never finished", show(&path));
                     if let Err(error) = remove_tree(&path) {
                         log::warn!("{error}");
