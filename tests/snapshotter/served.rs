@@ -190,6 +190,15 @@ impl Served {
     }
 }
 
+/// Wait until it holds.
+pub(crate) fn wait_for(what: &str, mut holds: impl FnMut() -> bool) {
+    let until = Instant::now() + Duration::from_secs(30);
+    while !holds() {
+        assert!(Instant::now() < until, "{what} did not come");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
 /// What the environment says about `--lower`, for all tests.
 pub(crate) fn lower() -> Option<String> {
     std::env::var("FSPROV_TEST_LOWER").ok()

@@ -6,7 +6,7 @@ use std::process::{Command, Stdio};
 use tonic::Code;
 
 use crate::client::{ACTIVE, COMMITTED, Client, Empty, Labels, VIEW, code, labels};
-use crate::served::Served;
+use crate::served::{Served, wait_for};
 
 crate::tests![
     a_chain_of_snapshots_is_mounted,
@@ -16,6 +16,7 @@ crate::tests![
     usage_is_of_the_own_files,
     removed_ones_go_from_the_disk_at_cleanup,
     a_kill_between_calls_loses_nothing,
+    snapshots_are_made_before_they_are_asked_for,
     a_kill_within_a_call_leaves_it_done_or_undone,
     a_failure_within_a_call_is_taken_back,
     damaged_records_are_left_out,
@@ -208,6 +209,30 @@ fn removed_ones_go_from_the_disk_at_cleanup() {
     assert!(served.entries("gone").is_empty(), "the start cleans up");
     assert_eq!(served.entries("s").len(), 1);
     assert!(used == ["4"] && served.entries("s") >= used, "{used:?} {:?}", served.entries("s"));
+}
+
+fn snapshots_are_made_before_they_are_asked_for() {
+    let mut served = Served::new();
+    let on_disk = |served: &Served| std::fs::read_dir(served.state().join("s")).expect("list").count();
+    let client = served.client();
+    client.names(&[]);
+    assert_eq!((on_disk(&served), served.entries("s").len()), (8, 0));
+    for n in 0..4 {
+        client.prepare(&format!("n{n}"), "").expect("prepare");
+    }
+    wait_for("more of them", || on_disk(&served) == 12);
+    assert_eq!(served.entries("s"), ["1", "2", "3", "4"]);
+    let at = served.mount(&client.mounts("n0").expect("mounts"), "at");
+    at.write("file", "x");
+    drop(at);
+    // Those that nobody asked for are nobody's.
+    for _ in 0..3 {
+        served.kill();
+        served.start(&[]);
+        served.client().names(&[]);
+        assert_eq!((on_disk(&served), served.entries("s").len()), (12, 4));
+    }
+    assert!(!served.log().contains("left out"), "{}", served.log());
 }
 
 fn a_kill_between_calls_loses_nothing() {

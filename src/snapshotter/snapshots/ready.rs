@@ -1,6 +1,7 @@
 //! Snapshots that are there before they are asked for, with their directories and room for a record: to write that is all that `Prepare` waits
 //! for then, and no commit of the file system's journal.
 
+use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::{Snapshots, make_dirs};
@@ -16,22 +17,23 @@ const WANTED: usize = 8;
 /// Those that nobody has yet, by number.
 #[derive(Debug, Default)]
 pub(super) struct Ready {
-    numbers: Mutex<Vec<u64>>,
+    numbers: Mutex<VecDeque<u64>>,
     /// Held while more are made.
     making: Mutex<()>,
 }
 
 impl Ready {
-    fn numbers(&self) -> MutexGuard<'_, Vec<u64>> {
+    fn numbers(&self) -> MutexGuard<'_, VecDeque<u64>> {
         self.numbers.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     pub(super) fn take(&self) -> Option<u64> {
-        self.numbers().pop()
+        self.numbers().pop_front()
     }
 
     pub(super) fn give_back(&self, number: Option<u64>) {
-        self.numbers().extend(number);
+        let mut numbers = self.numbers();
+        number.into_iter().for_each(|number| numbers.push_front(number));
     }
 }
 
@@ -44,6 +46,10 @@ impl Snapshots {
     /// Make as many as are wanted. Without them `Prepare` takes longer, and that is all.
     pub(crate) fn make_ready(&self) {
         let Ok(_making) = self.ready.making.try_lock() else { return };
+        // Asked again meanwhile.
+        if !self.lacks_ready() {
+            return;
+        }
         let missing = (WANTED - self.ready.numbers().len().min(WANTED)) as u64;
         let first = {
             let mut next = self.change();
@@ -52,8 +58,7 @@ impl Snapshots {
         };
         let numbers: Vec<u64> = (first..first + missing).collect();
         match self.make_blank(&numbers) {
-            // The first is taken first.
-            Ok(()) => self.ready.numbers().splice(0..0, numbers.into_iter().rev()).for_each(drop),
+            Ok(()) => self.ready.numbers().extend(numbers),
             Err(error) => {
                 log::warn!("{error}");
                 for number in numbers {

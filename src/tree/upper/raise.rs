@@ -189,7 +189,7 @@ impl UpperTree {
             return Ok(None);
         }
         let (attr, _) = self.lower.getattr(lower, None)?;
-        // Whoever is given a program gets it without setuid and capabilities, and a directory is made in another way.
+        // A program loses setuid and capabilities when it is given away, and a directory is made in another way.
         let is_plain = attr.mode & TYPE_BITS != DIRECTORY && attr.mode & SET_ID == 0 && !self.has_capability(lower)?;
         if !is_plain {
             return Ok(None);
