@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use rustix::fs::{FileType, Mode, OFlags};
 use rustix::io::Errno;
@@ -263,7 +264,7 @@ fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
     Ok(())
 }
 
-/// Note a runtime that may not end with its program, for who takes away what this process leaves.
+/// Note the runtime, for what takes away what this process leaves.
 pub(super) fn note_runtime(bundle: &Path, runtime: ProcessId) -> Result<()> {
     let text = serde_json::to_vec(&runtime).map_err(|e| Error::new(Kind::Io, "write", RUNTIME, e))?;
     std::fs::write(bundle.join(RUNTIME), text).map_err(|e| Error::io("write", show(bundle.join(RUNTIME)), e))
@@ -272,6 +273,24 @@ pub(super) fn note_runtime(bundle: &Path, runtime: ProcessId) -> Result<()> {
 /// The runtime that was noted.
 pub(super) fn runtime(bundle: &Path) -> Option<ProcessId> {
     serde_json::from_slice(&std::fs::read(bundle.join(RUNTIME)).ok()?).ok()
+}
+
+/// How long between two looks for what a runtime tells.
+const LOOK: Duration = Duration::from_millis(20);
+
+/// The container's first process. runc tells which it is when the program runs already: so this waits for that, as long as the runtime lives and for
+/// as long as `patience`. `None`: there is none any more, or none was made.
+pub(super) fn first_process_of(bundle: &Path, runtime: Option<ProcessId>, patience: Duration) -> Option<ProcessId> {
+    let until = Instant::now() + patience;
+    loop {
+        // Asked first: it may tell, and end, between two looks.
+        let is_alive = runtime.is_some_and(|runtime| runtime.is_alive());
+        let first = first_process(bundle);
+        if first.is_some() || bundle.join(PID).exists() || !is_alive || Instant::now() >= until {
+            return first;
+        }
+        std::thread::sleep(LOOK);
+    }
 }
 
 /// The container's first process, if it was made and is still there.

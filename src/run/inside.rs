@@ -162,7 +162,7 @@ impl Watch {
         drop(state);
         let Some(bundle) = bundle else { return };
         let ended = (|| {
-            let Some(first) = bundle::first_process(&bundle) else { return Ok(()) };
+            let Some(first) = bundle::first_process_of(&bundle, runtime, PATIENCE) else { return Ok(()) };
             first.send_signal(stop.unwrap_or(Signal::TERM))?;
             if !first.wait_gone(PATIENCE)? {
                 first.send_signal(Signal::KILL)?;
@@ -368,10 +368,10 @@ impl<'a> Inside<'a> {
             let child: Child = command.spawn().map_err(|e| Error::io("start", self.job.runtime.name(), e))?;
             let runtime = ProcessId::of(child.id() as i32)?;
             state.runtime = Some(runtime);
+            if let Err(e) = bundle::note_runtime(call.bundle, runtime) {
+                log::warn!(target: TARGET, "{e}");
+            }
             if self.job.runtime.misses_the_end() {
-                if let Err(e) = bundle::note_runtime(call.bundle, runtime) {
-                    log::warn!(target: TARGET, "{e}");
-                }
                 remind(runtime, call.bundle.to_owned());
             }
             state.bundle = Some(call.bundle.to_owned());

@@ -309,12 +309,13 @@ fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
 fn take_away(job: &Job) -> Result<()> {
     let paths = StatePaths::new(job.root.clone());
     let bundle = paths.container(&job.id).dir().join(bundle::NAME);
-    if let Some(first) = bundle::first_process(&bundle) {
+    let runtime = bundle::runtime(&bundle);
+    if let Some(first) = bundle::first_process_of(&bundle, runtime, inside::PATIENCE) {
         first.send_signal(rustix::process::Signal::KILL)?;
         first.wait_gone(inside::PATIENCE)?;
     }
     // It ends with its program; one that has missed the end does not.
-    if let Some(runtime) = bundle::runtime(&bundle)
+    if let Some(runtime) = runtime
         && !runtime.wait_gone(inside::PAUSE)?
     {
         runtime.send_signal(rustix::process::Signal::CHILD)?;

@@ -1,7 +1,7 @@
 //! `fsprov run` and `fsprov bundle`: each option, and what it does inside, with every runtime there is to be; how it ends; what it leaves.
 
 use std::fs;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::Path;
 use std::time::Duration;
 
@@ -299,6 +299,25 @@ case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
             assert!(gone, "{runtime}: {what} was killed, and this stayed: {:?}", stage.records());
             stage.assert_nothing_left(&format!("after {what} was killed"));
         }
+    }
+    // Killed before the runtime told which process is the container's first, as runc does when that runs already.
+    let late = stage.path("runc-late");
+    let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; }\n  \
+                args+=(\"$word\"); before=$word\ndone\n\
+                if [ -n \"${file-}\" ]; then\n  (for n in {1..100}; do [ ! -s \"$file.late\" ] || break; sleep 0.05; done; sleep 1; mv \"$file.late\" \"$file\") &\nfi\n\
+                exec runc \"${args[@]}\"\n";
+    fs::write(&late, text).expect("write");
+    fs::set_permissions(&late, fs::Permissions::from_mode(0o755)).expect("chmod");
+    for who in ["$P", "$(ps -o pid= --ppid $P)"] {
+        let text = format!(
+            "rm -f out; $F run --id web --runtime {} {NAME} sh -c 'echo ready; sleep 1000' >out &
+             P=$!; until grep -qs ready out; do sleep 0.05; done; kill -9 {who}; wait $P; true",
+            late.display()
+        );
+        script(stage, &text).ok();
+        let gone = system::eventually(Duration::from_secs(20), || stage.records().is_empty());
+        assert!(gone, "{who} was killed early, and this stayed: {:?}", stage.records());
+        stage.assert_nothing_left(&format!("after {who} was killed early"));
     }
 });
 
