@@ -284,7 +284,7 @@ pub(super) fn first_process_of(bundle: &Path, runtime: Option<ProcessId>, patien
     let until = Instant::now() + patience;
     loop {
         // Asked first: it may tell, and end, between two looks.
-        let is_alive = runtime.is_some_and(|runtime| runtime.is_alive());
+        let is_alive = runtime.is_some_and(ProcessId::is_alive);
         let first = first_process(bundle);
         if first.is_some() || bundle.join(PID).exists() || !is_alive || Instant::now() >= until {
             return first;

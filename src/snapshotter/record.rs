@@ -60,7 +60,7 @@ pub(super) struct Record {
     /// The number of its directory. Never used again.
     pub(super) number: u64,
     /// How often it was written again.
-    #[serde(default, skip_serializing_if = "is_first")]
+    #[serde(default, skip_serializing_if = "is_default")]
     turn: u64,
     /// Its key, or name once committed.
     pub(super) name: String,
@@ -231,8 +231,8 @@ impl Record {
 }
 
 /// Said by its absence: so earlier versions wrote records, and their check sums hold.
-fn is_first(turn: &u64) -> bool {
-    *turn == 0
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
 }
 
 pub(super) fn now() -> (i64, i32) {

@@ -565,7 +565,7 @@ case!("a_write_that_asks_to_be_on_the_disk_is_synced", on::fuse, &[Need::Failpoi
         assert_eq!(begin.elapsed() > Duration::from_millis(700), waits, "{flags:?}: {:?}", begin.elapsed());
     }
     drop(file);
-    stage.unmount(&stage.path("rootfs"));
+    stage.unmount(stage.path("rootfs"));
 });
 
 // Nobody reads what another is being given, and nothing that was given covers what somebody writes.

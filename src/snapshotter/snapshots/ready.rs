@@ -32,8 +32,9 @@ impl Ready {
     }
 
     pub(super) fn give_back(&self, number: Option<u64>) {
-        let mut numbers = self.numbers();
-        number.into_iter().for_each(|number| numbers.push_front(number));
+        if let Some(number) = number {
+            self.numbers().push_front(number);
+        }
     }
 }
 

@@ -92,9 +92,9 @@ impl Veils {
 
     /// Remove what hides names of the image from a directory that is to be removed itself.
     pub(super) fn clear(&self, dir: impl AsFd, names: &Names) -> Result<()> {
-        names.marks.iter().try_for_each(|mark| match marks::is_reserved(mark) && mark != OPAQUE_FILE {
-            true => self.remove(&dir, mark),
-            false => marks::take_whiteout(&dir, mark),
+        names.marks.iter().try_for_each(|mark| {
+            let is_veil = marks::is_reserved(mark) && mark != OPAQUE_FILE;
+            if is_veil { self.remove(&dir, mark) } else { marks::take_whiteout(&dir, mark) }
         })
     }
 
