@@ -78,7 +78,6 @@ pub struct FuseAdapter {
     pub(super) no_open: bool,
     pub(super) no_opendir: bool,
     gives: bool,
-    writes_directly: bool,
     /// Files that are written directly, by node and handle.
     direct: DashSet<(u64, u64)>,
     pace: Arc<Pace>,
@@ -112,7 +111,6 @@ impl FuseAdapter {
             no_open: false,
             no_opendir: false,
             gives: false,
-            writes_directly: false,
             direct: DashSet::new(),
             pace: Arc::default(),
             notes: OnceLock::new(),
@@ -160,12 +158,16 @@ impl FuseAdapter {
         })
     }
 
+    fn writes_directly(&self) -> bool {
+        self.options.drops_pages && !self.options.writeback
+    }
+
     /// What the kernel may keep of a file that a create opened. One that is only written is not cached: a cached write is split in two wherever it ends
     /// inside a page, and the first asks for `security.capability`.
     pub(super) fn caching_of_new(&self, node: u64, opened: Opened, flags: i32) -> Opened {
         // The kernel syncs what is written with O_SYNC or O_DSYNC only through its cache. O_SYNC has the bit of O_DSYNC.
         let only_written = flags & (libc::O_ACCMODE | libc::O_APPEND | libc::O_DSYNC) == libc::O_WRONLY;
-        if !self.writes_directly || !only_written {
+        if !self.writes_directly() || !only_written {
             return opened;
         }
         self.direct.insert((node, opened.handle));
@@ -175,12 +177,12 @@ impl FuseAdapter {
     /// A direct write that is to be on the disk (RWF_DSYNC of pwritev2(2)): the kernel leaves that to us.
     pub(super) fn must_sync(&self, node: u64, handle: u64, flags: i32) -> bool {
         // What the server before had open may have been direct.
-        flags & libc::O_DSYNC != 0 && self.writes_directly && (!self.gives || self.direct.contains(&(node, handle)))
+        flags & libc::O_DSYNC != 0 && self.writes_directly() && (!self.gives || self.direct.contains(&(node, handle)))
     }
 
     /// A file was closed.
     pub(super) fn closed(&self, node: u64, handle: u64) {
-        if self.writes_directly {
+        if self.writes_directly() {
             self.direct.remove(&(node, handle));
         }
     }
@@ -278,7 +280,6 @@ impl FuseAdapter {
                 log::debug!(target: TARGET, "the kernel does not offer {flag:?}");
             }
         }
-        self.writes_directly = !self.options.writeback && self.options.drops_pages;
         self.no_open = freely && offered.contains(InitFlags::FUSE_NO_OPEN_SUPPORT);
         let lists_freely = self.tree.opens_directories_without_asking();
         self.no_opendir = lists_freely && offered.contains(InitFlags::FUSE_NO_OPENDIR_SUPPORT);

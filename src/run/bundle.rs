@@ -278,8 +278,8 @@ pub(super) fn runtime(bundle: &Path) -> Option<ProcessId> {
 /// How long between two looks for what a runtime tells.
 const LOOK: Duration = Duration::from_millis(20);
 
-/// The container's first process. runc tells which it is when the program runs already: so this waits for that, as long as the runtime lives and for
-/// as long as `patience`. `None`: there is none any more, or none was made.
+/// The container's first process. runc writes its pid only after the program has started, so this waits for it while the runtime lives, up to
+/// `patience`. `None`: the process has ended, or there never was one.
 pub(super) fn first_process_of(bundle: &Path, runtime: Option<ProcessId>, patience: Duration) -> Option<ProcessId> {
     let until = Instant::now() + patience;
     loop {

@@ -133,8 +133,11 @@ impl Record {
 
     /// As it lies on the disk, where it lies alone.
     fn whole(&self) -> Result<Vec<u8>> {
-        let text = self.text()?;
+        let mut text = self.text()?;
         if text.len() > HALF {
+            // Never as long as two halves: it is not written over in part.
+            text.push(b'\n');
+            text.resize(text.len().max(2 * HALF + 1), b' ');
             return Ok(text);
         }
         let mut bytes = vec![b' '; 2 * HALF];
@@ -157,10 +160,14 @@ impl Record {
         make_unknown_file(&dir.join(RECORD), &[b' '; 2 * HALF])
     }
 
-    /// Nothing was ever written here, or not all of it reached the disk. Of one that does not read.
+    /// Nothing was ever written here, or not all of it reached the disk. Of one that does not read; what was whole once has a beginning and an end.
     pub(super) fn is_unfinished(dir: &Path) -> bool {
-        match std::fs::symlink_metadata(dir.join(RECORD)) {
-            Ok(meta) => meta.len() == 0 || meta.len() == 2 * HALF as u64,
+        match std::fs::read(dir.join(RECORD)) {
+            Ok(bytes) if bytes.len() == 2 * HALF => bytes.chunks(HALF).all(|half| {
+                let text = half.trim_ascii();
+                !(text.starts_with(b"{") && text.ends_with(b"}"))
+            }),
+            Ok(bytes) => bytes.is_empty(),
             Err(error) => error.kind() == std::io::ErrorKind::NotFound,
         }
     }
@@ -169,13 +176,12 @@ impl Record {
     pub(super) fn write(&mut self, dir: &Path) -> Result<()> {
         let path = dir.join(RECORD);
         self.turn += 1;
-        let mut text = self.text()?;
+        let bytes = self.whole()?;
         let has_room = std::fs::symlink_metadata(&path).is_ok_and(|meta| meta.len() == 2 * HALF as u64);
-        if text.len() > HALF || !has_room {
-            return write_file(&path, &self.whole()?, Survives::PowerLoss);
+        if bytes.len() != 2 * HALF || !has_room {
+            return write_file(&path, &bytes, Survives::PowerLoss);
         }
-        text.resize(HALF, b' ');
-        let file = write_over(&path, self.half() as u64, &text)?;
+        let file = write_over(&path, self.half() as u64, &bytes[self.half()..][..HALF])?;
         // What was before is only for a power loss: where a byte changes later, it must not come back.
         let _ = std::os::unix::fs::FileExt::write_all_at(&file, &[b' '; HALF], (HALF - self.half()) as u64);
         Ok(())
@@ -192,7 +198,7 @@ impl Record {
         match (Self::parse(&path, first), Self::parse(&path, second)) {
             (Ok(one), Ok(other)) => Ok(if one.turn > other.turn { one } else { other }),
             (Ok(one), Err(_)) | (Err(_), Ok(one)) => Ok(one),
-            // One that is longer than a half, and by chance as long as two.
+            // An earlier version's, by chance as long as two halves.
             (Err(error), Err(_)) => Self::parse(&path, &bytes).map_err(|_| error),
         }
     }
@@ -257,6 +263,40 @@ mod tests {
         for changed in [text.replace("ns/1/a b", "ns/2/a b"), text[..text.len() / 2].to_owned(), String::new()] {
             std::fs::write(&path, changed).unwrap();
             assert_eq!(Record::read(dir.path()).unwrap_err().kind(), ErrorKind::Integrity);
+        }
+    }
+
+    #[test]
+    fn a_record_is_written_in_place_by_turns() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(RECORD);
+        Record::make_room(dir.path()).unwrap();
+        assert!(Record::is_unfinished(dir.path()) && Record::read(dir.path()).is_err());
+        let mut record = Record::new(7, "ns/1/a".into(), String::new(), Kind::Active);
+        for place in [HALF, 0, HALF] {
+            record.write(dir.path()).unwrap();
+            assert_eq!(Record::read(dir.path()).unwrap(), record);
+            let bytes = std::fs::read(&path).unwrap();
+            assert_eq!((bytes.len(), bytes.iter().position(|byte| *byte != b' ')), (2 * HALF, Some(place)));
+            assert!(!Record::is_unfinished(dir.path()));
+        }
+        // A power loss left the one before, and of the last a part.
+        let (before, mut last) = (std::fs::read(&path).unwrap(), record.clone());
+        last.write(dir.path()).unwrap();
+        let mut both = before;
+        both[..100].copy_from_slice(&std::fs::read(&path).unwrap()[..100]);
+        std::fs::write(&path, &both).unwrap();
+        assert_eq!(Record::read(dir.path()).unwrap(), record);
+        // Or of the first one a part.
+        both[HALF..].fill(b' ');
+        std::fs::write(&path, &both).unwrap();
+        assert!(Record::read(dir.path()).is_err() && Record::is_unfinished(dir.path()));
+        // One that is too long for a half, by little and by much, and a short one after it.
+        for length in [HALF, 2 * HALF, 0] {
+            last.labels.insert("x".into(), "y".repeat(length));
+            last.write(dir.path()).unwrap();
+            assert_eq!(Record::read(dir.path()).unwrap(), last);
+            assert_eq!(std::fs::metadata(&path).unwrap().len() == 2 * HALF as u64, length == 0, "{length}");
         }
     }
 }

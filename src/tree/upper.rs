@@ -446,9 +446,8 @@ impl Tree for UpperTree {
         handle: Option<Handle>,
         change: &Change,
     ) -> Result<(Attr, Duration)> {
-        if let Some((attr, ttl)) = self.raise_given(caller, node, change)? {
-            let attr = self.attr_above(node, attr.node, attr)?;
-            return Ok((attr, ttl));
+        if let Some(given) = self.raise_given(caller, node, change)? {
+            return Ok(given);
         }
         let upper = self.above(node, bare::needed_for(change))?;
         // Not while its times are put back.

@@ -401,23 +401,28 @@ fn damaged_records_are_left_out() {
     layer(&served, &client, "a", "");
     layer(&served, &client, "b", "a");
     layer(&served, &client, "other", "");
+    client.prepare("empty", "").expect("prepare");
     served.kill();
     let record = served.state().join("s/1/record.json");
     let text = std::fs::read_to_string(&record).expect("read");
     std::fs::write(&record, text.replace("\"name\": \"a\"", "\"name\": \"z\"")).expect("write");
     std::fs::write(served.state().join("s/3/record.json"), "{").expect("write");
     std::fs::create_dir_all(served.state().join("s/70/fs/x")).expect("make");
+    // One in which nothing was written, and of whose record a byte changed.
+    let record = served.state().join("s/4/record.json");
+    let text = std::fs::read_to_string(&record).expect("read");
+    std::fs::write(&record, text.replace("\"name\": \"empty\"", "\"name\": \"emptu\"")).expect("write");
     served.start(&[]);
     let client = served.client();
     assert_eq!(client.names(&[]), ["b"]);
-    assert!(served.log().matches("the snapshot is left out").count() == 3, "{}", served.log());
+    assert!(served.log().matches("the snapshot is left out").count() == 4, "{}", served.log());
     assert_eq!(
         code(client.prepare("web", "b")),
         Code::Internal,
         "what stands below is missing, and the snapshot is not"
     );
     layer(&served, &client, "c", "");
-    assert_eq!(served.entries("s"), ["1", "2", "3", "70", "71"], "the numbers of damaged ones are not used again");
+    assert_eq!(served.entries("s"), ["1", "2", "3", "4", "70", "71"], "the numbers of damaged ones are not used again");
 }
 
 fn only_root_and_the_own_user_may_speak() {

@@ -51,7 +51,7 @@ impl Snapshots {
         if !self.lacks_ready() {
             return;
         }
-        let missing = (WANTED - self.ready.numbers().len().min(WANTED)) as u64;
+        let missing = WANTED.saturating_sub(self.ready.numbers().len()) as u64;
         let first = {
             let mut next = self.change();
             *next += missing;

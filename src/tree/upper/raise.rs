@@ -203,7 +203,10 @@ impl UpperTree {
         let _alone = self.locks.file(lower);
         let (attr, ttl) = self.upper.getattr(upper, None)?;
         // A file system that refuses it is asked once more, for its reason.
-        Ok(((attr.uid, attr.gid) == (given.uid, given.gid)).then_some((attr, ttl)))
+        if (attr.uid, attr.gid) != (given.uid, given.gid) {
+            return Ok(None);
+        }
+        Ok(Some((self.attr_above(node, upper, attr)?, ttl)))
     }
 
     /// The copy of a file of the image, made to look `given` if there was none: was it made?
@@ -235,7 +238,11 @@ impl UpperTree {
         for (dir, name) in self.lower.names_of(lower)? {
             let Some(dir) = self.raise_directory(dir)? else { continue };
             let place = self.upper.place(dir)?;
-            match if look == Look::Nowhere { Above::Nothing } else { marks::look(&place, &name)? } {
+            let above = match look {
+                Look::Above => marks::look(&place, &name)?,
+                Look::Nowhere => Above::Nothing,
+            };
+            match above {
                 Above::Nothing if !self.veils.hides(&place, &name)? => homes.free.push(Home { place, dir, name }),
                 Above::File(_) if self.is_copy(lower, attr, &place, &name)? => {
                     homes.copied = Some(Home { place, dir, name });

@@ -1,5 +1,5 @@
-//! Veils ([`marks`]): `.wh.NAME` hides what the image has under NAME. They are counted, so that none is looked for where there is none, which is the
-//! usual case: a directory is searched for a name that it lacks.
+//! Veils ([`marks`]): `.wh.NAME` hides what the image has under NAME. The tree counts its veils and looks for one only if it has any. It usually
+//! has none, and looking for a name that is missing means searching a whole directory.
 
 use std::os::fd::AsFd;
 use std::sync::atomic::{AtomicUsize, Ordering};
