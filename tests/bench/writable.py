@@ -6,7 +6,8 @@ fsprov's writable FUSE tree, and fuse-overlayfs. Changes in fsprov's end with th
 
 Run as root, which makes a file system for it; all else runs as the user fsprov-test, in a user namespace with its subordinate ids. The image is a Debian
 root filesystem with the sources of this project's crates in it. Each round mounts everything anew: "first" rows meet a new mount whose files the
-page cache has. Writes writable.json below DIR (default: target/bench) and prints the table.
+page cache has. Below "overlay on used fsprov" the FUSE mount was read before, as the directories below the native overlay were. Writes writable.json
+below DIR (default: target/bench) and prints the table.
 """
 import argparse, glob, json, os, pwd, random, shutil, statistics, subprocess, sys, tempfile, time
 
@@ -31,7 +32,10 @@ ROWS = {
     'chown -R': 'chown -R 33:33 {r}/usr/share',
     'rm -r': 'rm -r {r}/new {r}/usr/share/doc {r}/opt/sources/part0',
 }
-SUBJECTS = ['native overlay', 'overlay on fsprov', 'fsprov writable', 'fuse-overlayfs']
+USED = 'overlay on used fsprov'
+SUBJECTS = ['native overlay', 'overlay on fsprov', USED, 'fsprov writable', 'fuse-overlayfs']
+# All names, attributes and content.
+READ = 'find {0} -printf %s >/dev/null && tar -C {0} -cf - . | cat >/dev/null'
 
 
 def say(text): print(f'bench: {text}', file=sys.stderr, flush=True)
@@ -51,14 +55,16 @@ class Inside:
         os.environ.update(FSPROV_ROOT=f'{work}/state', HOME=work)
 
     def mount(self, subject):
-        top = f'{self.work}/{subject.replace(" ", "-")}'
+        top = f'{self.work}/{self.id(subject)}'
         point, layer, changes = f'{top}/r', f'{self.work}/layer', f'upperdir={top}/up,workdir={top}/work'
         sh(f'mkdir -p {top}/up {top}/work {top}/lower {point}')
         if subject == 'native overlay':
             sh(f'mount -t overlay -o lowerdir={layer},{changes},userxattr overlay {point}')
-        elif subject == 'overlay on fsprov':
+        elif subject.startswith('overlay on '):
             # As mount --writable does for layers without their owners on the disk.
             sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} bench {top}/lower')
+            if subject == USED:
+                sh(READ.format(f'{top}/lower'))
             sh(f'mount -t overlay -o lowerdir={top}/lower,{changes},userxattr,volatile overlay {point}')
         elif subject == 'fsprov writable':
             sh(f'{self.work}/fsprov mount --backend fuse --id {self.id(subject)} --writable bench {point}')
@@ -87,7 +93,7 @@ class Inside:
         return total
 
     def unmount(self, subject):
-        top = f'{self.work}/{subject.replace(" ", "-")}'
+        top = f'{self.work}/{self.id(subject)}'
         if subject != 'fsprov writable':
             sh(f'umount {top}/r')
         if 'fsprov' in subject:
@@ -110,8 +116,8 @@ class Inside:
             for row, command in ROWS.items():
                 # The page cache has all content, of the directories and of the store. Each time: some machines take away what nobody
                 # touched for a minute (DAMON's pageout).
-                for layers in 'layer', 'state':
-                    sh(f'tar -C {work}/{layers} -cf - . | cat >/dev/null')
+                for layers in 'layer', 'state', *([f'{self.id(USED)}/lower'] if USED in points else []):
+                    sh(READ.format(f'{work}/{layers}'))
                 for subject in random.sample(options.subjects, len(options.subjects)):
                     begin = time.perf_counter()
                     sh(command.format(r=points[subject], image=IMAGE))
