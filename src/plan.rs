@@ -167,7 +167,7 @@ pub struct Plan {
     /// Does the index leave out files that the layers have (AppC's pathWhitelist)? Then they are not the tree to show.
     #[serde(default)]
     pub is_filtered: bool,
-    /// May the layers have whiteouts? Then only the index tells the image's tree from what lies on the disk. A record that does not say
+    /// May the layers have whiteouts, or cover directories that look otherwise? Then only the index tells the image's tree from what lies on the disk. A record that does not say
     /// is older than this; then they may.
     #[serde(default = "may_have_whiteouts")]
     pub has_whiteouts: bool,

@@ -238,8 +238,8 @@ impl<'a> Making<'a> {
 
     // ---- whiteouts ----
 
-    /// The layers, bottom first, with what hides what the image does not have. Its index knows, and one layer of ours on top does it: that
-    /// is right no matter who imported the layers and who mounts them (which of two attributes overlayfs heeds depends on that), and for
+    /// The layers, bottom first, with what hides what the image does not have, and what makes directories look as they should. Its index knows,
+    /// and one layer of ours on top does it: that is right no matter who imported the layers and who mounts them (which of two attributes overlayfs heeds depends on that), and for
     /// layers that are the lowest here and not in another image.
     fn with_whiteouts(&self, layers: Vec<Layer>) -> Result<Vec<Layer>> {
         let Some(file) = &self.places.index else { return self.with_scanned_whiteouts(layers) };
@@ -288,7 +288,7 @@ impl<'a> Making<'a> {
         Ok(layers.into_iter().zip(ours).flat_map(|(layer, ours)| std::iter::once(layer).chain(ours)).collect())
     }
 
-    /// A layer of ours that hides these names.
+    /// A layer of ours that hides these names. `models`: those that it covers, topmost first.
     fn make_whiteouts(&self, name: &str, hidden: &HiddenDirs, models: &[&Layer]) -> Result<Layer> {
         let ours = self.make_layer(name, Mode::RWXU)?;
         let fail = |e: Errno| Error::sys(OP, show(&ours.shown), e);
@@ -316,7 +316,9 @@ impl<'a> Making<'a> {
         // Last, and the innermost first: making an entry changes its directory's times.
         made.insert(PathBuf::from("."));
         for dir in made.iter().rev() {
-            let model = models.iter().find_map(|m| open_beneath(&m.fd, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
+            let like = hidden.get(dir).and_then(|what| what.like).map_or(0, |n| models.len() - 1 - n);
+            let model =
+                models.iter().skip(like).find_map(|m| open_beneath(&m.fd, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
             if let Some(model) = model {
                 imitate(&model, &open_beneath(root, dir, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?)
                     .map_err(fail)?;

@@ -1,5 +1,5 @@
-//! What overlayfs would show of an image's layers and the image does not have: its merging is done again here, name by name, and
-//! compared with the image's index.
+//! What overlayfs would show of an image's layers and the image does not have, and directories that it would show otherwise: its merging is done
+//! again here, name by name, and compared with the image's index.
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -37,7 +37,7 @@ enum Seen {
     Other,
 }
 
-/// Names to hide in an overlay of `layers` (bottom first, no index of theirs but the image's), where it heeds `opaque_xattr`.
+/// What to hide and to cover in an overlay of `layers` (bottom first, no index of theirs but the image's), where it heeds `opaque_xattr`.
 pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xattr: &str) -> Result<HiddenDirs> {
     let damaged = |why: Damaged| super::damaged_index(OP, Path::new("."), &why);
     let mut hidden = HiddenDirs::new();
@@ -46,12 +46,12 @@ pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xat
     while let Some(at) = waiting.pop() {
         let is_root = at.path == Path::new(".");
         let mut seen = HashMap::new();
-        let mut merged = 0;
+        let mut looks = Vec::new();
         for &n in &at.layers {
             let fail = |e| Error::sys(OP, show(layers[n].1.join(&at.path)), e);
             let dir = open_beneath(layers[n].0, &at.path, OFlags::RDONLY | OFlags::DIRECTORY).map_err(fail)?;
             list(&dir, n, &mut seen).map_err(fail)?;
-            merged += 1;
+            looks.push((n, fs::fstat(&dir).map_err(fail)?));
             // Of its layers' own roots overlayfs does not ask whether they are opaque.
             if !is_root && whiteout::has_mark(&dir, opaque_xattr).map_err(fail)? {
                 break;
@@ -61,11 +61,14 @@ pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xat
                 hidden.entry(at.path.clone()).or_default();
             }
         }
+        if let Some(n) = covered(&at.inode, &looks) {
+            hidden.entry(at.path.clone()).or_default().like = Some(n);
+        }
         for (name, what) in seen {
             let found = index.lookup(&at.inode, name.as_bytes()).map_err(damaged)?;
             let must_hide = match (what, found) {
                 // Where directories are merged a listing leaves it out; elsewhere it is a name with nothing behind it.
-                (Seen::Whiteout, _) => merged == 1,
+                (Seen::Whiteout, _) => looks.len() == 1,
                 (_, None) => true,
                 (Seen::Directory { layers, .. }, Some(found)) => {
                     let inode = index.inode(found.row).map_err(damaged)?;
@@ -83,6 +86,18 @@ pub(super) fn find(index: &Index, layers: &[(BorrowedFd<'_>, &Path)], opaque_xat
         }
     }
     Ok(hidden)
+}
+
+/// The layer whose directory looks as the image has it, where another's covers it: one that has it only for what it brings in it.
+fn covered(inode: &Inode, looks: &[(usize, fs::Stat)]) -> Option<usize> {
+    let has_mode = |stat: &fs::Stat| stat.st_mode & 0o7777 == inode.mode & 0o7777;
+    let is_it = |stat: &fs::Stat| has_mode(stat) && (stat.st_uid, stat.st_gid) == (inode.uid, inode.gid);
+    let at = looks
+        .iter()
+        .position(|(_, stat)| is_it(stat))
+        // An import without root could not give it its owner.
+        .or_else(|| looks.iter().position(|(_, stat)| has_mode(stat)));
+    at.filter(|at| *at > 0).map(|at| looks[at].0)
 }
 
 /// Add the names in a directory of layer `n`, which lies below those added before.

@@ -60,6 +60,8 @@ pub(super) struct Found {
 pub(super) struct Hidden {
     pub(super) opaque: bool,
     pub(super) names: BTreeSet<OsString>,
+    /// The layer, counted from the lowest, whose directory it looks like. `None`: the topmost one's.
+    pub(super) like: Option<usize>,
 }
 
 /// By directory, relative to the root, which is `.`.

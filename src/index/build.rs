@@ -354,6 +354,14 @@ impl Builder {
         Ok(node.is_directory().then_some(!node.is_implied()))
     }
 
+    /// Is there a directory at `path` that an entry speaks of, and that does not look like one of which none does?
+    pub(crate) fn stands_out(&mut self, path: &[u8]) -> Result<bool> {
+        let Some(row) = self.find(path)? else { return Ok(false) };
+        let node = self.inodes.get(row)?;
+        let looks = (u32::from(node.mode), node.uid, node.gid);
+        Ok(node.is_directory() && !node.is_implied() && looks != super::IMPLIED_LOOKS)
+    }
+
     fn push(&mut self, node: &Node, path: &[u8]) -> Result<Row> {
         if self.inodes.len() as usize >= MAX_ROWS {
             return Err(refuse(Kind::Limit, path, "an index has at most 268,435,456 inodes"));

@@ -37,6 +37,8 @@ pub const MAX_TARGET: usize = 4095;
 pub const MAX_XATTR_NAME: usize = 255;
 /// Longest xattr value, and the longest list of names: XATTR_SIZE_MAX and XATTR_LIST_MAX of Linux.
 pub const MAX_XATTR_BYTES: usize = 65_536;
+/// Mode, owner and group of a directory that no entry speaks of: as tar makes the parents of an entry where they are missing.
+pub(crate) const IMPLIED_LOOKS: (u32, u32, u32) = (0o755, 0, 0);
 /// Most layers in one image: umoci and docker stop at 127 and overlayfs at 500; the record has 16 bits.
 pub const MAX_LAYERS: usize = 4096;
 /// Most inodes, and most names, in one index: node ids are 32-bit rows, and 2^28 records are 16 GiB already.

@@ -54,9 +54,10 @@ impl Node {
         Time { secs: self.mtime_secs, nanos: self.mtime_nanos }
     }
 
-    /// What a directory gets that no entry speaks of: the parents of an entry are made where they are missing, as tar does.
+    /// What a directory gets that no entry speaks of.
     pub(super) fn imply(&mut self) {
-        (self.mode, self.uid, self.gid, self.xattrs) = (0o755, 0, 0, 0);
+        let (mode, uid, gid) = super::IMPLIED_LOOKS;
+        (self.mode, self.uid, self.gid, self.xattrs) = (mode as u16, uid, gid, 0);
         (self.mtime_secs, self.mtime_nanos, self.is_implied) = (0, 0, 1);
     }
 

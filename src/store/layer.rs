@@ -11,7 +11,7 @@ use super::archive::whiteout::LayerWhiteouts;
 use super::meta::{OnDisk, read_bounded};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
-use crate::index::{Builder, Index, Whiteouts};
+use crate::index::{Builder, Damaged, Index, Whiteouts};
 use crate::paths::image;
 use crate::sys::durable::{Survives, write_file};
 
@@ -67,15 +67,35 @@ impl LayerMeta {
     }
 }
 
-/// Put the index of the layer in the directory `at` upon what is in the index of an image.
-pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<LayerMeta> {
+/// Put the index of the layer in the directory `at` upon what is in the index of an image. Gives what is known of the layer, and whether its tree on the
+/// disk covers directories of those below that look otherwise: it has them for what it brings in them, and says nothing of them itself.
+pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<(LayerMeta, bool)> {
     let meta = LayerMeta::read(at)?;
     index.begin_layer(Whiteouts::Oci)?;
     let implied = meta.implied()?;
-    index.add_index(&Index::open(&at.join(image::INDEX))?, |path, inode| {
-        !inode.is_implied && (implied.is_empty() || !implied.contains(path))
-    })?;
-    Ok(meta)
+    let own = Index::open(&at.join(image::INDEX))?;
+    let covers = any_implied(&own, |path| index.stands_out(path))?;
+    index.add_index(&own, |path, inode| !inode.is_implied && (implied.is_empty() || !implied.contains(path)))?;
+    Ok((meta, covers))
+}
+
+pub(super) fn damaged(error: Damaged) -> Error {
+    Error::new(Kind::Integrity, "read index", "", error)
+}
+
+/// Does this hold for one of the directories that no entry speaks of?
+pub(super) fn any_implied(index: &Index, mut holds: impl FnMut(&[u8]) -> Result<bool>) -> Result<bool> {
+    let mut path = Vec::new();
+    for row in 0..index.inode_count() {
+        let inode = index.inode(row).map_err(damaged)?;
+        if inode.is_implied {
+            index.home_path(&inode, &mut path).map_err(damaged)?;
+            if holds(&path)? {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 impl Store {

@@ -1,15 +1,21 @@
 //! One index of layers that lie over each other, and together are not an image of the store: what a server shows of them.
 
+use std::ffi::OsStr;
+use std::os::fd::OwnedFd;
+use std::os::unix::ffi::OsStrExt as _;
 use std::path::{Path, PathBuf};
+
+use rustix::fs::{FileType, OFlags, fstat};
 
 use super::Store;
 use super::changes::Upper;
-use super::layer::add_layer;
+use super::layer::{add_layer, any_implied, damaged};
 use crate::error::{Error, Result, show};
 use crate::fault;
 use crate::id::ImageId;
-use crate::index::{Builder, Index, Whiteouts};
+use crate::index::{Builder, IMPLIED_LOOKS, Index, Whiteouts};
 use crate::paths::image;
+use crate::sys::fs::{open_beneath, open_resolved};
 
 /// One of the layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -20,7 +26,60 @@ pub(crate) enum Stacked {
     Other(PathBuf),
 }
 
+/// What lies below a layer.
+#[derive(Debug)]
+pub(crate) enum Under {
+    /// A layer of the store.
+    Layer(ImageId),
+    /// A directory that says all by itself.
+    Files(PathBuf),
+}
+
 impl Store {
+    /// Does the tree of this layer cover directories of those below, topmost first, that look otherwise? See [`add_layer`].
+    pub(crate) fn covers(&self, layer: &ImageId, below: &[Under]) -> Result<bool> {
+        enum Look {
+            Index(Index),
+            Files(OwnedFd),
+        }
+        let index_of = |layer: &ImageId| Index::open(&self.paths.layer(layer).join(image::INDEX));
+        let open = |under: &Under| match under {
+            Under::Layer(layer) => index_of(layer).map(Look::Index),
+            Under::Files(path) => {
+                open_resolved(path).map(Look::Files).map_err(|e| Error::sys("look below layer", show(path), e))
+            }
+        };
+        let mut looks: Option<Vec<Look>> = None;
+        any_implied(&index_of(layer)?, |path| {
+            let looks = match &mut looks {
+                Some(looks) => looks,
+                none => none.insert(below.iter().map(open).collect::<Result<_>>()?),
+            };
+            for look in looks {
+                let found = match look {
+                    Look::Index(index) => {
+                        let inode = index.find(path).map_err(damaged)?;
+                        if inode.is_some_and(|inode| inode.is_implied) {
+                            continue;
+                        }
+                        inode.map(|inode| (inode.mode, inode.uid, inode.gid))
+                    }
+                    Look::Files(root) => {
+                        let at = Path::new(if path.is_empty() { OsStr::new(".") } else { OsStr::from_bytes(path) });
+                        let found = open_beneath(&*root, at, OFlags::PATH | OFlags::NOFOLLOW).and_then(fstat);
+                        found.ok().map(|stat| (stat.st_mode, stat.st_uid, stat.st_gid))
+                    }
+                };
+                // Anything else than a directory is covered whole.
+                if let Some((mode, uid, gid)) = found {
+                    return Ok(FileType::from_raw_mode(mode) == FileType::Directory
+                        && (mode & 0o7777, uid, gid) != IMPLIED_LOOKS);
+                }
+            }
+            Ok(false)
+        })
+    }
+
     /// Write the index of these, bottom first, to `to`: whole or not at all. It is not brought to the disk: after a power loss it is written again.
     pub(crate) fn write_merged_index(&self, stack: &[Stacked], to: &Path) -> Result<()> {
         if self.link_index_of_image(stack, to)? {

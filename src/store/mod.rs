@@ -66,7 +66,7 @@ pub(crate) use commit::Said;
 #[cfg(feature = "containerd")]
 pub(crate) use import::Blob;
 #[cfg(feature = "containerd")]
-pub(crate) use merged::{Stacked, write_own_index};
+pub(crate) use merged::{Stacked, Under, write_own_index};
 
 pub use crate::image::Strictness;
 pub use crate::image::oci::Platform;

@@ -34,8 +34,8 @@ pub struct ResolvedImage {
     /// Do the layers on the disk hold what the image does not show (a pathWhitelist)? Then only a backend that goes by the
     /// index may serve it; flattened, any may.
     pub is_filtered: bool,
-    /// May the layers on the disk have whiteouts? Those and what they hide are not part of the image, even of one with a single layer:
-    /// its index tells.
+    /// May the layers on the disk have whiteouts, or cover directories that look otherwise? Whiteouts and what they hide are not part of the image,
+    /// even of one with a single layer: its index tells.
     pub has_whiteouts: bool,
 }
 
@@ -106,7 +106,7 @@ impl Store {
         ResolvedImage {
             name: meta.names.first().cloned(),
             is_filtered: meta.is_filtered,
-            has_whiteouts: meta.layers.iter().any(may_have),
+            has_whiteouts: meta.covers || meta.layers.iter().any(may_have),
             id: Some(meta.id),
             layers,
             index: Some(dir.join(image::INDEX)),

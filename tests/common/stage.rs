@@ -98,6 +98,14 @@ impl Stage {
     }
 
     /// `fsprov mount --backend LANE'S OPTIONS... IMAGE ROOTFS`, not run yet. The rootfs is unmounted when the case ends, if it still is there.
+    /// The same call under a limit, as `ulimit` of a shell sets it.
+    pub(crate) fn limited(&self, limit: &str, call: &Call<'_>) -> Call<'_> {
+        let mut limited = self.tool("sh", ["-c", &format!("ulimit {limit}; exec \"$@\""), "sh"]);
+        limited.command.arg(call.command.get_program()).args(call.command.get_args());
+        limited.command.envs(call.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        limited
+    }
+
     pub(crate) fn mount_call<S: Into<OsString>>(
         &self,
         image: impl AsRef<OsStr>,

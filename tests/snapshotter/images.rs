@@ -12,6 +12,8 @@ pub(crate) type Layer<'a> = &'a [Entry<'a>];
 
 pub(crate) enum Entry<'a> {
     File(&'a str, &'a str),
+    /// A file, and no entry for the directories that it lies in.
+    Bare(&'a str),
     Dir(&'a str, u32),
 }
 
@@ -41,12 +43,19 @@ fn tar_of(served: &Served, name: &str, layer: Layer<'_>, owner: Option<u32>) -> 
     use std::os::unix::fs::PermissionsExt as _;
     let (tree, tar) = (served.path(&format!("{name}.tree")), served.path(&format!("{name}.tar")));
     std::fs::create_dir_all(&tree).expect("make");
+    let mut bare = Vec::new();
     for entry in layer {
         match entry {
             Entry::File(path, text) => {
                 let at = tree.join(path);
                 std::fs::create_dir_all(at.parent().expect("a parent")).expect("make");
                 std::fs::write(at, text).expect("write");
+            }
+            Entry::Bare(path) => {
+                let at = tree.join(path);
+                std::fs::create_dir_all(at.parent().expect("a parent")).expect("make");
+                std::fs::write(at, "").expect("write");
+                bare.push(*path);
             }
             Entry::Dir(path, mode) => {
                 std::fs::create_dir_all(tree.join(path)).expect("make");
@@ -61,7 +70,7 @@ fn tar_of(served: &Served, name: &str, layer: Layer<'_>, owner: Option<u32>) -> 
         .arg(&tar)
         .arg("-C")
         .arg(&tree)
-        .arg("."));
+        .args(if bare.is_empty() { vec!["."] } else { bare }));
     tar
 }
 

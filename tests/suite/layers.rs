@@ -1,6 +1,7 @@
 //! Layers that hide what lies below them: one tree, whatever the backend, whoever imported them and whoever mounts them.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::XattrFlags;
@@ -306,11 +307,7 @@ case!("more_layers_than_the_soft_limit_of_open_files", of_several, |stage: &Stag
     let tars: Vec<_> = (0..LAYERS).map(|n| layer(&[&format!("f{n}"), "last"])).collect();
     Image::of(&tars, "amd64").layout(&stage.path("layout"), "many");
     let limited = |arguments: &[&std::ffi::OsStr]| {
-        let call = stage.fsprov([] as [&str; 0]);
-        let mut limited = stage.tool("sh", ["-c", "ulimit -Sn 40; exec \"$@\"", "sh"]);
-        limited.command.arg(call.command.get_program()).args(call.command.get_args()).args(arguments);
-        limited.command.envs(call.command.get_envs().filter_map(|(name, value)| Some((name, value?))));
-        limited.run().ok();
+        stage.limited("-Sn 40", &stage.fsprov(arguments)).run().ok();
     };
     let (layout, rootfs) = (stage.path("layout"), stage.path("rootfs"));
     let name = ["--name".as_ref(), "many".as_ref()];
@@ -319,5 +316,46 @@ case!("more_layers_than_the_soft_limit_of_open_files", of_several, |stage: &Stag
     limited(&["mount".as_ref(), "--backend".as_ref(), backend, "many".as_ref(), rootfs.as_os_str()]);
     assert_eq!(fs::read_dir(&rootfs).expect("list").count(), LAYERS + 1);
     limited(&["unmount".as_ref(), rootfs.as_os_str()]);
+    stage.assert_nothing_left("after unmount");
+});
+
+// Bazel's tar, among others, has files without the directories that they lie in: the layer's own tree has those as tar makes them.
+case!("a_directory_without_an_entry_covers_none_below", of_several, |stage: &Stage| {
+    let tar = |entries: &[(&str, u32, u64)]| {
+        let mut tar = tar::Builder::new(Vec::new());
+        for (path, mode, owner) in entries {
+            let mut header = tar::Header::new_gnu();
+            let is_dir = path.ends_with('/');
+            header.set_entry_type(if is_dir { tar::EntryType::Directory } else { tar::EntryType::Regular });
+            header.set_size(0);
+            header.set_mode(*mode);
+            header.set_uid(*owner);
+            header.set_gid(*owner);
+            tar.append_data(&mut header, path, &[][..]).expect("tar");
+        }
+        tar.into_inner().expect("tar")
+    };
+    let below: &[_] = &[("home/", 0o755, 0), ("home/app/", 0o750, 5), ("root/", 0o700, 0), ("tmp/", 0o1777, 0)];
+    let middle: &[_] = &[("tmp/sub/", 0o711, 0), ("tmp/a", 0o644, 0), ("root/a", 0o644, 0), ("home/app/a", 0o644, 0)];
+    let above: &[_] = &[("tmp/sub/b", 0o644, 0), ("root/", 0o710, 0), ("new/b", 0o644, 0)];
+    let tars = [tar(below), tar(middle), tar(above)];
+    Image::of(&tars, "amd64").layout(&stage.path("layout"), "v1");
+    let import = ["image", "import", "--platform", "linux/amd64", "--name", "app"];
+    stage.fsprov(import).arg(stage.path("layout")).run().ok();
+    let rootfs = stage.path("rootfs");
+    stage.fsprov(["mount", "--backend", stage.lane.backend, "app"]).arg(&rootfs).run().ok();
+    let mode = |path: &str| fs::symlink_metadata(rootfs.join(path)).expect("stat").mode() & 0o7777;
+    let modes = ["tmp", "tmp/sub", "root", "home", "home/app", "new"].map(mode);
+    assert_eq!(
+        modes,
+        [0o1777, 0o711, 0o710, 0o755, 0o750, 0o755],
+        "{}",
+        modes.map(|mode| format!("{mode:o}")).join(" ")
+    );
+    assert!(["tmp/a", "tmp/sub/b", "root/a", "new/b"].iter().all(|path| rootfs.join(path).exists()));
+    if stage.lane.is_real_root() {
+        assert_eq!(fs::metadata(rootfs.join("home/app")).expect("stat").uid(), 5);
+    }
+    stage.unmount("rootfs");
     stage.assert_nothing_left("after unmount");
 });

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::mounts::What;
 use super::{Snapshots, inside, is_empty};
 use crate::error::{Error, Kind as ErrorKind, Result};
 use crate::id::ImageId;
 use crate::image::oci::Digest;
 use crate::snapshotter::chain;
 use crate::snapshotter::record::{Kind, Record};
-use crate::store::{Blob, ClaimedLayer};
+use crate::store::{Blob, ClaimedLayer, Showing, Under};
 use crate::sys::durable::{Survives, write_file};
 
 impl Snapshots {
@@ -62,18 +63,36 @@ impl Snapshots {
         }
         let mut record = Record::new(*next, name.clone(), parent.to_owned(), Kind::Committed);
         record.labels = labels;
-        record.usage = claimed.usage;
         record.has_files = false;
-        record.layer = Some(layer.clone());
-        record.by_index = claimed.by_index;
         record.chain = Some(chain_id.to_owned());
-        self.make(&record).map_err(|e| {
-            let undo = if self.is_used(layer) { Ok(()) } else { claims.release(layer) };
-            e.with_undo(undo)
-        })?;
+        let made = self.dress_in(&mut record, &claimed).and_then(|is_shown| {
+            if is_shown {
+                self.make(&record)?;
+            }
+            Ok(is_shown)
+        });
+        if !made.map_err(|e| e.with_undo(self.release_unused(layer)))? {
+            return self.release_unused(layer).map(|()| None);
+        }
         *next += 1;
         self.write(|table| table.insert(record));
         Ok(Some(name))
+    }
+
+    /// Make a layer that of a snapshot that has none yet. False: a mount cannot show it there.
+    fn dress_in(&self, record: &mut Record, claimed: &ClaimedLayer) -> Result<bool> {
+        let below: Vec<Under> = self
+            .stack(record)?
+            .into_iter()
+            .map(|lower| match lower.what {
+                What::Layer(layer) => Under::Layer(layer),
+                What::Files(_) => Under::Files(lower.files),
+            })
+            .collect();
+        record.by_index = claimed.by_index || self.store.covers(&claimed.diff_id, &below)?;
+        record.layer = Some(claimed.diff_id.clone());
+        record.usage = claimed.usage;
+        Ok(!record.by_index || self.showing == Showing::Index)
     }
 
     pub(super) fn is_used(&self, layer: &ImageId) -> bool {
@@ -116,8 +135,7 @@ impl Snapshots {
     /// Make an active snapshot of this layer of the store. False: the store does not have it, or not so that a mount can show it.
     pub(in crate::snapshotter) fn put_layer(&self, key: &str, layer: &ImageId) -> Result<bool> {
         let _changing = self.change();
-        let Some(claimed) = self.claims().claim(layer)? else { return Ok(false) };
-        self.put(key, &claimed).map(|()| true).map_err(|e| e.with_undo(self.release_unused(layer)))
+        self.put(key, layer)
     }
 
     /// Unpack a layer into the store and make an active snapshot of it. Gives its diff id.
@@ -128,28 +146,35 @@ impl Snapshots {
         input: Box<dyn std::io::Read + Send>,
     ) -> Result<ImageId> {
         // Others need not wait for that.
-        let claims = self.claims();
-        let claimed = claims.import(blob, input)?;
+        let layer = self.claims().import(blob, input)?;
         let _changing = self.change();
-        let Some(claimed) = claimed else {
-            let why = "it has what this user may not put on the disk";
+        if !self.put(key, &layer)? {
+            let why = "only FUSE could show it here, and this host has none (`fsprov probe` says why)";
             return Err(Error::new(ErrorKind::Unsupported, "apply layer", &blob.digest, why));
-        };
-        let put = self.put(key, &claimed);
-        put.map_err(|e| e.with_undo(self.release_unused(&claimed.diff_id)))?;
+        }
         // What is lost of it is found out again.
         let note = self.dirs.blobs().join(blob.digest.hex());
-        if let Err(error) = write_file(&note, claimed.diff_id.as_str().as_bytes(), Survives::Crash) {
+        if let Err(error) = write_file(&note, layer.as_str().as_bytes(), Survives::Crash) {
             log::warn!("{error}");
         }
-        Ok(claimed.diff_id)
+        Ok(layer)
     }
 
     pub(super) fn release_unused(&self, layer: &ImageId) -> Result<()> {
         if self.is_used(layer) { Ok(()) } else { self.claims().release(layer) }
     }
 
-    pub(super) fn put(&self, key: &str, claimed: &ClaimedLayer) -> Result<()> {
+    /// Under [`Snapshots::change`]. A claim from before is not relied on: another snapshot's removal may have taken it away.
+    fn put(&self, key: &str, layer: &ImageId) -> Result<bool> {
+        let Some(claimed) = self.claims().claim(layer)? else { return self.release_unused(layer).map(|()| false) };
+        let put = self.put_claimed(key, &claimed).map_err(|e| e.with_undo(self.release_unused(layer)))?;
+        if !put {
+            self.release_unused(layer)?;
+        }
+        Ok(put)
+    }
+
+    fn put_claimed(&self, key: &str, claimed: &ClaimedLayer) -> Result<bool> {
         let mut record = (*self.find(key)?).clone();
         let refuse = |why: &'static str| Err(Error::new(ErrorKind::Busy, "apply layer to", format!("{key:?}"), why));
         if record.kind != Kind::Active {
@@ -161,15 +186,15 @@ impl Snapshots {
         if !is_empty(&self.files_of(&record))? {
             return refuse("it has files");
         }
-        record.layer = Some(claimed.diff_id.clone());
-        record.by_index = claimed.by_index;
-        record.usage = claimed.usage;
+        if !self.dress_in(&mut record, claimed)? {
+            return Ok(false);
+        }
         record.touch();
         record.write(&self.dirs.snapshot(record.number)).map_err(inside)?;
         self.write(|table| {
             table.remove(key);
             table.insert(record);
         });
-        Ok(())
+        Ok(true)
     }
 }

@@ -95,7 +95,7 @@ impl Store {
                 staged
             };
             fault::point("store.add_layer")?;
-            let layer_meta = match add_layer(&mut index, &at) {
+            let (layer_meta, covers) = match add_layer(&mut index, &at) {
                 // A clean-up took it since it was found.
                 Err(_) if at != staged_at(&staging, diff_id) && !at.exists() => return Ok(None),
                 other => other?,
@@ -105,6 +105,7 @@ impl Store {
             if layer_meta.on_disk == OnDisk::IndexOnly {
                 meta.on_disk = OnDisk::IndexOnly;
             }
+            meta.covers |= covers;
             meta.layers.push(diff_id.clone());
         }
         let dir = staging.path().join("image");

@@ -16,7 +16,7 @@ use crate::paths::image;
 use crate::store::Store;
 use crate::store::archive::apart::{self, Place, Task};
 use crate::store::archive::input::Archive;
-use crate::store::claims::{ClaimedLayer, Claims};
+use crate::store::claims::Claims;
 use crate::store::layer::LayerMeta;
 use crate::store::meta::{ImageKind, read_bounded};
 use crate::store::signed::watched;
@@ -47,9 +47,8 @@ impl Store {
 }
 
 impl Claims<'_> {
-    /// Unpack a layer, and claim it. Its id is the digest of its uncompressed bytes. `None`: it cannot be shown as it lies on the disk, and
-    /// is not kept.
-    pub(crate) fn import(&self, blob: &Blob, input: Box<dyn Read + Send>) -> Result<Option<ClaimedLayer>> {
+    /// Unpack a layer, and keep it as [`Claims::claim`] does. Its id is the digest of its uncompressed bytes.
+    pub(crate) fn import(&self, blob: &Blob, input: Box<dyn Read + Send>) -> Result<ImageId> {
         let store = self.store();
         let limits = &store.policy.limits;
         staging::clean(&store.paths)?;
@@ -74,6 +73,6 @@ impl Claims<'_> {
         self.note(&id)?;
         store.publish_layers(&[(id.clone(), dir)])?;
         drop(in_use);
-        self.claim(&id)
+        Ok(id)
     }
 }
