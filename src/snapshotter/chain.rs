@@ -38,9 +38,11 @@ pub(super) fn of_commit(name: &str) -> Option<String> {
     name.rsplit('/').next().filter(|last| is_chain_id(last)).map(str::to_owned)
 }
 
-/// Whose claims those of a state directory are.
+/// Whose claims those of a state directory are, however its path was written.
 pub(super) fn holder(state: &Path, paths: &StatePaths) -> String {
-    if state == paths.snapshotter() {
+    let real = |path: &Path| std::fs::canonicalize(path).unwrap_or_else(|_| path.to_owned());
+    let state = real(state);
+    if state == real(&paths.snapshotter()) {
         return "snapshotter".into();
     }
     let digest = Sha256::digest(state.as_os_str().as_encoded_bytes());

@@ -86,7 +86,8 @@ pub(crate) fn serve(
     let fail = |e| Error::io("serve", "", e);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
-        .max_blocking_threads(MAX_CALLS)
+        // Some of those that wait for containerd leave room for those that it waits for.
+        .max_blocking_threads(2 * MAX_CALLS)
         .build()
         .map_err(fail)?;
     runtime.block_on(async {

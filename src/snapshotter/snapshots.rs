@@ -108,7 +108,7 @@ impl Snapshots {
     /// Open a state directory, made where it is missing, and finish or take back what was cut short.
     pub(crate) fn open(state: &Path, store: Store, known: Known, lower: LowerForm) -> Result<Self> {
         let dirs = Dirs::open(state)?;
-        let (table, next) = upkeep::load(&dirs)?;
+        let upkeep::Loaded { table, next, is_whole } = upkeep::load(&dirs)?;
         let merged = Merged::open(&dirs.merged())?;
         let holder = chain::holder(state, store.paths());
         if let Err(error) = mounted::name_state(state, &holder, store.paths()) {
@@ -128,7 +128,8 @@ impl Snapshots {
             table: RwLock::new(table),
             ready: Ready::default(),
         };
-        all.claims().set(&all.read(|table| table.layers.keys().cloned().collect()))?;
+        // A container may stand on what was left out.
+        all.claims().set(&all.read(|table| table.layers.keys().cloned().collect()), is_whole)?;
         Self::clear(&all.dirs.fresh())?;
         all.cleanup()?;
         all.clear_links();
@@ -205,7 +206,7 @@ impl Snapshots {
         record.labels = labels;
         let mounts = self.mounts_of(&record).inspect_err(|_| self.ready.give_back(ready))?;
         let made = if ready.is_some() { self.finish(&mut record) } else { self.make(&record) };
-        made.inspect_err(|_| self.merged.release(record.number))?;
+        made.inspect_err(|_| self.release_shown(&record))?;
         if ready.is_none() {
             *next += 1;
         }
@@ -339,15 +340,20 @@ impl Snapshots {
         for link in [record.number.to_string(), format!("{}s", record.number)] {
             let _ = std::fs::remove_file(self.dirs.links().join(link));
         }
-        if record.maps.is_some() {
-            self.clear_mapped();
-        }
-        self.merged.release(record.number);
+        self.release_shown(&record);
         let _ = std::fs::remove_file(self.merged.own_index(record.number));
         match &record.layer {
             Some(layer) if !self.is_used(layer) => self.claims().release(layer).map_err(inside),
             _ => Ok(()),
         }
+    }
+
+    /// What was mounted for a snapshot that is not there, or not any more. Under [`Self::change`].
+    fn release_shown(&self, record: &Record) {
+        if record.maps.is_some() {
+            self.clear_mapped();
+        }
+        self.merged.release(record.number);
     }
 
     /// [`Self::stat`] of one that there is.

@@ -158,11 +158,11 @@ impl Claims<'_> {
         }
     }
 
-    /// Hold these, and no others.
-    pub(crate) fn set(&self, wanted: &BTreeSet<ImageId>) -> Result<()> {
+    /// Hold these, and no others unless `are_all` is false.
+    pub(crate) fn set(&self, wanted: &BTreeSet<ImageId>, are_all: bool) -> Result<()> {
         let _in_use = self.store.lock_shared()?;
         super::gc::remove_half_written(&self.dir);
-        let have = if self.dir.exists() { ids_below(&self.dir)? } else { Vec::new() };
+        let have = if self.dir.exists() && are_all { ids_below(&self.dir)? } else { Vec::new() };
         have.iter().filter(|id| !wanted.contains(id)).try_for_each(|id| self.release(id))?;
         wanted.iter().try_for_each(|id| self.note(id))
     }

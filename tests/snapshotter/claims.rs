@@ -1,15 +1,17 @@
 //! Layers that the store has, as snapshots.
 
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 
 use tonic::Code;
 
 use crate::client::{COMMITTED, Client, Labels, code, labels};
-use crate::images::{self, Entry::Dir, Entry::File, Image, layers_in_store};
+use crate::images::{self, Entry::Bare, Entry::Dir, Entry::File, Image, layers_in_store};
 use crate::served::{Served, is_by_fuse};
 
 crate::tests![
     layers_of_the_store_are_committed_on_request,
+    a_directory_without_an_entry_covers_none_below,
+    a_damaged_record_keeps_what_is_claimed,
     without_the_label_nothing_is_claimed,
     chains_that_the_store_does_not_have,
     claimed_images_and_layers_stay,
@@ -110,6 +112,74 @@ fn layers_of_the_store_are_committed_on_request() {
     assert!(all.read("etc/mid") == "m" && std::fs::write(all.path("new"), "").is_err());
     let usage = client.usage(&names[0]).expect("usage");
     assert!(usage.size >= 6 && usage.inodes >= 6, "{usage:?}");
+}
+
+/// Claimed, and applied to what containerd unpacked itself.
+fn a_directory_without_an_entry_covers_none_below() {
+    let served = Served::new();
+    let image = images::make(
+        &served,
+        "bare",
+        &[
+            &[Dir("tmp", 0o1777), Dir("root", 0o700), Dir("usr", 0o755), File("etc/a", "a"), Dir(".", 0o755)],
+            &[Bare("tmp/x"), Bare("root/x")],
+            &[Bare("usr/x")],
+        ],
+    );
+    images::import(&served, &image);
+    let client = served.client();
+    let names = claim_all(&client, &image);
+    let check = |key: &str, parent: &str| {
+        let mounts = client.prepare(key, parent).expect("prepare");
+        let lower = mounts[0].options.iter().any(|option| option.contains("/f/m/"));
+        let at = served.mount(&mounts, key);
+        let mode = |name: &str| std::fs::metadata(at.path(name)).expect("stat").mode() & 0o7777;
+        assert_eq!((mode("tmp"), mode("root"), mode("usr")), (0o1777, 0o700, 0o755), "{key}");
+        assert!(at.path("tmp/x").exists() && at.path("root/x").exists());
+        lower
+    };
+    assert!(check("web", &names[1]));
+    assert!(check("all", &names[2]));
+    // The directory that is covered looks the same: that takes no FUSE.
+    let alone = images::make(&served, "same", &[&[Dir("usr", 0o755), File("etc/a", "b")], &[Bare("usr/x")]]);
+    images::import(&served, &alone);
+    let names = claim_all(&client, &alone);
+    let mounts = client.prepare("same", names.last().expect("names")).expect("prepare");
+    assert_eq!(mounts[0].options.iter().any(|option| option.contains("/f/m/")), is_by_fuse(), "{mounts:?}");
+    // Upon files of the snapshotter's own.
+    let files = client.prepare("extract", "").expect("prepare");
+    {
+        let at = served.mount(&files, "extract");
+        for (name, mode) in [("tmp", 0o1777), ("root", 0o700), ("usr", 0o755)] {
+            std::fs::create_dir(at.path(name)).expect("make");
+            std::fs::set_permissions(at.path(name), std::fs::Permissions::from_mode(mode)).expect("chmod");
+        }
+    }
+    let chain = &image.chains[0];
+    client.commit(&format!("default/7/{chain}"), "extract").expect("commit");
+    let above = claim(&client, &format!("default/7/{chain}"), &image.chains[1]).expect("claim");
+    assert!(check("upon", &above));
+}
+
+/// A container may stand on the snapshot that is left out, and then its layers are not to be deleted.
+fn a_damaged_record_keeps_what_is_claimed() {
+    let mut served = Served::new();
+    let image = image(&served, "base");
+    images::import(&served, &image);
+    let client = served.client();
+    claim_all(&client, &image);
+    let have = layers_in_store(&served);
+    served.kill();
+    for number in served.entries("s") {
+        let record = served.state().join("s").join(number).join("record.json");
+        let text = std::fs::read_to_string(&record).expect("read");
+        std::fs::write(&record, text.replace("\"committed\"", "\"commitTed\"")).expect("write");
+    }
+    served.start(&[]);
+    assert!(served.log().contains("is left out"), "{}", served.log());
+    code_of(&served, &["image", "rm", "example.com/base:1"]);
+    assert_eq!(code_of(&served, &["image", "gc", "--unused"]).0, 0);
+    assert_eq!(layers_in_store(&served), have);
 }
 
 fn without_the_label_nothing_is_claimed() {

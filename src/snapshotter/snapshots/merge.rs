@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
-use super::mounts::{Lower, LowerForm, MAX_LAYERS, What, without_repeats};
+use super::mounts::{Lower, LowerForm, MAX_LAYERS, MAX_SHORT_PATHS, THROUGH_LINK, What, without_repeats};
 use super::{Snapshots, inside};
 use crate::backend::Support;
 use crate::error::{Error, Kind as ErrorKind, Result, show};
@@ -32,7 +32,11 @@ impl Snapshots {
 
     /// Can these not be the lower directories of an overlay?
     pub(super) fn must_merge(&self, below: &[&Lower]) -> bool {
-        self.lower == LowerForm::Fuse || below.len() > MAX_LAYERS || below.iter().any(|lower| lower.by_index)
+        let short: usize = below.iter().map(|lower| lower.link.len() + THROUGH_LINK.len() + 1).sum();
+        self.lower == LowerForm::Fuse
+            || below.len() > MAX_LAYERS
+            || short > MAX_SHORT_PATHS
+            || below.iter().any(|lower| lower.by_index)
     }
 
     fn with_wanted<T>(&self, record: &Record, stack: &[Lower], work: impl FnOnce(&Wanted<'_>) -> T) -> Result<T> {

@@ -19,8 +19,10 @@ pub(super) const MAX_LAYERS: usize = 500;
 
 /// Longest list of lower directories by their own paths: mount(2) takes a page of options, and the others have room beside it.
 const MAX_OWN_PATHS: usize = 3072;
+/// Longest list of links, below the directory that they have in common: containerd takes that away, and mounts from there.
+pub(super) const MAX_SHORT_PATHS: usize = 3584;
 /// What is behind a link, and not the link.
-const THROUGH_LINK: &str = "/.";
+pub(super) const THROUGH_LINK: &str = "/.";
 
 /// How what lies below snapshots is shown.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +64,8 @@ pub(super) struct OverlayOptions {
 
 impl OverlayOptions {
     pub(super) fn of_host() -> Result<Self> {
+        // Where it is a module, there are no parameters before somebody wants it.
+        let _ = rustix::mount::fsopen("overlay", rustix::mount::FsOpenFlags::FSOPEN_CLOEXEC);
         let parameter =
             |name: &str| std::fs::read_to_string(Path::new("/sys/module/overlay/parameters").join(name)).ok();
         let is_on = |name: &str| parameter(name).is_some_and(|value| value.starts_with('Y'));
@@ -117,7 +121,8 @@ impl Snapshots {
         if self.find(&asked.key).is_ok_and(|now| now.number == record.number) {
             return Ok(mounts);
         }
-        self.merged.release(record.number);
+        let _changing = self.change();
+        self.release_shown(&record);
         Err(not_found(&asked.key))
     }
 
@@ -211,7 +216,9 @@ impl Snapshots {
             let mut chain: Vec<Arc<Record>> = Vec::new();
             let mut parent = record.parent.as_str();
             while !parent.is_empty() {
-                let Some(next) = table.by_name.get(parent) else {
+                // A name that came back, as damage can make one, may stand upon itself.
+                let is_circle = chain.len() > table.by_name.len();
+                let Some(next) = table.by_name.get(parent).filter(|_| !is_circle) else {
                     return Err(
                         inside(not_found(parent)).within("find what stands below", format!("{:?}", record.name))
                     );

@@ -83,10 +83,19 @@ fn has_no_files(dir: &Path) -> bool {
     })
 }
 
-/// Read all records. Gives the number that the next snapshot gets, too.
-pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
+/// What a state directory has.
+pub(super) struct Loaded {
+    pub(super) table: Table,
+    /// The number that the next snapshot gets.
+    pub(super) next: u64,
+    /// No snapshot was left out.
+    pub(super) is_whole: bool,
+}
+
+/// Read all records.
+pub(super) fn load(dirs: &Dirs) -> Result<Loaded> {
     let mut table = Table::default();
-    let mut next = 1;
+    let (mut next, mut is_whole) = (1, true);
     let (live, gone) = (dirs.snapshots(), dirs.gone());
     let mut records = Vec::new();
     for (dir, counts) in [(&live, true), (&gone, false)] {
@@ -103,7 +112,10 @@ pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
             }
             match Record::read(&path) {
                 Ok(record) if record.number == number => records.push(record),
-                Ok(record) => log::error!("{}: its record is of snapshot {}", show(&path), record.number),
+                Ok(record) => {
+                    is_whole = false;
+                    log::error!("{}: its record is of snapshot {}", show(&path), record.number);
+                }
                 // Made for a `Prepare` that did not come; or a power loss in the midst of one, which was not answered.
                 Err(_) if Record::is_unfinished(&path) && has_no_files(&path) => {
                     log::info!("{} was never finished", show(&path));
@@ -111,16 +123,28 @@ pub(super) fn load(dirs: &Dirs) -> Result<(Table, u64)> {
                         log::warn!("{error}");
                     }
                 }
-                Err(error) => log::error!("{error}: the snapshot is left out, and stays on the disk"),
+                Err(error) => {
+                    is_whole = false;
+                    log::error!("{error}: the snapshot is left out, and stays on the disk");
+                }
             }
         }
     }
-    records.sort_by_key(|record| record.number);
+    // Of two of one name the later counts: a power loss brought back the other, whose removal was not on the disk yet.
+    records.sort_by_key(|record| std::cmp::Reverse((record.updated, record.number)));
     for record in records {
         match table.by_name.get(&record.name) {
-            Some(other) => log::error!("snapshots {} and {} have the same name", other.number, record.number),
+            Some(other) => {
+                is_whole = false;
+                log::error!(
+                    "snapshots {} and {} have the same name: {} is left out, and stays on the disk",
+                    other.number,
+                    record.number,
+                    record.number
+                );
+            }
             None => table.insert(record),
         }
     }
-    Ok((table, next))
+    Ok(Loaded { table, next, is_whole })
 }
