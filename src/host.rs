@@ -253,9 +253,17 @@ fn judge_fusermount(path: &Path, no_new_privs: bool) -> Finding {
         Ok(stat) if stat.st_uid == 0 && stat.st_mode & libc::S_ISUID != 0 => {}
         Ok(_) if has_file_capabilities(path) => {}
         Ok(stat) => {
-            let how =
-                if stat.st_mode & libc::S_ISUID == 0 { "is not setuid" } else { "is setuid, but not to root here" };
-            return Finding::no(format!("{name} {how}"), format!("as root: chown root {name} && chmod 4755 {name}"));
+            let (how, remedy) = if stat.st_mode & libc::S_ISUID == 0 {
+                ("is not setuid", format!("as root: chown root {name} && chmod 4755 {name}"))
+            } else if crate::sys::process::in_initial_user_namespace().unwrap_or(true) {
+                ("is setuid, but not to root", format!("as root: chown root {name} && chmod 4755 {name}"))
+            } else {
+                (
+                    "belongs to nobody in this user namespace",
+                    "use a mount namespace of its own, too: `unshare -Urm`".into(),
+                )
+            };
+            return Finding::no(format!("{name} {how}"), remedy);
         }
         Err(e) => return Finding::no(format!("stat {name}: {}", text(e)), ""),
     }

@@ -218,6 +218,7 @@ fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result
 /// Parse, run, and say what went wrong: the whole program, except when it runs as a server.
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     crate::fault::start();
+    crate::sys::process::outlive_file_limit();
     let args: Vec<OsString> = args.into_iter().collect();
     if args.len() == 1 {
         return match output::text(start::START) {

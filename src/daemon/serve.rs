@@ -307,6 +307,12 @@ fn take_job(channel: &Channel) -> Result<HandOver> {
 const MAX_ADDRESSES: u64 = 16 << 30;
 
 fn set_limits() {
+    // What its callers may write is asked of them, by the kernel.
+    crate::sys::process::outlive_file_limit();
+    let files = getrlimit(Resource::Fsize);
+    if let Err(e) = setrlimit(Resource::Fsize, Rlimit { current: files.maximum, maximum: files.maximum }) {
+        log::debug!(target: TARGET, "RLIMIT_FSIZE: {e}");
+    }
     // Its memory holds what its callers read and write.
     if let Err(e) = setrlimit(Resource::Core, Rlimit { current: Some(0), maximum: Some(0) }) {
         log::debug!(target: TARGET, "RLIMIT_CORE: {e}");
@@ -369,7 +375,9 @@ impl Trees {
                         writeback: plan.live.writeback,
                         durable: plan.changes_stay,
                     };
-                    let (tree, changes) = UpperTree::open(tree, place, options, Arc::clone(&pool), of_image)?;
+                    // In this process's own root it has another path.
+                    let shown = plan.scratch.as_ref().map(|scratch| show(&scratch.0)).unwrap_or_default();
+                    let (tree, changes) = UpperTree::open(tree, (place, &shown), options, Arc::clone(&pool), of_image)?;
                     directories.push(changes);
                     Arc::new(tree)
                 }

@@ -67,6 +67,19 @@ pub(super) fn look(request: &Request, form_in_image: &dyn Fn(&ContainerPath) -> 
     Ok(Seen { rootfs, sandbox: told(sandbox), upper: told(upper), sources })
 }
 
+/// Changes that are to be kept must not lie where they go away, or cannot be seen.
+pub(super) fn refuse_lost(seen: &Seen, state_root: &Path) -> Result<()> {
+    let Some((upper, _)) = &seen.upper else { return Ok(()) };
+    let why = if std::fs::canonicalize(state_root).is_ok_and(|root| upper.starts_with(root)) {
+        "fsprov keeps its own files there, and removes them"
+    } else if upper.starts_with(&seen.rootfs.0) {
+        "it lies in the rootfs, which covers it"
+    } else {
+        return Ok(());
+    };
+    Err(Error::new(Kind::Usage, "keep changes in", show(upper), why).hint("name another directory"))
+}
+
 /// Something that is where changes are to be kept.
 fn refuse_taken(path: &Path) -> Result<()> {
     if std::fs::symlink_metadata(path).is_err() {

@@ -217,6 +217,7 @@ impl Provisioner {
         };
         let ownership = owners::presented(request, &image)?;
         let seen = look::look(request, &|target| fill::form_in(&image, &ownership, target))?;
+        look::refuse_lost(&seen, self.paths.root())?;
         let planned = planning::plan(&id, request, ownership, &image, seen, &self.paths.container(&id))?;
         let choice = select::choose(&self.host, &planned.plan, request.backend)?;
         let note = ImageNote { reference: request.image.to_string(), id: image.id, name: image.name };

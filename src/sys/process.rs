@@ -355,7 +355,6 @@ pub fn try_mounting_in_user_namespace() -> std::result::Result<(), UserNamespace
     }
 }
 
-/// Poll whether `fd` can be read now. For tests of pipes and pidfds.
 /// Allow this process as many open files as it may have. The soft limit is often 1024 for the sake of select(2), which we do not call.
 pub fn raise_open_files() {
     let limit = getrlimit(Resource::Nofile);
@@ -364,6 +363,15 @@ pub fn raise_open_files() {
     }
 }
 
+/// From now on a file that would grow beyond RLIMIT_FSIZE is an error of who writes it (EFBIG), and no end of this process (SIGXFSZ, setrlimit(2)). A
+/// handler, which a program that is started does not inherit (execve(2)).
+pub fn outlive_file_limit() {
+    if let Err(e) = signal_hook::flag::register(libc::SIGXFSZ, std::sync::Arc::default()) {
+        log::debug!(target: "fsprov::process", "SIGXFSZ: {e}");
+    }
+}
+
+/// Poll whether `fd` can be read now. For tests of pipes and pidfds.
 #[cfg(test)]
 fn is_readable(fd: impl std::os::fd::AsFd) -> bool {
     poll(&mut [PollFd::new(&fd, PollFlags::IN)], Some(&Timespec { tv_sec: 0, tv_nsec: 0 })) == Ok(1)

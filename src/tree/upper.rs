@@ -62,7 +62,7 @@ use super::{
     Attr, Caller, Change, DIRECTORY, DirItem, Entry, Errno, FOREVER, Fit, Handle, ListMode, Lookup, New, Node, Opened,
     REGULAR, ROOT, Result, Statfs, TYPE_BITS, Tree, Writer,
 };
-use crate::error::{Error, Kind, show};
+use crate::error::{Error, Kind};
 use crate::plan::Scratch;
 use crate::volume::Access;
 use give::Given;
@@ -137,21 +137,20 @@ struct Halves {
 }
 
 impl UpperTree {
-    /// Serve the image `lower` with the changes in `place`, an O_PATH descriptor of the directory for changes. What an earlier server left
-    /// on its way up is brought to an end.
+    /// Serve the image `lower` with the changes in `place`, an O_PATH descriptor of the directory for changes and what its user calls it. What
+    /// an earlier server left on its way up is brought to an end.
     ///
     /// # Errors
     /// The changes there are of another image, or cannot be read or made.
     pub fn open(
         lower: Arc<ImageTree>,
-        place: OwnedFd,
+        (place, shown): (OwnedFd, &str),
         options: UpperOptions,
         pool: Arc<FdPool>,
         handover: Option<Handover>,
     ) -> crate::Result<(Self, Arc<DirTree>)> {
-        let shown = show(crate::sys::fs::path_of(&place).unwrap_or_default());
-        let fail = |e: Errno| Error::sys("open changes in", &shown, e);
-        check_image(&place, &lower, options.durable, &shown)?;
+        let fail = |e: Errno| Error::sys("open changes in", shown, e);
+        check_image(&place, &lower, options.durable, shown)?;
         let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         match fs::mkdirat(&place, WORK, Mode::RWXU) {
             Ok(()) | Err(Errno::EXIST) => {}

@@ -499,6 +499,43 @@ case!("writes_to_a_new_file_come_whole", on::fuse, |stage: &Stage| {
     stage.unmount(&rootfs);
 });
 
+// A shell's limit for its own files kills who goes beyond it (SIGXFSZ): that must not be the server of all.
+case!("a_limit_of_file_size_where_it_was_mounted_is_not_its_users", on::fuse, |stage: &Stage| {
+    import(stage, &stage.small_image());
+    let volume = format!("{}:/vol:rw", stage.mkdir("volume").display());
+    let call = stage.mount_call("image", "rootfs", ["--id", "k", "--writable", "-v", &volume]);
+    stage.limited("-S -f 100", &call).run().ok();
+    for name in ["etc/large", "vol/large"] {
+        fs::write(stage.path("rootfs").join(name), vec![1; 300_000]).expect("write");
+    }
+    stage.unmount("rootfs");
+    // A hard limit stays one, and is the writer's error.
+    stage.limited("-f 100", &call).run().ok();
+    let error = fs::write(stage.path("rootfs/vol/larger"), vec![1; 300_000]).expect_err("write");
+    assert_eq!(error.raw_os_error(), Some(libc::EFBIG));
+    assert_eq!(fs::metadata(stage.path("rootfs/vol/large")).expect("stat").len(), 300_000);
+    let stats = stage.fsprov(["stats", "k"]).run().ok().out();
+    assert!(stats.lines().any(|line| line.split_whitespace().eq(["restarts_total", "0"])), "{stats}");
+    stage.unmount("rootfs");
+    // An import says what went wrong, and leaves nothing.
+    let refused =
+        stage.limited("-f 4", &stage.fsprov(["image", "import", "--name", "more"]).arg(stage.path("image"))).run();
+    assert!(refused.code() > Some(0) && refused.err().contains("File too large"), "{}", refused.describe());
+    assert_eq!(fs::read_dir(stage.state().join("staging")).map_or(0, Iterator::count), 0);
+});
+
+case!("changes_are_not_kept_where_they_would_be_lost", on::fuse, |stage: &Stage| {
+    import(stage, &stage.small_image());
+    for (within, why) in
+        [(stage.state().join("containers/x"), "its own files"), (stage.path("rootfs/x"), "lies in the rootfs")]
+    {
+        let refused = stage.mount_call("image", "rootfs", [OsString::from("--upper"), within.clone().into()]).run();
+        assert!(refused.code() == Some(2) && refused.err().contains(why), "{}", refused.describe());
+        assert!(!within.exists());
+    }
+    stage.assert_nothing_left("after it was refused");
+});
+
 // Also by one that reads the end of the file all the time, so that its pages are there when the next write comes.
 case!("a_reader_of_the_end_sees_each_write", on::fuse, |stage: &Stage| {
     const PIECE: usize = 5000;

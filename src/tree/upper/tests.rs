@@ -73,7 +73,7 @@ impl World {
         let lower = Arc::new(image(dir.path()));
         let place = crate::sys::fs::open_path(&dir.path().join("changes")).unwrap();
         let options = UpperOptions { act_as: ActAs::Server, writeback: false, durable: false };
-        let (tree, below) = UpperTree::open(lower, place, options, FdPool::new().unwrap(), None).unwrap();
+        let (tree, below) = UpperTree::open(lower, (place, "changes"), options, FdPool::new().unwrap(), None).unwrap();
         World { dir, tree, below }
     }
 
@@ -508,7 +508,7 @@ fn changes_of_another_image_are_refused() {
     let place = crate::sys::fs::open_path(&w.dir.path().join("changes")).unwrap();
     let options = UpperOptions { act_as: ActAs::Server, writeback: false, durable: true };
     let lower = Arc::new(image(w.dir.path()));
-    let refused = UpperTree::open(lower, place, options, FdPool::new().unwrap(), None).unwrap_err();
+    let refused = UpperTree::open(lower, (place, "changes"), options, FdPool::new().unwrap(), None).unwrap_err();
     assert!(refused.to_string().contains("another image"), "{refused}");
     let _ = std::fs::metadata(w.upper("")).unwrap().permissions().mode();
 }
