@@ -12,6 +12,7 @@ use crate::served::Served;
 crate::tests![
     an_unknown_layer_is_unpacked_into_the_store,
     a_known_layer_is_not_read_again,
+    a_removal_beside_an_apply_leaves_the_claim,
     whiteouts_of_applied_layers_hide,
     what_was_not_announced_is_refused,
     hostile_layers_are_refused,
@@ -85,6 +86,36 @@ fn an_unknown_layer_is_unpacked_into_the_store() {
     }
     gc(&served);
     assert_eq!(layers_in_store(&served), 0);
+}
+
+/// Of the last snapshot that has the same layer, of another blob.
+fn a_removal_beside_an_apply_leaves_the_claim() {
+    if !cfg!(feature = "failpoints") {
+        return;
+    }
+    let (mut served, containerd) = node();
+    let bytes = tar(&served, "one", &[File("etc/a", "1")]);
+    let (packed, plain) = (containerd.put(GZIP, gzip(&bytes)), containerd.put(PLAIN, bytes));
+    let client = served.client();
+    let mounts = client.prepare("k8s.io/1/extract", "").expect("prepare");
+    apply(&client, &packed, &mounts).expect("apply");
+    served.kill();
+    served.start(&[("FAILPOINTS", "snapshotter.apply=sleep(1000)")]);
+    let client = served.client();
+    std::thread::scope(|scope| {
+        let applied = scope.spawn(|| {
+            let client = served.client();
+            let mounts = client.prepare("k8s.io/2/extract", "").expect("prepare");
+            apply(&client, &plain, &mounts).map(drop)
+        });
+        std::thread::sleep(std::time::Duration::from_millis(500));
+        client.remove("k8s.io/1/extract").expect("remove");
+        applied.join().expect("join").expect("apply");
+    });
+    assert!(served.fsprov().args(["image", "gc"]).output().expect("run").status.success());
+    assert_eq!(layers_in_store(&served), 1);
+    let at = served.mount(&client.mounts("k8s.io/2/extract").expect("mounts"), "second");
+    assert_eq!(at.read("etc/a"), "1");
 }
 
 fn a_known_layer_is_not_read_again() {

@@ -13,6 +13,7 @@ use crate::served::Served;
 
 crate::tests![
     more_layers_than_an_overlay_takes,
+    long_numbers_that_do_not_fit_a_mount_line,
     a_dead_server_is_replaced,
     one_mount_serves_all_who_stand_on_the_same,
     a_kill_at_any_step_leaves_nothing,
@@ -91,6 +92,32 @@ fn claim(client: &Client, image: &images::Image) -> String {
         parent = format!("fsprov/{chain}");
     }
     parent
+}
+
+/// containerd takes away what the paths have in common, and then refuses more than a page.
+fn long_numbers_that_do_not_fit_a_mount_line() {
+    let mut served = Served::new();
+    served.kill();
+    // A number that was taken: those after it have six digits.
+    std::fs::create_dir_all(served.state().join("s/900000/fs/x")).expect("make");
+    served.start(&[]);
+    let client = served.client();
+    let mut top = String::new();
+    for number in 0..450 {
+        let key = format!("k8s.io/{number}/extract");
+        let mounts = client.prepare(&key, &top).expect("prepare");
+        top = format!("k8s.io/{number}/done");
+        client.commit(&top, &key).expect("commit");
+        if number % 50 == 49 && !crate::served::is_by_fuse() {
+            let line = mounts[0].options.join(",");
+            let (_, lower) = line.split_once("lowerdir=").expect("lower layers");
+            let links = format!("{}/", served.state().join("l").display());
+            let taken = lower.matches(&links).count() * links.len();
+            assert!(line.len() - taken < 4096, "{number}: {} of {}", line.len() - taken, line.len());
+            assert_eq!(lower.contains("/f/m/"), number >= 399, "{number}");
+        }
+    }
+    nothing_left(&served);
 }
 
 fn more_layers_than_an_overlay_takes() {

@@ -20,6 +20,7 @@ crate::tests![
     a_kill_within_a_call_leaves_it_done_or_undone,
     a_failure_within_a_call_is_taken_back,
     damaged_records_are_left_out,
+    of_two_of_one_name_the_later_counts,
     what_a_power_loss_left_of_one_is_gone,
     only_root_and_the_own_user_may_speak,
     sockets_and_states_of_others_are_refused,
@@ -393,6 +394,29 @@ fn what_a_power_loss_left_of_one_is_gone() {
     assert!(client.names(&[]).is_empty());
     layer(&served, &client, "a", "");
     assert!(served.state().join("s/74/fs/a").exists(), "no number is given twice");
+}
+
+/// A removal that a power loss took back, and what got its name since.
+fn of_two_of_one_name_the_later_counts() {
+    let mut served = Served::new();
+    served.client().prepare("a", "").expect("prepare");
+    let [number] = &served.entries("s")[..] else { panic!("one: {:?}", served.entries("s")) };
+    let (dir, aside) = (served.state().join("s").join(number), served.path("aside"));
+    let copy = |from: &std::path::Path, to: &std::path::Path| {
+        assert!(std::process::Command::new("cp").arg("-a").args([from, to]).status().expect("cp").success());
+    };
+    served.kill();
+    copy(&dir, aside.as_ref());
+    served.start(&[]);
+    let client = served.client();
+    client.remove("a").expect("remove");
+    client.prepare("a", "").expect("prepare");
+    let created = client.stat("a").expect("stat").created;
+    served.kill();
+    copy(aside.as_ref(), &dir);
+    served.start(&[]);
+    assert_eq!(served.client().stat("a").expect("stat").created, created);
+    assert!(served.log().contains("have the same name"), "{}", served.log());
 }
 
 fn damaged_records_are_left_out() {

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::mounts::What;
 use super::{Snapshots, inside, is_empty};
 use crate::error::{Error, Kind as ErrorKind, Result};
+use crate::fault;
 use crate::id::ImageId;
 use crate::image::oci::Digest;
 use crate::snapshotter::chain;
@@ -147,6 +148,7 @@ impl Snapshots {
     ) -> Result<ImageId> {
         // Others need not wait for that.
         let layer = self.claims().import(blob, input)?;
+        fault::point("snapshotter.apply")?;
         let _changing = self.change();
         if !self.put(key, &layer)? {
             let why = "only FUSE could show it here, and this host has none (`fsprov probe` says why)";
