@@ -49,6 +49,8 @@ struct Open {
     stays: Stays,
     /// Something in it was left out: its time says nothing.
     left_out: bool,
+    /// It is opaque, or lies in one that is: nothing of the layers shows through.
+    shows: Shows,
     /// Names of the layers that are hidden, unless they come.
     hidden: BTreeSet<Vec<u8>>,
 }
@@ -88,6 +90,14 @@ impl Lister<'_> {
         }
     }
 
+    /// The open directory has told what became of this name.
+    fn told(&mut self, path: &[u8]) {
+        if let Some(parent) = self.open.last_mut() {
+            let name = path.iter().rposition(|b| *b == b'/').map_or(path, |slash| &path[slash + 1..]);
+            parent.hidden.remove(name);
+        }
+    }
+
     fn note_left_out(&mut self) {
         if let Some(parent) = self.open.last_mut() {
             parent.left_out = true;
@@ -99,10 +109,7 @@ impl Visitor for Lister<'_> {
     fn found(&mut self, found: &Found<'_>) -> Result<()> {
         let path = found.path;
         let seen = self.below.look(path)?;
-        if let Some(parent) = self.open.last_mut() {
-            let name = path.iter().rposition(|b| *b == b'/').map_or(path, |slash| &path[slash + 1..]);
-            parent.hidden.remove(name);
-        }
+        self.told(path);
         let what = if seen.is_some() { Changed::Changed } else { Changed::Added };
         if let Is::Directory { shows, xattrs } = &found.is {
             let before = self.changes.len();
@@ -112,12 +119,16 @@ impl Visitor for Lister<'_> {
                 None => Stays::Yes,
                 Some(seen) => Lister::stays(found, xattrs, seen),
             };
-            let is_hiding = *shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
+            let shows = match self.open.last() {
+                Some(Open { shows: Shows::ItselfAlone, .. }) => Shows::ItselfAlone,
+                _ => *shows,
+            };
+            let is_hiding = shows == Shows::ItselfAlone && seen.is_some_and(|seen| seen.is_directory);
             let hidden = if is_hiding { self.below.names(path)?.into_iter().collect() } else { BTreeSet::new() };
             if !path.is_empty() {
                 self.push(what, path);
             }
-            self.open.push(Open { before, stays, left_out: false, hidden });
+            self.open.push(Open { before, stays, left_out: false, shows, hidden });
             return Ok(());
         }
         // Engines make these for what they mount there: an empty one is not the program's.
@@ -135,6 +146,8 @@ impl Visitor for Lister<'_> {
     }
 
     fn hidden(&mut self, path: &[u8]) -> Result<()> {
+        // An opaque directory, too, can have a whiteout: FUSE makes one where a file that it had copied is removed.
+        self.told(path);
         if self.below.look(path)?.is_some() {
             self.push(Changed::Deleted, path);
         }
@@ -142,7 +155,7 @@ impl Visitor for Lister<'_> {
     }
 
     fn end(&mut self, directory: &[u8]) -> Result<()> {
-        let Some(Open { before, stays, left_out, hidden }) = self.open.pop() else { return Ok(()) };
+        let Some(Open { before, stays, left_out, shows: _, hidden }) = self.open.pop() else { return Ok(()) };
         for name in hidden {
             let path = if directory.is_empty() { name } else { [directory, b"/", &name].concat() };
             self.push(Changed::Deleted, &path);

@@ -202,6 +202,20 @@ fn holes_times_and_owners() {
     }
 }
 
+/// Each change: letter and path.
+fn listed(root: &Path, lower: &Path) -> Vec<String> {
+    let listed = open(root).list(&Below::directory(lower).unwrap()).unwrap();
+    let told = listed.iter().map(|Change { what, path }| {
+        let letter = match what {
+            Changed::Added => 'A',
+            Changed::Changed => 'C',
+            Changed::Deleted => 'D',
+        };
+        format!("{letter} {}", String::from_utf8_lossy(path))
+    });
+    told.collect()
+}
+
 #[test]
 fn changes_are_listed() {
     let dir = tempfile::tempdir().unwrap();
@@ -230,20 +244,8 @@ fn changes_are_listed() {
     }
     let long_ago = std::time::SystemTime::UNIX_EPOCH + std::time::Duration::from_secs(1000);
     std::fs::File::open(lower.join("touched")).unwrap().set_modified(long_ago).unwrap();
-    let listed = open(&root).list(&Below::directory(&lower).unwrap()).unwrap();
-    let told: Vec<String> = listed
-        .iter()
-        .map(|Change { what, path }| {
-            let letter = match what {
-                Changed::Added => 'A',
-                Changed::Changed => 'C',
-                Changed::Deleted => 'D',
-            };
-            format!("{letter} {}", String::from_utf8_lossy(path))
-        })
-        .collect();
     assert_eq!(
-        told,
+        listed(&root, &lower),
         [
             "C /etc",
             "C /etc/a",
@@ -256,6 +258,47 @@ fn changes_are_listed() {
             "C /touched",
             "C /tree",
             "C /was-file",
+        ]
+    );
+}
+
+// Directories made again below a removed one have no mark of their own, and whiteouts may lie in it: each name that is gone is listed, once.
+#[test]
+fn what_is_gone_below_a_replaced_directory_is_listed_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lower, root) = (dir.path().join("lower"), dir.path().join("upper"));
+    for name in ["apt/conf.d/deep", "apt/keys", "apt/was-directory"] {
+        std::fs::create_dir_all(lower.join(name)).unwrap();
+    }
+    for name in ["apt/conf.d/01", "apt/conf.d/70", "apt/conf.d/deep/f", "apt/copyright", "apt/was-file"] {
+        std::fs::write(lower.join(name), "").unwrap();
+    }
+    for name in ["apt/conf.d/deep", "apt/was-file/new"] {
+        std::fs::create_dir_all(root.join(name)).unwrap();
+    }
+    for name in ["apt/conf.d/70", "apt/was-directory"] {
+        std::fs::write(root.join(name), "").unwrap();
+    }
+    whiteout(&root.join("apt/copyright"));
+    whiteout(&root.join("apt/conf.d/01"));
+    whiteout(&root.join("apt/never-there"));
+    if !set(&root.join("apt"), "user.overlay.opaque", b"y") {
+        return crate::lacks("attributes of user. in the directory for temporary files");
+    }
+    assert_eq!(
+        listed(&root, &lower),
+        [
+            "C /apt",
+            "C /apt/conf.d",
+            "D /apt/conf.d/01",
+            "C /apt/conf.d/70",
+            "C /apt/conf.d/deep",
+            "D /apt/conf.d/deep/f",
+            "D /apt/copyright",
+            "D /apt/keys",
+            "C /apt/was-directory",
+            "C /apt/was-file",
+            "A /apt/was-file/new",
         ]
     );
 }
