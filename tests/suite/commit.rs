@@ -107,7 +107,32 @@ fn keeps_acls(lane: &Lane) -> bool {
     keeps_changes(lane) && lane.is_real_root()
 }
 
-// The gro// With --writeback the kernel gathers what a program writes: it is in no file of the server's yet, and not at once when the kernel is asked to write it.
+// The group's mode bits are the ACL's mask, as long as there is one.
+case!("nobody_may_more_when_acls_are_left_out", keeps_acls, &[Need::Tool("setfacl")], |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    let text =
+        "echo s >secret && chgrp 33 secret && chmod 600 secret && mkfifo -m 600 fifo && setfacl -m u:2:rw secret fifo
+        setfacl -m d:u:2:rwx data && setfacl -m u:2:--- etc/hosts && setfacl -m u:2:rwx usr/share";
+    stage.tool("sh", ["-c", text]).cwd(&rootfs).run().ok();
+    let listed = stage.fsprov(["diff", "web"]).run().ok().out();
+    // Of a directory an ACL alone may be changed.
+    assert_eq!(listed, "C /data\nC /etc\nC /etc/hosts\nA /fifo\nA /secret\nC /usr\nC /usr/share\n");
+    let said = stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok().err();
+    assert!(said.contains("those of 4 more") && said.contains("images have no ACLs"), "{said}");
+    stage.unmount(&rootfs);
+    let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
+    let mode = |name: &str| fs::metadata(next.join(name)).expect(name).permissions().mode() & 0o7777;
+    assert_eq!(
+        ["secret", "fifo", "data", "etc/hosts", "usr/share"].map(mode),
+        [0o600, 0o600, 0o755, 0o600, 0o755],
+        "secret, fifo, data, etc/hosts, usr/share"
+    );
+    stage.unmount(&next);
+    stage.assert_nothing_left("after all");
+});
+
+// With --writeback the kernel gathers what a program writes: it is in no file of the server's yet, and not at once when the kernel is asked to write it.
 case!("what_the_kernel_gathered_is_committed", on::fuse, |stage: &Stage| {
     import(stage);
     let call = stage.mount_call(NAME, "rootfs", ["--writable", "--writeback", "--id", "web"]);

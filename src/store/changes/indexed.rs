@@ -27,7 +27,7 @@ struct Indexed<'a> {
 
 impl Visitor for Indexed<'_> {
     fn found(&mut self, found: &Found<'_>) -> Result<()> {
-        let Found { path, stat, is } = found;
+        let Found { path, stat, is, .. } = found;
         if !matches!(is, Is::Directory { .. }) && stat.st_nlink > 1 {
             if let Some(first) = self.links.get(&stat.st_ino) {
                 return self.index.add(Entry::of_stat(path.to_vec(), What::HardLink(first.clone()), stat, Vec::new()));

@@ -26,9 +26,17 @@ const CHUNK: usize = 256 << 10;
 impl Upper {
     /// Write it as a layer's archive, uncompressed. No time in it is later than `latest`.
     pub(crate) fn write_layer(&self, latest: Option<Time>, out: &mut dyn Write) -> Result<()> {
-        let mut layer = Layer { upper: self, latest, out, links: HashMap::new(), buffer: vec![0; CHUNK] };
+        let mut layer = Layer { upper: self, latest, out, links: HashMap::new(), acls: None, buffer: vec![0; CHUNK] };
         self.walk(&mut layer)?;
-        layer.put(&END)
+        layer.put(&END)?;
+        if let Some((first, count)) = &layer.acls {
+            let more = if *count > 1 { format!(", and those of {} more", count - 1) } else { String::new() };
+            log::warn!(
+                "{}: its ACL is left out{more}: images have no ACLs. Mode bits give nobody more than the ACLs did",
+                self.shown(first)
+            );
+        }
+        Ok(())
     }
 }
 
@@ -38,18 +46,23 @@ struct Layer<'a> {
     out: &'a mut dyn Write,
     /// The first name of each file that has several.
     links: HashMap<u64, Vec<u8>>,
+    /// The first file that has an ACL, and how many do.
+    acls: Option<(Vec<u8>, u64)>,
     buffer: Vec<u8>,
 }
 
 impl Visitor for Layer<'_> {
     fn found(&mut self, found: &Found<'_>) -> Result<()> {
-        let Found { path, stat, is } = found;
+        let Found { path, stat, has_acl, is } = found;
         if !matches!(is, Is::Directory { .. }) && stat.st_nlink > 1 {
             if let Some(first) = self.links.get(&stat.st_ino) {
                 let bytes = header(path, first, &self.entry(stat, What::HardLink(Vec::new()), &[]));
                 return self.put(&bytes);
             }
             self.links.insert(stat.st_ino, path.to_vec());
+        }
+        if *has_acl {
+            self.acls.get_or_insert_with(|| (path.to_vec(), 0)).1 += 1;
         }
         match is {
             Is::Directory { xattrs, shows } => {

@@ -81,7 +81,7 @@ impl Lister<'_> {
         let owner = (stat.st_uid, stat.st_gid);
         let mtime = Time { secs: stat.st_mtime, nanos: stat.st_mtime_nsec as u32 };
         let is_same = (stat.st_mode & 0o7777, owner, xattrs) == (seen.mode, seen.owner, &*seen.xattrs);
-        if !seen.is_directory || !is_same {
+        if !seen.is_directory || !is_same || found.has_acl {
             Stays::Yes
         } else if mtime == seen.mtime {
             Stays::No

@@ -302,3 +302,39 @@ fn what_is_gone_below_a_replaced_directory_is_listed_once() {
         ]
     );
 }
+
+#[test]
+fn modes_of_files_with_acls_give_no_more_without() {
+    let dir = tempfile::tempdir().unwrap();
+    let (lower, root) = (dir.path().join("lower"), dir.path().join("upper"));
+    for name in ["same", "with"] {
+        std::fs::create_dir_all(lower.join(name)).unwrap();
+        std::fs::create_dir_all(root.join(name)).unwrap();
+        let time = std::fs::metadata(lower.join(name)).unwrap().modified().unwrap();
+        std::fs::File::open(root.join(name)).unwrap().set_modified(time).unwrap();
+    }
+    std::fs::write(root.join("file"), "").unwrap();
+    // user::rwx, user:2:rwx, group::r-x, mask::rwx, other::---
+    let mut acl = 2_u32.to_le_bytes().to_vec();
+    for (tag, permissions, id) in
+        [(1_u16, 7_u16, u32::MAX), (2, 7, 2), (4, 5, u32::MAX), (16, 7, u32::MAX), (32, 0, u32::MAX)]
+    {
+        acl.extend([tag.to_le_bytes(), permissions.to_le_bytes()].concat());
+        acl.extend(id.to_le_bytes());
+    }
+    let may = set(&root.join("file"), "system.posix_acl_access", &acl);
+    if !may || !set(&root.join("with"), "system.posix_acl_default", &acl) {
+        return crate::lacks("ACLs in the directory for temporary files");
+    }
+    let bytes = write(&open(&root));
+    let modes: Vec<String> = tar::Archive::new(&bytes[..])
+        .entries()
+        .unwrap()
+        .map(|entry| {
+            let entry = entry.unwrap();
+            format!("{} {:o}", entry.path().unwrap().display(), entry.header().mode().unwrap())
+        })
+        .collect();
+    assert!(modes.contains(&"file 750".to_owned()), "{modes:?}");
+    assert_eq!(listed(&root, &lower), ["A /file", "C /with"], "an ACL is a change of a directory");
+}

@@ -9,7 +9,7 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::owners::of_image;
-use super::{Marks, OPEN_FILE, Upper};
+use super::{Marks, OPEN_FILE, Upper, acl};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::Xattr;
@@ -26,6 +26,8 @@ pub(super) struct Found<'a> {
     pub(super) path: &'a [u8],
     /// Owner and mode are those of the image.
     pub(super) stat: Stat,
+    /// It has an ACL. An image has none: the mode gives nobody more than the ACL did.
+    pub(super) has_acl: bool,
     pub(super) is: Is<'a>,
 }
 
@@ -141,8 +143,8 @@ impl Walk<'_> {
         }
         let xattrs = self.attributes(dir)?;
         let shows = if is_veiled || self.is_opaque(dir)? { Shows::ItselfAlone } else { Shows::Both };
-        let stat = self.as_in_image(stat, Some(dir));
-        self.visitor.found(&Found { path: &self.path, stat, is: Is::Directory { xattrs, shows } })?;
+        let (stat, has_acl) = self.as_in_image(stat, Some(dir))?;
+        self.visitor.found(&Found { path: &self.path, stat, has_acl, is: Is::Directory { xattrs, shows } })?;
         fault::point("changes.directory")?;
         let Names { hidden, veiled, shown } = self.names(dir)?;
         for name in &hidden {
@@ -175,17 +177,25 @@ impl Walk<'_> {
         .map_err(|e| self.fail(e))
     }
 
-    /// Owner and mode as the image has them. `file`: what can have a note of them.
-    fn as_in_image(&self, mut stat: Stat, file: Option<&OwnedFd>) -> Stat {
+    /// Owner and mode as the image has them, and whether an ACL is left out. `file`: what can have a note of them, or an ACL.
+    fn as_in_image(&self, mut stat: Stat, file: Option<&OwnedFd>) -> Result<(Stat, bool)> {
         let noted = file.filter(|_| self.upper.marks == Marks::Tree);
         let noted = noted.and_then(|file| marks::noted(proc_path(file).as_bytes(), stat.st_mode));
         if let Some(Owner { uid, gid, mode }) = noted.as_deref().and_then(Owner::parse) {
             (stat.st_uid, stat.st_gid, stat.st_mode) = (uid, gid, stat.st_mode & !PERMISSION_BITS | mode);
-        } else {
-            let Ownership { uids, gids, .. } = &self.upper.owners;
-            (stat.st_uid, stat.st_gid) = (of_image(uids, stat.st_uid), of_image(gids, stat.st_gid));
+            // That mode counts, and no ACL of the file on the disk.
+            return Ok((stat, false));
         }
-        stat
+        let Ownership { uids, gids, .. } = &self.upper.owners;
+        (stat.st_uid, stat.st_gid) = (of_image(uids, stat.st_uid), of_image(gids, stat.st_gid));
+        let Some(file) = file else { return Ok((stat, false)) };
+        let read = |which| acl::read(file, which).map_err(|e| self.fail(e));
+        let access = read(acl::ACCESS)?;
+        if let Some(acl) = &access {
+            stat.st_mode = acl::mode_without(acl, stat.st_mode);
+        }
+        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+        Ok((stat, access.is_some() || is_directory && read(acl::DEFAULT)?.is_some()))
     }
 
     fn names(&mut self, dir: &OwnedFd) -> Result<Names> {
@@ -247,8 +257,8 @@ impl Walk<'_> {
             FileType::RegularFile => {
                 let (file, stat) = opened(OPEN_FILE)?;
                 let is = Is::File { file: &file, xattrs: self.attributes(&file)? };
-                let stat = self.as_in_image(stat, Some(&file));
-                return self.visitor.found(&Found { path: &self.path, stat, is });
+                let (stat, has_acl) = self.as_in_image(stat, Some(&file))?;
+                return self.visitor.found(&Found { path: &self.path, stat, has_acl, is });
             }
             FileType::Symlink => {
                 let target = fs::readlinkat(dir, os_name, Vec::new()).map_err(|e| self.fail(e))?;
@@ -265,8 +275,15 @@ impl Walk<'_> {
             // It was something else when the directory was read.
             return Err(self.changed());
         }
-        let stat = self.as_in_image(stat, None);
-        self.visitor.found(&Found { path: &self.path, stat, is })
+        let (stat, has_acl) = match is {
+            // Opening it would be heard by its driver, or wait for another end.
+            Is::Special(_) => {
+                let (place, stat) = opened(OFlags::PATH.union(OFlags::NOFOLLOW).union(OFlags::CLOEXEC))?;
+                self.as_in_image(stat, Some(&place))?
+            }
+            _ => self.as_in_image(stat, None)?,
+        };
+        self.visitor.found(&Found { path: &self.path, stat, has_acl, is })
     }
 }
 
