@@ -1,7 +1,8 @@
 //! An image of one more layer: what a rootfs changed, upon the image that it was made of.
 //!
 //! An OCI layout is written to the staging directory, with the new layer in it, and imported: what a container wrote goes through the same walls,
-//! limits and checks as an archive from outside. The layers that the store has are not in that layout, and are not unpacked again.
+//! limits and checks as an archive from outside, except for the one on holes. The layers that the store has are not in that layout, and are not unpacked
+//! again.
 
 use std::io::Write as _;
 use std::path::Path;
@@ -74,8 +75,16 @@ impl Store {
         let source = ImageSource::Downloaded { path: dir.clone(), from: said.created_by.clone() };
         let layout = Layout::at(&dir, &source.to_string())?
             .ok_or_else(|| Error::new(Kind::Io, "commit", show(&dir), "the layout that was just written is gone"))?;
-        let options = ImportOptions { name: Some(name), held: said.held, ..self.import_options(Strictness::Lenient) };
-        self.import_layout(&layout, &source, &options).map_err(|e| e.within("commit", &said.name))
+        let mut options =
+            ImportOptions { name: Some(name), held: said.held, ..self.import_options(Strictness::Lenient) };
+        // It is against small archives that grow. This one is not compressed, and its holes are those of files that lie here: /var/log/lastlog of a
+        // host with large user ids has gigabytes of them.
+        options.limits.ratio_floor = u64::MAX;
+        let made = self.import_layout(&layout, &source, &options).map_err(|e| match e.kind() {
+            Kind::Exists if e.subject() == said.name => e.hint("choose another name, or take this one with --replace"),
+            _ => e,
+        });
+        made.map_err(|e| e.within("commit", &said.name))
     }
 
     fn read(&self, meta: &Meta, name: &str) -> Result<Vec<u8>> {

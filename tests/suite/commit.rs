@@ -1,7 +1,7 @@
 //! `fsprov diff` and `fsprov commit`: what a writable rootfs changed, as a list and as an image.
 
 use std::fs;
-use std::os::unix::fs::{PermissionsExt as _, symlink};
+use std::os::unix::fs::{FileExt as _, PermissionsExt as _, symlink};
 use std::path::Path;
 
 use rustix::fs::{XattrFlags, setxattr};
@@ -63,7 +63,8 @@ case!("changes_are_listed_and_become_an_image", keeps_changes, |stage: &Stage| {
     let made = stage.fsprov(["commit", "--json", "-m", "a note", "web", "example.com/next:1"]).run().ok().json();
     assert_eq!((&made["name"], &made["outcome"]), (&"example.com/next:1".into(), &"created".into()), "{made}");
     // The same rootfs again would be another image: its time is another. A name that is held is not taken.
-    stage.fsprov(["commit", "web", "example.com/next:1"]).run().fails_saying(&["example.com/next:1"]);
+    let refused = stage.fsprov(["commit", "web", "example.com/next:1"]).run();
+    refused.fails_saying(&["example.com/next:1", "choose another name, or take this one with --replace"]);
     let again = stage.mount("example.com/next:1", "again", ["--writable", "--id", "again"]);
     assert_same(&want, &picture(&again), "the committed image");
     assert_eq!(stage.fsprov(["diff", "again"]).run().ok().out(), "");
@@ -128,6 +129,27 @@ case!("nobody_may_more_when_acls_are_left_out", keeps_acls, &[Need::Tool("setfac
         [0o600, 0o600, 0o755, 0o600, 0o755],
         "secret, fifo, data, etc/hosts, usr/share"
     );
+    stage.unmount(&next);
+    stage.assert_nothing_left("after all");
+});
+
+// /var/log/lastlog is such a file: as an archive from outside it would be refused.
+case!("a_file_that_is_mostly_holes_is_committed", keeps_changes, |stage: &Stage| {
+    const SIZE: u64 = 300 << 20;
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    let file = fs::File::create(rootfs.join("var/lastlog")).expect("create");
+    file.set_len(SIZE).expect("lengthen");
+    file.write_all_at(b"x", SIZE - 10).expect("write");
+    drop(file);
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
+    stage.unmount(&rootfs);
+    let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
+    let file = fs::File::open(next.join("var/lastlog")).expect("open");
+    let mut end = [1; 10];
+    file.read_exact_at(&mut end, SIZE - 10).expect("read");
+    assert_eq!((file.metadata().expect("look").len(), &end), (SIZE, b"x\0\0\0\0\0\0\0\0\0"));
+    drop(file);
     stage.unmount(&next);
     stage.assert_nothing_left("after all");
 });
