@@ -1,7 +1,8 @@
 //! `fsprov diff` and `fsprov commit`.
 
-use std::ffi::OsString;
+use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt as _;
+use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::Args;
@@ -11,7 +12,8 @@ use serde::Serialize;
 use super::image::report;
 use super::interrupt::Undoing;
 use super::{Format, Global, complete, log_filter, output, start_log};
-use crate::error::{Error, Kind, Result};
+use crate::error::{Error, Kind, Result, show};
+use crate::printable;
 use crate::provisioner::{READER, made_by, read_apart};
 use crate::store::{Change, Changed, Held, Said};
 
@@ -63,12 +65,16 @@ pub(super) struct Commit {
 #[derive(Default, Serialize)]
 struct Listed {
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    changed: Vec<String>,
+    changed: Vec<Named>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    added: Vec<String>,
+    added: Vec<Named>,
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    deleted: Vec<String>,
+    deleted: Vec<Named>,
 }
+
+#[derive(Serialize)]
+#[serde(transparent)]
+struct Named(#[serde(with = "crate::pathtext")] PathBuf);
 
 /// The process that reads changes in another user namespace. See [`crate::dispatch`].
 pub(super) fn dispatch(verb: &str) -> Option<ExitCode> {
@@ -88,11 +94,8 @@ impl Diff {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let provisioner = global.provisioner()?;
         let changes = provisioner.changes(&provisioner.select(&self.which)?)?;
-        let path = |change: &Change| std::ffi::OsStr::from_bytes(&change.path).to_string_lossy().into_owned();
         if !self.format.json {
-            return changes
-                .iter()
-                .try_for_each(|change| output::line(&format!("{} {}", letter(change.what), path(change))));
+            return changes.iter().try_for_each(|change| output::line(&told(change)));
         }
         let mut listed = Listed::default();
         for change in &changes {
@@ -101,10 +104,20 @@ impl Diff {
                 Changed::Added => &mut listed.added,
                 Changed::Deleted => &mut listed.deleted,
             };
-            list.push(path(change));
+            list.push(Named(OsStr::from_bytes(&change.path).into()));
         }
         output::json(&listed)
     }
+}
+
+/// The line of a change: two paths never give the same. What would not print as it is, is quoted, and a path begins with no quote.
+fn told(change: &Change) -> String {
+    let path = OsStr::from_bytes(&change.path);
+    let mut shown = show(path);
+    if printable::line(&shown) != shown {
+        shown = format!("\"{}\"", change.path.escape_ascii());
+    }
+    format!("{} {shown}", letter(change.what))
 }
 
 fn letter(what: Changed) -> char {
@@ -132,5 +145,35 @@ impl Commit {
         };
         let _undoing = Undoing::on_signal(global, None)?;
         report(&provisioner.commit(&selector, &said)?, self.format)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_paths_are_told_alike() {
+        let of = |path: &[u8]| Change { what: Changed::Added, path: path.to_vec() };
+        for (path, want) in [
+            (&b"/a b"[..], "A /a b"),
+            ("/umläut".as_bytes(), "A /umläut"),
+            (b"/\xff", r#"A "/\xff""#),
+            (b"/\xfe", r#"A "/\xfe""#),
+            (br"/\xff", r"A /\xff"),
+            (b"/a\nb", r#"A "/a\nb""#),
+            (br"/a\nb", r"A /a\nb"),
+            (br#"/a"b"#, r#"A "/a\"b""#),
+            ("/a\u{202e}b".as_bytes(), r#"A "/a\xe2\x80\xaeb""#),
+            (br"/a\u{202e}b", r"A /a\u{202e}b"),
+        ] {
+            let told = told(&of(path));
+            assert_eq!(told, want);
+            assert_eq!(printable::line(&told), want, "it is printed as it is");
+        }
+        let named = |path: &[u8]| Named(OsStr::from_bytes(path).into());
+        let listed = Listed { added: vec![named(b"/a"), named(b"/\xff")], ..Listed::default() };
+        let json = serde_json::to_string(&listed).unwrap();
+        assert_eq!(json, r#"{"added":["/a",{"bytes":"2fff"}]}"#);
     }
 }
