@@ -109,7 +109,7 @@ fn keeps_acls(lane: &Lane) -> bool {
 }
 
 // The group's mode bits are the ACL's mask, as long as there is one.
-case!("nobody_may_more_when_acls_are_left_out", keeps_acls, &[Need::Tool("setfacl")], |stage: &Stage| {
+case!("nobody_gains_access_when_acls_are_left_out", keeps_acls, &[Need::Tool("setfacl")], |stage: &Stage| {
     import(stage);
     let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
     let text =

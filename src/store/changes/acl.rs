@@ -76,7 +76,7 @@ mod tests {
     }
 
     #[test]
-    fn nobody_may_more_without_it() {
+    fn nobody_may_do_more_without_it() {
         const OWNER: (u16, u16) = (0x01, 6);
         let mask = |permissions| (0x10, permissions);
         let others = |permissions| (0x20, permissions);
