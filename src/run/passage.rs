@@ -25,13 +25,23 @@ pub(super) fn open(root: &Path, wanted: &[&Path], program: &Path) -> Result<()> 
     // The real path: the parts of it are looked at.
     let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::io(OP, show(path), e));
     let real_root = real(root)?;
-    let Some((closed, covered)) = first_closed(&real_root)? else { return Ok(()) };
+    let below = |path: &Path| real_root.join(path.strip_prefix(root).unwrap_or(path));
+    let (closed, covered) = match first_closed(&real_root)? {
+        Some(found) => found,
+        None => {
+            // A state root that others may pass has directories that they may not.
+            if wanted.iter().try_fold(true, |open, path| Ok::<_, Error>(open && first_closed(&below(path))?.is_none()))? {
+                return Ok(());
+            }
+            (open_resolved(&real_root).map_err(|e| fail(&real_root, e))?, real_root.clone())
+        }
+    };
     let copy = |found: rustix::io::Result<OwnedFd>, path: &Path| {
         found.and_then(|fd| open_tree_clone(fd, Depth::Recursive)).map_err(|e| fail(path, e))
     };
     let mut trees = Vec::new();
     for path in wanted {
-        let at = real_root.join(path.strip_prefix(root).unwrap_or(path));
+        let at = below(path);
         let place = at.strip_prefix(&covered).unwrap_or(&at).to_owned();
         trees.push((copy(open_beneath(&closed, &place, OFlags::PATH), path)?, place));
     }

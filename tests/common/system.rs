@@ -139,8 +139,18 @@ pub(crate) fn survivors(patience: Duration) -> Vec<Process> {
     }
 }
 
+/// Kill a process, and wait until it has ended: on a busy machine what comes next would meet it alive.
 pub(crate) fn kill(pid: i32) {
+    let process =
+        Pid::from_raw(pid).and_then(|pid| rustix::process::pidfd_open(pid, rustix::process::PidfdFlags::empty()).ok());
     send(pid, Signal::KILL);
+    if let Some(process) = process {
+        let patience = rustix::event::Timespec { tv_sec: 10, tv_nsec: 0 };
+        let _ = rustix::event::poll(
+            &mut [rustix::event::PollFd::new(&process, rustix::event::PollFlags::IN)],
+            Some(&patience),
+        );
+    }
 }
 
 /// Let a process that was stopped go on.
