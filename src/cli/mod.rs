@@ -219,6 +219,7 @@ fn default_root(env: impl Fn(&str) -> Option<OsString>, is_root: bool) -> Result
 pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     crate::fault::start();
     crate::sys::process::outlive_file_limit();
+    crate::sys::raw::wait_for_children();
     let args: Vec<OsString> = args.into_iter().collect();
     if args.len() == 1 {
         return match output::text(start::START) {

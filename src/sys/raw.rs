@@ -258,6 +258,12 @@ pub fn give_back_memory() {
     };
 }
 
+/// SIGCHLD as it is by default. A parent may have ignored it, which execve(2) keeps: then no child can be waited for (ECHILD).
+pub(crate) fn wait_for_children() {
+    // SAFETY: no handler is installed, and no memory is passed.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
+}
+
 /// setfsuid(2) for this thread; gives the id that was in force before. glibc's wrapper is the bare call: one thread only.
 pub fn set_fs_uid(uid: u32) -> u32 {
     // SAFETY: no memory is passed; an id that may not be set is ignored by the kernel.
