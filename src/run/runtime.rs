@@ -77,7 +77,13 @@ impl Runtime {
             }
         };
         found.map(|path| Runtime { path }).ok_or_else(|| {
+            let is_there = |asked: &OsStr| Path::new(asked).components().count() > 1 && Path::new(asked).exists();
             let (subject, why) = match asked {
+                Some(asked) if is_there(asked) => {
+                    let why = "it is not a program that you may run";
+                    return Error::new(Kind::Unsupported, OP, show(asked), why)
+                        .hint("give the path of crun, runc or youki, or leave out --runtime");
+                }
                 Some(asked) => (show(asked), "there is no such program"),
                 None => (String::new(), "there is no crun, runc or youki on this host"),
             };
@@ -244,6 +250,14 @@ mod tests {
             ("mount /a: No such file or directory", 125),
         ] {
             assert_eq!(Failure { said: said.into() }.exit_code(), code, "{said}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_program_is_not_told_to_be_missing() {
+        for asked in ["/etc/passwd", "/etc"] {
+            let error = Runtime::find(Some(OsStr::new(asked))).unwrap_err();
+            assert!(error.cause().contains("not a program that you may run"), "{error}");
         }
     }
 
