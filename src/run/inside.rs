@@ -17,7 +17,7 @@ use super::bundle::{self, Bundle, Root};
 use super::passage;
 use super::runtime::Call;
 use super::users::{self, Maps};
-use super::{Answer, BY_SIGNAL, FAILED, Job, Order, TARGET, UserNs};
+use super::{Answer, BY_SIGNAL, FAILED, Job, Order, TARGET, UserNs, start_thread};
 use crate::child::{self, channel::Channel};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -70,7 +70,7 @@ fn begin(start_log: impl FnOnce(&str), complain: &impl Fn(&Error)) -> Result<u8>
     crate::sys::process::raise_open_files();
     let watch = Arc::new(Watch::default());
     let (theirs, channel) = (Arc::clone(&watch), channel);
-    std::thread::spawn(move || theirs.listen(&channel));
+    start_thread("that listens", move || theirs.listen(&channel))?;
     let inside = Inside::new(&job, &watch)?;
     if job.is_over { inside.clear().map(|()| 0) } else { inside.run(stdin, complain) }
 }
@@ -323,7 +323,9 @@ impl<'a> Inside<'a> {
         let stop = written.stop_signal().and_then(signal_named);
         let _owners = Owners::of_streams(&stdin);
         let status = std::thread::scope(|scope| {
-            let runs = scope.spawn(|| self.run_apart(&call, root, stdin, stop));
+            let runs = std::thread::Builder::new()
+                .spawn_scoped(scope, || self.run_apart(&call, root, stdin, stop))
+                .map_err(|e| Error::io("start a thread for", "the runtime", e))?;
             runs.join().unwrap_or_else(|_| Err(Error::new(Kind::Helper, "run", &job.id, "its thread ended")))
         })?;
         let Some(status) = status else {
@@ -372,7 +374,7 @@ impl<'a> Inside<'a> {
                 log::warn!(target: TARGET, "{e}");
             }
             if self.job.runtime.misses_the_end() {
-                remind(runtime, call.bundle.to_owned());
+                remind(runtime, call.bundle.to_owned())?;
             }
             state.bundle = Some(call.bundle.to_owned());
             state.stop = stop;
@@ -385,14 +387,14 @@ impl<'a> Inside<'a> {
 }
 
 /// Tell the runtime of the end of its container's first process, again and again, until it has ended too.
-fn remind(runtime: ProcessId, bundle: PathBuf) {
-    std::thread::spawn(move || {
+fn remind(runtime: ProcessId, bundle: PathBuf) -> Result<()> {
+    start_thread("that reminds the runtime", move || {
         while !runtime.wait_gone(PAUSE).unwrap_or(true) {
             if bundle.join(bundle::PID).exists() && bundle::first_process(&bundle).is_none() {
                 let _ = runtime.send_signal(Signal::CHILD);
             }
         }
-    });
+    })
 }
 
 /// To whom the files belong that are the program's stdin, stdout and stderr. Runtimes give them to the program's user; when it has ended

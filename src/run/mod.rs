@@ -249,12 +249,18 @@ pub(crate) fn run(job: &Job) -> Result<u8> {
     let mut process = start(&channel, other, job)?;
     let to = Arc::clone(&channel);
     let mut caught = caught;
-    std::thread::spawn(move || {
+    let passes_on = start_thread("that passes signals on", move || {
         for signal in caught.forever() {
             // It may be gone: then so are we, in a moment.
             let _ = to.send(&Order::Signal(signal), &[]);
         }
     });
+    if let Err(e) = passes_on {
+        // It ends when nobody holds the other end, and takes away what there is.
+        drop(channel);
+        let _ = process.wait();
+        return Err(e);
+    }
     let status = process.wait().map_err(|e| Error::io("wait for", "fsprov __run", e))?;
     before.restore();
     match (status.code(), status.signal()) {
@@ -269,6 +275,12 @@ pub(crate) fn run(job: &Job) -> Result<u8> {
             Err(error.with_undo(take_away(job)))
         }
     }
+}
+
+/// A thread that nobody waits for; a host may have no more of them for this user (EAGAIN).
+fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let started = std::thread::Builder::new().spawn(work).map(drop);
+    started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
 }
 
 fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
