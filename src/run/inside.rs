@@ -8,7 +8,7 @@ use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use rustix::fs::{FileType, Gid, Stat, Uid, fchmod, fchown, fstat};
+use rustix::fs::{FileType, Gid, Mode, Stat, Uid, fchmod, fchown, fstat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
 use rustix::process::Signal;
 
@@ -36,6 +36,9 @@ pub(super) const PAUSE: Duration = Duration::from_millis(50);
 /// Longest job: arguments and environment are below 2 MiB together (execve(2)).
 const MAX_JOB_BYTES: u64 = 16 << 20;
 
+/// The umask in which mount points and working directories are made.
+const UMASK: u32 = 0o022;
+
 /// Where cgroups are.
 const CGROUPS: &str = "/sys/fs/cgroup";
 /// CGROUP2_SUPER_MAGIC of linux/magic.h.
@@ -61,6 +64,8 @@ fn begin(start_log: impl FnOnce(&str), complain: &impl Fn(&Error)) -> Result<u8>
     let mut fds = fds.into_iter();
     let (Some(file), Some(stdin)) = (fds.next(), fds.next()) else { return Ok(FAILED) };
     let job = read_job(file)?;
+    // What it and the runtime make in the rootfs is for every user inside, as it is with podman.
+    rustix::process::umask(Mode::from_raw_mode(UMASK));
     // No terminal sends it signals: the one who started it says which the program gets, each once.
     rustix::process::setsid().map_err(|e| Error::sys("make a session", "", e))?;
     if job.maps.is_some() && !enter(&channel)? {
