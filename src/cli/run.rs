@@ -304,7 +304,6 @@ impl BundleVerb {
             own: None,
             is_root: run::is_root(),
             copies_up: true,
-            has_many_ids: is_writable,
         }
         .write();
         match written {

@@ -12,7 +12,7 @@ use super::config::{self, Extra, Wanted};
 use super::files::{self, About};
 use super::options::COPY_UP;
 use super::user;
-use super::{Image, Network, Options, seccomp};
+use super::{Image, Network, Options, seccomp, users};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
 use crate::plan::IdRange;
@@ -59,8 +59,6 @@ pub(crate) struct Bundle<'a> {
     pub(crate) is_root: bool,
     /// Does the runtime fill a tmpfs with what the image has there?
     pub(crate) copies_up: bool,
-    /// Does the user who runs it have more than one id?
-    pub(crate) has_many_ids: bool,
 }
 
 /// What was written.
@@ -112,7 +110,7 @@ impl Bundle<'_> {
             seccomp,
             stop_signal: stop_signal.clone(),
             is_root: self.is_root,
-            has_many_ids: self.has_many_ids,
+            has_tty_group: users::is_group_mapped(config::TTY_GROUP),
         })?;
         config::write(&spec, &dir, self.dir)?;
         Ok(Written { args, environment, working_directory, root, stop_signal })

@@ -18,7 +18,7 @@ use crate::sys::durable::replace_at;
 /// The version that every runtime in use reads.
 const VERSION: &str = "1.0.2";
 /// Group `tty`, whose terminals are, in the form that devpts takes (the specification's example, and every distribution).
-const TTY_GROUP: u32 = 5;
+pub(super) const TTY_GROUP: u32 = 5;
 
 /// What is held back in /proc and /sys, as podman and containerd have it.
 const MASKED: [&str; 12] = [
@@ -111,8 +111,8 @@ pub(crate) struct Wanted {
     pub(crate) stop_signal: Option<String>,
     /// Is the runtime root of the machine? Else it may do less.
     pub(crate) is_root: bool,
-    /// Has the runtime's own user namespace more than one id?
-    pub(crate) has_many_ids: bool,
+    /// Has the runtime's own user namespace the group of terminals?
+    pub(crate) has_tty_group: bool,
 }
 
 /// The document.
@@ -199,7 +199,7 @@ fn mappings(ranges: &[IdRange]) -> Value {
 }
 
 fn mounts(wanted: &Wanted) -> Value {
-    let has_tty_group = if wanted.gids.is_empty() { wanted.has_many_ids } else { maps(&wanted.gids, TTY_GROUP) };
+    let has_tty_group = if wanted.gids.is_empty() { wanted.has_tty_group } else { maps(&wanted.gids, TTY_GROUP) };
     let mut pts = vec!["nosuid", "noexec", "newinstance", "ptmxmode=0666", "mode=0620"];
     let group = format!("gid={TTY_GROUP}");
     if has_tty_group {
@@ -274,7 +274,7 @@ mod tests {
             seccomp: None,
             stop_signal: None,
             is_root: true,
-            has_many_ids: true,
+            has_tty_group: true,
         }
     }
 

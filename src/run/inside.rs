@@ -316,7 +316,6 @@ impl<'a> Inside<'a> {
             own,
             is_root: super::is_root(),
             copies_up: job.runtime.copies_up(),
-            has_many_ids: job.maps.as_ref().is_none_or(|maps| !maps.is_single()),
         }
         .write()?;
         if let Some((code, error)) = written.check_program() {

@@ -84,6 +84,15 @@ impl Maps {
     }
 }
 
+/// Is this group one of this process's user namespace?
+pub(super) fn is_group_mapped(id: u32) -> bool {
+    let text = std::fs::read_to_string("/proc/self/gid_map").unwrap_or_default();
+    text.lines().any(|line| {
+        let numbers: Vec<u32> = line.split_ascii_whitespace().filter_map(|number| number.parse().ok()).collect();
+        matches!(numbers[..], [inside, _, count] if id.checked_sub(inside).is_some_and(|below| below < count))
+    })
+}
+
 /// `--userns=keep-id`: inside, `own` is who was 0 in the outer namespace, and every other id one of its others, in order.
 pub(crate) fn keep_id(own: u32, outer: &[IdRange]) -> Vec<IdRange> {
     let others = outer.iter().map(|r| r.count).sum::<u32>().saturating_sub(1);
