@@ -236,6 +236,7 @@ impl Run {
             .map_err(|e| Error::io("run", "--sandbox", e))?;
         // A terminal is read in any case: its program's is another.
         job.interactive = self.interactive || self.program.tty;
+        job.console = if self.program.tty { run::console_size() } else { None };
         job.log = log_filter(global.verbose);
         run::run(&job)
     }
@@ -304,6 +305,7 @@ impl BundleVerb {
             own: None,
             is_root: run::is_root(),
             copies_up: true,
+            console: None,
         }
         .write();
         match written {

@@ -59,6 +59,8 @@ pub(crate) struct Bundle<'a> {
     pub(crate) is_root: bool,
     /// Does the runtime fill a tmpfs with what the image has there?
     pub(crate) copies_up: bool,
+    /// The size of the terminal, where that is known.
+    pub(crate) console: Option<(u16, u16)>,
 }
 
 /// What was written.
@@ -111,6 +113,7 @@ impl Bundle<'_> {
             stop_signal: stop_signal.clone(),
             is_root: self.is_root,
             has_tty_group: users::is_group_mapped(config::TTY_GROUP),
+            console: self.console,
         })?;
         config::write(&spec, &dir, self.dir)?;
         Ok(Written { args, environment, working_directory, root, stop_signal })

@@ -113,6 +113,8 @@ pub(crate) struct Wanted {
     pub(crate) is_root: bool,
     /// Has the runtime's own user namespace the group of terminals?
     pub(crate) has_tty_group: bool,
+    /// The size of the terminal, rows and columns, where that is known.
+    pub(crate) console: Option<(u16, u16)>,
 }
 
 /// The document.
@@ -133,6 +135,9 @@ fn document(wanted: &Wanted) -> Value {
     });
     if !wanted.terminal {
         drop_key(&mut process, "terminal");
+    }
+    if let (true, Some((rows, columns))) = (wanted.terminal, wanted.console) {
+        process["consoleSize"] = json!({ "height": rows, "width": columns });
     }
     let mut linux = json!({
         "namespaces": namespaces(wanted),
@@ -275,6 +280,7 @@ mod tests {
             stop_signal: None,
             is_root: true,
             has_tty_group: true,
+            console: None,
         }
     }
 
@@ -303,6 +309,7 @@ mod tests {
     fn every_name_is_one_that_the_specification_has() {
         let everything = Wanted {
             terminal: true,
+            console: Some((33, 101)),
             stop_signal: Some("SIGQUIT".into()),
             network: Network::None,
             uids: vec![IdRange { inside: 0, outside: 1, count: 9 }],

@@ -316,6 +316,7 @@ impl<'a> Inside<'a> {
             own,
             is_root: super::is_root(),
             copies_up: job.runtime.copies_up(),
+            console: job.console,
         }
         .write()?;
         if let Some((code, error)) = written.check_program() {

@@ -177,6 +177,8 @@ pub(crate) struct Job {
     pub(crate) sandbox: Option<std::path::PathBuf>,
     /// Is stdin passed on?
     pub(crate) interactive: bool,
+    /// The size of its terminal, rows and columns.
+    pub(crate) console: Option<(u16, u16)>,
     /// What runs it.
     pub(crate) runtime: Runtime,
     /// The ids of an ordinary user's namespace; `None`: this is root.
@@ -213,6 +215,7 @@ impl Job {
             volumes: Vec::new(),
             sandbox: None,
             interactive: false,
+            console: None,
             runtime,
             maps,
             own,
@@ -281,6 +284,12 @@ pub(crate) fn run(job: &Job) -> Result<u8> {
 fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = std::thread::Builder::new().spawn(work).map(drop);
     started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
+}
+
+/// The size of the terminal that stdin is; `None`: nobody has said.
+pub(crate) fn console_size() -> Option<(u16, u16)> {
+    let size = rustix::termios::tcgetwinsize(std::io::stdin()).ok()?;
+    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
 }
 
 fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
