@@ -137,7 +137,7 @@ pub(super) struct BundleVerb {
 }
 
 impl Program {
-    fn options(&self, command: &[String]) -> Result<Options> {
+    fn options(&self, command: &[String], volumes: &[VolumeSpec]) -> Result<Options> {
         let mut environment = Vec::new();
         for path in &self.env_file {
             const OP: &str = "read --env-file";
@@ -168,7 +168,8 @@ impl Program {
         };
         // What is wrong in it is said before anything is pulled.
         options.capabilities()?;
-        options.tmpfs(&crate::image::execution::Execution::default(), |_| false)?;
+        let targets: Vec<PathBuf> = volumes.iter().map(|volume| volume.target.as_path().to_owned()).collect();
+        options.tmpfs(&crate::image::execution::Execution::default(), |at| PathBuf::from(at), &targets)?;
         options.working_directory(&crate::image::execution::Execution::default())?;
         Ok(options)
     }
@@ -208,13 +209,13 @@ impl Run {
     /// Gives the exit code.
     pub(super) fn run(&self, global: &Global) -> Result<u8> {
         let settings = settings()?;
-        let mut options = self.program.options(&self.command)?;
+        let volumes = self.program.volumes()?;
+        let mut options = self.program.options(&self.command, &volumes)?;
         options.userns = self.userns;
         let runtime = Runtime::find(self.runtime.as_deref())?;
         if self.program.tty && !std::io::IsTerminal::is_terminal(&std::io::stdin()) {
             return Err(Error::new(Kind::Usage, "run", "--tty", "stdin is not a terminal").hint("leave out -t"));
         }
-        let volumes = self.program.volumes()?;
         let undoing = Undoing::on_signal(global, None)?;
         let image = find(global, &settings, &self.image)?;
         drop(undoing);
@@ -250,8 +251,8 @@ pub(crate) fn dispatch(verb: &str) -> Option<ExitCode> {
 impl BundleVerb {
     pub(super) fn run(&self, global: &Global) -> Result<()> {
         let settings = settings()?;
-        let options = self.program.options(&self.command)?;
         let volumes = self.program.volumes()?;
+        let options = self.program.options(&self.command, &volumes)?;
         let undoing = Undoing::on_signal(global, None)?;
         let image = find(global, &settings, &self.image)?;
         drop(undoing);
@@ -306,6 +307,7 @@ impl BundleVerb {
             is_root: run::is_root(),
             copies_up: true,
             console: None,
+            puts_aside: false,
         }
         .write();
         match written {

@@ -5,10 +5,11 @@ use std::os::fd::OwnedFd;
 use std::path::{Component, Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use rustix::fs::{FileType, Mode, OFlags};
+use rustix::fs::{Access, AtFlags, FileType, Gid, Mode, OFlags, Uid, accessat};
 use rustix::io::Errno;
 
 use super::config::{self, Extra, Wanted};
+use super::covered::{self, Covered};
 use super::files::{self, About};
 use super::options::COPY_UP;
 use super::user;
@@ -61,7 +62,12 @@ pub(crate) struct Bundle<'a> {
     pub(crate) copies_up: bool,
     /// The size of the terminal, where that is known.
     pub(crate) console: Option<(u16, u16)>,
+    /// Does the runtime start in a mount namespace where volumes are put aside for it?
+    pub(crate) puts_aside: bool,
 }
+
+/// Where the runtime mounts in any case, and what is below: the kernel's.
+const USUAL: [&str; 3] = ["/dev", "/proc", "/sys"];
 
 /// What was written.
 #[derive(Debug)]
@@ -71,6 +77,7 @@ pub(crate) struct Written {
     working_directory: String,
     root: OwnedFd,
     stop_signal: Option<String>,
+    covered: Vec<Covered>,
 }
 
 impl Bundle<'_> {
@@ -88,10 +95,10 @@ impl Bundle<'_> {
         let here = |name: &str| std::env::var(name).ok();
         let environment = options.environment(said, &home, &hostname, here);
         let capabilities = options.capabilities()?;
-        let extra = self.extra(&dir, &root, &hostname)?;
+        let (extra, covered) = self.extra(&dir, &root, &hostname)?;
         let seccomp = self.seccomp(&capabilities)?;
         if self.root.is_writable {
-            make_directory(&root, &working_directory)?;
+            make_directory(&root, &working_directory, users::other_root(&self.ids))?;
         }
         let stop_signal = said.stop_signal.clone();
         let spec = config::spec(&Wanted {
@@ -116,7 +123,7 @@ impl Bundle<'_> {
             console: self.console,
         })?;
         config::write(&spec, &dir, self.dir)?;
-        Ok(Written { args, environment, working_directory, root, stop_signal })
+        Ok(Written { args, environment, working_directory, root, stop_signal, covered })
     }
 
     fn identity(&self, root: &OwnedFd) -> Result<user::Identity> {
@@ -151,9 +158,11 @@ impl Bundle<'_> {
         self.options.hostname.clone().or_else(of_host).filter(|name| !name.is_empty()).unwrap_or_else(id)
     }
 
-    /// What the runtime mounts on top.
-    fn extra(&self, dir: &OwnedFd, root: &OwnedFd, hostname: &str) -> Result<Vec<Extra>> {
-        let is_volume = |at: &str| self.volumes.iter().any(|v| v.target.as_path() == Path::new(at));
+    /// What the runtime mounts on top, outer before inner, and the volumes among that.
+    fn extra(&self, dir: &OwnedFd, root: &OwnedFd, hostname: &str) -> Result<(Vec<Extra>, Vec<Covered>)> {
+        let resolve = |at: &str| covered::resolve(root, Path::new(at));
+        let volumes: Vec<PathBuf> =
+            self.volumes.iter().map(|volume| covered::resolve(root, volume.target.as_path())).collect();
         let about = About {
             hostname,
             network: self.options.network(),
@@ -162,34 +171,74 @@ impl Bundle<'_> {
             image_id: self.image.id.as_ref().map_or("", |id| id.as_str()),
             is_rootless: !self.is_root,
         };
-        let mut all = self.options.tmpfs(&self.image.execution, is_volume)?;
+        let mut all = self.options.tmpfs(&self.image.execution, resolve, &volumes)?;
         if !self.copies_up {
             self.leave_empty(root, &mut all)?;
         }
-        let below_tmpfs: Vec<String> = all
-            .iter()
-            .filter_map(|one| if let Extra::Tmpfs { at, .. } = one { Some(at.clone()) } else { None })
-            .collect();
+        let tmpfs: Vec<PathBuf> = all.iter().map(|one| one.at().into()).collect();
+        let covered = self.covered(&volumes, &tmpfs)?;
         for file in files::write(dir, self.dir, about)? {
-            let Extra::File { at, .. } = &file else { continue };
-            let has_point = self.root.is_writable
-                || below_tmpfs.iter().any(|tmpfs| Path::new(at).starts_with(tmpfs))
-                || open_in_root(root, Path::new(at), OFlags::PATH).is_ok();
-            if !has_point {
-                log::info!(target: super::TARGET, "the image has no {at}, and nothing can be made in it: left out");
-            } else if !is_volume(at) {
+            let place = resolve(file.at());
+            if volumes.contains(&place) {
+                continue;
+            }
+            if self.has_point(root, &place, &tmpfs, &volumes) {
                 all.push(file);
+            } else {
+                log::info!(target: super::TARGET, "there is no {}, and it cannot be made: left out", file.at());
             }
         }
+        for volume in &covered {
+            all.push(volume.extra(root, self.dir)?);
+        }
+        all.sort_by_key(|one| covered::depth(Path::new(one.at())));
+        Ok((all, covered))
+    }
+
+    /// The volumes that the runtime would cover.
+    fn covered(&self, volumes: &[PathBuf], tmpfs: &[PathBuf]) -> Result<Vec<Covered>> {
+        let mut all = Vec::new();
+        for volume in volumes {
+            let usual = USUAL.iter().map(Path::new);
+            let Some(above) = usual.chain(tmpfs.iter().map(PathBuf::as_path)).find(|at| volume.starts_with(at)) else {
+                continue;
+            };
+            let fail = |why: String| Error::new(Kind::Unsupported, "mount volume", show(volume), why);
+            if volume == Path::new("/proc") {
+                return Err(fail("a container needs the kernel's own /proc".into()).hint("mount it elsewhere"));
+            }
+            if !self.puts_aside {
+                let why = format!("the runtime mounts a file system of its own at {}, on top of it", show(above));
+                return Err(fail(why).hint("mount it elsewhere, or use `fsprov run`"));
+            }
+            all.push(Covered::new(volume.clone(), all.len()));
+        }
         Ok(all)
+    }
+
+    /// Is there something that a file can be mounted on, or can the runtime make it?
+    fn has_point(&self, root: &OwnedFd, at: &Path, tmpfs: &[PathBuf], volumes: &[PathBuf]) -> bool {
+        if open_in_root(root, at, OFlags::PATH).is_ok() {
+            return true;
+        }
+        let nearest =
+            |all: &[PathBuf]| all.iter().filter(|one| at.starts_with(one)).map(|one| covered::depth(one)).max();
+        if nearest(tmpfs) > nearest(volumes) {
+            return true;
+        }
+        let mut above = at.ancestors().skip(1);
+        let nearest = above.find_map(|dir| open_in_root(root, dir, OFlags::PATH | OFlags::DIRECTORY).ok());
+        // In a volume that is read-only, nothing can be made.
+        self.root.is_writable
+            && nearest.is_some_and(|dir| accessat(dir, ".", Access::WRITE_OK, AtFlags::empty()).is_ok())
     }
 
     /// For a runtime that does not fill a tmpfs: refused where someone asked for one upon files of the image.
     fn leave_empty(&self, root: &OwnedFd, all: &mut [Extra]) -> Result<()> {
         for one in all {
             let Extra::Tmpfs { at, options } = one else { continue };
-            let is_asked =
-                self.options.tmpfs.iter().any(|text| text.split(':').next().unwrap_or("").trim_end_matches('/') == at);
+            let path = |text: &str| covered::resolve(root, Path::new(text.split(':').next().unwrap_or("")));
+            let is_asked = self.options.tmpfs.iter().any(|text| path(text) == Path::new(at));
             let found = open_in_root(root, Path::new(at), OFlags::RDONLY | OFlags::DIRECTORY);
             let has_files = found.is_ok_and(|dir| !is_empty(dir).unwrap_or(true));
             if is_asked && has_files && options.iter().any(|option| option == COPY_UP) {
@@ -242,19 +291,25 @@ impl Written {
         }
     }
 
+    /// The volumes that are to be put aside.
+    pub(super) fn covered(&self) -> &[Covered] {
+        &self.covered
+    }
+
     /// The signal that the image says stops it.
     pub(crate) fn stop_signal(&self) -> Option<&str> {
         self.stop_signal.as_deref()
     }
 }
 
-/// Make a directory in the rootfs with those that it lies in; links are followed within.
-fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
+/// Make a directory in the rootfs with those that it lies in; links are followed within. `owner`: whose they are, if not this process's user's.
+fn make_directory(root: &OwnedFd, path: &str, owner: Option<(u32, u32)>) -> Result<()> {
     const OP: &str = "make working directory";
     let mut at = PathBuf::from("/");
     for part in Path::new(path).components().filter(|part| matches!(part, Component::Normal(_))) {
         let parent = open_in_root(root, &at, OFlags::PATH | OFlags::DIRECTORY).map_err(|e| Error::sys(OP, path, e))?;
-        match rustix::fs::mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)) {
+        let own = || owner.map_or(Ok(()), |owner| give(&parent, part.as_os_str(), owner));
+        match rustix::fs::mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)).and_then(|()| own()) {
             Ok(()) | Err(Errno::EXIST) => {}
             // A volume that is read-only: the runtime says so, if it matters.
             Err(Errno::ROFS) => return Ok(()),
@@ -263,6 +318,11 @@ fn make_directory(root: &OwnedFd, path: &str) -> Result<()> {
         at.push(part);
     }
     Ok(())
+}
+
+fn give(parent: &OwnedFd, name: &std::ffi::OsStr, (uid, gid): (u32, u32)) -> rustix::io::Result<()> {
+    let (uid, gid) = (Uid::from_raw(uid), Gid::from_raw(gid));
+    rustix::fs::chownat(parent, name, Some(uid), Some(gid), AtFlags::SYMLINK_NOFOLLOW)
 }
 
 /// Note the runtime, for what takes away what this process leaves.

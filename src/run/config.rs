@@ -64,12 +64,22 @@ pub(crate) enum Extra {
         /// Which.
         from: PathBuf,
     },
+    /// A volume that was put aside.
+    Volume {
+        /// Where.
+        at: String,
+        /// Where it is put aside.
+        from: PathBuf,
+        /// mount(8)'s.
+        options: Vec<String>,
+    },
 }
 
 impl Extra {
-    fn at(&self) -> &str {
+    /// Where.
+    pub(super) fn at(&self) -> &str {
         match self {
-            Extra::Tmpfs { at, .. } | Extra::File { at, .. } => at,
+            Extra::Tmpfs { at, .. } | Extra::File { at, .. } | Extra::Volume { at, .. } => at,
         }
     }
 }
@@ -99,7 +109,7 @@ pub(crate) struct Wanted {
     pub(crate) capabilities: BTreeSet<String>,
     /// Those of them that a user other than root has, too: what was asked for.
     pub(crate) ambient: BTreeSet<String>,
-    /// On top of the usual ones; one at a usual one's place goes in its stead.
+    /// On top of the usual ones, in this order; one at a usual one's place goes in its stead.
     pub(crate) extra: Vec<Extra>,
     /// A user namespace of its own with these ids, those outside being the runtime's; empty: the runtime's own namespace.
     pub(crate) uids: Vec<IdRange>,
@@ -220,8 +230,13 @@ fn mounts(wanted: &Wanted) -> Value {
                 "options": ["nosuid", "noexec", "nodev", "mode=1777", "size=65536k"] }),
         sys(wanted),
     ];
-    all.retain(|mount| wanted.extra.iter().all(|extra| mount["destination"] != extra.at()));
-    all.extend(wanted.extra.iter().map(extra));
+    for one in &wanted.extra {
+        // In its place: what is mounted below it comes after it.
+        match all.iter_mut().find(|mount| mount["destination"] == one.at()) {
+            Some(usual) => *usual = extra(one),
+            None => all.push(extra(one)),
+        }
+    }
     Value::Array(all)
 }
 
@@ -241,6 +256,9 @@ fn extra(extra: &Extra) -> Value {
         }
         Extra::File { at, from } => json!({ "destination": at, "type": "bind", "source": from,
                                             "options": ["bind", "rprivate", "nosuid", "nodev"] }),
+        Extra::Volume { at, from, options } => {
+            json!({ "destination": at, "type": "bind", "source": from, "options": options })
+        }
     }
 }
 
@@ -317,6 +335,11 @@ mod tests {
             extra: vec![
                 Extra::Tmpfs { at: "/t".into(), options: vec!["size=1m".into()] },
                 Extra::File { at: "/etc/hosts".into(), from: "/b/hosts".into() },
+                Extra::Volume {
+                    at: "/t/v".into(),
+                    from: "/b/volumes/0".into(),
+                    options: vec!["rbind".into(), "ro".into()],
+                },
             ],
             ..wanted()
         };
@@ -388,5 +411,10 @@ mod tests {
         let shm = Extra::Tmpfs { at: "/dev/shm".into(), options: vec!["size=1g".into()] };
         let config = written(&Wanted { extra: vec![shm], ..wanted() });
         assert_eq!(mount(&config, "/dev/shm")["options"], json!(["size=1g"]));
+        let dev = Extra::Volume { at: "/dev".into(), from: "/b/volumes/0".into(), options: vec!["rbind".into()] };
+        let config = written(&Wanted { extra: vec![dev], ..wanted() });
+        let at: Vec<_> = config["mounts"].as_array().unwrap().iter().map(|m| m["destination"].clone()).collect();
+        assert_eq!(at, ["/proc", "/dev", "/dev/pts", "/dev/mqueue", "/dev/shm", "/sys"]);
+        assert_eq!(mount(&config, "/dev")["source"], "/b/volumes/0");
     }
 }

@@ -14,6 +14,7 @@ use rustix::process::Signal;
 
 use super::auto::{self, Spare, Taken};
 use super::bundle::{self, Bundle, Root};
+use super::covered::{self, Covered};
 use super::passage;
 use super::runtime::Call;
 use super::users::{self, Maps};
@@ -322,6 +323,7 @@ impl<'a> Inside<'a> {
             is_root: super::is_root(),
             copies_up: job.runtime.copies_up(),
             console: job.console,
+            puts_aside: true,
         }
         .write()?;
         if let Some((code, error)) = written.check_program() {
@@ -334,7 +336,7 @@ impl<'a> Inside<'a> {
         let _owners = Owners::of_streams(&stdin);
         let status = std::thread::scope(|scope| {
             let runs = std::thread::Builder::new()
-                .spawn_scoped(scope, || self.run_apart(&call, root, stdin, stop))
+                .spawn_scoped(scope, || self.run_apart(&call, root, written.covered(), stdin, stop))
                 .map_err(|e| Error::io("start a thread for", "the runtime", e))?;
             runs.join().unwrap_or_else(|_| Err(Error::new(Kind::Helper, "run", &job.id, "its thread ended")))
         })?;
@@ -357,13 +359,18 @@ impl<'a> Inside<'a> {
         &self,
         call: &Call<'_>,
         root: &Root,
+        covered: &[Covered],
         stdin: OwnedFd,
         stop: Option<Signal>,
     ) -> Result<Option<ExitStatus>> {
         let is_mixed = self.job.runtime.wants_pure_cgroups(self.job.maps.is_none()) && !has_pure_cgroups();
         let is_auto = self.job.options.userns == Some(UserNs::Auto);
-        if is_mixed || is_auto {
+        if is_mixed || is_auto || !covered.is_empty() {
             be_apart(is_mixed)?;
+        }
+        if !covered.is_empty() {
+            let owner = users::other_root(&self.ids);
+            covered::put_aside(&root.path, call.bundle, covered, owner)?;
         }
         if is_mixed {
             show_pure_cgroups()?;

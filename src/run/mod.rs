@@ -17,6 +17,7 @@
 //! | `bundle` | a bundle from all that |
 //! | `runtime` | which runtime, how it is called, what it says |
 //! | `inside` | the process in the middle |
+//! | `covered` | volumes below what the runtime mounts |
 //! | `passage` | its rootfs, for a runtime whose root is nobody here |
 //!
 //! Either of the two processes ends when the other one does, and takes away what there is: whichever was killed, nothing stays.
@@ -24,6 +25,7 @@
 mod auto;
 mod bundle;
 mod config;
+mod covered;
 mod files;
 mod inside;
 mod options;

@@ -1,6 +1,7 @@
 //! What a user asks for, and what of it and of the image becomes the program: parsing and putting together, without a look at the host.
 
 use std::collections::BTreeSet;
+use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
@@ -181,35 +182,49 @@ impl Options {
         Ok(capability_names(&self.cap_add)?.into_iter().filter(|one| one != "ALL").collect())
     }
 
-    /// The tmpfs that were asked for, and those without which little runs on a read-only rootfs. `is_taken`: a volume is there.
-    pub(crate) fn tmpfs(&self, image: &Execution, is_taken: impl Fn(&str) -> bool) -> Result<Vec<Extra>> {
-        let mut all = Vec::new();
+    /// The tmpfs that were asked for, and those without which little runs on a read-only rootfs. `resolve` says where a path leads, and
+    /// `volumes` are where the volumes' do.
+    pub(crate) fn tmpfs(
+        &self,
+        image: &Execution,
+        resolve: impl Fn(&str) -> PathBuf,
+        volumes: &[PathBuf],
+    ) -> Result<Vec<Extra>> {
+        let mut all: Vec<(PathBuf, Extra)> = Vec::new();
         for text in &self.tmpfs {
             let (at, options) = text.split_once(':').unwrap_or((text, ""));
             if !at.starts_with('/') || at.split('/').any(|part| part == "..") || at == "/" {
                 return Err(Error::new(Kind::Usage, "read --tmpfs", text, "it must be an absolute path in the image")
                     .hint("write PATH[:OPTION,...], for example /tmp:size=64m"));
             }
-            all.push(tmpfs(at, options.split(',').filter(|option| !option.is_empty())));
+            let place = resolve(at);
+            if volumes.contains(&place) {
+                return Err(Error::new(Kind::Usage, "mount tmpfs", at, "a volume is to be mounted there, too")
+                    .hint("leave out this --tmpfs, or that -v"));
+            }
+            let one = tmpfs(at, &place, options.split(',').filter(|option| !option.is_empty()));
+            all.push((place, one));
         }
         if self.read_only {
             let usual = WRITABLE_DIRS.iter().copied().chain(image.volumes.iter().map(String::as_str));
             for at in usual {
-                let is_asked = self.tmpfs.iter().any(|text| text.split(':').next() == Some(at));
-                if at.starts_with('/') && at != "/" && !is_asked && !is_taken(at) {
-                    all.push(tmpfs(at, std::iter::empty()));
+                let place = resolve(at);
+                let is_taken = volumes.contains(&place) || all.iter().any(|(taken, _)| *taken == place);
+                if at.starts_with('/') && place != Path::new("/") && !is_taken {
+                    let one = tmpfs(at, &place, std::iter::empty());
+                    all.push((place, one));
                 }
             }
         }
-        Ok(all)
+        Ok(all.into_iter().map(|(_, one)| one).collect())
     }
 }
 
 /// The option of a tmpfs that begins with what the image has there.
 pub(super) const COPY_UP: &str = "tmpcopyup";
 
-/// With what the image has there, as podman's.
-fn tmpfs<'a>(at: &str, options: impl Iterator<Item = &'a str>) -> Extra {
+/// With what the image has there, as podman's. Mounted where the path leads, so that it and what lies below come in their order.
+fn tmpfs<'a>(at: &str, place: &Path, options: impl Iterator<Item = &'a str>) -> Extra {
     let mut all: Vec<String> = ["rprivate", "nosuid", "nodev", COPY_UP].map(Into::into).into();
     for option in options {
         let opposite = match option {
@@ -223,7 +238,8 @@ fn tmpfs<'a>(at: &str, options: impl Iterator<Item = &'a str>) -> Extra {
             all.push(option.to_owned());
         }
     }
-    Extra::Tmpfs { at: at.trim_end_matches('/').to_owned(), options: all }
+    let place = place.to_str().filter(|place| *place != "/").unwrap_or(at);
+    Extra::Tmpfs { at: place.trim_end_matches('/').to_owned(), options: all }
 }
 
 /// `chown`, `CAP_CHOWN`, `all`: in the kernel's form. `ALL` stays.
@@ -391,13 +407,14 @@ mod tests {
 
     #[test]
     fn where_a_tmpfs_is() {
-        let image = Execution { volumes: strings(&["/data", "/tmp"]), ..Execution::default() };
+        let image = Execution { volumes: strings(&["/data", "/tmp", "/var/tmp/"]), ..Execution::default() };
+        let resolve = |at: &str| PathBuf::from(if at == "/var/run" { "/run" } else { at });
         let places = |options: &Options| -> Vec<String> {
-            let all = options.tmpfs(&image, |at| at == "/data").unwrap();
+            let all = options.tmpfs(&image, resolve, &["/data".into()]).unwrap();
             all.into_iter()
                 .map(|extra| match extra {
                     Extra::Tmpfs { at, options } => format!("{at}:{}", options.join(",")),
-                    Extra::File { .. } => unreachable!(),
+                    _ => unreachable!(),
                 })
                 .collect()
         };
@@ -410,10 +427,19 @@ mod tests {
         let at: Vec<_> =
             places(&read_only).into_iter().map(|text| text.split(':').next().unwrap().to_owned()).collect();
         assert_eq!(at, ["/tmp", "/x", "/run", "/var/tmp"]);
+        let slash = Options { tmpfs: strings(&["/tmp/:size=1m", "/var/run"]), read_only: true, ..Options::default() };
+        let usual = "rprivate,nosuid,nodev,tmpcopyup";
+        assert_eq!(
+            places(&slash),
+            [format!("/tmp:{usual},size=1m"), format!("/run:{usual}"), format!("/var/tmp:{usual}")]
+        );
         for bad in ["tmp", "/", "/a/../b"] {
             let options = Options { tmpfs: strings(&[bad]), ..Options::default() };
-            assert_eq!(options.tmpfs(&image, |_| false).map_err(|e| e.kind()).err(), Some(Kind::Usage), "{bad}");
+            assert_eq!(options.tmpfs(&image, resolve, &[]).map_err(|e| e.kind()).err(), Some(Kind::Usage), "{bad}");
         }
+        let both = Options { tmpfs: strings(&["/data/"]), ..Options::default() };
+        let error = both.tmpfs(&image, resolve, &["/data".into()]).unwrap_err();
+        assert!(error.kind() == Kind::Usage && error.remedy().contains("-v"), "{error}");
     }
 
     #[test]

@@ -93,6 +93,13 @@ pub(super) fn is_group_mapped(id: u32) -> bool {
     })
 }
 
+/// The container's root with these ids, where root of this namespace is nobody inside: what is made here must belong to it.
+pub(super) fn other_root((uids, gids): &(Vec<IdRange>, Vec<IdRange>)) -> Option<(u32, u32)> {
+    let root = |all: &[IdRange]| all.iter().find(|range| range.inside == 0).map(|range| range.outside);
+    let is_inside = |all: &[IdRange]| all.iter().any(|range| range.outside == 0);
+    if is_inside(uids) || is_inside(gids) { None } else { Some((root(uids)?, root(gids)?)) }
+}
+
 /// `--userns=keep-id`: inside, `own` is who was 0 in the outer namespace, and every other id one of its others, in order.
 pub(crate) fn keep_id(own: u32, outer: &[IdRange]) -> Vec<IdRange> {
     let others = outer.iter().map(|r| r.count).sum::<u32>().saturating_sub(1);
@@ -114,6 +121,15 @@ mod tests {
 
     fn range(inside: u32, outside: u32, count: u32) -> IdRange {
         IdRange { inside, outside, count }
+    }
+
+    #[test]
+    fn whose_what_is_made_must_be() {
+        let auto = (vec![range(0, 1024, 1024)], vec![range(0, 2048, 1024)]);
+        assert_eq!(other_root(&auto), Some((1024, 2048)));
+        let outer = [range(0, 1000, 1), range(1, 100_000, 65_536)];
+        assert_eq!(other_root(&(keep_id(1000, &outer), keep_id(1000, &outer))), None);
+        assert_eq!(other_root(&(Vec::new(), Vec::new())), None);
     }
 
     #[test]

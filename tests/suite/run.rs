@@ -329,18 +329,132 @@ case!(
         import(stage);
         for runtime in &runtimes() {
             let inner = format!(
-                "stty -g >before; $F run -it --runtime {runtime} {NAME} sh -c \"tty; stty size; exit 5\"; echo code $?; stty -g >after"
+                "stty rows 33 cols 101; stty -g >before; $F run -it --runtime {runtime} {NAME} sh -c \"tty; stty size; exit 5\"; echo code $?; stty -g >after"
             );
             let text = format!("script -qec '{inner}' /dev/null </dev/null");
             let said = script(stage, &text).ok();
             // youki 0.7 makes no terminal of its own in the foreground: the program has this one.
             let terminal = if runtime.contains("youki") { "not a tty" } else { "/dev/pts/0" };
-            assert!(said.out().contains(terminal) && said.out().contains("code 5"), "{runtime}: {}", said.describe());
+            for answer in [terminal, "code 5", "33 101"] {
+                assert!(said.out().contains(answer), "{runtime} should say {answer:?}: {}", said.describe());
+            }
             let read = |name: &str| fs::read_to_string(stage.path(name)).expect("read");
             assert_eq!(read("before"), read("after"), "{runtime}: the terminal is as it was");
         }
     },
 );
+
+/// Options, and where the volume is: at or below a place where the runtime mounts something.
+const COVERED: &[(&[&str], &str)] = &[
+    (&["--read-only", "-v", "./vol:/tmp/data"], "/tmp/data"),
+    (&["--read-only", "-v", "./vol:/run/a/b"], "/run/a/b"),
+    (&["--read-only", "-v", "./vol:/var/run"], "/run"),
+    (&["--read-only", "-v", "./vol:/var/run/data"], "/run/data"),
+    (&["--tmpfs", "/srv", "-v", "./vol:/srv/data"], "/srv/data"),
+    (&["--tmpfs", "/srv", "-v", "./other:/srv/d", "--tmpfs", "/srv/d/t", "-v", "./vol:/srv/d/t/v"], "/srv/d/t/v"),
+    (&["-v", "./vol:/dev/shm"], "/dev/shm"),
+    (&["-v", "./vol:/dev/x/y"], "/dev/x/y"),
+];
+
+// What a program writes to a volume must be on the host afterwards, whatever the runtime mounts above it.
+case!("run_volumes_below_a_tmpfs_and_dev", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("vol");
+    stage.mkdir("other");
+    stage.write("vol/f", "from outside\n");
+    let is_user = stage.lane.enter == Enter::User;
+    for runtime in &runtimes() {
+        let written = |options: &[&str], at: &str| {
+            let command = format!("cat {at}/f && grep ' {at} ' /proc/self/mountinfo && echo new >{at}/new");
+            let said = run(stage, runtime, options, &command).ok();
+            let out = said.out();
+            let flags = out.lines().last().and_then(|line| line.split(' ').nth(5)).unwrap_or_default();
+            assert!(out.starts_with("from outside\n"), "{runtime}: {}", said.describe());
+            assert!(flags.contains("nosuid,nodev"), "{runtime}: {}", said.describe());
+            assert_eq!(fs::read_to_string(stage.path("vol/new")).expect("read"), "new\n", "{runtime}: {options:?}");
+            fs::remove_file(stage.path("vol/new")).expect("remove");
+        };
+        COVERED.iter().for_each(|(options, at)| written(options, at));
+        let command = "cat /tmp/v/f; touch /tmp/v/x 2>&1; touch /tmp/x && echo written";
+        let said = run(stage, runtime, &["--read-only", "-v", "./vol:/tmp/v:ro"], command).ok().out();
+        for answer in ["from outside\n", "Read-only file system", "written"] {
+            assert!(said.contains(answer), "{runtime} should say {answer:?}: {said}");
+        }
+        // A file, and a device: the user's runtime has no list of devices that may be opened.
+        let device = if is_user { ": 3<>/dev/fuse" } else { "test -c /dev/fuse" };
+        run(stage, runtime, &["-v", "/dev/fuse:/dev/fuse"], device).ok();
+        let file = run(stage, runtime, &["--read-only", "-v", "./vol/f:/run/.containerenv"], "cat /run/.containerenv");
+        assert_eq!(file.ok().out(), "from outside\n", "{runtime}");
+        if is_user && lacks(runtime, "user namespace").is_none() {
+            written(&["--userns", "keep-id", "--read-only", "-v", "./vol:/run/a/b"], "/run/a/b");
+            let said =
+                run(stage, runtime, &["--userns", "auto", "--read-only", "-v", "./vol:/run/a/b"], "cat /run/a/b/f");
+            assert_eq!(said.ok().out(), "from outside\n", "{runtime}");
+            let made = run(stage, runtime, &["--userns", "auto", "--read-only", "-w", "/tmp/a/b"], "stat -c %U . ..");
+            assert_eq!(made.ok().out(), "root\nroot\n", "{runtime}");
+        }
+        for (options, why) in [
+            (["--tmpfs", "/srv/d", "-v", "./vol:/srv/d/"], "a volume is to be mounted there"),
+            (["--tmpfs", "/run/d/", "-v", "./vol:/var/run/d"], "a volume is to be mounted there"),
+            (["-v", "./other:/other:ro", "-v", "./vol:/other/no/such"], "read-only volume"),
+            (["-v", "./vol:/proc", "-v", "./other:/other"], "the kernel's own /proc"),
+        ] {
+            let said = run(stage, runtime, &options, "true").fails(125, &[why]);
+            assert!(!said.err().contains("--backend"), "{}", said.describe());
+        }
+        // The runtime has made the place of a file of its own in it, where the volume was /run.
+        fs::remove_file(stage.path("vol/.containerenv")).expect("remove");
+        assert_eq!(fs::read_dir(stage.path("vol")).expect("list").count(), 1, "{runtime}");
+        stage.assert_nothing_left("after volumes that were put aside");
+    }
+    let bundle = stage.fsprov(["bundle", "--read-only", "-v", "./vol:/tmp/data", NAME, "b", "true"]).run();
+    bundle.fails_saying(&["/tmp/data", "on top of it", "fsprov run"]);
+    assert_eq!(fs::read_to_string(stage.path("vol/f")).expect("read"), "from outside\n");
+    stage.assert_nothing_left("after a bundle that was refused");
+});
+
+case!("run_where_a_volume_or_a_tmpfs_is_the_place_of_a_usual_one", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("empty");
+    for runtime in &runtimes() {
+        // A read-only volume gets no file that the runtime would have to make.
+        for (options, command) in [
+            (vec!["-v", "./empty:/etc:ro"], "ls -A /etc"),
+            (vec!["-v", "./empty:/run:ro"], "ls -A /run"),
+            (vec!["--read-only", "-v", "./empty:/run:ro"], "ls -A /run"),
+        ] {
+            assert_eq!(run(stage, runtime, &options, command).ok().out(), "", "{runtime}: {options:?}");
+        }
+        let size = run(stage, runtime, &["--read-only", "--tmpfs", "/tmp/:size=1m"], "findmnt -no SIZE /tmp");
+        assert_eq!(size.ok().out().trim(), "1M", "{runtime}");
+    }
+});
+
+// Who starts it may have a umask, ignore SIGCHLD, or have nearly as many processes as it may.
+case!("run_with_a_umask_sigchld_and_limits_of_its_parent", lanes, NEEDS, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("vol");
+    stage.mkdir("m");
+    for runtime in &runtimes() {
+        let text = format!(
+            "umask 077; $F run --runtime {runtime} -u 33 -w /new/dir -v ./vol:/vv/x {NAME} stat -c %a . .. /vv /vv/x"
+        );
+        assert_eq!(script(stage, &text).ok().out(), "755\n755\n755\n755\n", "{runtime}");
+        let text = format!("trap '' CHLD; exec $F run --runtime {runtime} {NAME} echo it runs");
+        assert_eq!(script(stage, &text).ok().out(), "it runs\n", "{runtime}");
+    }
+    script(stage, &format!("trap '' CHLD; exec $F mount --id m {NAME} m")).ok();
+    stage.fsprov(["unmount", "m"]).run().ok();
+    if stage.lane.enter == Enter::User {
+        script(stage, &format!("prlimit --nproc=1 $F run {NAME} true")).fails(125, &["start a thread", "ulimit -u"]);
+        let text = format!(
+            "unshare -Urm $F --root one image import {} --name one >&2 && unshare -Urm $F --root one run --runtime crun one id -u",
+            images::minbase_source().expect("minbase.tar").display()
+        );
+        assert_eq!(script(stage, &text).ok().out(), "0\n", "root of a user namespace with one id");
+    }
+    stage.assert_nothing_left("after runs that were started in other ways");
+});
 
 case!("run_sixteen_eight_at_a_time", lanes, NEEDS, |stage: &Stage| {
     import(stage);
