@@ -30,7 +30,10 @@ pub(super) fn open(root: &Path, wanted: &[&Path], program: &Path) -> Result<()> 
         Some(found) => found,
         None => {
             // A state root that others may pass has directories that they may not.
-            if wanted.iter().try_fold(true, |open, path| Ok::<_, Error>(open && first_closed(&below(path))?.is_none()))? {
+            if wanted
+                .iter()
+                .try_fold(true, |open, path| Ok::<_, Error>(open && first_closed(&below(path))?.is_none()))?
+            {
                 return Ok(());
             }
             (open_resolved(&real_root).map_err(|e| fail(&real_root, e))?, real_root.clone())

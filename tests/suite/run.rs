@@ -251,6 +251,12 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
         stage.write("both", &text);
         assert_eq!(script(stage, begin).ok().out(), "it runs\n", "{name}");
     }
+    // Others may pass the state root, and not what is in it.
+    for open in [stage.path(""), stage.state()] {
+        fs::set_permissions(open, fs::Permissions::from_mode(0o755)).expect("chmod");
+    }
+    stage.write("both", format!("\"$F\" run --userns auto {NAME} echo it runs"));
+    assert_eq!(script(stage, begin).ok().out(), "it runs\n");
     if !is_root {
         run(stage, "crun", &["--userns", "auto", "-u", "65536"], "true")
             .fails(125, &["needs 66560 ids", "/etc/subuid"]);
