@@ -26,19 +26,14 @@ pub(super) fn open(root: &Path, wanted: &[&Path], program: &Path) -> Result<()> 
     let real = |path: &Path| std::fs::canonicalize(path).map_err(|e| Error::io(OP, show(path), e));
     let real_root = real(root)?;
     let below = |path: &Path| real_root.join(path.strip_prefix(root).unwrap_or(path));
-    let (closed, covered) = match first_closed(&real_root)? {
-        Some(found) => found,
-        None => {
-            // A state root that others may pass has directories that they may not.
-            if wanted
-                .iter()
-                .try_fold(true, |open, path| Ok::<_, Error>(open && first_closed(&below(path))?.is_none()))?
-            {
-                return Ok(());
-            }
-            (open_resolved(&real_root).map_err(|e| fail(&real_root, e))?, real_root.clone())
+    let mut closed = first_closed(&real_root)?;
+    for path in wanted {
+        // A state root that others may pass has directories that they may not.
+        if closed.is_none() && first_closed(&below(path))?.is_some() {
+            closed = Some((open_resolved(&real_root).map_err(|e| fail(&real_root, e))?, real_root.clone()));
         }
-    };
+    }
+    let Some((closed, covered)) = closed else { return Ok(()) };
     let copy = |found: rustix::io::Result<OwnedFd>, path: &Path| {
         found.and_then(|fd| open_tree_clone(fd, Depth::Recursive)).map_err(|e| fail(path, e))
     };
