@@ -18,6 +18,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
 use crate::plan::IdRange;
 use crate::sys::fs::{explain_named, is_empty, open_in_root, open_named, open_resolved};
+use crate::sys::mount::mount_id;
 use crate::sys::process::ProcessId;
 use crate::volume::VolumeSpec;
 
@@ -306,8 +307,11 @@ impl Written {
 fn make_directory(root: &OwnedFd, path: &str, owner: Option<(u32, u32)>) -> Result<()> {
     const OP: &str = "make working directory";
     let mut at = PathBuf::from("/");
+    let rootfs = mount_id(root)?;
     for part in Path::new(path).components().filter(|part| matches!(part, Component::Normal(_))) {
         let parent = open_in_root(root, &at, OFlags::PATH | OFlags::DIRECTORY).map_err(|e| Error::sys(OP, path, e))?;
+        // What is made in a volume is the user's own.
+        let owner = if mount_id(&parent)? == rootfs { owner } else { None };
         let own = || owner.map_or(Ok(()), |owner| give(&parent, part.as_os_str(), owner));
         match rustix::fs::mkdirat(&parent, part.as_os_str(), Mode::from_raw_mode(0o755)).and_then(|()| own()) {
             Ok(()) | Err(Errno::EXIST) => {}

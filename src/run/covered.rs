@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, StatVfsMountFlags, Uid, chmodat, chownat, fstat, fstatvfs, openat};
 
 use super::config::Extra;
+use rustix::io::Errno;
+
 use crate::error::{Error, Kind, Result, show};
 use crate::sys::fs::{open_in_root, open_resolved, path_of, proc_path};
 use crate::sys::mount::{
@@ -64,7 +66,7 @@ impl Covered {
         Err(Error::new(Kind::Busy, OP, show(&self.at), "its mount point was moved away meanwhile"))
     }
 
-    fn fail(&self, errno: rustix::io::Errno) -> Error {
+    fn fail(&self, errno: Errno) -> Error {
         Error::sys(OP, show(&self.at), errno)
     }
 
@@ -85,8 +87,11 @@ impl Covered {
     fn give(&self, root: &OwnedFd, (uid, gid): (u32, u32)) -> Result<()> {
         let rootfs = mount_id(root)?;
         for at in self.at.ancestors().filter(|at| at.parent().is_some()) {
-            let made = open_in_root(root, at, OFlags::PATH).map_err(|e| self.fail(e))?;
-            // In another volume it is the user's own.
+            let made = match open_in_root(root, at, OFlags::PATH) {
+                // In another volume, which was put aside: it is the user's own.
+                Err(Errno::NOENT) => continue,
+                other => other.map_err(|e| self.fail(e))?,
+            };
             if mount_id(&made)? == rootfs && fstat(&made).map_err(|e| self.fail(e))?.st_uid == 0 {
                 chownat(&made, "", Some(Uid::from_raw(uid)), Some(Gid::from_raw(gid)), AtFlags::EMPTY_PATH)
                     .map_err(|e| self.fail(e))?;

@@ -384,14 +384,16 @@ impl<'a> Inside<'a> {
             if state.is_alone || state.interrupted.is_some() {
                 return Ok(None);
             }
-            let child: Child = command.spawn().map_err(|e| Error::io("start", self.job.runtime.name(), e))?;
+            let mut child: Child = command.spawn().map_err(|e| Error::io("start", self.job.runtime.name(), e))?;
             let runtime = ProcessId::of(child.id() as i32)?;
             state.runtime = Some(runtime);
             if let Err(e) = bundle::note_runtime(call.bundle, runtime) {
                 log::warn!(target: TARGET, "{e}");
             }
-            if self.job.runtime.misses_the_end() {
-                remind(runtime, call.bundle.to_owned())?;
+            if self.job.runtime.misses_the_end()
+                && let Err(error) = remind(runtime, call.bundle.to_owned())
+            {
+                return Err(error.with_undo(child.kill().map_err(|e| Error::io("end", self.job.runtime.name(), e))));
             }
             state.bundle = Some(call.bundle.to_owned());
             state.stop = stop;

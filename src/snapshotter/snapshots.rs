@@ -76,6 +76,8 @@ pub(crate) struct Snapshots {
     mapping: Mutex<()>,
     table: RwLock<Table>,
     ready: Ready,
+    /// No snapshot was left out at the start. Else a container may stand on one, and no claim is given up until there is a start without.
+    is_whole: bool,
 }
 
 /// How many there are.
@@ -127,8 +129,8 @@ impl Snapshots {
             mapping: Mutex::new(()),
             table: RwLock::new(table),
             ready: Ready::default(),
+            is_whole,
         };
-        // A container may stand on what was left out.
         all.claims().set(&all.read(|table| table.layers.keys().cloned().collect()), is_whole)?;
         Self::clear(&all.dirs.fresh())?;
         all.cleanup()?;
@@ -343,8 +345,8 @@ impl Snapshots {
         self.release_shown(&record);
         let _ = std::fs::remove_file(self.merged.own_index(record.number));
         match &record.layer {
-            Some(layer) if !self.is_used(layer) => self.claims().release(layer).map_err(inside),
-            _ => Ok(()),
+            Some(layer) => self.release_unused(layer).map_err(inside),
+            None => Ok(()),
         }
     }
 

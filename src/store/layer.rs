@@ -74,7 +74,10 @@ pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<(LayerMeta, bo
     index.begin_layer(Whiteouts::Oci)?;
     let implied = meta.implied()?;
     let own = Index::open(&at.join(image::INDEX))?;
-    let covers = any_implied(&own, |path| index.stands_out(path))?;
+    let mut covers = any_implied(&own, |path| index.stands_out(path))?;
+    for path in &implied {
+        covers = covers || index.stands_out(path)?;
+    }
     index.add_index(&own, |path, inode| !inode.is_implied && (implied.is_empty() || !implied.contains(path)))?;
     Ok((meta, covers))
 }

@@ -15,7 +15,7 @@ use crate::fault;
 use crate::id::ImageId;
 use crate::index::{Builder, IMPLIED_LOOKS, Index, Whiteouts};
 use crate::paths::image;
-use crate::sys::fs::{open_beneath, open_resolved};
+use crate::sys::fs::{open_beneath, open_path};
 
 /// One of the layers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,7 +46,7 @@ impl Store {
         let open = |under: &Under| match under {
             Under::Layer(layer) => index_of(layer).map(Look::Index),
             Under::Files(path) => {
-                open_resolved(path).map(Look::Files).map_err(|e| Error::sys("look below layer", show(path), e))
+                open_path(path).map(Look::Files).map_err(|e| Error::sys("look below layer", show(path), e))
             }
         };
         let mut looks: Option<Vec<Look>> = None;

@@ -100,9 +100,10 @@ pub struct Meta {
     /// Does a pathWhitelist hide something that lies on the disk? Then the index alone tells what is in the image.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub is_filtered: bool,
-    /// Do layers on the disk cover directories of others that look otherwise? Then its index alone tells how those look.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub(super) covers: bool,
+    /// Do layers on the disk cover directories of others that look otherwise? Then its index alone tells how those look. A record that does not say is
+    /// older than this; then they may.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(super) covers: Option<bool>,
 }
 
 /// What a name meant until an image got it.
@@ -137,7 +138,7 @@ impl Meta {
             dependencies: Vec::new(),
             filters: Vec::new(),
             is_filtered: false,
-            covers: false,
+            covers: None,
         }
     }
 

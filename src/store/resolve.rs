@@ -106,7 +106,7 @@ impl Store {
         ResolvedImage {
             name: meta.names.first().cloned(),
             is_filtered: meta.is_filtered,
-            has_whiteouts: meta.covers || meta.layers.iter().any(may_have),
+            has_whiteouts: meta.covers.unwrap_or(meta.layers.len() > 1) || meta.layers.iter().any(may_have),
             id: Some(meta.id),
             layers,
             index: Some(dir.join(image::INDEX)),

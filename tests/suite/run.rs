@@ -255,8 +255,18 @@ case!("run_with_ids_of_its_own", lanes, NEEDS, |stage: &Stage| {
     for open in [stage.path(""), stage.state()] {
         fs::set_permissions(open, fs::Permissions::from_mode(0o755)).expect("chmod");
     }
-    stage.write("both", format!("\"$F\" run --userns auto {NAME} echo it runs"));
-    assert_eq!(script(stage, begin).ok().out(), "it runs\n");
+    // Volumes below a tmpfs, one in the other; and what is made in a volume belongs to its owner.
+    fs::create_dir(stage.path("vol/inner")).expect("mkdir");
+    let volumes = "--tmpfs /srv -v ./vol:/srv/a -v ./shared:/srv/a/inner -v ./vol:/w -w /w/new";
+    stage.write(
+        "both",
+        format!(
+            "\"$F\" run --userns auto {volumes} {NAME} sh -c 'cat /srv/a/f; test -e /srv/a/inner/one && echo it runs'"
+        ),
+    );
+    assert_eq!(script(stage, begin).ok().out(), "from outside\nit runs\n");
+    let made = fs::metadata(stage.path("vol/new")).expect("stat").uid();
+    assert_eq!(made, rustix::process::getuid().as_raw());
     if !is_root {
         run(stage, "crun", &["--userns", "auto", "-u", "65536"], "true")
             .fails(125, &["needs 66560 ids", "/etc/subuid"]);

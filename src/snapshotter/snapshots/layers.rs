@@ -163,7 +163,7 @@ impl Snapshots {
     }
 
     pub(super) fn release_unused(&self, layer: &ImageId) -> Result<()> {
-        if self.is_used(layer) { Ok(()) } else { self.claims().release(layer) }
+        if !self.is_whole || self.is_used(layer) { Ok(()) } else { self.claims().release(layer) }
     }
 
     /// Under [`Snapshots::change`]. A claim from before is not relied on: another snapshot's removal may have taken it away.

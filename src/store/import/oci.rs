@@ -105,7 +105,7 @@ impl Store {
             if layer_meta.on_disk == OnDisk::IndexOnly {
                 meta.on_disk = OnDisk::IndexOnly;
             }
-            meta.covers |= covers;
+            meta.covers = Some(covers || meta.covers == Some(true));
             meta.layers.push(diff_id.clone());
         }
         let dir = staging.path().join("image");
