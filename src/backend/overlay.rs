@@ -238,9 +238,9 @@ impl<'a> Making<'a> {
 
     // ---- whiteouts ----
 
-    /// The layers, bottom first, with what hides what the image does not have, and what makes directories look as they should. Its index knows,
-    /// and one layer of ours on top does it: that is right no matter who imported the layers and who mounts them (which of two attributes overlayfs heeds depends on that), and for
-    /// layers that are the lowest here and not in another image.
+    /// The layers, bottom first, with what hides what the image does not have, and what makes directories look as they should. Its index knows, and
+    /// one layer of ours on top does it: that is right no matter who imported the layers and who mounts them (which of two attributes overlayfs
+    /// heeds depends on that), and for layers that are the lowest here and not in another image.
     fn with_whiteouts(&self, layers: Vec<Layer>) -> Result<Vec<Layer>> {
         let Some(file) = &self.places.index else { return self.with_scanned_whiteouts(layers) };
         if !self.plan.has_whiteouts {

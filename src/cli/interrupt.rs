@@ -31,7 +31,7 @@ impl Undoing {
         args.extend(id.into_iter().flat_map(|id| ["--id".into(), id.as_str().into()]));
         let is_over = Arc::new(AtomicBool::new(false));
         let (over, signals) = (Arc::clone(&is_over), Termination::catch()?);
-        let started = std::thread::Builder::new().spawn(move || {
+        crate::run::start_thread("that waits for signals", move || {
             let came = signals.wait(None).is_ok_and(|woken| woken == Woken::BySignal);
             if !came || over.load(Ordering::Relaxed) {
                 return;
@@ -40,10 +40,6 @@ impl Undoing {
             let error = std::process::Command::new("/proc/self/exe").args(args).exec();
             output::note(&format!("fsprov: {error}; `fsprov recover` takes it back"));
             std::process::exit(INTERRUPTED);
-        });
-        started.map_err(|e| {
-            Error::io("start a thread", "that waits for signals", e)
-                .hint("raise this user's limit of processes (ulimit -u)")
         })?;
         Ok(Undoing(is_over))
     }

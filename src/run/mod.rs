@@ -283,7 +283,7 @@ pub(crate) fn run(job: &Job) -> Result<u8> {
 }
 
 /// A thread that nobody waits for; a host may have no more of them for this user (EAGAIN).
-fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+pub(crate) fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
     let started = std::thread::Builder::new().spawn(work).map(drop);
     started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
 }

@@ -9,9 +9,10 @@ use super::Store;
 use super::archive::unpack::Placed;
 use super::archive::whiteout::LayerWhiteouts;
 use super::meta::{OnDisk, read_bounded};
+use super::tree::damaged;
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
-use crate::index::{Builder, Damaged, Index, Whiteouts};
+use crate::index::{Builder, Index, Whiteouts};
 use crate::paths::image;
 use crate::sys::durable::{Survives, write_file};
 
@@ -80,10 +81,6 @@ pub(super) fn add_layer(index: &mut Builder, at: &Path) -> Result<(LayerMeta, bo
     }
     index.add_index(&own, |path, inode| !inode.is_implied && (implied.is_empty() || !implied.contains(path)))?;
     Ok((meta, covers))
-}
-
-pub(super) fn damaged(error: Damaged) -> Error {
-    Error::new(Kind::Integrity, "read index", "", error)
 }
 
 /// Does this hold for one of the directories that no entry speaks of?

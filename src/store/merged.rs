@@ -9,7 +9,8 @@ use rustix::fs::{FileType, OFlags, fstat};
 
 use super::Store;
 use super::changes::Upper;
-use super::layer::{add_layer, any_implied, damaged};
+use super::layer::{add_layer, any_implied};
+use super::tree::damaged;
 use crate::error::{Error, Result, show};
 use crate::fault;
 use crate::id::ImageId;

@@ -9,11 +9,12 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags};
 use rustix::io::Errno;
 
 use super::walk::OPEN_DIR;
-use crate::error::{Error, Kind, Result, show};
+use crate::error::{Error, Result, show};
 use crate::index::read::InodeKind;
-use crate::index::{Damaged, Index, Time, Xattr};
+use crate::index::{Index, Time, Xattr};
 use crate::store::archive::pax::is_xattr_taken;
 use crate::store::archive::write::read_xattrs;
+use crate::store::tree::damaged;
 use crate::sys::fs::open_beneath;
 
 /// The layers, merged.
@@ -120,8 +121,4 @@ impl Below {
             }
         }
     }
-}
-
-fn damaged(error: Damaged) -> Error {
-    Error::new(Kind::Integrity, "read index", "", error)
 }
