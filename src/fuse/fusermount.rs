@@ -1,8 +1,6 @@
 //! `fusermount3`, which mounts FUSE for users who may not: it gets a socket and sends the open /dev/fuse back over it.
 
 use std::ffi::OsStr;
-use std::io::IoSliceMut;
-use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
@@ -10,8 +8,8 @@ use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::io::Errno;
-use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
+use crate::child::channel::receive_descriptor;
 use crate::error::{Error, Kind, Result, show};
 use crate::sys::mount::Unmount;
 
@@ -40,7 +38,7 @@ pub(super) fn mount(program: &Path, point: &Path, options: &str) -> Result<Owned
     let args = [OsStr::new("-o"), OsStr::new(options), OsStr::new("--"), point.as_os_str()];
     // Its stdin is the socket: no other descriptor has to be passed on.
     let mut child = start(program, &args, Stdio::from(OwnedFd::from(theirs)))?;
-    let received = receive(&ours);
+    let received = receive_descriptor(&ours);
     if matches!(received, Err(Errno::AGAIN)) {
         give_up(&mut child);
         return Err(Error::new(Kind::Helper, OP, show(point), format!("{} does not answer", show(program))));
@@ -100,25 +98,6 @@ fn give_up(child: &mut Child) {
     if child.kill().is_ok() {
         let _ = child.wait();
     }
-}
-
-/// One byte with one descriptor. `None`: the other end was closed without.
-fn receive(socket: &UnixStream) -> rustix::io::Result<Option<OwnedFd>> {
-    let mut byte = [0_u8];
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut control = RecvAncillaryBuffer::new(&mut space);
-    loop {
-        match recvmsg(socket, &mut [IoSliceMut::new(&mut byte)], &mut control, RecvFlags::CMSG_CLOEXEC) {
-            Err(Errno::INTR) => {}
-            Err(e) => return Err(e),
-            Ok(_) => break,
-        }
-    }
-    let first = control.drain().find_map(|message| match message {
-        RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
-        _ => None,
-    });
-    Ok(first)
 }
 
 /// What fusermount3 writes (libfuse 3.2 to 3.17), what kind of failure it is, and what helps.

@@ -6,7 +6,6 @@ use std::os::unix::process::ExitStatusExt as _;
 use std::path::PathBuf;
 use std::process::{Child, ExitCode, ExitStatus};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use rustix::fs::{FileType, Gid, Mode, Stat, Uid, fchmod, fchown, fstat};
 use rustix::mount::{MountFlags, MountPropagationFlags, mount, mount_change};
@@ -14,11 +13,12 @@ use rustix::process::Signal;
 
 use super::auto::{self, Spare, Taken};
 use super::bundle::{self, Bundle, Root};
+use super::console::{Console, Window};
 use super::covered::{self, Covered};
 use super::passage;
 use super::runtime::Call;
 use super::users::{self, Maps};
-use super::{Answer, BY_SIGNAL, FAILED, Job, Order, TARGET, UserNs, start_thread};
+use super::{Answer, BY_SIGNAL, FAILED, Job, Order, PATIENCE, PAUSE, TARGET, UserNs, start_thread};
 use crate::child::{self, channel::Channel};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -30,10 +30,6 @@ use crate::provisioner::{Detach, Provisioner, Request, Selector, upper_id};
 use crate::sys::process::ProcessId;
 use crate::sys::raw::{self, Users};
 
-/// How long a program has to end after its stop signal, and after SIGKILL.
-pub(super) const PATIENCE: Duration = Duration::from_secs(5);
-/// How often what is busy is tried again.
-pub(super) const PAUSE: Duration = Duration::from_millis(50);
 /// Longest job: arguments and environment are below 2 MiB together (execve(2)).
 const MAX_JOB_BYTES: u64 = 16 << 20;
 
@@ -120,6 +116,8 @@ struct State {
     runtime: Option<ProcessId>,
     /// Where the container's pid is, from then on.
     bundle: Option<PathBuf>,
+    /// The program's terminal, if the runtime hands it over.
+    window: Option<Arc<Window>>,
     /// The signal that ends the program.
     stop: Option<Signal>,
     /// A signal that came before there was a program.
@@ -145,6 +143,10 @@ impl Watch {
 
     fn pass_on(&self, number: i32) {
         let mut state = self.state();
+        // The kernel tells the program.
+        if number == libc::SIGWINCH && state.window.as_ref().is_some_and(|window| window.fit()) {
+            return;
+        }
         match state.runtime {
             Some(runtime) => {
                 let Some(signal) = Signal::from_named_raw(number) else { return };
@@ -164,8 +166,12 @@ impl Watch {
     fn end(&self) {
         let mut state = self.state();
         state.is_alone = true;
-        let (bundle, stop, runtime) = (state.bundle.clone(), state.stop, state.runtime);
+        let (bundle, stop, runtime, window) = (state.bundle.clone(), state.stop, state.runtime, state.window.clone());
         drop(state);
+        // The terminal as it was, for who reads it now; the program's hangs up.
+        if let Some(window) = window {
+            window.close();
+        }
         let Some(bundle) = bundle else { return };
         let ended = (|| {
             let Some(first) = bundle::first_process_of(&bundle, runtime, PATIENCE) else { return Ok(()) };
@@ -378,6 +384,9 @@ impl<'a> Inside<'a> {
         if is_auto {
             passage::open(self.paths.root(), &[&root.path, call.bundle], self.job.runtime.path())?;
         }
+        let has_console = self.job.options.terminal && self.job.runtime.hands_over_terminal();
+        let (console, stdin) =
+            if has_console { (Some(Console::expect(call.bundle, stdin)?), None) } else { (None, Some(stdin)) };
         let mut command = self.job.runtime.run(call, stdin);
         let mut child = {
             let mut state = self.watch.state();
@@ -397,10 +406,17 @@ impl<'a> Inside<'a> {
             }
             state.bundle = Some(call.bundle.to_owned());
             state.stop = stop;
+            state.window = console.as_ref().map(Console::window);
             child
         };
         let status = child.wait().map_err(|e| Error::io("wait for", self.job.runtime.name(), e));
         self.watch.state().runtime = None;
+        if let Some(console) = console {
+            console.finish(|| {
+                let state = self.watch.state();
+                state.is_alone || state.interrupted.is_some()
+            });
+        }
         status.map(Some)
     }
 }

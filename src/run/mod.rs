@@ -17,6 +17,7 @@
 //! | `bundle` | a bundle from all that |
 //! | `runtime` | which runtime, how it is called, what it says |
 //! | `inside` | the process in the middle |
+//! | `console` | the program's terminal |
 //! | `covered` | volumes below what the runtime mounts |
 //! | `passage` | its rootfs, for a runtime whose root is nobody here |
 //!
@@ -25,6 +26,7 @@
 mod auto;
 mod bundle;
 mod config;
+mod console;
 mod covered;
 mod files;
 mod inside;
@@ -39,6 +41,7 @@ use std::os::fd::{AsFd as _, OwnedFd};
 use std::os::unix::process::ExitStatusExt as _;
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
+use std::time::Duration;
 
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
@@ -72,6 +75,11 @@ pub(crate) const NOT_RUN: u8 = 126;
 pub(crate) const NOT_FOUND: u8 = 127;
 /// What a shell adds to the number of the signal that ended a program.
 const BY_SIGNAL: u8 = 128;
+
+/// How long a program has to end after its stop signal, and after SIGKILL.
+const PATIENCE: Duration = Duration::from_secs(5);
+/// How often what is busy is tried again.
+const PAUSE: Duration = Duration::from_millis(50);
 
 /// Passed on to the program. SIGTSTP stops this process alone: the terminal is its own.
 const FORWARDED: [i32; 9] = [
@@ -333,16 +341,16 @@ fn take_away(job: &Job) -> Result<()> {
     let paths = StatePaths::new(job.root.clone());
     let bundle = paths.container(&job.id).dir().join(bundle::NAME);
     let runtime = bundle::runtime(&bundle);
-    if let Some(first) = bundle::first_process_of(&bundle, runtime, inside::PATIENCE) {
+    if let Some(first) = bundle::first_process_of(&bundle, runtime, PATIENCE) {
         first.send_signal(rustix::process::Signal::KILL)?;
-        first.wait_gone(inside::PATIENCE)?;
+        first.wait_gone(PATIENCE)?;
     }
     // It ends with its program; one that has missed the end does not.
     if let Some(runtime) = runtime
-        && !runtime.wait_gone(inside::PAUSE)?
+        && !runtime.wait_gone(PAUSE)?
     {
         runtime.send_signal(rustix::process::Signal::CHILD)?;
-        if !runtime.wait_gone(inside::PATIENCE)? {
+        if !runtime.wait_gone(PATIENCE)? {
             runtime.send_signal(rustix::process::Signal::KILL)?;
         }
     }
@@ -364,7 +372,7 @@ impl Terminal {
 
     fn restore(&self) {
         if let Some(before) = &self.0
-            && let Err(e) = tcsetattr(std::io::stdin(), OptionalActions::Drain, before)
+            && let Err(e) = tcsetattr(std::io::stdin(), OptionalActions::Now, before)
         {
             log::debug!(target: TARGET, "restore the terminal: {e}");
         }

@@ -122,6 +122,11 @@ impl Runtime {
         self.is_youki()
     }
 
+    /// Can it hand the terminal over and yet wait for the end? runc and youki want `--detach` for that; runc shows it well itself.
+    pub(crate) fn hands_over_terminal(&self) -> bool {
+        self.is_crun()
+    }
+
     fn is_youki(&self) -> bool {
         self.name().contains("youki")
     }
@@ -141,17 +146,14 @@ impl Runtime {
         command
     }
 
-    /// Run a container to its end, with this stdin.
-    pub(crate) fn run(&self, call: &Call<'_>, stdin: OwnedFd) -> Command {
+    /// Run a container to its end, with this stdin, or with a terminal that it hands over.
+    pub(crate) fn run(&self, call: &Call<'_>, stdin: Option<OwnedFd>) -> Command {
         let mut command = self.command(call);
-        command
-            .arg("run")
-            .arg("--bundle")
-            .arg(call.bundle)
-            .arg("--pid-file")
-            .arg(call.pid_file())
-            .arg(call.id.as_str());
-        command.stdin(stdin);
+        command.arg("run").arg("--bundle").arg(call.bundle).arg("--pid-file").arg(call.pid_file());
+        if stdin.is_none() {
+            command.arg("--console-socket").arg(call.bundle.join(super::console::SOCKET));
+        }
+        command.arg(call.id.as_str()).stdin(stdin.map_or_else(Stdio::null, Stdio::from));
         command
     }
 

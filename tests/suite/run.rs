@@ -360,6 +360,73 @@ case!(
     },
 );
 
+// crun 1.8 looks at its terminal no more once it has seen the program end: here it sees that first, having waited for who reads its pid file.
+case!(
+    "run_with_a_terminal_loses_no_output",
+    lanes,
+    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
+    |stage: &Stage| {
+        import(stage);
+        let slow = stage.path("crun-slow");
+        let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; mkfifo \"$word\"; }\n  \
+                args+=(\"$word\"); before=$word\ndone\n\
+                if [ -n \"${file-}\" ]; then (sleep 0.5; cat \"$file.late\" >\"$file.new\"; mv \"$file.new\" \"$file\") & fi\n\
+                exec crun \"${args[@]}\"\n";
+        fs::write(&slow, text).expect("write");
+        fs::set_permissions(&slow, fs::Permissions::from_mode(0o755)).expect("chmod");
+        let inner = format!("$F run -it --runtime {} {NAME} sh -c \"seq 300; exit 5\"; echo code $?", slow.display());
+        let said = script(stage, &format!("script -qec '{inner}' /dev/null </dev/null")).ok();
+        // `script` types ^@ at the end of its stdin.
+        let lines: Vec<_> = said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect();
+        let want: Vec<_> = (1..=300).map(|n| n.to_string()).chain(["code 5".to_owned()]).collect();
+        assert_eq!(lines, want, "{}", said.describe());
+    }
+);
+
+// The program is told when the window changes its size, and sees the new one.
+case!(
+    "run_with_a_terminal_follows_its_size",
+    lanes,
+    &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("script")],
+    |stage: &Stage| {
+        import(stage);
+        for runtime in ["crun", "runc"] {
+            let program = "trap \\\"stty size; exit 7\\\" WINCH; echo ready >/mark/ready; while :; do sleep 0.1; done";
+            let inner = format!(
+                "stty rows 33 cols 101; T=$(tty); (until [ -e mark/ready ]; do sleep 0.05; done; stty -F $T rows 44 cols 55) & \
+             $F run -it -v ./mark:/mark --runtime {runtime} {NAME} sh -c \"{program}\"; echo code $?"
+            );
+            let said =
+                script(stage, &format!("rm -rf mark; mkdir mark; script -qec '{inner}' /dev/null </dev/null")).ok();
+            assert!(said.out().contains("44 55") && said.out().contains("code 7"), "{runtime}: {}", said.describe());
+        }
+    }
+);
+
+// Who reads the terminal may go away, or the command may be killed: the program's terminal hangs up, and the user's is as it was.
+case!(
+    "run_with_a_terminal_that_hangs_up",
+    lanes,
+    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
+    |stage: &Stage| {
+        import(stage);
+        let run = format!("$F run -it -v ./mark:/mark --runtime crun {NAME}");
+        let inner = format!(
+            "T=$(tty); stty -g >before; {run} yes | head -1; echo $?; \
+         {run} sh -c \"echo ready >/mark/ready; sleep 1000\" <$T & P=$!; until [ -e mark/ready ]; do sleep 0.05; done; \
+         stty -g >raw; kill -9 $P; wait $P; sleep 0.5; stty -g >after"
+        );
+        script(stage, &format!("mkdir mark; script -qec '{inner}' out </dev/null")).ok();
+        let [before, raw, after] =
+            ["before", "raw", "after"].map(|name| fs::read_to_string(stage.path(name)).expect("read"));
+        assert_ne!(before, raw, "each key was passed on");
+        assert_eq!(before, after, "the terminal is as it was");
+        let out = fs::read_to_string(stage.path("out")).expect("read");
+        assert!(out.contains("y\r\n") && out.contains("0\r\n"), "{out}");
+        assert!(system::eventually(Duration::from_secs(20), || stage.records().is_empty()), "{:?}", stage.records());
+    }
+);
+
 /// Options, and where the volume is: at or below a place where the runtime mounts something.
 const COVERED: &[(&[&str], &str)] = &[
     (&["--read-only", "-v", "./vol:/tmp/data"], "/tmp/data"),

@@ -1,0 +1,251 @@
+//! The program's terminal, where the runtime hands it over (`--console-socket`): what it shows is copied to stdout, what is typed to it.
+//!
+//! crun copies too, but writes to its log instead of stdout what it reads after the program's end (1.8.1, `flush_fd_to_err`), and follows no
+//! change of the window's size.
+
+use std::fs::File;
+use std::io::{Read as _, Write as _};
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixListener;
+use std::path::Path;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
+use std::sync::{Arc, Mutex, PoisonError};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::fs::{Mode, OFlags, open};
+use rustix::io::{Errno, retry_on_intr};
+use rustix::pipe::{PipeFlags, pipe_with};
+use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
+
+use super::{PAUSE, TARGET, start_thread};
+use crate::child::channel::receive_descriptor;
+use crate::error::{Error, Result, show};
+use crate::sys::fs::proc_path;
+
+/// Its socket in the bundle.
+pub(super) const SOCKET: &str = "console.sock";
+
+/// How long somebody else may keep the terminal open, and quiet, after the program's end. Without such a one, nothing is waited for.
+const LAST_WORDS: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+/// Most that such a one may write then: what the program wrote before lies in the kernel's buffers (64 KiB, drivers/tty/pty.c).
+const MAX_LAST_WORDS: usize = 1 << 20;
+const PIECE: usize = 16 << 10;
+
+/// A terminal to come.
+#[derive(Debug)]
+pub(super) struct Console {
+    window: Arc<Window>,
+    /// Closed when the runtime has ended.
+    going: OwnedFd,
+    copied: Receiver<()>,
+}
+
+/// Two terminals, one showing the other.
+#[derive(Debug)]
+pub(super) struct Window {
+    /// What this process was given.
+    stdin: File,
+    stdout: File,
+    state: Mutex<State>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The program's terminal, seen from here. It hangs up when this goes.
+    inner: Option<Arc<File>>,
+    /// How stdin was before each key was passed on.
+    before: Option<Termios>,
+    is_over: bool,
+}
+
+impl Console {
+    /// Wait for the terminal of the runtime that is started next.
+    pub(super) fn expect(bundle: &Path, stdin: OwnedFd) -> Result<Self> {
+        const OP: &str = "listen in";
+        let fail = |e| Error::sys(OP, show(bundle), e);
+        // The path may be longer than `sun_path` (unix(7)).
+        let dir = open(bundle, OFlags::PATH | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty()).map_err(fail)?;
+        let socket = UnixListener::bind(Path::new(&proc_path(&dir)).join(SOCKET));
+        let socket = socket.map_err(|e| Error::io(OP, show(bundle), e))?;
+        let (end, going) = pipe_with(PipeFlags::CLOEXEC).map_err(fail)?;
+        let stdout = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0).map_err(fail)?;
+        let window = Arc::new(Window { stdin: stdin.into(), stdout: stdout.into(), state: Mutex::default() });
+        let (done, copied) = channel();
+        let shown = Arc::clone(&window);
+        start_thread("that shows the terminal", move || {
+            let _done = done;
+            // Who reads stdout may have enough (EPIPE).
+            if let Err(e) = shown.show(&socket, end) {
+                log::info!(target: TARGET, "the program's terminal: {e}");
+            }
+            shown.close();
+        })?;
+        Ok(Console { window, going, copied })
+    }
+
+    pub(super) fn window(&self) -> Arc<Window> {
+        Arc::clone(&self.window)
+    }
+
+    /// The runtime has ended: wait until all is shown that the program wrote, unless `is_over`.
+    pub(super) fn finish(self, is_over: impl Fn() -> bool) {
+        drop(self.going);
+        while self.copied.recv_timeout(PAUSE) == Err(RecvTimeoutError::Timeout) && !is_over() {}
+        self.window.close();
+    }
+}
+
+impl Window {
+    fn state(&self) -> std::sync::MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Show this terminal, and pass each key on.
+    fn open(&self, inner: OwnedFd) -> Option<Arc<File>> {
+        let mut state = self.state();
+        if state.is_over {
+            return None;
+        }
+        if let Ok(before) = tcgetattr(&self.stdin) {
+            let mut raw = before.clone();
+            raw.make_raw();
+            match tcsetattr(&self.stdin, OptionalActions::Now, &raw) {
+                Ok(()) => state.before = Some(before),
+                Err(e) => log::debug!(target: TARGET, "set the terminal: {e}"),
+            }
+        }
+        let inner = Arc::new(File::from(inner));
+        state.inner = Some(Arc::clone(&inner));
+        Some(inner)
+    }
+
+    /// Let the program's terminal hang up, and leave the other as it was.
+    pub(super) fn close(&self) {
+        let mut state = self.state();
+        state.is_over = true;
+        state.inner.take();
+        if let Some(before) = state.before.take()
+            && let Err(e) = tcsetattr(&self.stdin, OptionalActions::Now, &before)
+        {
+            log::debug!(target: TARGET, "restore the terminal: {e}");
+        }
+    }
+
+    /// Give the inner terminal the size of the outer one. `false`: nothing has changed.
+    pub(super) fn fit(&self) -> bool {
+        let inner = self.state().inner.clone();
+        let size = tcgetwinsize(&self.stdin).or_else(|_| tcgetwinsize(&self.stdout));
+        let (Some(inner), Ok(size)) = (inner, size) else { return false };
+        let same = |have: Winsize| (have.ws_row, have.ws_col) == (size.ws_row, size.ws_col);
+        if size.ws_row == 0 || size.ws_col == 0 || tcgetwinsize(&*inner).is_ok_and(same) {
+            return false;
+        }
+        tcsetwinsize(&*inner, size).inspect_err(|e| log::debug!(target: TARGET, "set the terminal's size: {e}")).is_ok()
+    }
+
+    fn show(self: &Arc<Self>, socket: &UnixListener, end: OwnedFd) -> std::io::Result<()> {
+        if !is_ready(socket, &end)? {
+            return Ok(());
+        }
+        let (stream, _) = socket.accept()?;
+        if !is_ready(&stream, &end)? {
+            return Ok(());
+        }
+        let Some(inner) = receive_descriptor(&stream)? else { return Ok(()) };
+        let Some(inner) = self.open(inner) else { return Ok(()) };
+        // It may have changed since the bundle was written.
+        self.fit();
+        let (typed, no_more) = (Arc::clone(self), end.try_clone()?);
+        let started = start_thread("that reads the terminal", move || {
+            if let Err(e) = typed.type_on(&no_more) {
+                log::debug!(target: TARGET, "read the terminal: {e}");
+            }
+        });
+        if let Err(e) = started {
+            log::warn!(target: TARGET, "{e}");
+        }
+        self.copy_from(&inner, end)
+    }
+
+    fn copy_from(&self, mut inner: &File, end: OwnedFd) -> std::io::Result<()> {
+        let (mut piece, mut end, mut left) = ([0; PIECE], Some(end), MAX_LAST_WORDS);
+        loop {
+            match &end {
+                Some(going) if is_ready(inner, going)? => {}
+                Some(_) => {
+                    end = None;
+                    continue;
+                }
+                None if left > 0 && wait(&mut [PollFd::new(inner, PollFlags::IN)], Some(&LAST_WORDS))? => {}
+                None => return Ok(()),
+            }
+            match inner.read(&mut piece) {
+                Ok(length) => {
+                    put(&self.stdout, &piece[..length])?;
+                    if end.is_none() {
+                        left = left.saturating_sub(length);
+                    }
+                }
+                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                // Nobody has it open now. Before the program's end, it may be opened again.
+                Err(e) if e.raw_os_error() == Some(libc::EIO) => {
+                    let Some(going) = &end else { return Ok(()) };
+                    if wait(&mut [PollFd::new(going, PollFlags::IN)], Some(&pause()))? {
+                        return Ok(());
+                    }
+                }
+                Err(e) => return Err(e),
+            }
+        }
+    }
+
+    fn type_on(&self, end: &OwnedFd) -> std::io::Result<()> {
+        let mut piece = [0; PIECE];
+        // What is typed after the end is for the shell that comes next.
+        while is_ready(&self.stdin, end)? && !wait(&mut [PollFd::new(end, PollFlags::IN)], Some(&Timespec::default()))?
+        {
+            match (&self.stdin).read(&mut piece) {
+                Ok(0) => break,
+                Ok(length) => {
+                    let inner = self.state().inner.clone();
+                    let Some(inner) = inner else { break };
+                    put(&inner, &piece[..length])?;
+                }
+                Err(e) if [std::io::ErrorKind::Interrupted, std::io::ErrorKind::WouldBlock].contains(&e.kind()) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+}
+
+fn pause() -> Timespec {
+    Timespec { tv_sec: 0, tv_nsec: PAUSE.subsec_nanos().into() }
+}
+
+/// Wait until one can be read; `false`: no, but the end has come.
+fn is_ready(one: impl AsFd, end: &OwnedFd) -> std::io::Result<bool> {
+    let mut fds = [PollFd::new(&one, PollFlags::IN), PollFd::new(end, PollFlags::IN)];
+    wait(&mut fds, None)?;
+    Ok(!fds[0].revents().is_empty())
+}
+
+/// poll(2); `false`: the time is over.
+fn wait(fds: &mut [PollFd<'_>], patience: Option<&Timespec>) -> std::io::Result<bool> {
+    Ok(retry_on_intr(|| poll(fds, patience))? > 0)
+}
+
+/// Write it all, also where somebody has made the descriptor not wait.
+fn put(mut to: &File, mut bytes: &[u8]) -> std::io::Result<()> {
+    while !bytes.is_empty() {
+        match to.write(bytes) {
+            Ok(length) => bytes = &bytes[length..],
+            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+            Err(e) if e.raw_os_error() == Some(Errno::AGAIN.raw_os_error()) => {
+                wait(&mut [PollFd::new(&to, PollFlags::OUT)], None)?;
+            }
+            Err(e) => return Err(e),
+        }
+    }
+    Ok(())
+}
