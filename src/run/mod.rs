@@ -256,6 +256,11 @@ enum Answer {
 /// Run it to its end. Gives the exit code: the program's, or one of ours, which was explained on stderr.
 pub(crate) fn run(job: &Job) -> Result<u8> {
     let before = Terminal::look();
+    if job.options.terminal {
+        // In the background, this stops it until the user calls it to the front (SIGTTOU). The others have no controlling terminal: nothing
+        // would keep them from reading what is typed to the shell.
+        before.restore();
+    }
     let caught = signal_hook::iterator::Signals::new(FORWARDED).map_err(|e| Error::io("catch signals", "", e))?;
     let (channel, other) = Channel::pair()?;
     let channel = Arc::new(channel);

@@ -427,6 +427,26 @@ case!(
     }
 );
 
+// A job in the background waits for the terminal, as any other program does.
+case!(
+    "run_with_a_terminal_in_the_background",
+    lanes,
+    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
+    |stage: &Stage| {
+        import(stage);
+        let run = format!("$F run -it --runtime crun {NAME} expr 20 + 22");
+        let inner = format!("exec bash -c \"set -m; {run} & sleep 2; cut -d\\  -f3 /proc/\\$!/stat; echo called; fg\"");
+        let said = script(stage, &format!("timeout 20 script -qec '{inner}' /dev/null </dev/null")).ok();
+        let out = said.out();
+        let lines: Vec<_> = out
+            .lines()
+            .map(|line| line.trim_start_matches("^@").trim())
+            .filter(|line| ["T", "called", "42"].contains(line))
+            .collect();
+        assert_eq!(lines, ["T", "called", "42"], "{}", said.describe());
+    }
+);
+
 /// Options, and where the volume is: at or below a place where the runtime mounts something.
 const COVERED: &[(&[&str], &str)] = &[
     (&["--read-only", "-v", "./vol:/tmp/data"], "/tmp/data"),
