@@ -4,6 +4,7 @@
 //! holds the store's shared lock from finding it until a record names it ([`Store::lock_shared`]); who takes one away looks
 //! at the records under the exclusive lock ([`Store::remove`]).
 
+mod acl;
 mod archive;
 #[cfg(feature = "cli")]
 mod changes;

@@ -133,6 +133,25 @@ case!("nobody_gains_access_when_acls_are_left_out", keeps_acls, &[Need::Tool("se
     stage.assert_nothing_left("after all");
 });
 
+case!(
+    "nobody_gains_access_by_the_import_of_a_directory_with_acls",
+    keeps_acls,
+    &[Need::Tool("setfacl")],
+    |stage: &Stage| {
+        let text = "mkdir -p tree/data tree/usr && cd tree && echo s >secret && chgrp 33 secret && chmod 600 secret && mkfifo -m 600 fifo
+        setfacl -m u:2:rw secret fifo && setfacl -m d:u:2:rwx data && setfacl -m u:2:rwx usr && chmod 644 fifo && ln secret zecret";
+        stage.tool("sh", ["-ec", text]).run().ok();
+        let said = stage.fsprov(["image", "import", "tree", "--name", "example.com/tree"]).run().ok().err();
+        assert!(said.contains("those of 3 more") && said.contains("images have no ACLs"), "{said}");
+        let rootfs = stage.mount("example.com/tree", "rootfs", [] as [&str; 0]);
+        let mode = |name: &str| fs::metadata(rootfs.join(name)).expect(name).permissions().mode() & 0o7777;
+        let names = ["secret", "zecret", "fifo", "data", "usr"];
+        assert_eq!(names.map(mode), [0o600, 0o600, 0o604, 0o755, 0o755], "{names:?}");
+        stage.unmount(&rootfs);
+        stage.assert_nothing_left("after all");
+    }
+);
+
 // /var/log/lastlog is such a file: as an archive from outside it would be refused.
 case!("a_file_that_is_mostly_holes_is_committed", keeps_changes, |stage: &Stage| {
     const SIZE: u64 = 300 << 20;

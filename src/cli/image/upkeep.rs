@@ -92,7 +92,11 @@ impl Verify {
             if !found.is_empty() {
                 return Ok(());
             }
-            return output::line(&format!("verified {count} images, {}: all is well", output::size(bytes)));
+            return output::line(&format!(
+                "verified {}, {}: all is well",
+                output::counted(count, "image"),
+                output::size(bytes)
+            ));
         }
         Err(Error::new(Kind::Integrity, "verify the store", "", format!("{left} damaged, see above"))
             .hint("`fsprov image verify --repair` sets the damaged images aside; then import them again"))
@@ -141,10 +145,10 @@ impl Gc {
             return output::json(&done);
         }
         output::line(&format!(
-            "removed {} images, {} layers, {} half-made imports{}: {}",
-            done.images.len(),
-            done.layers.len(),
-            done.staging,
+            "removed {}, {}, {}{}: {}",
+            output::counted(done.images.len(), "image"),
+            output::counted(done.layers.len(), "layer"),
+            output::counted(done.staging, "half-made import"),
             if self.aside { format!(", {} set aside", done.set_aside) } else { String::new() },
             output::size(done.bytes)
         ))

@@ -22,6 +22,7 @@ use crate::fault;
 use crate::image::appc::Manifest;
 use crate::index::{Entry, Time, What, Xattr};
 use crate::paths::image;
+use crate::store::acl::{self, LeftOut};
 use crate::store::limits::Limits;
 use crate::sys::fs::{explain_named, open_named, read_bounded};
 
@@ -236,13 +237,14 @@ impl DirectoryImage {
 
     /// Write the archive.
     pub(crate) fn write(self, sink: &mut Sink<'_>) -> Result<()> {
-        let root_stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
+        let mut root_stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
         let mut walk = Walk {
             sink,
             at: &self.at,
             device: root_stat.st_dev,
             depth: self.depth,
             links: HashMap::new(),
+            acls: LeftOut::default(),
             gone: false,
         };
         let size = self.manifest.len() as u64;
@@ -259,12 +261,20 @@ impl DirectoryImage {
         bytes.extend_from_slice(&self.manifest);
         pad(&mut bytes);
         walk.put(&bytes);
+        walk.leave_acl_out(&self.root, &mut root_stat, b"rootfs")?;
         let xattrs = walk.xattrs(&self.root, b"")?;
         walk.put(&header(b"rootfs/", b"", &entry_of(&root_stat, What::Directory, xattrs)));
         walk.directory(&self.root, &mut b"rootfs".to_vec(), 0)?;
         walk.put(&END);
+        walk.acls.warn(|path| walk.shown(path));
         Ok(())
     }
+}
+
+/// The kernel's 32-bit encoding, as entries have it.
+pub(crate) fn device(stat: &Stat) -> u32 {
+    let (major, minor) = (fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
+    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
 /// The path is in the header already.
@@ -279,6 +289,7 @@ struct Walk<'a, 'b> {
     depth: usize,
     /// First name of each file that has several.
     links: HashMap<u64, Vec<u8>>,
+    acls: LeftOut,
     /// Nobody takes the bytes any more.
     gone: bool,
 }
@@ -288,10 +299,21 @@ impl Walk<'_, '_> {
         self.gone |= self.sink.write_all(bytes).is_err();
     }
 
-    fn fail(&self, op: &'static str, path: &[u8]) -> impl Fn(rustix::io::Errno) -> Error + use<> {
+    fn shown(&self, path: &[u8]) -> String {
         let inside = path.strip_prefix(b"rootfs").unwrap_or(path);
-        let shown = show(self.at.join(OsStr::from_bytes(inside.strip_prefix(b"/").unwrap_or(inside))));
+        show(self.at.join(OsStr::from_bytes(inside.strip_prefix(b"/").unwrap_or(inside))))
+    }
+
+    fn fail(&self, op: &'static str, path: &[u8]) -> impl Fn(rustix::io::Errno) -> Error + use<> {
+        let shown = self.shown(path);
         move |e| Error::sys(op, &shown, e)
+    }
+
+    fn leave_acl_out(&mut self, file: &OwnedFd, stat: &mut Stat, path: &[u8]) -> Result<()> {
+        if acl::leave_out(file, stat).map_err(self.fail("read the ACL of", path))? {
+            self.acls.add(path);
+        }
+        Ok(())
     }
 
     fn directory(&mut self, dir: &OwnedFd, path: &mut Vec<u8>, depth: usize) -> Result<()> {
@@ -325,7 +347,7 @@ impl Walk<'_, '_> {
     fn entry(&mut self, dir: BorrowedFd<'_>, name: &[u8], path: &mut Vec<u8>, depth: usize) -> Result<()> {
         let fail = self.fail("read", path);
         let os_name = OsStr::from_bytes(name);
-        let stat = fs::statat(dir, os_name, AtFlags::SYMLINK_NOFOLLOW).map_err(&fail)?;
+        let mut stat = fs::statat(dir, os_name, AtFlags::SYMLINK_NOFOLLOW).map_err(&fail)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         let is_here = stat.st_dev == self.device;
         if kind != FileType::Directory && stat.st_nlink > 1 && kind != FileType::Socket && is_here {
@@ -336,13 +358,14 @@ impl Walk<'_, '_> {
             }
             self.links.insert(stat.st_ino, path.clone());
         }
-        let (major, minor) = (fs::major(stat.st_rdev), fs::minor(stat.st_rdev));
-        let rdev = (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12);
-        let simple = |what| Ok(entry_of(&stat, what, Vec::new()));
-        let entry: Result<Entry> = match kind {
+        let what = match kind {
             FileType::Directory => {
                 let sub = fs::openat(dir, os_name, OPEN_DIR, Mode::empty()).map_err(&fail)?;
-                let xattrs = if is_here { self.xattrs(&sub, path)? } else { Vec::new() };
+                let mut xattrs = Vec::new();
+                if is_here {
+                    self.leave_acl_out(&sub, &mut stat, path)?;
+                    xattrs = self.xattrs(&sub, path)?;
+                }
                 let bytes = header(&[&**path, b"/"].concat(), b"", &entry_of(&stat, What::Directory, xattrs));
                 self.put(&bytes);
                 if !is_here {
@@ -365,16 +388,18 @@ impl Walk<'_, '_> {
                 log::warn!("{}: a socket is left out", show(self.at.join(OsStr::from_bytes(path))));
                 return Ok(());
             }
-            FileType::Fifo => simple(What::Fifo),
-            FileType::CharacterDevice => simple(What::Char(rdev)),
-            FileType::BlockDevice => simple(What::Block(rdev)),
+            FileType::Fifo => What::Fifo,
+            FileType::CharacterDevice => What::Char(device(&stat)),
+            FileType::BlockDevice => What::Block(device(&stat)),
             FileType::Unknown => {
                 let why = "its kind is unknown";
                 return Err(Error::new(Kind::Invalid, "import", show(self.at.join(OsStr::from_bytes(path))), why));
             }
         };
-        let bytes = header(path, b"", &entry?);
-        self.put(&bytes);
+        let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+        let place = fs::openat(dir, os_name, flags, Mode::empty()).map_err(&fail)?;
+        self.leave_acl_out(&place, &mut stat, path)?;
+        self.put(&header(path, b"", &entry_of(&stat, what, Vec::new())));
         Ok(())
     }
 
@@ -382,7 +407,7 @@ impl Walk<'_, '_> {
         let fail = self.fail("read", path);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = fs::openat(dir, name, flags, Mode::empty()).map_err(&fail)?;
-        let stat = fs::fstat(&file).map_err(&fail)?;
+        let mut stat = fs::fstat(&file).map_err(&fail)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
         let changed = || {
             Error::new(Kind::Busy, "import", show(self.at.join(OsStr::from_bytes(path))), "it changes while it is read")
@@ -390,6 +415,7 @@ impl Walk<'_, '_> {
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
             return Err(changed());
         }
+        self.leave_acl_out(&file, &mut stat, path)?;
         let xattrs = self.xattrs(&file, path)?;
         let what = What::File { size, content: None, sha256: None };
         let bytes = header(path, b"", &entry_of(&stat, what, xattrs));

@@ -5,10 +5,11 @@ use std::collections::HashMap;
 use rustix::fs::FileType;
 
 use super::Upper;
-use super::layer::{device, whiteout};
+use super::layer::whiteout;
 use super::walk::{Found, Is, Shows, Visitor};
 use crate::error::Result;
 use crate::index::{Builder, Entry, What, Whiteouts};
+use crate::store::archive::write::device;
 
 impl Upper {
     /// Put it into `index` as a layer of its own. What it hides has the names that it has in an archive (`.wh.NAME`): they take effect when the

@@ -12,9 +12,10 @@ use super::walk::{Found, Is, Shows, Visitor};
 use super::{Marks, Upper};
 use crate::error::{Error, Kind, Result};
 use crate::index::{Entry, Time, What, Xattr};
+use crate::store::acl::LeftOut;
 use crate::store::archive::pax::Piece;
 use crate::store::archive::read::BLOCK;
-use crate::store::archive::write::{END, header, sparse_header};
+use crate::store::archive::write::{END, device, header, sparse_header};
 use crate::sys::fs::proc_path;
 use crate::tree::upper::marks;
 
@@ -26,16 +27,11 @@ const CHUNK: usize = 256 << 10;
 impl Upper {
     /// Write it as a layer's archive, uncompressed. No time in it is later than `latest`.
     pub(crate) fn write_layer(&self, latest: Option<Time>, out: &mut dyn Write) -> Result<()> {
-        let mut layer = Layer { upper: self, latest, out, links: HashMap::new(), acls: None, buffer: vec![0; CHUNK] };
+        let mut layer =
+            Layer { upper: self, latest, out, links: HashMap::new(), acls: LeftOut::default(), buffer: vec![0; CHUNK] };
         self.walk(&mut layer)?;
         layer.put(&END)?;
-        if let Some((first, count)) = &layer.acls {
-            let more = if *count > 1 { format!(", and those of {} more", count - 1) } else { String::new() };
-            log::warn!(
-                "{}: its ACL is left out{more}: images have no ACLs. Mode bits give nobody more than the ACLs did",
-                self.shown(first)
-            );
-        }
+        layer.acls.warn(|path| self.shown(path));
         Ok(())
     }
 }
@@ -46,8 +42,7 @@ struct Layer<'a> {
     out: &'a mut dyn Write,
     /// The first name of each file that has several.
     links: HashMap<u64, Vec<u8>>,
-    /// The first file that has an ACL, and how many do.
-    acls: Option<(Vec<u8>, u64)>,
+    acls: LeftOut,
     buffer: Vec<u8>,
 }
 
@@ -62,7 +57,7 @@ impl Visitor for Layer<'_> {
             self.links.insert(stat.st_ino, path.to_vec());
         }
         if *has_acl {
-            self.acls.get_or_insert_with(|| (path.to_vec(), 0)).1 += 1;
+            self.acls.add(path);
         }
         match is {
             Is::Directory { xattrs, shows } => {
@@ -91,12 +86,6 @@ impl Visitor for Layer<'_> {
         let at = path.iter().rposition(|b| *b == b'/').map_or(0, |slash| slash + 1);
         self.put(&header(&[&path[..at], b".wh.", &path[at..]].concat(), b"", &whiteout()))
     }
-}
-
-/// The kernel's 32-bit encoding, as entries have it.
-pub(super) fn device(stat: &Stat) -> u32 {
-    let (major, minor) = (rustix::fs::major(stat.st_rdev), rustix::fs::minor(stat.st_rdev));
-    (minor & 0xff) | (major << 8) | ((minor & !0xff) << 12)
 }
 
 /// An empty file of no time and nobody's.

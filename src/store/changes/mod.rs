@@ -6,7 +6,6 @@
 //! A container wrote what is in there, and may go on to write. So everything is opened below the upper's own descriptor, no symlink is followed, and
 //! what is not as it was a moment ago is an error.
 
-mod acl;
 mod below;
 #[cfg(feature = "containerd")]
 mod indexed;

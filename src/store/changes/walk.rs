@@ -9,11 +9,12 @@ use rustix::fs::{self, AtFlags, FileType, Mode, OFlags, Stat};
 use rustix::io::Errno;
 
 use super::owners::of_image;
-use super::{Marks, OPEN_FILE, Upper, acl};
+use super::{Marks, OPEN_FILE, Upper};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
 use crate::index::Xattr;
 use crate::plan::Ownership;
+use crate::store::acl;
 use crate::store::archive::write::read_xattrs;
 use crate::sys::fs::proc_path;
 use crate::tree::upper::{Owner, PERMISSION_BITS, marks};
@@ -189,13 +190,8 @@ impl Walk<'_> {
         let Ownership { uids, gids, .. } = &self.upper.owners;
         (stat.st_uid, stat.st_gid) = (of_image(uids, stat.st_uid), of_image(gids, stat.st_gid));
         let Some(file) = file else { return Ok((stat, false)) };
-        let read = |which| acl::read(file, which).map_err(|e| self.fail(e));
-        let access = read(acl::ACCESS)?;
-        if let Some(acl) = &access {
-            stat.st_mode = acl::mode_without(acl, stat.st_mode);
-        }
-        let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
-        Ok((stat, access.is_some() || is_directory && read(acl::DEFAULT)?.is_some()))
+        let has_acl = acl::leave_out(file, &mut stat).map_err(|e| self.fail(e))?;
+        Ok((stat, has_acl))
     }
 
     fn names(&mut self, dir: &OwnedFd) -> Result<Names> {

@@ -1,18 +1,18 @@
-//! POSIX ACLs of what was changed. Images have none (`pax::is_xattr_taken`): mode bits stand for them.
+//! POSIX ACLs of files that become an image. Images have none (`pax::is_xattr_taken`): mode bits stand for them.
 
 use std::ffi::CStr;
 use std::os::fd::OwnedFd;
 
-use rustix::fs::{fgetxattr, getxattr};
+use rustix::fs::{FileType, Stat, fgetxattr, getxattr};
 use rustix::io::Errno;
 
 use crate::index::MAX_XATTR_BYTES;
 use crate::sys::fs::proc_path;
 
 /// Who may do what with the file.
-pub(super) const ACCESS: &CStr = c"system.posix_acl_access";
+const ACCESS: &CStr = c"system.posix_acl_access";
 /// What new files of a directory get.
-pub(super) const DEFAULT: &CStr = c"system.posix_acl_default";
+const DEFAULT: &CStr = c"system.posix_acl_default";
 
 /// The form of the attribute, and tags of its entries: linux/posix_acl_xattr.h, linux/posix_acl.h.
 const VERSION: u32 = 2;
@@ -20,8 +20,17 @@ const USER: u16 = 0x02;
 const GROUP_OBJ: u16 = 0x04;
 const GROUP: u16 = 0x08;
 
-/// The one that `file` has, which may be open as a place only (O_PATH).
-pub(super) fn read(file: &OwnedFd, which: &CStr) -> rustix::io::Result<Option<Vec<u8>>> {
+/// Make the mode of `file` one without ACL: nobody may do more. The file may be open as a place only (O_PATH). `true`: there is something to leave out.
+pub(super) fn leave_out(file: &OwnedFd, stat: &mut Stat) -> rustix::io::Result<bool> {
+    let access = read(file, ACCESS)?;
+    if let Some(acl) = &access {
+        stat.st_mode = mode_without(acl, stat.st_mode);
+    }
+    let is_directory = FileType::from_raw_mode(stat.st_mode) == FileType::Directory;
+    Ok(access.is_some() || is_directory && read(file, DEFAULT)?.is_some())
+}
+
+fn read(file: &OwnedFd, which: &CStr) -> rustix::io::Result<Option<Vec<u8>>> {
     let mut acl = Vec::with_capacity(MAX_XATTR_BYTES);
     let got = match fgetxattr(file, which, rustix::buffer::spare_capacity(&mut acl)) {
         Err(Errno::BADF) => getxattr(proc_path(file), which, rustix::buffer::spare_capacity(&mut acl)),
@@ -36,7 +45,7 @@ pub(super) fn read(file: &OwnedFd, which: &CStr) -> rustix::io::Result<Option<Ve
 
 /// The mode of a file that loses this ACL: nobody may do more than before. The group's bits are the ACL's mask until then, so they alone would give
 /// the group what was meant for somebody else; and a user or group that the ACL names, to keep it out, falls back to the bits of group and others.
-pub(super) fn mode_without(acl: &[u8], mode: u32) -> u32 {
+fn mode_without(acl: &[u8], mode: u32) -> u32 {
     let closed = mode & !0o077;
     let Some((version, entries)) = acl.split_first_chunk() else { return closed };
     if u32::from_le_bytes(*version) != VERSION {
@@ -59,6 +68,33 @@ pub(super) fn mode_without(acl: &[u8], mode: u32) -> u32 {
         }
     }
     closed | group << 3 | others
+}
+
+/// Those that were left out.
+#[derive(Debug, Default)]
+pub(super) struct LeftOut {
+    first: Option<Vec<u8>>,
+    more: u64,
+}
+
+impl LeftOut {
+    /// That of the file with this path.
+    pub(super) fn add(&mut self, path: &[u8]) {
+        match &self.first {
+            None => self.first = Some(path.to_vec()),
+            Some(_) => self.more += 1,
+        }
+    }
+
+    /// Say so, once; `shown` names a path for people.
+    pub(super) fn warn(&self, shown: impl Fn(&[u8]) -> String) {
+        let Some(first) = &self.first else { return };
+        let more = if self.more > 0 { format!(", and those of {} more", self.more) } else { String::new() };
+        log::warn!(
+            "{}: its ACL is left out{more}: images have no ACLs. Mode bits give nobody more than the ACLs did",
+            shown(first)
+        );
+    }
 }
 
 #[cfg(test)]
