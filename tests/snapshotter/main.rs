@@ -26,7 +26,8 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use rustix::mount::MountFlags;
+use rustix::fs::CWD;
+use rustix::mount::{MountFlags, MoveMountFlags, OpenTreeFlags, mount, move_mount, open_tree};
 
 const INSIDE: &str = "FSPROV_TEST_INSIDE_NAMESPACE";
 
@@ -35,9 +36,7 @@ type Test = fn();
 fn main() -> ExitCode {
     let args = Arguments::from_args();
     let reason = match std::env::var(INSIDE) {
-        Ok(_) => rustix::mount::mount("tmpfs", "/tmp", "tmpfs", MountFlags::empty(), Some(c"mode=0777"))
-            .map_err(|e| format!("tmpfs on /tmp: {e}"))
-            .err(),
+        Ok(_) => empty_tmp().err().map(|e| format!("tmpfs on /tmp: {e}")),
         Err(_) => Some(enter_namespace()),
     };
     let must_run = std::env::var_os("FSPROV_TEST_MUST_RUN").is_some_and(|v| v == "1");
@@ -70,6 +69,20 @@ fn main() -> ExitCode {
         })
         .collect();
     libtest_mimic::run(&args, trials).exit_code()
+}
+
+/// A tmpfs on /tmp; the program stays where it is, also below /tmp.
+fn empty_tmp() -> std::io::Result<()> {
+    let dir = served::program().parent().expect("a directory").to_owned();
+    let is_hidden = dir.starts_with("/tmp");
+    let clone = OpenTreeFlags::OPEN_TREE_CLONE | OpenTreeFlags::OPEN_TREE_CLOEXEC;
+    let kept = if is_hidden { Some(open_tree(CWD, &dir, clone)?) } else { None };
+    mount("tmpfs", "/tmp", "tmpfs", MountFlags::empty(), Some(c"mode=0777"))?;
+    if let Some(kept) = kept {
+        std::fs::create_dir_all(&dir)?;
+        move_mount(kept, "", CWD, &dir, MoveMountFlags::MOVE_MOUNT_F_EMPTY_PATH)?;
+    }
+    Ok(())
 }
 
 /// Becomes this program inside the namespace; returns why that failed.

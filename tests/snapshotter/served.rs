@@ -17,6 +17,11 @@ pub(crate) struct Served {
     pub(crate) patience: Duration,
 }
 
+/// FSPROV_BIN: another build, as for what is measured.
+pub(crate) fn program() -> PathBuf {
+    std::env::var_os("FSPROV_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_fsprov").into()).into()
+}
+
 impl Served {
     /// One that runs.
     pub(crate) fn new() -> Self {
@@ -54,9 +59,7 @@ impl Served {
 
     /// `fsprov` with the state root of this one.
     pub(crate) fn fsprov(&self) -> Command {
-        // FSPROV_BIN: another build, as for what is measured.
-        let program = std::env::var_os("FSPROV_BIN").unwrap_or_else(|| env!("CARGO_BIN_EXE_fsprov").into());
-        let mut command = Command::new(program);
+        let mut command = Command::new(program());
         command.env("FSPROV_ROOT", self.path("root")).env("FSPROV_CONFIG", "").env("LC_ALL", "C");
         command.env_remove("FAILPOINTS").current_dir(self.dir.path());
         command

@@ -510,7 +510,7 @@ fn a_socket_is_passed_by_a_service_manager() {
     let mut child = Command::new("/usr/bin/python3")
         .args(["-c", script])
         .arg(served.socket())
-        .arg(env!("CARGO_BIN_EXE_fsprov"))
+        .arg(crate::served::program())
         .env("FSPROV_ROOT", served.path("root"))
         .env("FSPROV_CONFIG", "")
         .stdin(Stdio::null())
