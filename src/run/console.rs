@@ -4,16 +4,17 @@
 //! change of the window's size.
 
 use std::fs::File;
-use std::io::{Read as _, Write as _};
-use std::os::fd::{AsFd, OwnedFd};
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::{Mode, OFlags, open};
-use rustix::io::{Errno, retry_on_intr};
+use rustix::io::{ioctl_fionbio, retry_on_intr};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
@@ -26,7 +27,7 @@ use crate::sys::fs::proc_path;
 pub(super) const SOCKET: &str = "console.sock";
 
 /// How long somebody else may keep the terminal open, and quiet, after the program's end. Without such a one, nothing is waited for.
-const LAST_WORDS: Timespec = Timespec { tv_sec: 1, tv_nsec: 0 };
+const LAST_WORDS: Duration = Duration::from_secs(1);
 /// Most that such a one may write then: what the program wrote before lies in the kernel's buffers (64 KiB, drivers/tty/pty.c).
 const MAX_LAST_WORDS: usize = 1 << 20;
 const PIECE: usize = 16 << 10;
@@ -47,15 +48,18 @@ pub(super) struct Window {
     stdin: File,
     stdout: File,
     state: Mutex<State>,
+    /// Wakes those who copy: can be read once it is over.
+    over: OwnedFd,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct State {
-    /// The program's terminal, seen from here. It hangs up when this goes.
+    /// The program's terminal, seen from here. It hangs up when nobody has it any more.
     inner: Option<Arc<File>>,
     /// How stdin was before each key was passed on.
     before: Option<Termios>,
-    is_over: bool,
+    /// `None`: it is over.
+    open: Option<OwnedFd>,
 }
 
 impl Console {
@@ -68,8 +72,10 @@ impl Console {
         let socket = UnixListener::bind(Path::new(&proc_path(&dir)).join(SOCKET));
         let socket = socket.map_err(|e| Error::io(OP, show(bundle), e))?;
         let (end, going) = pipe_with(PipeFlags::CLOEXEC).map_err(fail)?;
+        let (over, open) = pipe_with(PipeFlags::CLOEXEC).map_err(fail)?;
         let stdout = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdout(), 0).map_err(fail)?;
-        let window = Arc::new(Window { stdin: stdin.into(), stdout: stdout.into(), state: Mutex::default() });
+        let state = Mutex::new(State { inner: None, before: None, open: Some(open) });
+        let window = Arc::new(Window { stdin: stdin.into(), stdout: stdout.into(), state, over });
         let (done, copied) = channel();
         let shown = Arc::clone(&window);
         start_thread("that shows the terminal", move || {
@@ -103,9 +109,7 @@ impl Window {
     /// Show this terminal, and pass each key on.
     fn open(&self, inner: OwnedFd) -> Option<Arc<File>> {
         let mut state = self.state();
-        if state.is_over {
-            return None;
-        }
+        state.open.as_ref()?;
         if let Ok(before) = tcgetattr(&self.stdin) {
             let mut raw = before.clone();
             raw.make_raw();
@@ -122,7 +126,7 @@ impl Window {
     /// Let the program's terminal hang up, and leave the other as it was.
     pub(super) fn close(&self) {
         let mut state = self.state();
-        state.is_over = true;
+        state.open.take();
         state.inner.take();
         if let Some(before) = state.before.take()
             && let Err(e) = tcsetattr(&self.stdin, OptionalActions::Now, &before)
@@ -144,14 +148,17 @@ impl Window {
     }
 
     fn show(self: &Arc<Self>, socket: &UnixListener, end: OwnedFd) -> std::io::Result<()> {
-        if !is_ready(socket, &end)? {
+        let waits = |fd: BorrowedFd<'_>| Ok::<_, std::io::Error>(ready([fd, end.as_fd(), self.over.as_fd()], None)?[0]);
+        if !waits(socket.as_fd())? {
             return Ok(());
         }
         let (stream, _) = socket.accept()?;
-        if !is_ready(&stream, &end)? {
+        if !waits(stream.as_fd())? {
             return Ok(());
         }
         let Some(inner) = receive_descriptor(&stream)? else { return Ok(()) };
+        // A program that does not read must not keep its terminal from hanging up.
+        ioctl_fionbio(&inner, true)?;
         let Some(inner) = self.open(inner) else { return Ok(()) };
         // It may have changed since the bundle was written.
         self.fit();
@@ -168,31 +175,44 @@ impl Window {
     }
 
     fn copy_from(&self, mut inner: &File, end: OwnedFd) -> std::io::Result<()> {
-        let (mut piece, mut end, mut left) = ([0; PIECE], Some(end), MAX_LAST_WORDS);
+        let (mut piece, mut end) = ([0; PIECE], Some(end));
+        let (mut left, mut patience) = (MAX_LAST_WORDS, LAST_WORDS);
         loop {
-            match &end {
-                Some(going) if is_ready(inner, going)? => {}
-                Some(_) => {
-                    end = None;
-                    continue;
-                }
-                None if left > 0 && wait(&mut [PollFd::new(inner, PollFlags::IN)], Some(&LAST_WORDS))? => {}
-                None => return Ok(()),
+            // In each round: somebody may write all the time.
+            if let Some(going) = &end
+                && ready([going.as_fd()], Some(Duration::ZERO))? == [true]
+            {
+                end = None;
+            }
+            let (over, this) = (self.over.as_fd(), inner.as_fd());
+            let (is_over, is_ready) = if let Some(going) = &end {
+                let [is_over, is_ready, _] = ready([over, this, going.as_fd()], None)?;
+                (is_over, is_ready)
+            } else {
+                let begun = Instant::now();
+                let [is_over, is_ready] = ready([over, this], Some(patience))?;
+                patience = patience.saturating_sub(begun.elapsed());
+                (is_over || !is_ready || left == 0, is_ready)
+            };
+            if is_over {
+                return Ok(());
+            }
+            if !is_ready {
+                continue;
             }
             match inner.read(&mut piece) {
+                Ok(0) => return Ok(()),
                 Ok(length) => {
                     put(&self.stdout, &piece[..length])?;
                     if end.is_none() {
                         left = left.saturating_sub(length);
                     }
                 }
-                Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
+                Err(e) if is_passing(&e) => {}
                 // Nobody has it open now. Before the program's end, it may be opened again.
                 Err(e) if e.raw_os_error() == Some(libc::EIO) => {
                     let Some(going) = &end else { return Ok(()) };
-                    if wait(&mut [PollFd::new(going, PollFlags::IN)], Some(&pause()))? {
-                        return Ok(());
-                    }
+                    ready([over, going.as_fd()], Some(PAUSE))?;
                 }
                 Err(e) => return Err(e),
             }
@@ -201,38 +221,59 @@ impl Window {
 
     fn type_on(&self, end: &OwnedFd) -> std::io::Result<()> {
         let mut piece = [0; PIECE];
-        // What is typed after the end is for the shell that comes next.
-        while is_ready(&self.stdin, end)? && !wait(&mut [PollFd::new(end, PollFlags::IN)], Some(&Timespec::default()))?
-        {
-            match (&self.stdin).read(&mut piece) {
-                Ok(0) => break,
-                Ok(length) => {
-                    let inner = self.state().inner.clone();
-                    let Some(inner) = inner else { break };
-                    put(&inner, &piece[..length])?;
+        let (over, end) = (self.over.as_fd(), end.as_fd());
+        loop {
+            // What is typed after the end is for the shell that comes next.
+            let [is_over, has_ended, _] = ready([over, end, self.stdin.as_fd()], None)?;
+            if is_over || has_ended {
+                return Ok(());
+            }
+            let length = match (&self.stdin).read(&mut piece) {
+                Err(e) if is_passing(&e) => continue,
+                Ok(length) if length > 0 => length,
+                other => {
+                    // The terminal is gone: so is that of the program.
+                    if self.state().before.is_some() {
+                        self.close();
+                    }
+                    return other.map(drop);
                 }
-                Err(e) if [std::io::ErrorKind::Interrupted, std::io::ErrorKind::WouldBlock].contains(&e.kind()) => {}
-                Err(e) => return Err(e),
+            };
+            let inner = self.state().inner.clone();
+            let Some(inner) = inner else { return Ok(()) };
+            let mut rest = &piece[..length];
+            while !rest.is_empty() {
+                match (&*inner).write(rest) {
+                    Ok(length) => rest = &rest[length..],
+                    Err(e) if is_passing(&e) => {
+                        let mut fds = [
+                            PollFd::from_borrowed_fd(over, PollFlags::IN),
+                            PollFd::from_borrowed_fd(end, PollFlags::IN),
+                            PollFd::new(&*inner, PollFlags::OUT),
+                        ];
+                        retry_on_intr(|| poll(&mut fds, None))?;
+                        if fds[..2].iter().any(|fd| !fd.revents().is_empty()) {
+                            return Ok(());
+                        }
+                    }
+                    Err(e) => return Err(e),
+                }
             }
         }
-        Ok(())
     }
 }
 
-fn pause() -> Timespec {
-    Timespec { tv_sec: 0, tv_nsec: PAUSE.subsec_nanos().into() }
+/// Is it worth another try?
+fn is_passing(e: &std::io::Error) -> bool {
+    [ErrorKind::Interrupted, ErrorKind::WouldBlock].contains(&e.kind())
 }
 
-/// Wait until one can be read; `false`: no, but the end has come.
-fn is_ready(one: impl AsFd, end: &OwnedFd) -> std::io::Result<bool> {
-    let mut fds = [PollFd::new(&one, PollFlags::IN), PollFd::new(end, PollFlags::IN)];
-    wait(&mut fds, None)?;
-    Ok(!fds[0].revents().is_empty())
-}
-
-/// poll(2); `false`: the time is over.
-fn wait(fds: &mut [PollFd<'_>], patience: Option<&Timespec>) -> std::io::Result<bool> {
-    Ok(retry_on_intr(|| poll(fds, patience))? > 0)
+/// Wait until one of these can be read, or is closed at its other end: which.
+fn ready<const N: usize>(fds: [BorrowedFd<'_>; N], patience: Option<Duration>) -> std::io::Result<[bool; N]> {
+    let patience = patience.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+    let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
+    retry_on_intr(|| poll(&mut fds, patience.as_ref()))?;
+    Ok(fds.map(|fd| !fd.revents().is_empty()))
 }
 
 /// Write it all, also where somebody has made the descriptor not wait.
@@ -240,10 +281,10 @@ fn put(mut to: &File, mut bytes: &[u8]) -> std::io::Result<()> {
     while !bytes.is_empty() {
         match to.write(bytes) {
             Ok(length) => bytes = &bytes[length..],
-            Err(e) if e.kind() == std::io::ErrorKind::Interrupted => {}
-            Err(e) if e.raw_os_error() == Some(Errno::AGAIN.raw_os_error()) => {
-                wait(&mut [PollFd::new(&to, PollFlags::OUT)], None)?;
+            Err(e) if e.kind() == ErrorKind::WouldBlock => {
+                retry_on_intr(|| poll(&mut [PollFd::new(&to, PollFlags::OUT)], None))?;
             }
+            Err(e) if is_passing(&e) => {}
             Err(e) => return Err(e),
         }
     }

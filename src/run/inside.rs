@@ -412,6 +412,10 @@ impl<'a> Inside<'a> {
         let status = child.wait().map_err(|e| Error::io("wait for", self.job.runtime.name(), e));
         self.watch.state().runtime = None;
         if let Some(console) = console {
+            if status.as_ref().is_ok_and(|status| status.signal().is_some()) {
+                // The program goes on: it ends first.
+                self.job.runtime.delete(call);
+            }
             console.finish(|| {
                 let state = self.watch.state();
                 state.is_alone || state.interrupted.is_some()

@@ -43,7 +43,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
+use rustix::termios::{Action, OptionalActions, Termios, tcflow, tcgetattr, tcsetattr};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts as signals;
 
@@ -255,12 +255,12 @@ enum Answer {
 
 /// Run it to its end. Gives the exit code: the program's, or one of ours, which was explained on stderr.
 pub(crate) fn run(job: &Job) -> Result<u8> {
-    let before = Terminal::look();
     if job.options.terminal {
         // In the background, this stops it until the user calls it to the front (SIGTTOU). The others have no controlling terminal: nothing
         // would keep them from reading what is typed to the shell.
-        before.restore();
+        let _ = tcflow(std::io::stdin(), Action::OOn);
     }
+    let before = Terminal::look();
     let caught = signal_hook::iterator::Signals::new(FORWARDED).map_err(|e| Error::io("catch signals", "", e))?;
     let (channel, other) = Channel::pair()?;
     let channel = Arc::new(channel);

@@ -4,6 +4,7 @@ use std::io::{BufRead as _, BufReader, Write as _};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
 use std::time::Duration;
 
 /// What was asked for.
@@ -51,6 +52,7 @@ pub(crate) struct Server {
     pub(crate) address: SocketAddr,
     asked: Arc<Mutex<Vec<Asked>>>,
     ended: Arc<AtomicBool>,
+    accepting: Option<JoinHandle<()>>,
 }
 
 impl Server {
@@ -64,7 +66,7 @@ impl Server {
         let (asked, ended) = (Arc::<Mutex<Vec<Asked>>>::default(), Arc::<AtomicBool>::default());
         let (to, end) = (asked.clone(), ended.clone());
         let handler: Arc<Handler> = Arc::new(handler);
-        std::thread::spawn(move || {
+        let accepting = std::thread::spawn(move || {
             for stream in listener.incoming().flatten() {
                 if end.load(Ordering::Relaxed) {
                     return;
@@ -75,7 +77,7 @@ impl Server {
                 });
             }
         });
-        Server { address, asked, ended }
+        Server { address, asked, ended, accepting: Some(accepting) }
     }
 
     /// Every request since the last time this was called.
@@ -87,8 +89,10 @@ impl Server {
 impl Drop for Server {
     fn drop(&mut self) {
         self.ended.store(true, Ordering::Relaxed);
-        // Wakes the accepting thread.
-        let _ = TcpStream::connect(self.address);
+        // Wakes the accepting thread: when it has ended, nobody listens.
+        if let (Ok(_), Some(accepting)) = (TcpStream::connect(self.address), self.accepting.take()) {
+            let _ = accepting.join();
+        }
     }
 }
 

@@ -15,8 +15,8 @@ use super::run::{self, Outcome, words};
 use super::system::{self, Process};
 use super::{Enter, Lane};
 
-/// How long a process that was told to end may take to be gone, when the case is over.
-const ENDING: Duration = Duration::from_secs(3);
+/// How long a process that was told to end may take to be gone.
+const ENDING: Duration = Duration::from_secs(20);
 
 /// How the names of cases' directories begin.
 pub(crate) const PREFIX: &str = "fsprov-t.";
@@ -169,7 +169,7 @@ impl Stage {
 
     #[track_caller]
     pub(crate) fn assert_nothing_left(&self, when: &str) {
-        let left = self.leftovers(Duration::from_millis(500));
+        let left = self.leftovers(ENDING);
         assert!(left.is_empty(), "{when}, these were left:\n  {}", left.join("\n  "));
     }
 

@@ -242,26 +242,24 @@ fn two_processes_wait_for_the_next_layer() {
         let mounts = client.prepare(&format!("default/{n}/extract"), "").expect("prepare");
         apply(&client, &blob, &mounts).expect("apply");
     };
-    let wait = |count| {
-        let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
-        while readers(pid).len() != count {
+    // Two, and none of those before.
+    let wait = |before: &[i32]| {
+        let until = std::time::Instant::now() + std::time::Duration::from_secs(30);
+        while readers(pid).len() != 2 || readers(pid).iter().any(|one| before.contains(one)) {
             assert!(std::time::Instant::now() < until, "{:?}", readers(pid));
             std::thread::sleep(std::time::Duration::from_millis(5));
         }
         readers(pid)
     };
     unpack(1);
-    let first = wait(2);
+    let first = wait(&[]);
     unpack(2);
-    let second = wait(2);
-    assert!(first.iter().all(|one| !second.contains(one)), "each reads one archive: {first:?}, {second:?}");
+    // Each reads one archive.
+    let second = wait(&first);
     // One that was killed meanwhile is not taken.
-    for one in second {
-        let pid = rustix::process::Pid::from_raw(one).expect("a pid");
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).expect("kill");
-    }
+    crate::lower::kill(&second);
     unpack(3);
-    let last = wait(2);
+    let last = wait(&second);
     served.kill();
     let until = std::time::Instant::now() + std::time::Duration::from_secs(10);
     while last.iter().any(|pid| std::path::Path::new(&format!("/proc/{pid}/cmdline")).exists()) {

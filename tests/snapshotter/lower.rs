@@ -65,7 +65,8 @@ fn ended(pids: &[i32]) -> bool {
     true
 }
 
-fn kill(pids: &[i32]) {
+/// Kill them, and wait until they have ended.
+pub(crate) fn kill(pids: &[i32]) {
     for pid in pids {
         rustix::process::kill_process(
             rustix::process::Pid::from_raw(*pid).expect("a pid"),

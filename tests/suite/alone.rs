@@ -13,7 +13,7 @@ use crate::common::harness::{case, on};
 use crate::common::{Enter, Lane, Need, Stage, system};
 
 /// How long a server may take to come back, or to go.
-const PATIENCE: Duration = Duration::from_secs(10);
+const PATIENCE: Duration = Duration::from_secs(30);
 
 fn mounted(stage: &Stage, image: impl AsRef<std::ffi::OsStr>) -> PathBuf {
     stage.mkdir("sandbox/w");

@@ -190,7 +190,7 @@ fn gpg(stage: &Stage, args: &[&str]) -> Vec<u8> {
 /// The agent that gpg starts for a home ends with it.
 fn end_agent(stage: &Stage) {
     stage.tool("gpgconf", ["--kill", "all"]).env("GNUPGHOME", stage.path("gnupg")).run();
-    crate::common::system::survivors(Duration::from_secs(5));
+    crate::common::system::survivors(Duration::from_secs(30));
 }
 
 case!(
@@ -206,22 +206,16 @@ case!(
             ("rsa@example.com", "rsa2048", "never"),
             ("stranger@example.com", "ed25519", "never"),
             ("revoked@example.com", "ed25519", "never"),
-            ("expired@example.com", "ed25519", "seconds=1"),
+            // Both of it in 2020.
+            ("expired@example.com", "ed25519", "seconds=3600"),
         ] {
-            gpg(stage, &["--quick-gen-key", who, kind, "sign", expire]);
+            let time = |hour| if expire == "never" { [].as_slice() } else { hour };
+            let key = ["--quick-gen-key", who, kind, "sign", expire];
+            gpg(stage, &[time(&["--faked-system-time", "20200101T000000"]), &key].concat());
             let asc = stage.path(format!("{who}.asc"));
-            gpg(
-                stage,
-                &[
-                    "--armor",
-                    "--local-user",
-                    who,
-                    "--output",
-                    asc.to_str().expect("text"),
-                    "--detach-sign",
-                    archive.to_str().expect("text"),
-                ],
-            );
+            let sign = ["--armor", "--local-user", who, "--output", asc.to_str().expect("text"), "--detach-sign"];
+            let signed = [archive.to_str().expect("text")];
+            gpg(stage, &[time(&["--faked-system-time", "20200101T000100"]), &sign, &signed].concat());
         }
         let binary = stage.path("binary.sig");
         gpg(
@@ -253,7 +247,6 @@ case!(
         fs::write(keys.join("binary.gpg"), gpg(stage, &["--export", "rsa@example.com", "revoked@example.com"]))
             .expect("write");
         end_agent(stage);
-        std::thread::sleep(Duration::from_secs(2));
 
         let config = config(stage, &format!("keyring = {keys:?}\n"));
         let import = |path: &Path, more: &[&str]| {

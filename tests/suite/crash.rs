@@ -436,7 +436,7 @@ case!("requests_that_cannot_be_sent_again_fail", on::fuse, &[Need::Failpoints], 
     let open = File::create(rootfs.join("w/open")).expect("make");
     let held = File::create(rootfs.join("w/held")).expect("make");
     let waiting = std::thread::spawn(move || held.sync_all());
-    std::thread::sleep(Duration::from_millis(300));
+    wait_for_sync(stage);
     assert!(!waiting.is_finished(), "the fault point holds it");
     system::kill(worker_of(supervisor).expect("a worker"));
     assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a request in flight hangs");
@@ -541,7 +541,7 @@ case!(
         let (rootfs, supervisor) = held_in_sync(stage, "lose");
         let held = File::create(rootfs.join("w/held")).expect("make");
         let waiting = std::thread::spawn(move || held.sync_all());
-        std::thread::sleep(Duration::from_millis(300));
+        wait_for_sync(stage);
         system::kill(worker_of(supervisor).expect("a worker"));
         assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a lost request hangs");
         assert!(waiting.join().expect("join").is_err());
@@ -552,6 +552,13 @@ case!(
         stage.assert_nothing_left("after a lost request");
     },
 );
+
+/// Until a worker has read a request to sync: one that was not read is the next worker's.
+fn wait_for_sync(stage: &Stage) {
+    let stats = || stage.fsprov(["stats", "--json", "k"]).run().ok().json();
+    let is_read = || stats()["worker"]["requests"]["fsync"].as_u64().is_some_and(|count| count > 0);
+    assert!(system::eventually(COMING_BACK, is_read), "{}", stats());
+}
 
 /// A rootfs with a volume /w whose server holds every fsync for a minute, on a kernel without RESEND.
 fn held_in_sync(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {

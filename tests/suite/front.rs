@@ -344,7 +344,7 @@ case!("a_bar_is_gone_before_what_is_said", on::copy, &[Need::Failpoints, Need::T
     let image = stage.small_image();
     let command = stage.mount_call(&image, "rootfs", None::<&str>).command;
     let call = stage.tool("script", ["-qefc", &super::in_shell(&command), "/dev/null"]).env("TERM", "xterm");
-    let said = call.env("FAILPOINTS", "copy.move=sleep(500)").run().ok().out();
+    let said = call.env("FAILPOINTS", "copy.move=sleep(3000)").run().ok().out();
     let (before, _) = said.split_once("mounted ").expect("it says so");
     let (_, after_bar) = before.rsplit_once("copying").expect("a bar");
     assert!(after_bar.ends_with("\r\u{1b}[2K"), "{said:?}");

@@ -488,7 +488,7 @@ case!("appending_beside_a_writer_on_the_host_loses_nothing", on::volumes, |stage
         assert_eq!(mine, (0..LINES).collect::<Vec<_>>(), "{who}");
     }
     let inside = || fs::read_to_string(rootfs.join("data/log")).is_ok_and(|t| t == text);
-    assert!(system::eventually(Duration::from_secs(2), inside), "inside and outside agree at last");
+    assert!(system::eventually(Duration::from_secs(30), inside), "inside and outside agree at last");
 });
 
 // Programs that map files: written through a shared mapping, read by the other side. In C: the suite has no unsafe code.

@@ -11,7 +11,7 @@ use super::durable::{layered, layers};
 use super::store::{pack, small_aci_tree};
 use crate::common::harness::{case, on};
 use crate::common::stage::program;
-use crate::common::{Enter, Need, Stage};
+use crate::common::{Enter, Need, Stage, system};
 
 const EACH: usize = 4;
 /// How often a provisioner looks for an image that the collector may just have taken. Each try is a process: some seconds.
@@ -92,14 +92,14 @@ case!("a_layer_that_gc_takes_is_unpacked_again", on::once_each, &[Need::Failpoin
     let import = || stage.fsprov(["image", "import"]).arg(&layout);
     import().run().ok();
     stage.fsprov(["image", "rm", "layout"]).run().ok();
-    let mut slow = import().env("FAILPOINTS", "store.add_layer=sleep(1000)");
+    let mut slow = import().env("FAILPOINTS", "store.add_layer=1*return(stop)");
     let mut importer = slow.command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().expect("start");
-    // It has found them when it has begun.
-    let staging = stage.state().join("staging");
-    assert!(crate::common::system::eventually(Duration::from_secs(10), || entries(&staging) > 0));
-    std::thread::sleep(Duration::from_millis(300));
+    let pid = importer.id() as i32;
+    let has_found = || system::descendants_of(system::my_pid()).into_iter().any(|p| p.pid == pid && p.state == 'T');
+    assert!(system::eventually(Duration::from_secs(30), has_found));
     let collected = stage.fsprov(["image", "gc", "--json"]).run().ok().json();
     assert_eq!(collected["layers"].as_array().map(Vec::len), Some(2), "{collected}");
+    system::go_on(pid);
     let mut said = String::new();
     std::io::Read::read_to_string(importer.stderr.as_mut().expect("piped"), &mut said).expect("read");
     assert!(importer.wait().expect("wait").success(), "{said}");

@@ -665,7 +665,6 @@ case!("a_registry_that_lies_is_not_believed", on::once_each, |stage: &Stage| {
     // Nobody is there at all.
     let free = server.address;
     drop(server);
-    std::thread::sleep(Duration::from_millis(50));
     stage
         .fsprov(["image", "pull", &format!("{free}/a:v1")])
         .run()

@@ -27,6 +27,7 @@ fn lacks(runtime: &str, what: &str) -> Option<&'static str> {
     told.filter(|_| runtime.contains("youki"))
 }
 
+const TERMINAL: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")];
 const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), Need::Tool("newuidmap"), Need::DevFuse];
 /// The name that the image gets.
 const NAME: &str = "example.com/debian-minbase";
@@ -361,27 +362,22 @@ case!(
 );
 
 // crun 1.8 looks at its terminal no more once it has seen the program end: here it sees that first, having waited for who reads its pid file.
-case!(
-    "run_with_a_terminal_loses_no_output",
-    lanes,
-    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
-    |stage: &Stage| {
-        import(stage);
-        let slow = stage.path("crun-slow");
-        let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; mkfifo \"$word\"; }\n  \
+case!("run_with_a_terminal_loses_no_output", lanes, TERMINAL, |stage: &Stage| {
+    import(stage);
+    let slow = stage.path("crun-slow");
+    let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; mkfifo \"$word\"; }\n  \
                 args+=(\"$word\"); before=$word\ndone\n\
                 if [ -n \"${file-}\" ]; then (sleep 0.5; cat \"$file.late\" >\"$file.new\"; mv \"$file.new\" \"$file\") & fi\n\
                 exec crun \"${args[@]}\"\n";
-        fs::write(&slow, text).expect("write");
-        fs::set_permissions(&slow, fs::Permissions::from_mode(0o755)).expect("chmod");
-        let inner = format!("$F run -it --runtime {} {NAME} sh -c \"seq 300; exit 5\"; echo code $?", slow.display());
-        let said = script(stage, &format!("script -qec '{inner}' /dev/null </dev/null")).ok();
-        // `script` types ^@ at the end of its stdin.
-        let lines: Vec<_> = said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect();
-        let want: Vec<_> = (1..=300).map(|n| n.to_string()).chain(["code 5".to_owned()]).collect();
-        assert_eq!(lines, want, "{}", said.describe());
-    }
-);
+    fs::write(&slow, text).expect("write");
+    fs::set_permissions(&slow, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let inner = format!("$F run -it --runtime {} {NAME} sh -c \"seq 300; exit 5\"; echo code $?", slow.display());
+    let said = script(stage, &format!("script -qec '{inner}' /dev/null </dev/null")).ok();
+    // `script` types ^@ at the end of its stdin.
+    let lines: Vec<_> = said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect();
+    let want: Vec<_> = (1..=300).map(|n| n.to_string()).chain(["code 5".to_owned()]).collect();
+    assert_eq!(lines, want, "{}", said.describe());
+});
 
 // The program is told when the window changes its size, and sees the new one.
 case!(
@@ -403,49 +399,60 @@ case!(
     }
 );
 
-// Who reads the terminal may go away, or the command may be killed: the program's terminal hangs up, and the user's is as it was.
-case!(
-    "run_with_a_terminal_that_hangs_up",
-    lanes,
-    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
-    |stage: &Stage| {
-        import(stage);
-        let run = format!("$F run -it -v ./mark:/mark --runtime crun {NAME}");
-        let inner = format!(
-            "T=$(tty); stty -g >before; {run} yes | head -1; echo $?; \
-         {run} sh -c \"echo ready >/mark/ready; sleep 1000\" <$T & P=$!; until [ -e mark/ready ]; do sleep 0.05; done; \
-         stty -g >raw; kill -9 $P; wait $P; sleep 0.5; stty -g >after"
-        );
-        script(stage, &format!("mkdir mark; script -qec '{inner}' out </dev/null")).ok();
-        let [before, raw, after] =
-            ["before", "raw", "after"].map(|name| fs::read_to_string(stage.path(name)).expect("read"));
-        assert_ne!(before, raw, "each key was passed on");
-        assert_eq!(before, after, "the terminal is as it was");
-        let out = fs::read_to_string(stage.path("out")).expect("read");
-        assert!(out.contains("y\r\n") && out.contains("0\r\n"), "{out}");
-        assert!(system::eventually(Duration::from_secs(20), || stage.records().is_empty()), "{:?}", stage.records());
-    }
-);
+/// Run this as a script of bash, on a terminal. What it wrote to it.
+fn on_a_terminal(stage: &Stage, text: &str) -> Vec<String> {
+    stage.write("job", text);
+    let said = script(stage, "timeout 80 script -qec 'exec bash job' /dev/null </dev/null").ok();
+    stage.note(said.describe());
+    // `script` types ^@ at the end of its stdin.
+    said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect()
+}
+
+// Who reads the terminal may go away, the command or the runtime may be killed: the program's terminal hangs up, and the user's is as it was.
+case!("run_with_a_terminal_that_hangs_up", lanes, TERMINAL, |stage: &Stage| {
+    import(stage);
+    stage.mkdir("mark");
+    let run = format!("$F run -it -v ./mark:/mark --runtime crun {NAME}");
+    let text = format!(
+        "T=$(tty); until_there() {{ until [ -e mark/$1 ]; do sleep 0.05; done; }}
+        {run} yes | head -1
+        {run} sh -c 'echo >/mark/a; while :; do echo x >/mark/x; echo x; sleep 0.3; done' <$T >slow & P=$!
+        until_there a; kill -9 $(ps -o pid= --ppid $(ps -o pid= --ppid $P)); wait $P
+        stty -g >before
+        {run} sh -c 'trap \"echo >/mark/hup\" HUP; trap : TERM; echo >/mark/b; while :; do sleep 0.1; done' <$T & P=$!
+        until_there b; stty -g >raw; kill -9 $P; wait $P
+        for n in {{1..400}}; do stty -g >after; cmp -s before after && break; sleep 0.05; done
+        until_there hup; echo done"
+    );
+    let lines = on_a_terminal(stage, &text);
+    assert!(lines.contains(&"y".to_owned()) && lines.contains(&"done".to_owned()), "{lines:?}");
+    let [before, raw, after] =
+        ["before", "raw", "after"].map(|name| fs::read_to_string(stage.path(name)).expect("read"));
+    assert_ne!(before, raw, "each key was passed on");
+    assert_eq!(before, after, "the terminal is as it was");
+    assert!(system::eventually(Duration::from_secs(20), || stage.records().is_empty()), "{:?}", stage.records());
+});
+
+// A program may close its terminal and open it again.
+case!("run_with_a_terminal_opened_again", lanes, TERMINAL, |stage: &Stage| {
+    import(stage);
+    let program = "exec <&- >&- 2>&-; sleep 0.2; echo again >/dev/console";
+    let text = format!("for n in {{1..8}}; do $F run -it --runtime crun {NAME} sh -c '{program}'; done");
+    assert_eq!(on_a_terminal(stage, &text).iter().filter(|line| *line == "again").count(), 8);
+});
 
 // A job in the background waits for the terminal, as any other program does.
-case!(
-    "run_with_a_terminal_in_the_background",
-    lanes,
-    &[Need::Minbase, Need::Tool("crun"), Need::Tool("script")],
-    |stage: &Stage| {
-        import(stage);
-        let run = format!("$F run -it --runtime crun {NAME} expr 20 + 22");
-        let inner = format!("exec bash -c \"set -m; {run} & sleep 2; cut -d\\  -f3 /proc/\\$!/stat; echo called; fg\"");
-        let said = script(stage, &format!("timeout 20 script -qec '{inner}' /dev/null </dev/null")).ok();
-        let out = said.out();
-        let lines: Vec<_> = out
-            .lines()
-            .map(|line| line.trim_start_matches("^@").trim())
-            .filter(|line| ["T", "called", "42"].contains(line))
-            .collect();
-        assert_eq!(lines, ["T", "called", "42"], "{}", said.describe());
-    }
-);
+case!("run_with_a_terminal_in_the_background", lanes, TERMINAL, |stage: &Stage| {
+    import(stage);
+    let text = format!(
+        "set -m; $F run -it --runtime crun {NAME} expr 20 + 22 &
+        for n in {{1..800}}; do state=$(cut -d' ' -f3 /proc/$!/stat); [ $state = T ] && break; sleep 0.05; done
+        echo $state; echo called; fg"
+    );
+    let mut lines = on_a_terminal(stage, &text);
+    lines.retain(|line| ["T", "called", "42"].contains(&&**line));
+    assert_eq!(lines, ["T", "called", "42"]);
+});
 
 /// Options, and where the volume is: at or below a place where the runtime mounts something.
 const COVERED: &[(&[&str], &str)] = &[

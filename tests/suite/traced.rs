@@ -44,7 +44,7 @@ case!(
         stage.tool("strace", args).env("FSPROV_LOG", "fsprov::fault=trace").run().ok();
         // Servers are traced to their end, by a process that ends with the last of them.
         stage.unmount("made/rootfs");
-        assert!(system::survivors(Duration::from_secs(5)).is_empty());
+        assert!(system::survivors(Duration::from_secs(30)).is_empty());
         let trace = fs::read_to_string(stage.path("trace")).expect("read the trace");
         let (before, after) = trace.split_once(OPENED).expect("it passed the step");
         assert!(looked_up(before).iter().any(|path| path == "/"), "it opened nothing before");

@@ -126,7 +126,7 @@ case!("every_kind_of_volume", on::volumes, |stage: &Stage| {
             .and_then(|mut f| std::io::Write::write_all(&mut f, b", and on the host"))
             .expect("append");
         let seen = || read(inside(name)) == "changed inside, and on the host";
-        assert!(system::eventually(std::time::Duration::from_secs(2), seen), "inside: {:?}", read(inside(name)));
+        assert!(system::eventually(std::time::Duration::from_secs(30), seen), "inside: {:?}", read(inside(name)));
     }
     // Beside the volumes the image is as it was.
     if stage.lane.backend != "copy" {
