@@ -188,10 +188,24 @@ impl Failure {
     }
 }
 
-/// The messages of errors in a log of JSON lines.
+/// The entries of a log of JSON objects, which crun 1.28 spreads over lines, and others do not.
+fn entries(log: &str) -> Vec<serde_json::Value> {
+    let (mut all, mut rest) = (Vec::new(), log);
+    loop {
+        let mut values = serde_json::Deserializer::from_str(rest).into_iter();
+        all.extend(values.by_ref().map_while(std::result::Result::ok));
+        // At what is none, go on with the next line.
+        rest = rest.get(values.byte_offset()..).unwrap_or_default().trim_start();
+        match rest.split_once('\n') {
+            Some((_, next)) => rest = next,
+            None => return all,
+        }
+    }
+}
+
+/// The messages of errors in a runtime's log.
 fn errors(log: &str) -> Vec<String> {
-    let entries = log.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
-    let failed = entries.filter(|entry| {
+    let failed = entries(log).into_iter().filter(|entry| {
         let level = entry["level"].as_str().unwrap_or_default().to_ascii_lowercase();
         level == "error" || level == "fatal"
     });
@@ -231,6 +245,9 @@ mod tests {
         let log = "{\"level\":\"warning\",\"msg\":\"unable to get oom kill count\",\"time\":\"x\"}\nnot json\n\
                    { \"msg\": \"executable file `nope` not found in $PATH: No such file or directory\", \"level\": \"error\", \"time\": \"y\" }\n";
         assert_eq!(errors(log), ["executable file `nope` not found in $PATH: No such file or directory"]);
+        let log = "{\n  \"msg\": \"x\",\n  \"level\": \"warning\"\n}\n{ not json\n{\n  \"msg\": \"mount `tmpfs` to `x`\",\n  \"level\": \"error\"\n}\n";
+        assert_eq!(errors(log), ["mount `tmpfs` to `x`"]);
+        assert!(errors("{\"level\":\"error\",\"msg\":\"cut").is_empty());
         assert!(errors("{\"level\":\"warning\",\"msg\":\"x\"}").is_empty());
         let log = "{\"level\":\"ERROR\",\"message\":\"failed to run intermediate process x\",\"target\":\"a\"}\n\
                    {\"level\":\"WARN\",\"message\":\"no\",\"target\":\"a\"}\n\
