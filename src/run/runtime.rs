@@ -194,7 +194,7 @@ fn entries(log: &str) -> Vec<serde_json::Value> {
     loop {
         let mut values = serde_json::Deserializer::from_str(rest).into_iter();
         all.extend(values.by_ref().map_while(std::result::Result::ok));
-        // At what is none, go on with the next line.
+        // Skip a line that holds no JSON.
         rest = rest.get(values.byte_offset()..).unwrap_or_default().trim_start();
         match rest.split_once('\n') {
             Some((_, next)) => rest = next,
