@@ -16,6 +16,7 @@ use rustix::net::{
 use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Kind, Result};
+use crate::sys::process::timespec;
 
 /// Most descriptors in one message: the kernel takes 253 (SCM_MAX_FD, net/scm.h).
 pub(crate) const MAX_FDS: usize = 250;
@@ -93,7 +94,7 @@ impl Channel {
         &self,
         patience: Duration,
     ) -> Result<Option<(M, Vec<OwnedFd>)>> {
-        let left = Timespec { tv_sec: patience.as_secs() as i64, tv_nsec: patience.subsec_nanos().into() };
+        let left = timespec(patience);
         let mut fds = [PollFd::new(&self.0, PollFlags::IN)];
         match rustix::io::retry_on_intr(|| poll(&mut fds, Some(&left))) {
             Ok(0) => {

@@ -31,7 +31,7 @@ impl Undoing {
         args.extend(id.into_iter().flat_map(|id| ["--id".into(), id.as_str().into()]));
         let is_over = Arc::new(AtomicBool::new(false));
         let (over, signals) = (Arc::clone(&is_over), Termination::catch()?);
-        crate::run::start_thread("that waits for signals", move || {
+        crate::sys::process::start_thread("that waits for signals", move || {
             let came = signals.wait(None).is_ok_and(|woken| woken == Woken::BySignal);
             if !came || over.load(Ordering::Relaxed) {
                 return;

@@ -291,7 +291,7 @@ impl Bar {
             bar.finish_and_clear();
         };
         let is_seen = std::io::IsTerminal::is_terminal(&std::io::stderr());
-        Bar { done, thread: is_seen.then(|| std::thread::spawn(draw)) }
+        Bar { done, thread: is_seen.then(|| std::thread::Builder::new().spawn(draw).ok()).flatten() }
     }
 }
 

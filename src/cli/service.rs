@@ -12,6 +12,7 @@ use crate::daemon::control::{self, Question};
 use crate::error::{Error, Kind, Result, show};
 use crate::plan::{BackendKind, Plan};
 use crate::provisioner::{Condition, Provisioner, Request, Selector, Whole};
+use crate::sys::process::start_thread;
 use crate::sys::raw;
 use crate::sys::signals::{Termination, Woken};
 use crate::traces::{Shelf, Shelved};
@@ -92,7 +93,7 @@ fn stay(provisioner: &Provisioner, whole: &Whole, signals: &Termination, is_kept
     let record = &whole.base().record;
     if let Some(interval) = sd_notify::watchdog_enabled() {
         let plan = record.plan.clone();
-        std::thread::spawn(move || watch(&plan, interval / WATCHDOG_SHARE));
+        start_thread("that watches the server", move || watch(&plan, interval / WATCHDOG_SHARE))?;
     }
     let selector = Selector::Id(record.plan.id.clone());
     let woken = signals.wait(record.traces.supervisor.or(record.traces.worker))?;

@@ -31,12 +31,12 @@ use crate::fuse::mount;
 use crate::fuse::session::InFlight;
 use crate::place::Point;
 use crate::sys::mount::Unmount;
-use crate::sys::process::ProcessId;
+use crate::sys::process::{ProcessId, timespec};
 use crate::traces::Traces;
 use caller::{Caller, Order};
 use live_mount::{LiveMount, Prepared};
 use restarts::{Death, Next, Restarts};
-use worker::{Worker, timespec};
+use worker::Worker;
 
 pub(crate) use worker::is_server;
 pub(crate) use worker::worker_of;

@@ -5,23 +5,24 @@
 
 use std::fs::File;
 use std::io::{ErrorKind, Read as _, Write as _};
-use std::os::fd::{AsFd as _, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::fs::{Mode, OFlags, open};
 use rustix::io::{ioctl_fionbio, retry_on_intr};
 use rustix::pipe::{PipeFlags, pipe_with};
 use rustix::termios::{OptionalActions, Termios, Winsize, tcgetattr, tcgetwinsize, tcsetattr, tcsetwinsize};
 
-use super::{PAUSE, TARGET, start_thread};
+use super::{PAUSE, TARGET};
 use crate::child::channel::receive_descriptor;
 use crate::error::{Error, Result, show};
 use crate::sys::fs::proc_path;
+use crate::sys::process::{start_thread, timespec};
 
 /// Its socket in the bundle.
 pub(super) const SOCKET: &str = "console.sock";
@@ -113,10 +114,7 @@ impl Window {
         if let Ok(before) = tcgetattr(&self.stdin) {
             let mut raw = before.clone();
             raw.make_raw();
-            match tcsetattr(&self.stdin, OptionalActions::Now, &raw) {
-                Ok(()) => state.before = Some(before),
-                Err(e) => log::debug!(target: TARGET, "set the terminal: {e}"),
-            }
+            state.before = set(&self.stdin, &raw).then_some(before);
         }
         let inner = Arc::new(File::from(inner));
         state.inner = Some(Arc::clone(&inner));
@@ -128,20 +126,17 @@ impl Window {
         let mut state = self.state();
         state.open.take();
         state.inner.take();
-        if let Some(before) = state.before.take()
-            && let Err(e) = tcsetattr(&self.stdin, OptionalActions::Now, &before)
-        {
-            log::debug!(target: TARGET, "restore the terminal: {e}");
+        if let Some(before) = state.before.take() {
+            set(&self.stdin, &before);
         }
     }
 
     /// Give the inner terminal the size of the outer one. `false`: nothing has changed.
     pub(super) fn fit(&self) -> bool {
         let inner = self.state().inner.clone();
-        let size = tcgetwinsize(&self.stdin).or_else(|_| tcgetwinsize(&self.stdout));
-        let (Some(inner), Ok(size)) = (inner, size) else { return false };
-        let same = |have: Winsize| (have.ws_row, have.ws_col) == (size.ws_row, size.ws_col);
-        if size.ws_row == 0 || size.ws_col == 0 || tcgetwinsize(&*inner).is_ok_and(same) {
+        let size = size_of(&self.stdin).or_else(|| size_of(&self.stdout));
+        let (Some(inner), Some(size)) = (inner, size) else { return false };
+        if size_of(&*inner).is_some_and(|have| (have.ws_row, have.ws_col) == (size.ws_row, size.ws_col)) {
             return false;
         }
         tcsetwinsize(&*inner, size).inspect_err(|e| log::debug!(target: TARGET, "set the terminal's size: {e}")).is_ok()
@@ -178,24 +173,18 @@ impl Window {
         let (mut piece, mut end) = ([0; PIECE], Some(end));
         let (mut left, mut patience) = (MAX_LAST_WORDS, LAST_WORDS);
         loop {
-            // In each round: somebody may write all the time.
-            if let Some(going) = &end
-                && ready([going.as_fd()], Some(Duration::ZERO))? == [true]
-            {
-                end = None;
-            }
-            let (over, this) = (self.over.as_fd(), inner.as_fd());
-            let (is_over, is_ready) = if let Some(going) = &end {
-                let [is_over, is_ready, _] = ready([over, this, going.as_fd()], None)?;
-                (is_over, is_ready)
-            } else {
-                let begun = Instant::now();
-                let [is_over, is_ready] = ready([over, this], Some(patience))?;
+            let over = self.over.as_fd();
+            let (going, limit) = end.as_ref().map_or((over, Some(patience)), |going| (going.as_fd(), None));
+            let begun = Instant::now();
+            let [is_over, is_ready, has_ended] = ready([over, inner.as_fd(), going], limit)?;
+            if limit.is_some() {
                 patience = patience.saturating_sub(begun.elapsed());
-                (is_over || !is_ready || left == 0, is_ready)
-            };
-            if is_over {
+            }
+            if is_over || limit.is_some() && (!is_ready || left == 0) {
                 return Ok(());
+            }
+            if has_ended {
+                end = None;
             }
             if !is_ready {
                 continue;
@@ -203,7 +192,9 @@ impl Window {
             match inner.read(&mut piece) {
                 Ok(0) => return Ok(()),
                 Ok(length) => {
-                    put(&self.stdout, &piece[..length])?;
+                    if !put(&self.stdout, &piece[..length], &[over])? {
+                        return Ok(());
+                    }
                     if end.is_none() {
                         left = left.saturating_sub(length);
                     }
@@ -241,23 +232,8 @@ impl Window {
             };
             let inner = self.state().inner.clone();
             let Some(inner) = inner else { return Ok(()) };
-            let mut rest = &piece[..length];
-            while !rest.is_empty() {
-                match (&*inner).write(rest) {
-                    Ok(length) => rest = &rest[length..],
-                    Err(e) if is_passing(&e) => {
-                        let mut fds = [
-                            PollFd::from_borrowed_fd(over, PollFlags::IN),
-                            PollFd::from_borrowed_fd(end, PollFlags::IN),
-                            PollFd::new(&*inner, PollFlags::OUT),
-                        ];
-                        retry_on_intr(|| poll(&mut fds, None))?;
-                        if fds[..2].iter().any(|fd| !fd.revents().is_empty()) {
-                            return Ok(());
-                        }
-                    }
-                    Err(e) => return Err(e),
-                }
+            if !put(&inner, &piece[..length], &[over, end])? {
+                return Ok(());
             }
         }
     }
@@ -270,23 +246,39 @@ fn is_passing(e: &std::io::Error) -> bool {
 
 /// Wait until one of these can be read, or is closed at its other end: which.
 fn ready<const N: usize>(fds: [BorrowedFd<'_>; N], patience: Option<Duration>) -> std::io::Result<[bool; N]> {
-    let patience = patience.map(|left| Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() });
+    let patience = patience.map(timespec);
     let mut fds = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     retry_on_intr(|| poll(&mut fds, patience.as_ref()))?;
     Ok(fds.map(|fd| !fd.revents().is_empty()))
 }
 
-/// Write it all, also where somebody has made the descriptor not wait.
-fn put(mut to: &File, mut bytes: &[u8]) -> std::io::Result<()> {
+/// Write it all, also to what does not wait. `false`: one of `ends` came before.
+fn put(mut to: &File, mut bytes: &[u8], ends: &[BorrowedFd<'_>]) -> std::io::Result<bool> {
     while !bytes.is_empty() {
         match to.write(bytes) {
             Ok(length) => bytes = &bytes[length..],
-            Err(e) if e.kind() == ErrorKind::WouldBlock => {
-                retry_on_intr(|| poll(&mut [PollFd::new(&to, PollFlags::OUT)], None))?;
+            Err(e) if is_passing(&e) => {
+                let mut fds: Vec<_> = ends.iter().map(|end| PollFd::from_borrowed_fd(*end, PollFlags::IN)).collect();
+                fds.push(PollFd::new(&to, PollFlags::OUT));
+                retry_on_intr(|| poll(&mut fds, None))?;
+                if fds[..ends.len()].iter().any(|end| !end.revents().is_empty()) {
+                    return Ok(false);
+                }
             }
-            Err(e) if is_passing(&e) => {}
             Err(e) => return Err(e),
         }
     }
-    Ok(())
+    Ok(true)
+}
+
+/// The size of a terminal. `None`: this is something else, or nobody has said.
+pub(super) fn size_of(terminal: impl AsFd) -> Option<Winsize> {
+    tcgetwinsize(terminal).ok().filter(|size| size.ws_row > 0 && size.ws_col > 0)
+}
+
+/// Set a terminal at once: what was written to it may be stuck. `false`: it cannot be set.
+pub(super) fn set(terminal: impl AsFd, to: &Termios) -> bool {
+    tcsetattr(terminal, OptionalActions::Now, to)
+        .inspect_err(|e| log::debug!(target: TARGET, "set the terminal: {e}"))
+        .is_ok()
 }

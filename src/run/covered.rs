@@ -8,10 +8,9 @@ use std::os::fd::OwnedFd;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, Gid, Mode, OFlags, StatVfsMountFlags, Uid, chmodat, chownat, fstat, fstatvfs, openat};
-
-use super::config::Extra;
 use rustix::io::Errno;
 
+use super::config::Extra;
 use crate::error::{Error, Kind, Result, show};
 use crate::sys::fs::{open_in_root, open_resolved, path_of, proc_path};
 use crate::sys::mount::{

@@ -18,7 +18,7 @@ use super::covered::{self, Covered};
 use super::passage;
 use super::runtime::Call;
 use super::users::{self, Maps};
-use super::{Answer, BY_SIGNAL, FAILED, Job, Order, PATIENCE, PAUSE, TARGET, UserNs, start_thread};
+use super::{Answer, BY_SIGNAL, FAILED, Job, Order, PATIENCE, PAUSE, TARGET, UserNs};
 use crate::child::{self, channel::Channel};
 use crate::error::{Error, Kind, Result, show};
 use crate::fault;
@@ -27,7 +27,7 @@ use crate::id::{ContainerId, ImageRef};
 use crate::paths::StatePaths;
 use crate::plan::{BackendKind, IdRange, Ownership, Restraint};
 use crate::provisioner::{Detach, Provisioner, Request, Selector, upper_id};
-use crate::sys::process::ProcessId;
+use crate::sys::process::{ProcessId, start_thread};
 use crate::sys::raw::{self, Users};
 
 /// Longest job: arguments and environment are below 2 MiB together (execve(2)).
@@ -349,9 +349,6 @@ impl<'a> Inside<'a> {
         let Some(status) = status else {
             return Ok(BY_SIGNAL + self.watch.state().interrupted.unwrap_or(libc::SIGTERM) as u8);
         };
-        if status.signal().is_some() || self.watch.state().is_alone {
-            job.runtime.delete(&call);
-        }
         if let (false, Some(failure)) = (status.success(), call.failure()) {
             let why = format!("{}: {}", job.runtime.name(), failure.said);
             complain(&Error::new(Kind::Helper, "run", &job.image.reference, why));
@@ -411,11 +408,12 @@ impl<'a> Inside<'a> {
         };
         let status = child.wait().map_err(|e| Error::io("wait for", self.job.runtime.name(), e));
         self.watch.state().runtime = None;
+        let was_killed = status.as_ref().is_ok_and(|status| status.signal().is_some());
+        if was_killed || self.watch.state().is_alone {
+            // The program may go on.
+            self.job.runtime.delete(call);
+        }
         if let Some(console) = console {
-            if status.as_ref().is_ok_and(|status| status.signal().is_some()) {
-                // The program goes on: it ends first.
-                self.job.runtime.delete(call);
-            }
             console.finish(|| {
                 let state = self.watch.state();
                 state.is_alone || state.interrupted.is_some()

@@ -43,7 +43,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
 use std::time::Duration;
 
-use rustix::termios::{Action, OptionalActions, Termios, tcflow, tcgetattr, tcsetattr};
+use rustix::termios::{Action, Termios, tcflow, tcgetattr};
 use serde::{Deserialize, Serialize};
 use signal_hook::consts as signals;
 
@@ -53,7 +53,7 @@ use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::image::execution::Execution;
 use crate::paths::StatePaths;
 use crate::store::Store;
-use crate::sys::process::{ProcessId, is_root_of_host};
+use crate::sys::process::{ProcessId, is_root_of_host, start_thread};
 use crate::volume::VolumeSpec;
 
 pub(crate) use bundle::{Bundle, Root};
@@ -295,16 +295,9 @@ pub(crate) fn run(job: &Job) -> Result<u8> {
     }
 }
 
-/// A thread that nobody waits for; a host may have no more of them for this user (EAGAIN).
-pub(crate) fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let started = std::thread::Builder::new().spawn(work).map(drop);
-    started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
-}
-
-/// The size of the terminal that stdin is; `None`: nobody has said.
+/// The size of the terminal that stdin is, rows and columns; `None`: nobody has said.
 pub(crate) fn console_size() -> Option<(u16, u16)> {
-    let size = rustix::termios::tcgetwinsize(std::io::stdin()).ok()?;
-    (size.ws_row > 0 && size.ws_col > 0).then_some((size.ws_row, size.ws_col))
+    console::size_of(std::io::stdin()).map(|size| (size.ws_row, size.ws_col))
 }
 
 fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
@@ -376,10 +369,8 @@ impl Terminal {
     }
 
     fn restore(&self) {
-        if let Some(before) = &self.0
-            && let Err(e) = tcsetattr(std::io::stdin(), OptionalActions::Now, before)
-        {
-            log::debug!(target: TARGET, "restore the terminal: {e}");
+        if let Some(before) = &self.0 {
+            console::set(std::io::stdin(), before);
         }
     }
 }

@@ -96,8 +96,7 @@ impl fmt::Display for ProcessId {
 }
 
 fn wait_readable(fd: &OwnedFd, left: Duration) -> Result<()> {
-    let left = Timespec { tv_sec: left.as_secs() as i64, tv_nsec: left.subsec_nanos().into() };
-    match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&left)) {
+    match poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timespec(left))) {
         Ok(_) | Err(Errno::INTR) => Ok(()),
         Err(e) => Err(Error::sys("wait for a process", "", e)),
     }
@@ -195,6 +194,17 @@ fn has_one_id(map: &str) -> bool {
 /// Is this process root of the machine itself, not of a user namespace?
 pub fn is_root_of_host() -> Result<bool> {
     Ok(rustix::process::geteuid().is_root() && in_initial_user_namespace()?)
+}
+
+/// A thread that nobody waits for; a host may have no more of them for this user (EAGAIN).
+pub(crate) fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
+    let started = std::thread::Builder::new().spawn(work).map(drop);
+    started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
+}
+
+/// As poll(2) takes it.
+pub(crate) fn timespec(duration: Duration) -> Timespec {
+    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
 /// The real user and group id of this process.

@@ -32,6 +32,30 @@ const NEEDS: &[Need] = &[Need::Minbase, Need::Tool("crun"), Need::Tool("runc"), 
 /// The name that the image gets.
 const NAME: &str = "example.com/debian-minbase";
 
+/// Run this as a script of bash, on a terminal. What it wrote to it.
+fn on_a_terminal(stage: &Stage, text: &str) -> Vec<String> {
+    stage.write("job", text);
+    let said = script(stage, "timeout 80 script -qec 'exec bash job' /dev/null </dev/null").ok();
+    stage.note(said.describe());
+    // `script` types ^@ at the end of its stdin.
+    said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect()
+}
+
+/// A runtime that writes its pid file elsewhere, after `begin`; it is in its place after `wait`, which runs beside, and is no child of the runtime:
+/// crun waits for all that it has.
+fn late_with_its_pid(stage: &Stage, runtime: &str, begin: &str, wait: &str) -> std::path::PathBuf {
+    let path = stage.path(format!("{runtime}-late"));
+    let text = format!(
+        "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && {{ file=$word; word=$word.late; }}\n  \
+         args+=(\"$word\"); before=$word\ndone\n\
+         if [ -n \"${{file-}}\" ]; then\n  {begin}\n  ( ({wait}; mv \"$file.late\" \"$file\") & )\nfi\n\
+         exec {runtime} \"${{args[@]}}\"\n"
+    );
+    fs::write(&path, text).expect("write");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).expect("chmod");
+    path
+}
+
 /// Root, and an ordinary user.
 fn lanes(lane: &Lane) -> bool {
     lane.name == "root" || lane.name == "user"
@@ -318,13 +342,8 @@ case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
         }
     }
     // Killed before the runtime told which process is the container's first, as runc does when that runs already.
-    let late = stage.path("runc-late");
-    let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; }\n  \
-                args+=(\"$word\"); before=$word\ndone\n\
-                if [ -n \"${file-}\" ]; then\n  (for n in {1..100}; do [ ! -s \"$file.late\" ] || break; sleep 0.05; done; sleep 1; mv \"$file.late\" \"$file\") &\nfi\n\
-                exec runc \"${args[@]}\"\n";
-    fs::write(&late, text).expect("write");
-    fs::set_permissions(&late, fs::Permissions::from_mode(0o755)).expect("chmod");
+    let pause = "for n in {1..100}; do [ ! -s \"$file.late\" ] || break; sleep 0.05; done; sleep 1";
+    let late = late_with_its_pid(stage, "runc", "true", pause);
     for who in ["$P", "$(ps -o pid= --ppid $P)"] {
         let text = format!(
             "rm -f out; $F run --id web --runtime {} {NAME} sh -c 'echo ready; sleep 1000' >out &
@@ -364,19 +383,12 @@ case!(
 // crun 1.8 looks at its terminal no more once it has seen the program end: here it sees that first, having waited for who reads its pid file.
 case!("run_with_a_terminal_loses_no_output", lanes, TERMINAL, |stage: &Stage| {
     import(stage);
-    let slow = stage.path("crun-slow");
-    let text = "#!/bin/bash\nargs=() before=\nfor word; do\n  [ \"$before\" = --pid-file ] && { file=$word; word=$word.late; mkfifo \"$word\"; }\n  \
-                args+=(\"$word\"); before=$word\ndone\n\
-                if [ -n \"${file-}\" ]; then (sleep 0.5; cat \"$file.late\" >\"$file.new\"; mv \"$file.new\" \"$file\") & fi\n\
-                exec crun \"${args[@]}\"\n";
-    fs::write(&slow, text).expect("write");
-    fs::set_permissions(&slow, fs::Permissions::from_mode(0o755)).expect("chmod");
-    let inner = format!("$F run -it --runtime {} {NAME} sh -c \"seq 300; exit 5\"; echo code $?", slow.display());
-    let said = script(stage, &format!("script -qec '{inner}' /dev/null </dev/null")).ok();
-    // `script` types ^@ at the end of its stdin.
-    let lines: Vec<_> = said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect();
+    let read = "sleep 0.5; cat \"$file.late\" >\"$file.new\"; mv \"$file.new\" \"$file.late\"";
+    let slow = late_with_its_pid(stage, "crun", "mkfifo \"$file.late\"", read);
+    let run = format!("$F run -it --runtime {} {NAME}", slow.display());
+    let lines = on_a_terminal(stage, &format!("{run} sh -c 'seq 300; exit 5'; echo code $?"));
     let want: Vec<_> = (1..=300).map(|n| n.to_string()).chain(["code 5".to_owned()]).collect();
-    assert_eq!(lines, want, "{}", said.describe());
+    assert_eq!(lines, want);
 });
 
 // The program is told when the window changes its size, and sees the new one.
@@ -398,15 +410,6 @@ case!(
         }
     }
 );
-
-/// Run this as a script of bash, on a terminal. What it wrote to it.
-fn on_a_terminal(stage: &Stage, text: &str) -> Vec<String> {
-    stage.write("job", text);
-    let said = script(stage, "timeout 80 script -qec 'exec bash job' /dev/null </dev/null").ok();
-    stage.note(said.describe());
-    // `script` types ^@ at the end of its stdin.
-    said.out().lines().map(|line| line.trim_start_matches("^@").trim().to_owned()).collect()
-}
 
 // Who reads the terminal may go away, the command or the runtime may be killed: the program's terminal hangs up, and the user's is as it was.
 case!("run_with_a_terminal_that_hangs_up", lanes, TERMINAL, |stage: &Stage| {

@@ -13,6 +13,7 @@ use crate::fuse::session::{self, InFlight};
 use crate::place::Point;
 use crate::sys::mount::Unmount;
 use crate::sys::mountinfo::MountInfo;
+use crate::sys::process::start_thread;
 
 /// How long an unmount may take: dirty pages are written back through the worker.
 const UNMOUNT_PATIENCE: Duration = Duration::from_secs(10);
@@ -109,7 +110,7 @@ impl LiveMount {
     pub(super) fn unmount(&self, how: Unmount, method: &Method) -> Result<()> {
         let (send, done) = std::sync::mpsc::channel();
         let (mount, method) = (self.info().clone(), method.clone());
-        std::thread::spawn(move || {
+        start_thread("that unmounts", move || {
             let result = mount::unmount(&mount, how, Some(&method)).or_else(|e| match (e.kind(), how) {
                 (Kind::Busy, Unmount::IfIdle) => {
                     log::warn!(target: TARGET, "{e}: unmounting lazily");
@@ -119,7 +120,7 @@ impl LiveMount {
             });
             // The receiver is gone only if it gave up.
             let _ = send.send(result);
-        });
+        })?;
         match done.recv_timeout(UNMOUNT_PATIENCE) {
             Ok(result) => result.map(drop),
             Err(_) => mount::abort(self.info().dev.1).and_then(|()| {

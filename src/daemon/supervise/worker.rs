@@ -6,7 +6,7 @@ use std::os::unix::process::CommandExt as _;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::event::{PollFd, PollFlags, poll};
 use rustix::io::Errno;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 
@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::fuse::session::InFlight;
 use crate::plan::Plan;
 use crate::sys::durable::{Survives, write_file};
-use crate::sys::process::ProcessId;
+use crate::sys::process::{ProcessId, timespec};
 use crate::traces::Traces;
 use crate::tree::dir::groups;
 
@@ -174,10 +174,6 @@ impl Worker {
 
 fn unexpected(message: &FromWorker) -> Error {
     Error::new(Kind::Helper, "talk to worker", "", format!("unexpected message from the worker: {message:?}"))
-}
-
-pub(super) fn timespec(duration: Duration) -> Timespec {
-    Timespec { tv_sec: duration.as_secs() as i64, tv_nsec: duration.subsec_nanos().into() }
 }
 
 /// Write down which process answers, before it does: where the supervisor dies, nobody else knows.

@@ -237,7 +237,7 @@ impl DirectoryImage {
 
     /// Write the archive.
     pub(crate) fn write(self, sink: &mut Sink<'_>) -> Result<()> {
-        let mut root_stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
+        let root_stat = fs::fstat(&self.root).map_err(|e| Error::sys("stat", show(&self.at), e))?;
         let mut walk = Walk {
             sink,
             at: &self.at,
@@ -261,7 +261,7 @@ impl DirectoryImage {
         bytes.extend_from_slice(&self.manifest);
         pad(&mut bytes);
         walk.put(&bytes);
-        walk.leave_acl_out(&self.root, &mut root_stat, b"rootfs")?;
+        let root_stat = walk.stat(&self.root, b"rootfs")?;
         let xattrs = walk.xattrs(&self.root, b"")?;
         walk.put(&header(b"rootfs/", b"", &entry_of(&root_stat, What::Directory, xattrs)));
         walk.directory(&self.root, &mut b"rootfs".to_vec(), 0)?;
@@ -309,11 +309,17 @@ impl Walk<'_, '_> {
         move |e| Error::sys(op, &shown, e)
     }
 
-    fn leave_acl_out(&mut self, file: &OwnedFd, stat: &mut Stat, path: &[u8]) -> Result<()> {
-        if acl::leave_out(file, stat).map_err(self.fail("read the ACL of", path))? {
+    /// What is open, as an image has it.
+    fn stat(&mut self, file: &OwnedFd, path: &[u8]) -> Result<Stat> {
+        let mut stat = fs::fstat(file).map_err(self.fail("stat", path))?;
+        if acl::leave_out(file, &mut stat).map_err(self.fail("read the ACL of", path))? {
             self.acls.add(path);
         }
-        Ok(())
+        Ok(stat)
+    }
+
+    fn changed(&self, path: &[u8]) -> Error {
+        Error::new(Kind::Busy, "import", self.shown(path), "it changes while it is read")
     }
 
     fn directory(&mut self, dir: &OwnedFd, path: &mut Vec<u8>, depth: usize) -> Result<()> {
@@ -347,7 +353,7 @@ impl Walk<'_, '_> {
     fn entry(&mut self, dir: BorrowedFd<'_>, name: &[u8], path: &mut Vec<u8>, depth: usize) -> Result<()> {
         let fail = self.fail("read", path);
         let os_name = OsStr::from_bytes(name);
-        let mut stat = fs::statat(dir, os_name, AtFlags::SYMLINK_NOFOLLOW).map_err(&fail)?;
+        let stat = fs::statat(dir, os_name, AtFlags::SYMLINK_NOFOLLOW).map_err(&fail)?;
         let kind = FileType::from_raw_mode(stat.st_mode);
         let is_here = stat.st_dev == self.device;
         if kind != FileType::Directory && stat.st_nlink > 1 && kind != FileType::Socket && is_here {
@@ -361,11 +367,11 @@ impl Walk<'_, '_> {
         let what = match kind {
             FileType::Directory => {
                 let sub = fs::openat(dir, os_name, OPEN_DIR, Mode::empty()).map_err(&fail)?;
-                let mut xattrs = Vec::new();
-                if is_here {
-                    self.leave_acl_out(&sub, &mut stat, path)?;
-                    xattrs = self.xattrs(&sub, path)?;
+                let stat = if is_here { self.stat(&sub, path)? } else { stat };
+                if is_here && stat.st_dev != self.device {
+                    return Err(self.changed(path));
                 }
+                let xattrs = if is_here { self.xattrs(&sub, path)? } else { Vec::new() };
                 let bytes = header(&[&**path, b"/"].concat(), b"", &entry_of(&stat, What::Directory, xattrs));
                 self.put(&bytes);
                 if !is_here {
@@ -398,7 +404,10 @@ impl Walk<'_, '_> {
         };
         let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
         let place = fs::openat(dir, os_name, flags, Mode::empty()).map_err(&fail)?;
-        self.leave_acl_out(&place, &mut stat, path)?;
+        let stat = self.stat(&place, path)?;
+        if FileType::from_raw_mode(stat.st_mode) != kind {
+            return Err(self.changed(path));
+        }
         self.put(&header(path, b"", &entry_of(&stat, what, Vec::new())));
         Ok(())
     }
@@ -407,15 +416,11 @@ impl Walk<'_, '_> {
         let fail = self.fail("read", path);
         let flags = OFlags::RDONLY | OFlags::NOFOLLOW | OFlags::NONBLOCK | OFlags::NOCTTY | OFlags::CLOEXEC;
         let file = fs::openat(dir, name, flags, Mode::empty()).map_err(&fail)?;
-        let mut stat = fs::fstat(&file).map_err(&fail)?;
+        let stat = self.stat(&file, path)?;
         let size = u64::try_from(stat.st_size).unwrap_or(0);
-        let changed = || {
-            Error::new(Kind::Busy, "import", show(self.at.join(OsStr::from_bytes(path))), "it changes while it is read")
-        };
         if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
-            return Err(changed());
+            return Err(self.changed(path));
         }
-        self.leave_acl_out(&file, &mut stat, path)?;
         let xattrs = self.xattrs(&file, path)?;
         let what = What::File { size, content: None, sha256: None };
         let bytes = header(path, b"", &entry_of(&stat, what, xattrs));
@@ -425,7 +430,7 @@ impl Walk<'_, '_> {
             let Some(room) = self.sink.room() else { break };
             let want = room.len().min(usize::try_from(left).unwrap_or(usize::MAX));
             match rustix::io::read(&file, &mut room[..want]) {
-                Ok(0) => return Err(changed()),
+                Ok(0) => return Err(self.changed(path)),
                 Ok(count) => {
                     self.gone |= !self.sink.add(count);
                     left -= count as u64;
