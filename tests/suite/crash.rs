@@ -6,7 +6,7 @@ use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read as _, Seek as _, SeekFrom, Write as _};
 use std::os::unix::fs::{FileExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -432,16 +432,14 @@ case!("deaths_cost_what_was_in_flight", on::fuse, |stage: &Stage| {
 
 // As on a kernel before 6.9: a request in flight at the kill fails with EIO, and nothing hangs.
 case!("requests_that_cannot_be_sent_again_fail", on::fuse, &[Need::Failpoints], |stage: &Stage| {
-    let (rootfs, supervisor) = held_in_sync(stage, "never");
+    let (rootfs, supervisor) = rootfs_without_resend(stage, "never");
     let open = File::create(rootfs.join("w/open")).expect("make");
-    let held = File::create(rootfs.join("w/held")).expect("make");
-    let waiting = std::thread::spawn(move || held.sync_all());
-    wait_for_sync(stage);
-    assert!(!waiting.is_finished(), "the fault point holds it");
+    let mut sync = held_in_sync(stage, &rootfs);
+    assert!(is_running(&mut sync), "the fault point holds it");
     system::kill(worker_of(supervisor).expect("a worker"));
-    assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a request in flight hangs");
-    let answer = waiting.join().expect("join").map_err(|e| e.raw_os_error());
-    assert_eq!(answer, Err(Some(rustix::io::Errno::IO.raw_os_error())));
+    assert!(system::eventually(COMING_BACK, || !is_running(&mut sync)), "a request in flight hangs");
+    let said = sync.wait_with_output().expect("wait");
+    assert!(!said.status.success() && String::from_utf8_lossy(&said.stderr).contains("Input/output error"), "{said:?}");
     (&open).write_all(b"good").expect("an open file is good");
     assert_eq!(fs::read_to_string(rootfs.join("w/open")).expect("read"), "good");
     // Said once the next worker serves, which is after it answered.
@@ -538,13 +536,11 @@ case!(
         if fs::read_dir("/sys/fs/fuse/connections").is_ok_and(|mut d| d.next().is_none()) {
             stage.tool("mount", ["-t", "fusectl", "fusectl", "/sys/fs/fuse/connections"]).run().ok();
         }
-        let (rootfs, supervisor) = held_in_sync(stage, "lose");
-        let held = File::create(rootfs.join("w/held")).expect("make");
-        let waiting = std::thread::spawn(move || held.sync_all());
-        wait_for_sync(stage);
+        let (rootfs, supervisor) = rootfs_without_resend(stage, "lose");
+        let mut sync = held_in_sync(stage, &rootfs);
         system::kill(worker_of(supervisor).expect("a worker"));
-        assert!(system::eventually(COMING_BACK, || waiting.is_finished()), "a lost request hangs");
-        assert!(waiting.join().expect("join").is_err());
+        assert!(system::eventually(COMING_BACK, || !is_running(&mut sync)), "a lost request hangs");
+        assert!(!sync.wait().expect("wait").success());
         assert!(system::eventually(COMING_BACK, || super::destroy::health(stage) == "dead"), "it is dead");
         let log = fs::read_to_string(stage.state().join("containers/k/backend/server.log")).expect("the log");
         assert!(log.contains("the connection was ended"), "{log}");
@@ -553,15 +549,24 @@ case!(
     },
 );
 
-/// Until a worker has read a request to sync: one that was not read is the next worker's.
-fn wait_for_sync(stage: &Stage) {
+/// `sync FILE` whose request a worker has read: one that was not read is the next worker's. A process of its own, which alone has the file open:
+/// before Linux 5.16 (FOPEN_NOFLUSH) a close waits for a sync of the same file, and so would each program that this one starts if it had it open.
+fn held_in_sync(stage: &Stage, rootfs: &Path) -> Child {
+    let path = rootfs.join("w/held");
+    File::create(&path).expect("make");
+    let sync = Command::new("sync").arg(path).stderr(Stdio::piped()).spawn().expect("start sync");
     let stats = || stage.fsprov(["stats", "--json", "k"]).run().ok().json();
     let is_read = || stats()["worker"]["requests"]["fsync"].as_u64().is_some_and(|count| count > 0);
     assert!(system::eventually(COMING_BACK, is_read), "{}", stats());
+    sync
+}
+
+fn is_running(child: &mut Child) -> bool {
+    child.try_wait().expect("try wait").is_none()
 }
 
 /// A rootfs with a volume /w whose server holds every fsync for a minute, on a kernel without RESEND.
-fn held_in_sync(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {
+fn rootfs_without_resend(stage: &Stage, resend: &str) -> (std::path::PathBuf, i32) {
     let call = stage.mount_call(stage.small_image(), "rootfs", with_w(stage)).env("FSPROV_FUSE_RESEND", resend);
     call.env("FAILPOINTS", "serve.sync=sleep(60000)").run().ok();
     (stage.path("rootfs"), supervisor(stage))
