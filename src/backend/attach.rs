@@ -4,6 +4,7 @@
 //! openat2(RESOLVE_IN_ROOT), and mounts are attached on descriptors (runc's CVE-2021-30465 and its successors). Sources and the mount
 //! point come as [`Places`], opened before. A mount is found again by its id, wherever it lies by then.
 
+use std::borrow::Cow;
 use std::ffi::OsString;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::path::{Path, PathBuf};
@@ -223,10 +224,16 @@ impl<'a> Assembly<'a> {
         Ok(target)
     }
 
-    fn may_make_in(&self, parent: &OwnedFd) -> Result<bool> {
+    /// An error: `volume`'s mount point is missing in `parent`, and may not be made there.
+    fn check_may_make_in(&self, parent: &OwnedFd, volume: &Volume) -> Result<()> {
         let id = mount::mount_id(parent)?;
-        let in_volume = self.attached.iter().any(|(other, v)| other.id == id && v.access == Access::Rw);
-        Ok(in_volume || (id == self.root_id && self.missing == Missing::Make))
+        let outer = self.attached.iter().find(|(other, _)| other.id == id).map(|(_, outer)| *outer);
+        let may = outer.map_or(id == self.root_id && self.missing == Missing::Make, |v| v.access == Access::Rw);
+        if may {
+            return Ok(());
+        }
+        let (cause, remedy) = missing_text(self.backend, volume.form, outer);
+        Err(Error::new(Kind::Unsupported, MOUNT_VOLUME, &volume.target, cause).hint(remedy))
     }
 
     /// Make the missing components of a target, one by one, by descriptor.
@@ -245,9 +252,7 @@ impl<'a> Assembly<'a> {
                 Err(Errno::NOENT) => {}
                 Err(e) => return Err(fail(e)),
             }
-            if !self.may_make_in(&parent)? {
-                return Err(missing_error(self.backend, volume));
-            }
+            self.check_may_make_in(&parent, volume)?;
             fault::point("attach.make")?;
             let as_dir = n + 1 < names.len() || volume.form == Form::Directory;
             let made = make_entry(&parent, name, as_dir).map_err(|e| match e {
@@ -349,23 +354,19 @@ fn check_kinds(volume: &Volume, target: FileType) -> Result<()> {
         .hint("bind a directory onto a directory and a file onto a file"))
 }
 
-/// The cause and the remedy for a mount point that the image lacks.
-fn missing_text(backend: BackendKind, form: Form) -> (&'static str, &'static str) {
-    let cause = match form {
-        Form::Directory => "the image has no such directory",
-        Form::File | Form::Special => "the image has no such file",
-    };
+/// The cause and the remedy for a mount point that the image lacks, or the read-only volume `outer` that it would lie in.
+fn missing_text(backend: BackendKind, form: Form, outer: Option<&Volume>) -> (String, Cow<'static, str>) {
+    let what = if form == Form::Directory { "directory" } else { "file" };
+    if let Some(outer) = outer {
+        let remedy = format!("create it in {}, or mount that volume read-write", show(&outer.source));
+        return (format!("the read-only volume {} has no such {what}", outer.target), remedy.into());
+    }
     let remedy = match (backend, form) {
         (_, Form::Special) => "create it in the image, or use --backend overlay",
         (BackendKind::Fuse, _) => "create it in the image",
         _ => "create it in the image, or use --backend fuse",
     };
-    (cause, remedy)
-}
-
-fn missing_error(backend: BackendKind, volume: &Volume) -> Error {
-    let (cause, remedy) = missing_text(backend, volume.form);
-    Error::new(Kind::Unsupported, MOUNT_VOLUME, &volume.target, cause).hint(remedy)
+    (format!("the image has no such {what}"), remedy.into())
 }
 
 /// Would every mount point be found in the one layer at `layer`? A look without mounting, so that another backend can be
@@ -387,7 +388,7 @@ pub(super) fn targets_support(backend: BackendKind, layer: &Path, volumes: &[Vol
         if let Err(Errno::NOENT) = found
             && !volumes[..n].iter().any(|v| v.access == Access::Rw)
         {
-            let (cause, remedy) = missing_text(backend, volume.form);
+            let (cause, remedy) = missing_text(backend, volume.form, outer.map(|(outer, _)| outer));
             return Support::no(format!("{MOUNT_VOLUME} {}: {cause}", volume.target), remedy);
         }
     }

@@ -28,6 +28,7 @@ use crate::fuse::poison;
 use crate::fuse::session::{self, InFlight, Resend, Start};
 use crate::index::Index;
 use crate::plan::BackendKind;
+use crate::sys::process::not_started;
 use crate::sys::raw;
 use crate::tree::device::DeviceTree;
 use crate::tree::dir::{ActAs, DirOptions, DirTree, FdPool, Handover, Keeper, Shares, groups};
@@ -77,7 +78,7 @@ fn work(channel: Channel) -> Result<()> {
             server.walls.close_threads();
             control(&channel, &server);
         })
-        .map_err(|e| Error::io("start thread", "control", e))?;
+        .map_err(|e| not_started("start thread", "control", e))?;
     session.wait()
 }
 
@@ -209,7 +210,7 @@ fn watch_for_lost(connection: OwnedFd, minor: u32, counters: Arc<Counters>) -> R
         .name("fsprov-lost".into())
         .spawn(look)
         .map(drop)
-        .map_err(|e| Error::io("start thread", "lost requests", e))
+        .map_err(|e| not_started("start thread", "lost requests", e))
 }
 
 /// The supervisor's later wishes. Ends with the supervisor; the session does not: the rootfs goes on without one.

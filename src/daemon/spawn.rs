@@ -20,7 +20,7 @@ use crate::fuse::mount::{self, Method, OtherUsers};
 use crate::fuse::session::Resend;
 use crate::place::{Place, Places};
 use crate::plan::Plan;
-use crate::sys::process::ProcessId;
+use crate::sys::process::{ProcessId, not_started};
 use crate::traces::{Journal, Shelf, Shelved, Traces};
 
 /// How a server runs.
@@ -179,16 +179,18 @@ impl Link {
             .stdout(Stdio::null())
             .stderr(Stdio::from(log_file))
             .spawn()
-            .map_err(fail)?;
+            .map_err(|e| not_started(OP, show(&program), e))?;
         // The first process forks and ends at once: its child is not ours, and no zombie is left to us.
         let status = first.wait().map_err(fail)?;
+        let link = Link { channel, log };
         if !status.success() {
-            return Err(Error::new(Kind::Helper, OP, show(&program), format!("it ended with {status}"))
-                .hint("the program must be fsprov, or one that calls fsprov::dispatch() first"));
+            let died = link.died(OP, format!("{} ended with {status}", show(&program)));
+            let is_ours = !tail_of(&link.log).is_empty();
+            let hint = "the program must be fsprov, or one that calls fsprov::dispatch() first";
+            return Err(if is_ours { died } else { died.hint(hint) });
         }
         let text = serde_json::to_vec(job).map_err(|e| Error::new(Kind::Io, OP, show(&program), e))?;
         let job = memory_file("fsprov-job", &text)?;
-        let link = Link { channel, log };
         link.channel
             .send(&ToSupervisor::Order(course), &[job.as_fd(), state.as_fd()])
             .and_then(|()| hand(&link.channel))

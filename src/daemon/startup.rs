@@ -7,6 +7,7 @@ use std::sync::atomic::AtomicBool;
 use super::{SUPERVISOR_NAME, TARGET};
 use crate::child::{channel::Channel, take_stdin};
 use crate::error::{Error, Result};
+use crate::sys::process::not_started;
 use crate::sys::raw;
 
 /// Become a process of nobody's: no descriptor but the caller's socket and the log, no terminal, not the caller's child.
@@ -18,7 +19,7 @@ pub(super) fn detach() -> Result<Channel> {
     }
     // In this order: the child of a session's leader can never get a terminal by opening one.
     rustix::process::setsid().map_err(|e| Error::sys(OP, "setsid", e))?;
-    raw::fork_and_leave().map_err(|e| Error::sys(OP, "fork", e))?;
+    raw::fork_and_leave().map_err(|e| not_started(OP, "fork", e.into()))?;
     settle(SUPERVISOR_NAME);
     take_stdin().map(Channel::from)
 }

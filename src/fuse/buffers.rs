@@ -6,7 +6,8 @@
 //! until then: where its bytes lie, there lies the buffer.
 
 use std::os::fd::AsFd;
-use std::sync::Barrier;
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use fuser::ReplyWrite;
 use rustix::io::Errno;
@@ -22,18 +23,28 @@ const HEADERS: usize = 80;
 /// What is written: something, so that it has an address.
 const BYTES: &[u8; 8] = b"prefault";
 
+/// How often is looked whether the session has ended with threads missing.
+const LOOK_AGAIN: Duration = Duration::from_millis(50);
+
 /// What the threads of a session and who starts it agree on.
 #[derive(Debug)]
 pub struct Buffers {
     threads: usize,
     bytes: usize,
-    met: Barrier,
+    met: Mutex<Met>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Met {
+    waiting: usize,
+    may_read: bool,
 }
 
 impl Buffers {
     /// For so many threads, the first `bytes` of each one's buffer: the longest request.
     pub fn new(threads: usize, bytes: usize) -> Self {
-        Buffers { threads, bytes, met: Barrier::new(threads + 1) }
+        Buffers { threads, bytes, met: Mutex::default(), changed: Condvar::new() }
     }
 
     /// How many threads.
@@ -41,25 +52,38 @@ impl Buffers {
         self.threads
     }
 
-    /// Send each thread its write, and return when all have theirs: they wait.
-    pub(super) fn fill(&self, socket: impl AsFd) -> Result<(), Errno> {
+    /// Send each thread its write, and return when all have theirs: they wait. False: before that, `has_ended`.
+    pub(super) fn fill(&self, socket: impl AsFd, has_ended: impl Fn() -> bool) -> Result<bool, Errno> {
         for _ in 0..self.threads {
             rustix::io::write(&socket, &request())?;
         }
-        self.met.wait();
-        Ok(())
+        let mut met = self.met();
+        while met.waiting < self.threads {
+            if has_ended() {
+                return Ok(false);
+            }
+            met = self.changed.wait_timeout(met, LOOK_AGAIN).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        Ok(true)
     }
 
     /// They may go and read.
     pub(super) fn release(&self) {
-        self.met.wait();
+        self.met().may_read = true;
+        self.changed.notify_all();
+    }
+
+    fn met(&self) -> MutexGuard<'_, Met> {
+        self.met.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// The handler of such a write. Its answer goes before: to the socket, which is gone afterwards.
     pub(super) fn handle(&self, data: &[u8], reply: ReplyWrite) {
         reply.written(BYTES.len() as u32);
-        self.met.wait();
-        self.met.wait();
+        let mut met = self.met();
+        met.waiting += 1;
+        self.changed.notify_all();
+        drop(self.changed.wait_while(met, |met| !met.may_read).unwrap_or_else(PoisonError::into_inner));
         // Now, before the first read, and not earlier: the mount need not wait for it. An error is an old kernel's, before Linux 5.14: it
         // cannot send requests again either.
         let _ = raw::populate_around(data, HEADERS, self.bytes);

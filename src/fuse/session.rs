@@ -15,6 +15,7 @@ use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
 
 use super::buffers::Buffers;
 use crate::error::{Error, Kind, Result};
+use crate::sys::process::not_started;
 use crate::sys::raw;
 
 const TARGET: &str = "fsprov::fuse";
@@ -153,8 +154,16 @@ pub fn start<F: Filesystem + Send + 'static>(
     let threads = std::thread::Builder::new()
         .name("fsprov-session".into())
         .spawn(move || session.run())
-        .map_err(|e| Error::io("start thread", "session", e))?;
-    buffers.fill(&near).map_err(fail)?;
+        .map_err(|e| not_started("start thread", "session", e))?;
+    match buffers.fill(&near, || threads.is_finished()) {
+        Ok(true) => {}
+        Err(e) if e != Errno::PIPE => return Err(fail(e)),
+        // It could not start them all, and is gone.
+        _ => {
+            let why = threads.join().ok().and_then(std::io::Result::err);
+            return Err(not_started(OP, "", why.unwrap_or_else(|| std::io::Error::other("its threads ended"))));
+        }
+    }
     // All wait, and none reads: from here on the session's descriptor means the connection; what fuser has of it is the number alone.
     raw::dup_over(connection, number).map_err(fail)?;
     let in_flight = match start {

@@ -281,12 +281,7 @@ impl<'a> Inside<'a> {
 
     fn provision(&self, mut request: Request) -> Result<()> {
         request.ends_with = Some(super::this_process()?);
-        let made = self.provisioner.provision(&request).map(|_| ());
-        // Everything can be made in this rootfs, and `run` has no --backend: what lacks the place is another volume.
-        made.map_err(|e| {
-            let is_place = e.remedy().starts_with("create it in the image");
-            if is_place { e.hint("it lies in a read-only volume: create it there, or leave out the :ro") } else { e }
-        })
+        self.provisioner.provision(&request).map(|_| ())
     }
 
     /// Take away what was made in other namespaces, as soon as the runtime that lives there has ended.

@@ -53,7 +53,7 @@ use crate::id::{ContainerId, ImageId, ImageRef};
 use crate::image::execution::Execution;
 use crate::paths::StatePaths;
 use crate::store::Store;
-use crate::sys::process::{ProcessId, is_root_of_host, start_thread};
+use crate::sys::process::{ProcessId, is_root_of_host, not_started, start_thread};
 use crate::volume::VolumeSpec;
 
 pub(crate) use bundle::{Bundle, Root};
@@ -317,7 +317,7 @@ fn start(channel: &Channel, other: OwnedFd, job: &Job) -> Result<Child> {
         .arg(VERB)
         .stdin(Stdio::from(other))
         .spawn()
-        .map_err(|e| Error::io("start", "fsprov __run", e))?;
+        .map_err(|e| not_started("start", "fsprov __run", e))?;
     let begun = channel.send(&Order::Begin, &[file.as_fd(), stdin.as_fd()]).and_then(|()| match &job.maps {
         Some(maps) => match channel.receive::<Answer>()? {
             Some((Answer::Unmapped, _)) => maps.write(process.id()).and_then(|()| channel.send(&Order::Mapped, &[])),

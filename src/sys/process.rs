@@ -1,6 +1,6 @@
 //! Processes: who is who, signals that cannot hit a stranger, namespaces.
 
-use std::fmt;
+use std::fmt::{self, Display};
 use std::io::Write as _;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt as _;
@@ -196,10 +196,16 @@ pub fn is_root_of_host() -> Result<bool> {
     Ok(rustix::process::geteuid().is_root() && in_initial_user_namespace()?)
 }
 
-/// A thread that nobody waits for; a host may have no more of them for this user (EAGAIN).
+/// A thread that nobody waits for.
 pub(crate) fn start_thread(what: &str, work: impl FnOnce() + Send + 'static) -> Result<()> {
-    let started = std::thread::Builder::new().spawn(work).map(drop);
-    started.map_err(|e| Error::io("start a thread", what, e).hint("raise this user's limit of processes (ulimit -u)"))
+    std::thread::Builder::new().spawn(work).map(drop).map_err(|e| not_started("start a thread", what, e))
+}
+
+/// A thread or a process could not be started; EAGAIN: this user may have no more of them (clone(2)).
+pub(crate) fn not_started(op: &'static str, subject: impl Display, cause: std::io::Error) -> Error {
+    let is_limit = Errno::from_io_error(&cause) == Some(Errno::AGAIN);
+    let error = Error::io(op, subject, cause);
+    if is_limit { error.hint("raise this user's limit of processes (ulimit -u)") } else { error }
 }
 
 /// As poll(2) takes it.

@@ -137,7 +137,13 @@ fn volumes_nest_and_missing_mount_points_are_made_in_writable_ones() {
     // In a volume that is not writable nothing is made.
     let plan = place.plan(vec![volume(&outer, "/data", Access::Ro), volume(&inner, "/data/none", Access::Rw)]);
     let error = fail(BIND, &plan);
-    assert!(error.to_string().starts_with("mount volume /data/none: the image has no such directory"), "{error}");
+    let cause = "the read-only volume /data has no such directory";
+    let remedy = format!("create it in {}, or mount that volume read-write", outer.display());
+    assert_eq!(error.to_string(), format!("mount volume /data/none: {cause}; {remedy}"));
+    assert_eq!(
+        BIND.support(&Host::probe(), &plan),
+        Support::No { reason: format!("mount volume /data/none: {cause}"), remedy }
+    );
     assert!(place.mounts().is_empty() && !outer.join("none").exists());
 }
 

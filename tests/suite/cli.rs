@@ -448,6 +448,27 @@ case!("a_refusal_names_the_switch", on::user, &[Need::UserNamespaces], |stage: &
     stage.assert_nothing_left("after refusals");
 });
 
+// Whichever process or thread is the one too many for this user: said at once, and nothing is left. (A worker that lacked a thread was
+// waited for, 40 s, and was said to be slow.)
+case!("a_limit_of_processes_is_named", on::user, &[Need::UserNamespaces, Need::Tool("prlimit")], |stage: &Stage| {
+    let image = stage.small_image();
+    // Since Linux 5.14 each user namespace counts for itself.
+    let script = "prlimit --nproc=$0 \"$@\" && \"$1\" unmount k";
+    let mount = |limit: u32| {
+        let call = stage.tool("unshare", ["-Urm", "sh", "-c", script]).arg(limit.to_string());
+        let call = call.arg(crate::common::stage::program()).args(["mount", "--backend", "fuse", "--id", "k"]);
+        call.arg(&image).arg("rootfs").run()
+    };
+    let fails = (1..200).map(mount).take_while(|said| {
+        let failed = said.code() != Some(0);
+        let is_named = said.err().contains("ulimit -u") && said.took < std::time::Duration::from_secs(20);
+        assert!(!failed || is_named, "{}", said.describe());
+        failed
+    });
+    assert!(fails.count() >= 5);
+    stage.assert_nothing_left("after mounts that had too few processes");
+});
+
 // `auto` takes the cheapest that can serve this request, and tells with --verbose why not another.
 case!("auto_picks_the_first_that_can", |_: &Lane| true, |stage: &Stage| {
     let image = stage.small_image();

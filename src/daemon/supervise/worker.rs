@@ -20,7 +20,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::fuse::session::InFlight;
 use crate::plan::Plan;
 use crate::sys::durable::{Survives, write_file};
-use crate::sys::process::{ProcessId, timespec};
+use crate::sys::process::{ProcessId, not_started, timespec};
 use crate::traces::Traces;
 use crate::tree::dir::groups;
 
@@ -53,7 +53,7 @@ impl Worker {
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::from(asking))
             .spawn()
-            .map_err(|e| Error::io(OP, show(&job.plan.rootfs), e))?;
+            .map_err(|e| not_started(OP, show(&job.plan.rootfs), e))?;
         let pid = i32::try_from(child.id()).unwrap_or(0);
         let raw_pid = Pid::from_raw(pid).ok_or_else(|| Error::new(Kind::Io, OP, pid, "it has no pid"))?;
         // It is our child and not waited for: the pid cannot mean anyone else.
@@ -77,7 +77,7 @@ impl Worker {
             std::thread::Builder::new()
                 .name("fsprov-groups".into())
                 .spawn(move || groups::answer(answering))
-                .map_err(|e| Error::io("start thread", "groups", e))?;
+                .map_err(|e| not_started("start thread", "groups", e))?;
         }
         if let Err(error) = note_worker(plan, self.id) {
             log::warn!(target: TARGET, "{error}: should this process die, that one may be called dead");

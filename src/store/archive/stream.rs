@@ -11,6 +11,7 @@ use sha2::digest::Output;
 
 use super::ring::{Ring, Turns};
 use crate::error::{Error, Kind, Result};
+use crate::sys::process::not_started;
 
 /// Where the bytes go.
 pub(crate) struct Sink<'a> {
@@ -111,7 +112,7 @@ where
         let hasher = std::thread::Builder::new()
             .name("hash".into())
             .spawn_scoped(scope, hash)
-            .map_err(|e| Error::io("start thread", "hash", e))?;
+            .map_err(|e| not_started("start thread", "hash", e))?;
         let mut sink = Sink {
             to_hash,
             hashed,

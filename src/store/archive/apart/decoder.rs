@@ -12,6 +12,7 @@ use super::super::ring::{Copied, Ring, pipe};
 use super::{Apart, Handed, Order};
 use crate::error::{Error, Kind, Result};
 use crate::store::limits::Limits;
+use crate::sys::process::not_started;
 
 /// What a decoder is told. With it go the pipe to read from and the ring to write to.
 #[derive(Serialize, Deserialize)]
@@ -45,7 +46,7 @@ pub(in crate::store) fn decode(
     let feeder = std::thread::Builder::new()
         .name("feed".into())
         .spawn(move || feed(input, feed_to))
-        .map_err(|e| Error::io("start thread", "feed", e))?;
+        .map_err(|e| not_started("start thread", "feed", e))?;
     Ok(Decoded { plain, apart, feeder: Some(feeder), given: 0, next_raise: RAISE_EVERY })
 }
 

@@ -45,6 +45,7 @@ use crate::child::{self, channel::Channel};
 use crate::error::{Error, Kind, Result, SentError};
 use crate::fault;
 use crate::store::limits::Limits;
+use crate::sys::process::not_started;
 use walls::Stand;
 
 const OP: &str = "read archive";
@@ -238,7 +239,7 @@ fn spawn() -> Result<Option<(Channel, Child)>> {
         // What somebody who took it over would write must not come to a terminal. Its panics are reported.
         .stderr(if cfg!(feature = "failpoints") { Stdio::inherit() } else { Stdio::null() })
         .spawn()
-        .map_err(|e| Error::io("start the reader of archives", crate::error::show(&program), e))?;
+        .map_err(|e| not_started("start the reader of archives", crate::error::show(&program), e))?;
     Ok(Some((channel, child)))
 }
 
@@ -248,7 +249,7 @@ fn in_thread() -> Result<Channel> {
     std::thread::Builder::new()
         .name("archive".into())
         .spawn(move || serve(&Channel::from(theirs), Walls::None))
-        .map_err(|e| Error::io("start thread", "archive", e))?;
+        .map_err(|e| not_started("start thread", "archive", e))?;
     Ok(channel)
 }
 

@@ -19,6 +19,7 @@ use crate::error::{Error, Kind, Result, show};
 use crate::paths::image;
 use crate::store::limits::Limits;
 use crate::store::staging::create_new;
+use crate::sys::process::not_started;
 
 /// Where things are placed.
 pub(in crate::store) struct Place {
@@ -123,7 +124,7 @@ where
                 let _ = apart.channel.send(&end, &[]);
                 produced
             })
-            .map_err(|e| Error::io("start thread", "read", e))?;
+            .map_err(|e| not_started("start thread", "read", e))?;
         let report = apart.report();
         // Nothing is taken any more: the producer sees it.
         apart.end();
