@@ -148,7 +148,7 @@ impl BackendChoice {
     }
 }
 
-/// `--json`, on every verb that prints.
+// `--json`. No doc comment: clap would put it over what the verb says of itself.
 #[derive(Clone, Copy, Debug, Args)]
 struct Format {
     /// Print JSON
@@ -220,7 +220,7 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     crate::fault::start();
     crate::sys::process::outlive_file_limit();
     crate::sys::raw::wait_for_children();
-    let args: Vec<OsString> = args.into_iter().collect();
+    let args = end_options(args.into_iter().collect());
     if args.len() == 1 {
         return match output::text(start::START) {
             Err(error) if !output::is_broken_pipe(&error) => ExitCode::FAILURE,
@@ -277,6 +277,53 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     }
 }
 
+/// Options of `run` end with the image, and those of `bundle` with the directory, as podman's and docker's do: what follows is the
+/// program's. clap goes on taking those that it knows until the first word without a dash, so a `--` is put there.
+fn end_options(mut args: Vec<OsString>) -> Vec<OsString> {
+    use clap::CommandFactory as _;
+    let top = Cli::command();
+    let (mut verb, mut words_left) = (None::<clap::Command>, 1);
+    let mut at = 1;
+    while words_left > 0 {
+        let Some(arg) = args.get(at).map(|arg| arg.as_encoded_bytes()) else { return args };
+        at += 1;
+        let takes_value = |is_it: &dyn Fn(&clap::Arg) -> bool| {
+            let mut known = verb.iter().chain([&top]).flat_map(clap::Command::get_arguments);
+            known.find(|arg| is_it(arg)).is_some_and(|arg| arg.get_action().takes_values())
+        };
+        match arg {
+            b"--" => return args,
+            [b'-', b'-', name @ ..] => {
+                let named = |arg: &clap::Arg| {
+                    arg.get_long_and_visible_aliases().is_some_and(|all| all.iter().any(|one| one.as_bytes() == name))
+                };
+                at += usize::from(takes_value(&named));
+            }
+            // Letters in one word: the first that takes a value takes the rest, or the next word.
+            [b'-', letters @ ..] if !letters.is_empty() => {
+                let takes = |letter: &u8| takes_value(&|arg| arg.get_short() == Some(char::from(*letter)));
+                at += usize::from(letters.iter().position(takes).is_some_and(|n| n + 1 == letters.len()));
+            }
+            name if verb.is_none() => {
+                words_left = match name {
+                    b"run" => 1,
+                    b"bundle" => 2,
+                    _ => return args,
+                };
+                verb = top.find_subcommand(std::str::from_utf8(name).unwrap_or_default()).cloned();
+                if let Some(verb) = &mut verb {
+                    verb.build();
+                }
+            }
+            _ => words_left -= 1,
+        }
+    }
+    if args.get(at).is_some_and(|next| next != "--") {
+        args.insert(at, "--".into());
+    }
+    args
+}
+
 /// Is `run` the command, whatever else is wrong?
 fn is_about_run(args: &[OsString]) -> bool {
     use clap::CommandFactory as _;
@@ -320,6 +367,47 @@ mod tests {
     #[test]
     fn the_definition_is_sound() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn what_follows_the_image_is_the_programs() {
+        let ended = |line: &str| {
+            let words = |line: &str| line.split(' ').map(OsString::from).collect::<Vec<_>>();
+            end_options(words(line)).join(std::ffi::OsStr::new(" ")).into_string().unwrap()
+        };
+        for line in [
+            "fsprov run app|--version",
+            "fsprov --root r run --root q -e A=1 -itv ./v:/v -w/ --env=B app|-e root",
+            "fsprov --verbose run --name x --entrypoint -x --rm -it debian|ls -- -t",
+            "fsprov bundle --read-only app dir|-h",
+        ] {
+            assert_eq!(ended(&line.replace('|', " ")), line.replace('|', " -- "));
+        }
+        for line in [
+            "fsprov run app -- ls -l",
+            "fsprov run -- app ls -l",
+            "fsprov run -e",
+            "fsprov run app",
+            "fsprov mount a b --json",
+            "fsprov",
+        ] {
+            assert_eq!(ended(line), line);
+        }
+    }
+
+    #[test]
+    fn a_verbs_help_begins_with_what_the_list_says_of_it() {
+        fn check(listed: &clap::Command, built: &clap::Command) {
+            for verb in built.get_subcommands().filter(|verb| verb.get_name() != "help" && !verb.is_hide_set()) {
+                let Some(before) = listed.find_subcommand(verb.get_name()) else { continue };
+                let about = |command: &clap::Command| command.get_about().map(ToString::to_string);
+                assert_eq!(about(verb), about(before), "{}", verb.get_name());
+                check(before, verb);
+            }
+        }
+        let (listed, mut built) = (Cli::command(), Cli::command());
+        built.build();
+        check(&listed, &built);
     }
 
     #[test]

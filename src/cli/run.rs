@@ -22,7 +22,7 @@ use crate::volume::{self, VolumeSpec};
 /// Largest `--env-file`.
 const MAX_ENV_FILE_BYTES: u64 = 1 << 20;
 
-/// What is asked of the program: the same for `run` and `bundle`.
+// What is asked of the program: the same for `run` and `bundle`. No doc comment, as in `Format`.
 #[derive(Debug, Args)]
 struct Program {
     /// Set a variable; NAME alone: as it is here (repeatable)

@@ -13,7 +13,7 @@ use serde::{Deserialize, Serialize};
 
 use super::open::open_kind;
 use super::record::{self, Record};
-use super::{Now, Provisioner, Selector};
+use super::{Condition, Now, Provisioner, Selector};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ImageId;
 use crate::index::Index;
@@ -151,7 +151,8 @@ impl Provisioner {
             image: below.image.id.clone(),
             inside: namespace_of(&top)?,
         };
-        if top.backend == BackendKind::Fuse && top.plan.live.writeback {
+        // Without --writeback, what was written through mmap(2).
+        if top.backend == BackendKind::Fuse && Self::condition(&top, &Now::look()?)? == Condition::Ready {
             settle(&top, &changes)?;
         }
         Ok((top, changes))

@@ -281,7 +281,10 @@ impl Written {
             let Ok(found) = open_in_root(&self.root, place, OFlags::PATH) else { continue };
             let Ok(stat) = rustix::fs::fstat(&found) else { return None };
             match FileType::from_raw_mode(stat.st_mode) {
-                FileType::RegularFile if stat.st_mode & 0o111 != 0 => return None,
+                FileType::RegularFile if stat.st_mode & 0o111 != 0 => {
+                    let why = self.check_format(place)?;
+                    return fail(super::NOT_RUN, Kind::Invalid, &why);
+                }
                 FileType::Directory => refused = Some("it is a directory"),
                 _ => refused = Some("it is not a program that may be run (no x in its mode)"),
             }
@@ -290,6 +293,27 @@ impl Written {
             Some(why) if name.contains('/') => fail(super::NOT_RUN, Kind::Permission, why),
             _ => fail(super::NOT_FOUND, Kind::NotFound, "the image has no such program"),
         }
+    }
+
+    /// Why the kernel does not run this file (execve(2), ENOEXEC and ENOENT): a runtime says that when the program is to begin, and exits with 1.
+    fn check_format(&self, place: &Path) -> Option<String> {
+        let mut begin = [0; 256];
+        let file = open_in_root(&self.root, place, OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
+        let size = rustix::io::read(&file, &mut begin).ok()?;
+        let begin = &begin[..size];
+        if let Some(line) = begin.strip_prefix(b"#!") {
+            let line = line.split(|b| *b == b'\n').next().unwrap_or_default().trim_ascii();
+            let path = Path::new(std::str::from_utf8(line.split(u8::is_ascii_whitespace).next()?).ok()?);
+            let is_to_be_mounted = ["/proc", "/dev", "/sys"].iter().any(|dir| path.starts_with(dir));
+            let is_missing =
+                path.is_absolute() && matches!(open_in_root(&self.root, path, OFlags::PATH), Err(Errno::NOENT));
+            return (is_missing && !is_to_be_mounted)
+                .then(|| format!("the image lacks its interpreter {}", show(path)));
+        }
+        // Other formats are registered there (binfmt_misc).
+        let others = std::fs::read_dir("/proc/sys/fs/binfmt_misc").map_or(0, Iterator::count);
+        let is_program = begin.starts_with(b"\x7fELF") || others > 2;
+        (!is_program).then(|| "it is no program: neither ELF, nor a script that begins with #!".to_owned())
     }
 
     /// The volumes that are to be put aside.

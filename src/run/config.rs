@@ -233,8 +233,8 @@ fn mounts(wanted: &Wanted) -> Value {
     for one in &wanted.extra {
         // In its place: what is mounted below it comes after it.
         match all.iter_mut().find(|mount| mount["destination"] == one.at()) {
-            Some(usual) => *usual = extra(one),
-            None => all.push(extra(one)),
+            Some(usual) => *usual = extra(one, wanted.read_only),
+            None => all.push(extra(one, wanted.read_only)),
         }
     }
     Value::Array(all)
@@ -249,13 +249,16 @@ fn sys(wanted: &Wanted) -> Value {
     json!({ "destination": "/sys", "type": "sysfs", "source": "sysfs", "options": ["nosuid", "noexec", "nodev", "ro"] })
 }
 
-fn extra(extra: &Extra) -> Value {
+fn extra(extra: &Extra, read_only: bool) -> Value {
     match extra {
         Extra::Tmpfs { at, options } => {
             json!({ "destination": at, "type": "tmpfs", "source": "tmpfs", "options": options })
         }
-        Extra::File { at, from } => json!({ "destination": at, "type": "bind", "source": from,
-                                            "options": ["bind", "rprivate", "nosuid", "nodev"] }),
+        Extra::File { at, from } => {
+            let mut options = vec!["bind", "rprivate", "nosuid", "nodev"];
+            options.extend(read_only.then_some("ro"));
+            json!({ "destination": at, "type": "bind", "source": from, "options": options })
+        }
         Extra::Volume { at, from, options } => {
             json!({ "destination": at, "type": "bind", "source": from, "options": options })
         }

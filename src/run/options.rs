@@ -3,6 +3,7 @@
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 
+use rustix::thread::CapabilitySet;
 use serde::{Deserialize, Serialize};
 
 use super::config::{Extra, Network};
@@ -260,13 +261,19 @@ fn capability_names(given: &[String]) -> Result<BTreeSet<String>> {
     given.iter().flat_map(|text| text.split(',')).map(|text| read(&text.to_owned())).collect()
 }
 
-/// All that the specification's runtimes know, in the kernel's order (capability.h).
+/// All that the specification's runtimes know, in the kernel's order (capability.h), and that this process may give: in a container or a
+/// virtual machine its root may lack some.
 fn every_capability() -> BTreeSet<String> {
     const NAMES: &str = "CHOWN DAC_OVERRIDE DAC_READ_SEARCH FOWNER FSETID KILL SETGID SETUID SETPCAP LINUX_IMMUTABLE NET_BIND_SERVICE \
          NET_BROADCAST NET_ADMIN NET_RAW IPC_LOCK IPC_OWNER SYS_MODULE SYS_RAWIO SYS_CHROOT SYS_PTRACE SYS_PACCT SYS_ADMIN SYS_BOOT SYS_NICE \
          SYS_RESOURCE SYS_TIME SYS_TTY_CONFIG MKNOD LEASE AUDIT_WRITE AUDIT_CONTROL SETFCAP MAC_OVERRIDE MAC_ADMIN SYSLOG WAKE_ALARM \
          BLOCK_SUSPEND AUDIT_READ PERFMON BPF CHECKPOINT_RESTORE";
-    NAMES.split_ascii_whitespace().map(|name| format!("CAP_{name}")).collect()
+    let may_be_given = |&(number, _): &(usize, &str)| {
+        let one = CapabilitySet::from_bits_retain(1 << number);
+        // One that this kernel does not know is EINVAL.
+        rustix::thread::capability_is_in_bounding_set(one).unwrap_or(false)
+    };
+    NAMES.split_ascii_whitespace().enumerate().filter(may_be_given).map(|(_, name)| format!("CAP_{name}")).collect()
 }
 
 /// `--entrypoint`: a program, or a JSON list of one with arguments; empty: none.
@@ -397,8 +404,12 @@ mod tests {
         let more = caps(&["net_raw", "CAP_SYS_ADMIN"], &["chown"]).unwrap();
         assert!(more.contains("CAP_NET_RAW") && more.contains("CAP_SYS_ADMIN") && !more.contains("CAP_CHOWN"));
         assert_eq!(caps(&["kill"], &["all"]).unwrap(), ["CAP_KILL".to_owned()].into());
-        assert_eq!(caps(&["ALL"], &[]).unwrap().len(), 41);
-        assert_eq!(caps(&["all"], &["kill,chown"]).unwrap().len(), 39);
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let bounding = status.lines().find_map(|line| line.strip_prefix("CapBnd:\t")).unwrap();
+        let bounding = u64::from_str_radix(bounding, 16).unwrap();
+        assert_eq!(caps(&["ALL"], &[]).unwrap().len(), bounding.count_ones() as usize);
+        assert_eq!(caps(&["ALL"], &[]).unwrap().contains("CAP_SYS_RESOURCE"), bounding & 1 << 24 != 0);
+        assert_eq!(caps(&["all"], &["kill,chown"]).unwrap().len() as u32, (bounding & !(1 << 5 | 1)).count_ones());
         let error = caps(&["root"], &[]).unwrap_err();
         assert!(error.kind() == Kind::Usage && error.to_string().contains("no such capability"), "{error}");
         let ambient = Options { cap_add: strings(&["all", "kill"]), ..Options::default() }.ambient().unwrap();

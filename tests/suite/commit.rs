@@ -104,6 +104,48 @@ case!("what_is_gone_below_a_replaced_directory_is_listed_once", keeps_changes, |
     stage.assert_nothing_left("after all");
 });
 
+// No image has sockets; what one has replaced is gone from it all the same.
+case!("what_a_socket_replaced_is_gone", keeps_changes, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    fs::remove_dir_all(rootfs.join("usr/share")).expect("remove");
+    fs::remove_file(rootfs.join("etc/passwd")).expect("remove");
+    for name in ["usr/share", "etc/passwd", "home/new"] {
+        std::os::unix::net::UnixListener::bind(rootfs.join(name)).expect("bind");
+    }
+    let want = "C /etc\nD /etc/passwd\nC /home\nC /usr\nD /usr/share\n";
+    assert_eq!(stage.fsprov(["diff", "web"]).run().ok().out(), want);
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
+    stage.unmount(&rootfs);
+    let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
+    for name in ["usr/share", "etc/passwd", "home/new"] {
+        assert!(next.join(name).symlink_metadata().is_err(), "{name} is there");
+    }
+    stage.unmount(&next);
+    stage.assert_nothing_left("after all");
+});
+
+// What a program that is idle has written through mmap(2) and not synced.
+case!("what_was_written_through_memory_is_committed", on::fuse, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    let text = "import mmap, os, sys\nfile = os.open('etc/passwd', os.O_RDWR)\nmemory = mmap.mmap(file, 4)\nmemory[:4] = b'MMAP'\n\
+                open(sys.argv[1], 'w').close()\nsys.stdin.read()";
+    let mut program = std::process::Command::new("python3");
+    program.args(["-c", text]).arg(stage.path("ready")).current_dir(&rootfs);
+    let mut program = program.stdin(std::process::Stdio::piped()).spawn().expect("start a program");
+    let patience = std::time::Duration::from_secs(20);
+    assert!(crate::common::system::eventually(patience, || stage.path("ready").exists()));
+    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
+    drop(program.stdin.take());
+    program.wait().expect("it ends");
+    stage.unmount(&rootfs);
+    let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
+    assert!(fs::read(next.join("etc/passwd")).expect("read").starts_with(b"MMAP"));
+    stage.unmount(&next);
+    stage.assert_nothing_left("after all");
+});
+
 fn keeps_acls(lane: &Lane) -> bool {
     keeps_changes(lane) && lane.is_real_root()
 }

@@ -91,6 +91,27 @@ case!("a_writable_fuse_rootfs_keeps_its_changes", on::fuse, |stage: &Stage| {
     stage.mount_call("image", "rootfs", upper()).run().fails(2, &["chmod 700"]);
 });
 
+// They have no place for an attribute that says what they were copied from.
+case!("changes_of_special_files_outlive_a_worker", on::fuse, |stage: &Stage| {
+    use rustix::fs::{AtFlags, CWD, StatxFlags, statx};
+    let image = stage.small_image();
+    stage.tool("mkfifo", ["-m", "644"]).arg(image.join("data/fifo")).run().ok();
+    import(stage, &image);
+    let rootfs = stage.mount("image", "rootfs", upper());
+    let fifo = rootfs.join("data/fifo");
+    fs::set_permissions(&fifo, fs::Permissions::from_mode(0o600)).expect("chmod");
+    let seen = || {
+        let now = statx(CWD, &fifo, AtFlags::STATX_FORCE_SYNC, StatxFlags::BASIC_STATS).expect("statx");
+        (now.stx_mode & 0o7777, now.stx_ino)
+    };
+    let before = seen();
+    assert_eq!(before.0, 0o600);
+    stage.fsprov(["restart", "k"]).run().ok();
+    assert_eq!(seen(), before);
+    stage.unmount(&rootfs);
+    stage.assert_nothing_left("after a restart");
+});
+
 case!("a_writable_fuse_rootfs_answers_like_a_directory", on::fuse, |stage: &Stage| {
     import(stage, &stage.small_image());
     let plain = stage.mkdir("plain");

@@ -88,6 +88,7 @@ fn marks_become_those_of_layers() {
             "Fifo var/fifo",
             "Symlink var/link -> /etc/passwd",
             "Regular var/one",
+            "Regular var/.wh.socket",
             "Link var/two -> var/one",
         ]
     );

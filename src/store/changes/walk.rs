@@ -262,7 +262,8 @@ impl Walk<'_> {
             }
             FileType::Socket => {
                 log::warn!("{} is left out: a socket is nothing without its program", self.shown());
-                return Ok(());
+                // What the image has there it has replaced all the same.
+                return self.visitor.hidden(&self.path);
             }
             kind @ (FileType::Fifo | FileType::CharacterDevice | FileType::BlockDevice) => Is::Special(kind),
             FileType::Unknown => return Err(self.refuse(Kind::Unsupported, "its kind is unknown")),

@@ -62,7 +62,12 @@ impl UpperTree {
                 Origin { is_bare: true, filling: Some(mtime), ..Origin::of_copy(lower, upper) }.write(path)?;
                 step("upper.filling")?;
                 let from = self.lower.content_fd(lower)?;
-                let copied = copy_content(&from, &file, stat.st_size as u64);
+                let size = stat.st_size as u64;
+                let copied = copy_content(&from, &file, size);
+                if copied.is_err() {
+                    // What came before the disk was full would be held, and never read.
+                    fs::ftruncate(&file, 0).and_then(|()| fs::ftruncate(&file, size))?;
+                }
                 step("upper.filled")?;
                 put_back(path, mtime).and(copied)?;
             }

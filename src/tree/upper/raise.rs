@@ -295,17 +295,24 @@ impl UpperTree {
             return Ok(Some(upper));
         }
         let place = self.upper.place(parent)?;
-        match marks::look(&place, &name)? {
+        match self.half(&place, &name)? {
             // There, and nobody asked for it since the server began.
-            Above::File(mode) if mode & TYPE_BITS == DIRECTORY => {
-                if marks::is_opaque(&marks::path_of(&place, &name))? {
-                    return Ok(None);
-                }
-            }
-            Above::Nothing if !self.veils.hides(&place, &name)? => self.make_directory(lower, &place, &name)?,
-            _ => return Ok(None),
+            Some(true) => {}
+            Some(false) => self.make_directory(lower, &place, &name)?,
+            None => return Ok(None),
         }
         self.pair(lower, parent, &name, None).map(Some)
+    }
+
+    /// Has a directory of the image an upper half under this name? `None`: something else has its name.
+    fn half(&self, place: &OwnedFd, name: &[u8]) -> Result<Option<bool>> {
+        Ok(match marks::look(place, name)? {
+            Above::File(mode) if mode & TYPE_BITS == DIRECTORY => {
+                (!marks::is_opaque(&marks::path_of(place, name))?).then_some(true)
+            }
+            Above::Nothing if !self.veils.hides(place, name)? => Some(false),
+            _ => None,
+        })
     }
 
     /// Copy up a directory with all that is seen in it. Nothing of the image comes back meanwhile, so all of it is above then.
@@ -314,11 +321,14 @@ impl UpperTree {
         while let Some(lower) = waiting.pop() {
             // An opaque one below the top, or what is not a directory above, shows nothing of the image.
             let Some(dir) = self.raise_directory(lower)? else { continue };
-            let above = Names::of(self.upper.place(dir)?)?;
+            let place = self.upper.place(dir)?;
+            let above = Names::of(&place)?;
             for name in self.lower.names_in(lower)?.into_iter().filter(|name| !marks::is_reserved(name)) {
                 let Some((child, mode)) = self.below(Some(lower), &name)? else { continue };
                 match mode & TYPE_BITS {
                     _ if above.hidden.contains(&name) => {}
+                    // Where another has its name, its own half may be one that was removed, and somebody is in it.
+                    DIRECTORY if self.half(&place, &name)?.is_none() => {}
                     DIRECTORY => waiting.push(child),
                     _ if above.shown.contains_key(&name) => {}
                     _ => drop(self.raise(child, Content::Bare)?),
@@ -345,6 +355,8 @@ impl UpperTree {
 
     /// `name` in the upper directory `dir` stands for a node of the image from now on. `is_bare`: does its content stay in the image? `None`: ask the file.
     fn pair(&self, lower: Node, dir: Node, name: &[u8], is_bare: Option<bool>) -> Result<Node> {
+        // What was listed before has not got it, and would show the image's once the kernel, and so the pair, has forgotten it.
+        self.changes.fetch_add(1, Ordering::Relaxed);
         let Lookup::Found(entry) = self.upper.lookup(&SERVER, dir, OsStr::from_bytes(name))? else {
             return Err(Errno::STALE);
         };
@@ -526,7 +538,10 @@ impl UpperTree {
                 let lower_dir = self.lower_again(*dir, known, depth + 1)?;
                 // Removed, and held by a program that is in it: nothing is looked for in it any more.
                 let Ok(place) = self.upper.place(*dir) else { return Ok(None) };
-                self.lower_of(lower_dir, &place, name, (upper, file.kind))?
+                match self.lower_of(lower_dir, &place, name, (upper, file.kind))? {
+                    None if file.kind != DIRECTORY => self.copied_from(lower_dir, &place, name)?,
+                    found => found,
+                }
             }
             _ => None,
         };
@@ -535,6 +550,13 @@ impl UpperTree {
             self.pairs.join(lower, upper, 1, is_bare);
         }
         Ok(lower.map(|(lower, _)| lower))
+    }
+
+    /// What has no place for an attribute, a FIFO, a device or a symlink: the kernel may know it by the number of the image's.
+    fn copied_from(&self, lower_dir: Option<Node>, place: &OwnedFd, name: &[u8]) -> Result<Option<(Node, bool)>> {
+        let Some((lower, _)) = self.below(lower_dir, name)? else { return Ok(None) };
+        let is_copy = self.is_copy(lower, &self.lower.getattr(lower, None)?.0, place, name)?;
+        Ok(is_copy.then_some((lower, false)))
     }
 }
 

@@ -481,6 +481,43 @@ fn references_are_given_back() {
 }
 
 #[test]
+fn a_copy_that_the_kernel_forgot_is_listed_as_it_is() {
+    let w = World::new();
+    // The upper directory is there, and its names have been read.
+    w.create("d/new", "new").unwrap();
+    assert_eq!(w.names("d"), ["a", "new", "sub"]);
+    let node = w.node("d/a");
+    let change = Change { mode: Some(0o600), ..Change::default() };
+    w.tree.setattr(&ME, node, None, &change).unwrap();
+    w.tree.forget(node, u64::MAX);
+    let dir = w.node("d");
+    let opened = w.tree.opendir(&ME, dir).unwrap();
+    let mut modes = Vec::new();
+    let mut see = |item: &DirItem<'_>| {
+        modes.extend(item.entry.filter(|_| item.name == "a").map(|entry| entry.attr.mode & 0o7777));
+        Fit::Taken
+    };
+    w.tree.readdir(&ME, dir, opened.handle, 0, ListMode::Plus, &mut see).unwrap();
+    w.tree.releasedir(dir, opened.handle);
+    assert_eq!(modes, [0o600]);
+    w.write("d/a", "changed").unwrap();
+    assert_eq!(std::fs::read_to_string(w.upper("d/a")).unwrap(), "changed");
+}
+
+#[test]
+fn a_directory_moves_while_somebody_is_in_one_that_was_removed_from_it() {
+    let w = World::new();
+    let sub = w.node("d/sub");
+    let opened = w.tree.opendir(&ME, sub).unwrap();
+    w.unlink("d/sub/deep").unwrap();
+    w.rmdir("d/sub").unwrap();
+    w.mkdir("d/sub").unwrap();
+    w.rename("d", "e", 0).unwrap();
+    assert_eq!((w.names("e"), w.names("e/sub")), (vec!["a".to_owned(), "sub".to_owned()], vec![]));
+    w.tree.releasedir(sub, opened.handle);
+}
+
+#[test]
 fn holes_and_long_files_are_copied() {
     use std::os::unix::fs::FileExt as _;
     let dir = tempfile::tempdir_in("/var/tmp").unwrap();
