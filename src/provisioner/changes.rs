@@ -96,13 +96,18 @@ impl Changes {
 impl Provisioner {
     /// What a writable rootfs changed upon its image, in the order of the paths.
     pub fn changes(&self, selector: &Selector) -> Result<Vec<Change>> {
-        let (_, changes) = self.changes_of(selector)?;
+        let (record, changes) = self.changes_of(selector)?;
+        if record.plan.live.writeback {
+            Self::write_out(&record, &changes)?;
+        }
         if changes.inside.is_some() { apart::list(&changes) } else { changes.list() }
     }
 
     /// Make an image of what a writable rootfs was made of and what it changed.
     pub(crate) fn commit(&self, selector: &Selector, said: &Said) -> Result<Imported> {
         let (record, changes) = self.changes_of(selector)?;
+        // Without --writeback, too: what was written through mmap(2).
+        Self::write_out(&record, &changes)?;
         let Some(image) = &changes.image else {
             let why = "it was made of a directory, and not of an image in the store";
             return Err(Error::new(Kind::Unsupported, "commit", &record.plan.id, why)
@@ -114,6 +119,11 @@ impl Provisioner {
         }
         let upper = changes.open_whole()?;
         store.commit(image, &|out| upper.write_layer(None, out), said)
+    }
+
+    fn write_out(top: &Record, changes: &Changes) -> Result<()> {
+        let answers = top.backend == BackendKind::Fuse && Self::condition(top, &Now::look()?)? == Condition::Ready;
+        if answers { settle(top, changes) } else { Ok(()) }
     }
 
     fn changes_of(&self, selector: &Selector) -> Result<(Record, Changes)> {
@@ -151,10 +161,6 @@ impl Provisioner {
             image: below.image.id.clone(),
             inside: namespace_of(&top)?,
         };
-        // Without --writeback, what was written through mmap(2).
-        if top.backend == BackendKind::Fuse && Self::condition(&top, &Now::look()?)? == Condition::Ready {
-            settle(&top, &changes)?;
-        }
         Ok((top, changes))
     }
 
