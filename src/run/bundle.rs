@@ -313,7 +313,7 @@ impl Written {
         // Other formats are registered there (binfmt_misc).
         let others = std::fs::read_dir("/proc/sys/fs/binfmt_misc").map_or(0, Iterator::count);
         let is_program = begin.starts_with(b"\x7fELF") || others > 2;
-        (!is_program).then(|| "it is no program: neither ELF, nor a script that begins with #!".to_owned())
+        (!is_program).then(|| "its format is unknown: it is neither ELF nor a script that begins with #!".to_owned())
     }
 
     /// The volumes that are to be put aside.

@@ -111,6 +111,11 @@ const TABLE: &[(&[&str], &str, &[&str])] = &[
         "touch /x 2>&1; touch /tmp/x /run/x /var/tmp/x && echo written",
         &["Read-only file system", "written"],
     ),
+    (
+        &["--read-only"],
+        "for f in /etc/hosts /etc/hostname /etc/resolv.conf; do (echo x >>$f) 2>/dev/null || echo kept $f; done",
+        &["kept /etc/hosts\nkept /etc/hostname\nkept /etc/resolv.conf\n"],
+    ),
     (&["-v", "./vol:/mnt/v"], "cat /mnt/v/f && echo new >/mnt/v/new", &["from outside"]),
     (
         &["-v", "./vol:/no/such/place:ro"],
@@ -149,6 +154,7 @@ const TABLE: &[(&[&str], &str, &[&str])] = &[
         "chown 33 /tmp && grep CapEff /proc/self/status",
         &["0000000000000001"],
     ),
+    (&["--cap-add", "all"], "grep -c CapEff /proc/self/status", &["1\n"]),
     (&["--cap-add", "SYS_PTRACE"], "grep CapEff /proc/self/status", &["00000000800c05fb"]),
     (&["-u", "33", "--cap-add", "net_bind_service"], "grep CapAmb /proc/self/status", &["0000000000000400"]),
     (&["--seccomp", "none"], "grep Seccomp: /proc/self/status", &["Seccomp:\t0"]),
@@ -309,6 +315,17 @@ case!("run_exit_codes_signals_and_kills", lanes, NEEDS, |stage: &Stage| {
         program(&["/etc/nope"]).fails(127, &["/etc/nope"]);
         program(&["/etc"]).fails(126, &["/etc", "it is a directory"]);
         program(&["/etc/passwd"]).fails(126, &["/etc/passwd", "no x in its mode"]);
+        stage.mkdir("bad");
+        for (text, why) in [("garbage", "its format is unknown"), ("#! /nope -x\n", "lacks its interpreter /nope")] {
+            stage.write("bad/program", text);
+            fs::set_permissions(stage.path("bad/program"), fs::Permissions::from_mode(0o755)).expect("chmod");
+            let call = stage.fsprov(["run", "--runtime", runtime, "-v", "./bad:/bad", NAME, "/bad/program"]);
+            call.run().fails(126, &["/bad/program", why]);
+        }
+        // Options end with the image.
+        let call =
+            stage.fsprov(["run", "--runtime", runtime, "--entrypoint", "grep", NAME, "-e", "^root:", "/etc/passwd"]);
+        assert_eq!(call.run().ok().out(), "root:x:0:0:root:/root:/bin/bash\n", "{runtime}");
         stage
             .fsprov(["run", "--runtime", runtime, "-u", "nobody-here", NAME, "true"])
             .run()
