@@ -395,6 +395,8 @@ fn names_that_would_hide_are_left_out() {
     let made = compare(&client, "default/2/web", PLAIN).expect("compare");
     std::fs::write(served.path("made.tar"), &containerd.0.lock().expect("no panic").by_digest[&made.digest])
         .expect("write");
-    assert_eq!(run(Command::new("tar").arg("-tf").arg(served.path("made.tar"))), "./\netc/\netc/other\nvar/\n");
+    // Of a socket goes what it may have replaced: the layers below are not looked at.
+    let names = run(Command::new("tar").arg("-tf").arg(served.path("made.tar")));
+    assert_eq!(names, "./\netc/\netc/other\netc/.wh.s\nvar/\n");
     assert!(served.log().contains("etc/.wh.passwd is left out"), "{}", served.log());
 }
