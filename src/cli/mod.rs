@@ -281,6 +281,10 @@ pub fn main(args: impl IntoIterator<Item = OsString>) -> ExitCode {
 /// program's. clap goes on taking those that it knows until the first word without a dash, so a `--` is put there.
 fn end_options(mut args: Vec<OsString>) -> Vec<OsString> {
     use clap::CommandFactory as _;
+    // Other verbs need not wait for this.
+    if !args.iter().any(|arg| arg == "run" || arg == "bundle") {
+        return args;
+    }
     let top = Cli::command();
     let (mut verb, mut words_left) = (None::<clap::Command>, 1);
     let mut at = 1;

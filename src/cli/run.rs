@@ -76,8 +76,8 @@ struct Program {
 #[command(after_help = "\
 IMAGE is as for `fsprov mount`; what the store lacks is pulled or imported. docker://NAME, oci:DIR, oci-archive:FILE and docker-archive:FILE \
 are taken, too. The rootfs is writable, and ends with the program. What is not asked for comes from the image: entry point, environment, working \
-directory, user, stop signal. Options end with IMAGE: what follows is the program's. It runs in the foreground, by crun, runc or youki; for containers in the background, networks and limits take \
-podman or containerd.
+directory, user, stop signal. Options end with IMAGE: what follows is the program's. It runs in the foreground, by crun, runc or youki; for \
+containers in the background, networks and limits take podman or containerd.
 
 Exit code: the program's own; 125 if fsprov or the runtime failed, 126 if the program could not be run, 127 if it was not found.
 

@@ -17,7 +17,7 @@ use super::{Image, Network, Options, seccomp, users};
 use crate::error::{Error, Kind, Result, show};
 use crate::id::ContainerId;
 use crate::plan::IdRange;
-use crate::sys::fs::{explain_named, is_empty, open_in_root, open_named, open_resolved};
+use crate::sys::fs::{explain_named, is_empty, open_in_root, open_named, open_resolved, proc_path};
 use crate::sys::mount::mount_id;
 use crate::sys::process::ProcessId;
 use crate::volume::VolumeSpec;
@@ -282,7 +282,7 @@ impl Written {
             let Ok(stat) = rustix::fs::fstat(&found) else { return None };
             match FileType::from_raw_mode(stat.st_mode) {
                 FileType::RegularFile if stat.st_mode & 0o111 != 0 => {
-                    let why = self.check_format(place)?;
+                    let why = self.check_format(&found)?;
                     return fail(super::NOT_RUN, Kind::Invalid, &why);
                 }
                 FileType::Directory => refused = Some("it is a directory"),
@@ -296,9 +296,10 @@ impl Written {
     }
 
     /// Why the kernel does not run this file (execve(2), ENOEXEC and ENOENT): a runtime says that when the program is to begin, and exits with 1.
-    fn check_format(&self, place: &Path) -> Option<String> {
+    fn check_format(&self, program: &OwnedFd) -> Option<String> {
         let mut begin = [0; 256];
-        let file = open_in_root(&self.root, place, OFlags::RDONLY | OFlags::NONBLOCK).ok()?;
+        // The file that was looked at, whatever its name leads to by now.
+        let file = std::fs::File::open(proc_path(program)).ok()?;
         let size = rustix::io::read(&file, &mut begin).ok()?;
         let begin = &begin[..size];
         if let Some(line) = begin.strip_prefix(b"#!") {

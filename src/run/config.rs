@@ -232,9 +232,10 @@ fn mounts(wanted: &Wanted) -> Value {
     ];
     for one in &wanted.extra {
         // In its place: what is mounted below it comes after it.
+        let mount = extra(one, wanted.read_only);
         match all.iter_mut().find(|mount| mount["destination"] == one.at()) {
-            Some(usual) => *usual = extra(one, wanted.read_only),
-            None => all.push(extra(one, wanted.read_only)),
+            Some(usual) => *usual = mount,
+            None => all.push(mount),
         }
     }
     Value::Array(all)

@@ -125,20 +125,25 @@ case!("what_a_socket_replaced_is_gone", keeps_changes, |stage: &Stage| {
     stage.assert_nothing_left("after all");
 });
 
-// What a program that is idle has written through mmap(2) and not synced.
-case!("what_was_written_through_memory_is_committed", on::fuse, |stage: &Stage| {
-    import(stage);
-    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
-    let text = "import mmap, os, sys\nfile = os.open('etc/passwd', os.O_RDWR)\nmemory = mmap.mmap(file, 4)\nmemory[:4] = b'MMAP'\n\
-                open(sys.argv[1], 'w').close()\nsys.stdin.read()";
-    let mut program = std::process::Command::new("python3");
-    program.args(["-c", text]).arg(stage.path("ready")).current_dir(&rootfs);
+/// Commit while a program is idle: it makes the file that its last argument names, and waits for the end of its input.
+fn commit_while(stage: &Stage, rootfs: &Path, program: &str, args: &[&str]) {
+    let mut program = std::process::Command::new(program);
+    program.args(args).arg(stage.path("ready")).current_dir(rootfs);
     let mut program = program.stdin(std::process::Stdio::piped()).spawn().expect("start a program");
     let patience = std::time::Duration::from_secs(20);
     assert!(crate::common::system::eventually(patience, || stage.path("ready").exists()));
     stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
     drop(program.stdin.take());
     program.wait().expect("it ends");
+}
+
+// What a program that is idle has written through mmap(2) and not synced.
+case!("what_was_written_through_memory_is_committed", on::fuse, |stage: &Stage| {
+    import(stage);
+    let rootfs = stage.mount(NAME, "rootfs", ["--writable", "--id", "web"]);
+    let text = "import mmap, os, sys\nfile = os.open('etc/passwd', os.O_RDWR)\nmemory = mmap.mmap(file, 4)\nmemory[:4] = b'MMAP'\n\
+                open(sys.argv[1], 'w').close()\nsys.stdin.read()";
+    commit_while(stage, &rootfs, "python3", &["-c", text]);
     stage.unmount(&rootfs);
     let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
     assert!(fs::read(next.join("etc/passwd")).expect("read").starts_with(b"MMAP"));
@@ -223,14 +228,7 @@ case!("what_the_kernel_gathered_is_committed", on::fuse, |stage: &Stage| {
     let rootfs = stage.path("rootfs");
     // By a process that starts no other: each close of a copy of its descriptor would write it out.
     let text = "exec >etc/open; printf gathered; : 3>\"$1\"; read line";
-    let mut program = std::process::Command::new("sh");
-    program.args(["-c", text, "sh"]).arg(stage.path("ready")).current_dir(&rootfs);
-    let mut program = program.stdin(std::process::Stdio::piped()).spawn().expect("start a program");
-    let patience = std::time::Duration::from_secs(20);
-    assert!(crate::common::system::eventually(patience, || stage.path("ready").exists()));
-    stage.fsprov(["commit", "web", "example.com/next:1"]).run().ok();
-    drop(program.stdin.take());
-    program.wait().expect("it ends");
+    commit_while(stage, &rootfs, "sh", &["-c", text, "sh"]);
     stage.unmount(&rootfs);
     let next = stage.mount("example.com/next:1", "next", [] as [&str; 0]);
     assert_eq!(fs::read_to_string(next.join("etc/open")).expect("read"), "gathered");

@@ -355,7 +355,7 @@ impl UpperTree {
 
     /// `name` in the upper directory `dir` stands for a node of the image from now on. `is_bare`: does its content stay in the image? `None`: ask the file.
     fn pair(&self, lower: Node, dir: Node, name: &[u8], is_bare: Option<bool>) -> Result<Node> {
-        // What was listed before has not got it, and would show the image's once the kernel, and so the pair, has forgotten it.
+        // Lists that were read before lack it: they would show the image's again once the kernel forgets it, and the pair with it.
         self.changes.fetch_add(1, Ordering::Relaxed);
         let Lookup::Found(entry) = self.upper.lookup(&SERVER, dir, OsStr::from_bytes(name))? else {
             return Err(Errno::STALE);
